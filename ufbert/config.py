@@ -1,0 +1,204 @@
+"""Everything a preset may set, as frozen dataclasses. Imports no jax, so `--help` stays instant."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ufbert.errors import UserError
+
+FORMAT_VERSION = 1
+"""Version of `config.json` in model and run folders; a folder of a newer format is refused."""
+
+Mixer = Literal["attention"]
+FeedForwardKind = Literal["dense", "glu", "tree"]
+Scale = Literal["auto", "tiny", "mini", "small", "base"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One encoder. A BERT, a crammed BERT and an UltraFastBERT are three settings of these fields.
+
+    Raises UserError from the constructor when two fields contradict each other.
+    """
+
+    vocab_size: int = 32768
+    """Number of WordPiece tokens; a tokenizer trained by this package gets at most this many."""
+    max_len: int = 128
+    """Longest row, in tokens, that the model accepts."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    n_layers: int = 16
+    """Number of blocks, each a token mixer and a feedforward."""
+    n_heads: int = 12
+    """Attention heads; `d_model` must be a multiple of it."""
+    mixer: tuple[Mixer, ...] = ("attention",)
+    """Token mixer of each layer; a shorter tuple is repeated from the bottom up."""
+    feedforward: tuple[FeedForwardKind, ...] = ("glu",)
+    """Feedforward of each layer (dense, glu or tree); a shorter tuple is repeated from the bottom up."""
+    d_hidden: int = 1536
+    """Hidden width of a dense feedforward, or of each half of a GLU."""
+    n_trees: int = 1
+    """K of a KxD tree layer: trees that run side by side and are summed."""
+    tree_depth: int = 11
+    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree."""
+    tree_backend: Literal["auto", "masked", "gather"] = "auto"
+    """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each sublayer (crammed BERT) or after each residual sum (BERT)."""
+    positions: Literal["scaled_sinusoid", "learned"] = "scaled_sinusoid"
+    """Position embeddings: a fixed sinusoid times one learned scalar, or a learned table."""
+    n_token_types: int = 0
+    """Rows of the token-type (segment) embedding of BERT; 0 for none."""
+    use_bias: bool = False
+    """Biases in attention and dense feedforwards. Norms and tree inputs always have one."""
+    embedding_norm: bool = True
+    """LayerNorm on the summed embeddings."""
+    final_norm: bool = True
+    """LayerNorm after the last block."""
+    head_transform: bool = False
+    """BERT's dense + GELU + LayerNorm before the tied masked-LM decoder."""
+    head_bias: bool = False
+    """A bias per token in the masked-LM decoder."""
+    pooler_width: int = 1024
+    """Width of the tanh layer between the first token and a classifier."""
+    norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of every matrix."""
+    dropout: float = 0.1
+    """Dropout while fine-tuning (embeddings, attention, sublayers, classifier). Pretraining uses none."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products. auto: float32 on a CPU, bfloat16 on an accelerator. Parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.vocab_size > 65536:
+            raise UserError(f"model.vocab_size is {self.vocab_size}; rows are stored as 2-byte ids, so at most 65536.")
+        if self.d_model % self.n_heads:
+            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        if not 0 <= self.tree_depth <= 20:
+            raise UserError(f"model.tree_depth is {self.tree_depth}; it must lie between 0 and 20.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1).")
+        for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
+            if not 1 <= len(kinds) <= self.n_layers:
+                raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
+
+    @property
+    def nodes_per_tree(self) -> int:
+        """2^(D+1) - 1."""
+        return 2 ** (self.tree_depth + 1) - 1
+
+    @property
+    def layers(self) -> tuple[tuple[Mixer, FeedForwardKind], ...]:
+        """(mixer, feedforward) of every layer, bottom first."""
+        return tuple(
+            (self.mixer[i % len(self.mixer)], self.feedforward[i % len(self.feedforward)]) for i in range(self.n_layers)
+        )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The pretraining recipe. Defaults: crammed BERT (Geiping & Goldstein 2022, code release of 2023)."""
+
+    peak_lr: float = 1e-3
+    """Highest learning rate; the rate is peak * min(0.25 + x, 4 (1 - x)) at the share x of the budget."""
+    adam_b1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_b2: float = 0.98
+    """AdamW's second-moment decay."""
+    adam_eps: float = 1e-12
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on everything but norms and biases."""
+    clip_norm: float = 0.5
+    """Global gradient norm above which the gradient is scaled down."""
+    mask_rate: float = 0.25
+    """Share of each row that is predicted: exactly round(rate * seq_len) positions."""
+    batch_rows: int = 8192
+    """Rows per update once the ramp is over."""
+    micro_rows: int = 128
+    """Rows per forward and backward pass; an update accumulates batch_rows / micro_rows of them."""
+    ramp_until: float = 0.6
+    """Share of the budget over which the batch grows from micro_rows to batch_rows."""
+    n_evals: int = 10
+    """Held-out evaluations in a run, evenly spread over the budget; the last one is at its end."""
+    n_checkpoints: int = 0
+    """Checkpoints in a run, evenly spread; 0 takes ten, or one every quarter of an hour if that is more."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "micro_rows", "n_evals"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.peak_lr > 0:
+            raise UserError(f"train.peak_lr is {self.peak_lr}; it must be positive.")
+        if not 0.0 < self.mask_rate < 1.0:
+            raise UserError(f"train.mask_rate is {self.mask_rate}; it must lie between 0 and 1.")
+        if self.batch_rows % self.micro_rows:
+            raise UserError(
+                f"train.batch_rows {self.batch_rows} is not a multiple of train.micro_rows {self.micro_rows}."
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How text becomes rows."""
+
+    seq_len: int = 128
+    """Tokens in a packed row."""
+    document_attention: bool = False
+    """Keep packed documents from attending to each other (crammed BERT does not)."""
+    eval_rows: int = 256
+    """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
+    max_tokens: int = 0
+    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once."""
+    tokenizer_chars: int = 100_000_000
+    """Characters of the corpus that the tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "eval_rows", "tokenizer_chars"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A preset: a model, the recipe that trains it, and the shape of its data."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: PretrainConfig = field(default_factory=PretrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_len:
+            raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """Rebuild a config dataclass of type `cls` from `to_json` values.
+
+    Raises UserError, naming `where`, for a field that `cls` does not have or a value of the wrong kind.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"{where} has a setting this version does not know: {', '.join(unknown)}.")
+    rebuilt = {}
+    for name, value in values.items():
+        nested = {"model": ModelConfig, "train": PretrainConfig, "data": DataConfig}.get(name)
+        if cls is RunConfig and nested is not None:
+            rebuilt[name] = from_json(nested, value, where)
+        else:
+            rebuilt[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**rebuilt)
+    except TypeError as error:
+        raise UserError(f"{where} holds a value of the wrong kind: {error}.") from error

@@ -1,0 +1,103 @@
+"""Flax Linen modules, and the functions through which everything else uses them.
+
+Outside this package a model is a `ModelConfig` and `params`, a nested dict of float32 arrays with one entry a part:
+`encoder`, and the heads it was initialised with (`masked_lm`, `pooler`, `classifier`). No module object leaves here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ufbert.config import ModelConfig
+from ufbert.nn.encoder import Aux, Encoder
+from ufbert.nn.feedforward import tree_backend
+from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
+from ufbert.nn.layers import compute_dtype
+
+Params = Mapping[str, Any]
+
+__all__ = [
+    "Params",
+    "classify",
+    "compute_dtype",
+    "count_params",
+    "encode",
+    "init",
+    "init_classifier",
+    "masked_lm_logits",
+    "pool",
+    "shapes",
+    "tree_backend",
+]
+
+
+def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
+    """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
+    encoder_key, head_key = jax.random.split(key)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    params = {"encoder": Encoder(config).init(encoder_key, ids)["params"]}
+    hidden = jnp.zeros((1, 2, config.d_model))
+    if "masked_lm" in heads:
+        table = params["encoder"]["embeddings"]["tokens"]
+        params["masked_lm"] = MaskedLMHead(config).init(head_key, hidden, table).get("params", {})
+    if "pooler" in heads:
+        params["pooler"] = Pooler(config).init(head_key, hidden)["params"]
+    return params
+
+
+def init_classifier(config: ModelConfig, key: Key[Array, ""], n_outputs: int) -> dict[str, Any]:
+    """Fresh parameters of a classifier head, to put beside an encoder under `classifier`."""
+    return ClassifierHead(config, n_outputs).init(key, jnp.zeros((1, 2, config.d_model)))["params"]
+
+
+def encode(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"] | None = None,
+    position_ids: Int[Array, "b t"] | None = None,
+    key: Key[Array, ""] | None = None,
+    deterministic: bool = True,
+    *,
+    type_ids: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t d"], Aux]:
+    """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`."""
+    apply: Any = Encoder(config).apply
+    return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, type_ids=type_ids)
+
+
+def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+    """Token logits for hidden states, in float32."""
+    apply: Any = MaskedLMHead(config).apply
+    return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
+
+
+def pool(params: Params, config: ModelConfig, hidden: Float[Array, "b t d"]) -> Float[Array, "b p"]:
+    """BERT's pooled first token."""
+    apply: Any = Pooler(config).apply
+    return apply({"params": params["pooler"]}, hidden)
+
+
+def classify(
+    params: Params, config: ModelConfig, hidden: Float[Array, "b t d"], key: Key[Array, ""] | None = None
+) -> Float[Array, "b c"]:
+    """Classifier scores from hidden states; dropout if `key` is given."""
+    n_outputs = params["classifier"]["out"]["bias"].shape[-1]
+    apply: Any = ClassifierHead(config, n_outputs).apply
+    return apply({"params": params["classifier"]}, hidden, key)
+
+
+def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outputs: int = 0) -> dict[str, Any]:
+    """The parameter tree as shapes and dtypes, computing nothing; with a classifier if `n_outputs` is given."""
+    tree = jax.eval_shape(lambda key: init(config, key, heads), jax.random.key(0))
+    if n_outputs:
+        tree["classifier"] = jax.eval_shape(lambda key: init_classifier(config, key, n_outputs), jax.random.key(0))
+    return tree
+
+
+def count_params(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",)) -> int:
+    """Unique trainable numbers of the encoder and the named heads (a tied decoder counts once)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(config, heads)))

@@ -1,0 +1,38 @@
+"""Ids to vectors."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ufbert.config import ModelConfig
+from ufbert.nn.layers import layer_norm, maybe_dropout
+from ufbert.ops.positions import sinusoid
+
+
+class Embeddings(nn.Module):
+    """Token + position (+ token type) embeddings, normalised if the config says so."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "b t"],
+        position_ids: Int[Array, "b t"],
+        type_ids: Int[Array, "b t"],
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "b t d"]:
+        cfg = self.config
+        normal = nn.initializers.normal(cfg.init_std)
+        tokens = self.param("tokens", normal, (cfg.vocab_size, cfg.d_model))
+        x = tokens[ids]
+        if cfg.positions == "learned":
+            x = x + self.param("positions", normal, (cfg.max_len, cfg.d_model))[position_ids]
+        else:
+            scale = self.param("position_scale", nn.initializers.constant(cfg.d_model**-0.5), (1,))
+            x = x + scale[0] * sinusoid(position_ids, cfg.d_model)
+        if cfg.n_token_types:
+            x = x + self.param("types", normal, (cfg.n_token_types, cfg.d_model))[type_ids]
+        if cfg.embedding_norm:
+            x = layer_norm(cfg, "norm")(x)
+        return maybe_dropout(cfg, x.astype(jnp.float32), key)

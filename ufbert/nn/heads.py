@@ -1,0 +1,53 @@
+"""What sits on top of the encoder."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ufbert.config import ModelConfig
+from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
+from ufbert.ops.fff import gelu
+
+
+class MaskedLMHead(nn.Module):
+    """Hidden states to token logits through the (tied) token embedding."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"]
+    ) -> Float[Array, "*rows v"]:
+        cfg = self.config
+        if cfg.head_transform:
+            hidden = layer_norm(cfg, "norm")(gelu(dense(cfg, cfg.d_model, "transform", use_bias=True)(hidden)))
+        dtype = compute_dtype(cfg)
+        logits = jnp.einsum(
+            "...d,vd->...v", hidden.astype(dtype), token_embedding.astype(dtype), preferred_element_type=jnp.float32
+        )
+        if cfg.head_bias:
+            logits = logits + self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
+        return logits
+
+
+class Pooler(nn.Module):
+    """tanh(W h + b) of the first token."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b p"]:
+        first = hidden[:, 0]
+        return jnp.tanh(dense(self.config, self.config.pooler_width, "dense", use_bias=True)(first).astype(jnp.float32))
+
+
+class ClassifierHead(nn.Module):
+    """Pooler, dropout, and a linear layer to `n_outputs` scores (one for regression)."""
+
+    config: ModelConfig
+    n_outputs: int
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "b t d"], key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
+        pooled = maybe_dropout(self.config, Pooler(self.config, name="pooler")(hidden), key)
+        return dense(self.config, self.n_outputs, "out", use_bias=True)(pooled).astype(jnp.float32)

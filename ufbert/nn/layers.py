@@ -1,0 +1,39 @@
+"""The three small parts that every block is made of."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ufbert.config import ModelConfig
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of the matrix products: `config.dtype`, with auto resolved for the default device."""
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.dtype)
+
+
+def dense(config: ModelConfig, width: int, name: str, use_bias: bool | None = None) -> nn.Dense:
+    """A linear layer; biased as the config says unless `use_bias` does."""
+    return nn.Dense(
+        width,
+        use_bias=config.use_bias if use_bias is None else use_bias,
+        dtype=compute_dtype(config),
+        kernel_init=nn.initializers.normal(config.init_std),
+        name=name,
+    )
+
+
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm over channels, in float32, with scale and bias."""
+    return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def maybe_dropout(config: ModelConfig, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
+    """Dropout at the config's rate if there is a key, else x."""
+    if key is None or config.dropout == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - config.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - config.dropout), 0.0)

@@ -1,0 +1,178 @@
+"""The uniform-node fast feedforward layer of UltraFastBERT (Belcak & Wattenhofer 2023, arXiv 2311.10770, section 2).
+
+A layer is `m` binary trees whose `n = 2^(D+1) - 1` nodes are neurons: a row of input weights, a bias, a row of
+output weights. Nodes are numbered as in a heap (root 0, children 2i+1 and 2i+2). A token `x` starts at the root. At
+each node it computes the logit `z = w_in . x + bias`, adds `gelu(z) * w_out` to the output, and goes on to the right
+child if `z > 0`, else to the left one, until it has visited D+1 nodes. The layer's output is the sum over trees.
+Nothing else is computed: with D = 11, 12 of 4095 neurons.
+
+Training uses the same hard path. The decision itself has no gradient; a node learns because its activation takes part
+in the output, so a batch gives gradient to the visited nodes alone.
+
+Two backends compute this, equal up to float32 rounding, in value and in gradient:
+
+- `masked` multiplies by all the weights and zeroes the activations off the path. Wasteful and regular: the oracle, and
+  what an accelerator likes.
+- `gather` reads only the rows on the path, forward and backward.
+
+Routing is float32 arithmetic whatever the type of the other products, and turns right on `z > 0` (strictly).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Activation = Callable[[Array], Array]
+Backend = Literal["masked", "gather"]
+
+gelu: Activation = partial(jax.nn.gelu, approximate=False)
+"""The exact (erf) GELU of the reference; the tanh form differs by up to 5e-4."""
+
+GEMM_LEVELS = 7
+"""In `gather`'s backward, gradients of this many top levels (127 nodes, which most tokens share) are summed by one
+small matrix product instead of a scatter."""
+
+
+def tree_depth(n: int) -> int:
+    """The depth D of a tree of n = 2^(D+1) - 1 nodes. Raises ValueError for any other n."""
+    depth = (n + 1).bit_length() - 2
+    if n < 1 or 2 ** (depth + 1) - 1 != n:
+        raise ValueError(f"a tree has 2^(D+1) - 1 nodes, not {n}")
+    return depth
+
+
+def fast_feedforward(
+    x: Float[Array, "*rows d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+    *,
+    backend: Backend,
+    activation: Activation = gelu,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "*rows d"]:
+    """Sum over m trees of the activations on each row's path. `dtype` is the type of `masked`'s output product."""
+    flat = x.reshape(-1, x.shape[-1])
+    if backend == "gather":
+        y = _gather(activation, flat, w_in, bias, w_out)
+    else:
+        y = _masked(flat, w_in, bias, w_out, activation, dtype)
+    return y.reshape(x.shape)
+
+
+def path_nodes(
+    x: Float[Array, "b d"], w_in: Float[Array, "m n d"], bias: Float[Array, "m n"]
+) -> tuple[Int[Array, "b m s"], Float[Array, "b m s"]]:
+    """The nodes each row visits in each tree, root first, and their logits; s = D + 1."""
+    m, n, d = w_in.shape
+    rows, row_bias = w_in.reshape(m * n, d), bias.reshape(m * n)
+    offset = jnp.arange(m, dtype=jnp.int32) * n
+    node = jnp.zeros((x.shape[0], m), jnp.int32)
+    nodes, logits = [], []
+    for _ in range(tree_depth(n) + 1):
+        flat = node + offset
+        z = jnp.einsum("bd,bmd->bm", x, rows[flat], precision=jax.lax.Precision.HIGHEST) + row_bias[flat]
+        nodes.append(node)
+        logits.append(z)
+        node = 2 * node + 1 + (z > 0)
+    return jnp.stack(nodes, -1), jnp.stack(logits, -1)
+
+
+def path_mask(logits: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+    """One where a node is on the row's path, else zero, from the logits of all nodes."""
+    depth = tree_depth(logits.shape[-1])
+    on_path = [jnp.ones_like(logits[..., :1], dtype=bool)]
+    for level in range(depth):
+        right = logits[..., 2**level - 1 : 2 ** (level + 1) - 1] > 0
+        children = jnp.stack([on_path[-1] & ~right, on_path[-1] & right], axis=-1)
+        on_path.append(children.reshape(*right.shape[:-1], -1))
+    return jnp.concatenate(on_path, axis=-1).astype(logits.dtype)
+
+
+def _masked(
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+    activation: Activation,
+    dtype: Any,
+) -> Float[Array, "b d"]:
+    z = jnp.einsum("bd,mnd->bmn", x, w_in, precision=jax.lax.Precision.HIGHEST) + bias
+    active = activation(z) * jax.lax.stop_gradient(path_mask(z))
+    y = jnp.einsum("bmn,mnd->bd", active.astype(dtype), w_out.astype(dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(
+    activation: Activation,
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+) -> Float[Array, "b d"]:
+    return _gather_forward(activation, x, w_in, bias, w_out)[0]
+
+
+def _gather_forward(
+    activation: Activation,
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+) -> tuple[Float[Array, "b d"], tuple[Array, ...]]:
+    m, n, d = w_in.shape
+    nodes, z = path_nodes(x, w_in, bias)
+    active = activation(z)
+    flat = nodes + jnp.arange(m, dtype=jnp.int32)[:, None] * n
+    rows = w_out.reshape(m * n, d)
+    y = jnp.zeros_like(x)
+    for step in range(nodes.shape[-1]):
+        y = y + jnp.einsum("bm,bmd->bd", active[..., step], rows[flat[..., step]])
+    return y, (x, w_in, w_out, nodes, z)
+
+
+def _gather_backward(
+    activation: Activation, saved: tuple[Array, ...], g: Float[Array, "b d"]
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of x, w_in, bias, w_out. Rows of w_in and w_out that no token visited stay exactly zero."""
+    x, w_in, w_out, nodes, z = saved
+    m, n, d = w_in.shape
+    flat = nodes + jnp.arange(m, dtype=jnp.int32)[:, None] * n
+    in_rows, out_rows = w_in.reshape(m * n, d), w_out.reshape(m * n, d)
+    active, activation_vjp = jax.vjp(activation, z)
+    n_steps = nodes.shape[-1]
+    d_active = jnp.stack([jnp.einsum("bd,bmd->bm", g, out_rows[flat[..., s]]) for s in range(n_steps)], axis=-1)
+    (dz,) = activation_vjp(d_active)
+    dx = jnp.zeros_like(x)
+    for s in range(n_steps):
+        dx = dx + jnp.einsum("bm,bmd->bd", dz[..., s], in_rows[flat[..., s]])
+    d_in = _sum_by_node(nodes, dz, x, n)
+    d_out = _sum_by_node(nodes, active, g, n)
+    d_bias = jnp.zeros((m * n,), z.dtype).at[flat.reshape(-1)].add(dz.reshape(-1)).reshape(m, n)
+    return dx, d_in, d_bias, d_out
+
+
+def _sum_by_node(
+    nodes: Int[Array, "b m s"], weight: Float[Array, "b m s"], row: Float[Array, "b d"], n: int
+) -> Float[Array, "m n d"]:
+    """out[m, v] = sum of weight[b, m, s] * row[b] over all (b, s) with nodes[b, m, s] = v."""
+    b, m, n_steps = nodes.shape
+    top = min(GEMM_LEVELS, n_steps)
+    n_top = 2**top - 1
+    columns = [
+        jnp.where(nodes[..., s, None] - (2**s - 1) == jnp.arange(2**s), weight[..., s, None], 0.0) for s in range(top)
+    ]
+    out = jnp.zeros((m, n, row.shape[-1]), row.dtype)
+    out = out.at[:, :n_top].set(jnp.einsum("bmn,bd->mnd", jnp.concatenate(columns, axis=-1), row))
+    if top < n_steps:
+        tree = jnp.broadcast_to(jnp.arange(m)[None, :, None], (b, m, n_steps - top))
+        out = out.at[tree, nodes[..., top:]].add(weight[..., top:, None] * row[:, None, None, :])
+    return out
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

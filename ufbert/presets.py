@@ -1,0 +1,100 @@
+"""Find presets by name, and shrink them to a scale that a device and a budget can train."""
+
+import difflib
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ufbert.config import RunConfig, Scale
+from ufbert.errors import UserError
+
+_PACKAGED = Path(__file__).parent / "configs"
+_CHECKOUT = Path(__file__).parent.parent / "configs"
+
+
+def preset_folder() -> Path:
+    """The folder of preset files: inside an installed wheel, or `configs/` of a checkout."""
+    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+
+
+def preset_names() -> list[str]:
+    """Every preset that `load_preset` knows by name."""
+    return sorted(path.stem for path in preset_folder().glob("*.py"))
+
+
+def load_preset(name: str) -> RunConfig:
+    """The `config` of a preset file, by name or by the path of a .py file.
+
+    Raises UserError for an unknown name (with the nearest known one) or a file without a `config`.
+    """
+    path = Path(name) if name.endswith(".py") else preset_folder() / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(preset_names())}."
+        raise UserError(f"There is no preset {name!r}; {hint}")
+    config = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{path} does not define `config = RunConfig(...)`.")
+    return config
+
+
+def preset_summary(name: str) -> str:
+    """The first line of a preset's docstring."""
+    source = (preset_folder() / f"{name}.py").read_text(encoding="utf-8")
+    return source.split('"""')[1].strip().splitlines()[0]
+
+
+class _Size(NamedTuple):
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    peak_lr: float
+    batch_rows: int
+
+
+SIZES = {
+    "tiny": _Size(2, 128, 4096, 5e-3, 64),
+    "mini": _Size(4, 256, 8192, 3e-3, 64),
+    "small": _Size(4, 512, 16384, 2e-3, 128),
+}
+"""What each --scale below `base` sets. Learning rates and batches were chosen by short runs on a two-core CPU."""
+
+
+def deepest_tree(n_trees: int, max_nodes: int) -> int:
+    """The largest depth D with n_trees * (2^(D+1) - 1) <= max_nodes, at least 0."""
+    depth = 0
+    while n_trees * (2 ** (depth + 2) - 1) <= max_nodes:
+        depth += 1
+    return depth
+
+
+def scaled(config: RunConfig, scale: Scale) -> RunConfig:
+    """`config` at another size: same architecture and recipe, fewer and narrower layers. `base` changes nothing.
+
+    Hidden widths keep their ratio to `d_model`, heads stay 64 wide, and trees get the deepest D whose nodes
+    number at most 4 * d_model in all.
+    """
+    if scale == "base":
+        return config
+    if scale not in SIZES:
+        raise UserError(f"There is no scale {scale!r}; take one of {', '.join(SIZES)} or base.")
+    size, model = SIZES[scale], config.model
+    n_trees = min(model.n_trees, 4 * size.d_model)
+    return replace(
+        config,
+        model=replace(
+            model,
+            vocab_size=size.vocab_size,
+            d_model=size.d_model,
+            n_layers=size.n_layers,
+            n_heads=size.d_model // 64,
+            mixer=model.mixer[: size.n_layers],
+            feedforward=model.feedforward[: size.n_layers],
+            d_hidden=max(1, model.d_hidden * size.d_model // model.d_model),
+            n_trees=n_trees,
+            tree_depth=deepest_tree(n_trees, 4 * size.d_model),
+            pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
+        ),
+        train=replace(config.train, peak_lr=size.peak_lr, batch_rows=size.batch_rows, micro_rows=size.batch_rows),
+    )
