@@ -31,6 +31,7 @@ def load_case(name: str, backend: str) -> tuple[ModelConfig, nn.Params, dict[str
     arch = json.loads((GOLDEN / name / "config.json").read_text())["arch"]
     config = replace(crammed.model_config(arch), tree_backend=backend)
     params = crammed.to_params(load_file(GOLDEN / name / "model.safetensors"), config)
+    params = jax.tree.map(jnp.asarray, params)
     return config, params, load_file(GOLDEN / name / "golden.safetensors")
 
 

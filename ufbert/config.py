@@ -9,6 +9,9 @@ from ufbert.errors import UserError
 FORMAT_VERSION = 1
 """Version of `config.json` in model and run folders; a folder of a newer format is refused."""
 
+PAD_ID = 0
+"""Id of the padding token, in every vocabulary this package reads or makes."""
+
 Mixer = Literal["attention"]
 FeedForwardKind = Literal["dense", "glu", "tree"]
 Scale = Literal["auto", "tiny", "mini", "small", "base"]

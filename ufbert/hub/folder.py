@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -151,7 +152,7 @@ def load_model(folder: str | Path) -> ModelFolder:
         with safe_open(weights_path, framework="numpy") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             check_tensors(found, expected, str(weights_path))
-            flat = {name: file.get_tensor(name) for name in expected}
+            flat = {name: jnp.asarray(file.get_tensor(name)) for name in expected}
     except SafetensorError as error:
         raise UserError(f"{weights_path} is damaged or cut short: {error}.") from error
     params = unflatten(flat)

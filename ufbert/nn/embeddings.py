@@ -1,10 +1,11 @@
 """Ids to vectors."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ufbert.config import ModelConfig
+from ufbert.config import PAD_ID, ModelConfig
 from ufbert.nn.layers import layer_norm, maybe_dropout
 from ufbert.ops.positions import sinusoid
 
@@ -26,6 +27,7 @@ class Embeddings(nn.Module):
         normal = nn.initializers.normal(cfg.init_std)
         tokens = self.param("tokens", normal, (cfg.vocab_size, cfg.d_model))
         x = tokens[ids]
+        x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x)  # as torch's padding_idx
         if cfg.positions == "learned":
             x = x + self.param("positions", normal, (cfg.max_len, cfg.d_model))[position_ids]
         else:

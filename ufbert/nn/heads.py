@@ -26,7 +26,8 @@ class MaskedLMHead(nn.Module):
             "...d,vd->...v", hidden.astype(dtype), token_embedding.astype(dtype), preferred_element_type=jnp.float32
         )
         if cfg.head_bias:
-            logits = logits + self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
+            bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
+            logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
         return logits
 
 

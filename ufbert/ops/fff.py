@@ -70,7 +70,7 @@ def path_nodes(
     """The nodes each row visits in each tree, root first, and their logits; s = D + 1."""
     m, n, d = w_in.shape
     rows, row_bias = w_in.reshape(m * n, d), bias.reshape(m * n)
-    offset = jnp.arange(m, dtype=jnp.int32) * n
+    offset = jnp.arange(m, dtype=jnp.int32)[None] * n
     node = jnp.zeros((x.shape[0], m), jnp.int32)
     nodes, logits = [], []
     for _ in range(tree_depth(n) + 1):
@@ -101,7 +101,7 @@ def _masked(
     activation: Activation,
     dtype: Any,
 ) -> Float[Array, "b d"]:
-    z = jnp.einsum("bd,mnd->bmn", x, w_in, precision=jax.lax.Precision.HIGHEST) + bias
+    z = jnp.einsum("bd,mnd->bmn", x, w_in, precision=jax.lax.Precision.HIGHEST) + bias[None]
     active = activation(z) * jax.lax.stop_gradient(path_mask(z))
     y = jnp.einsum("bmn,mnd->bd", active.astype(dtype), w_out.astype(dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -128,7 +128,7 @@ def _gather_forward(
     m, n, d = w_in.shape
     nodes, z = path_nodes(x, w_in, bias)
     active = activation(z)
-    flat = nodes + jnp.arange(m, dtype=jnp.int32)[:, None] * n
+    flat = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n
     rows = w_out.reshape(m * n, d)
     y = jnp.zeros_like(x)
     for step in range(nodes.shape[-1]):
@@ -142,7 +142,7 @@ def _gather_backward(
     """Gradients of x, w_in, bias, w_out. Rows of w_in and w_out that no token visited stay exactly zero."""
     x, w_in, w_out, nodes, z = saved
     m, n, d = w_in.shape
-    flat = nodes + jnp.arange(m, dtype=jnp.int32)[:, None] * n
+    flat = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n
     in_rows, out_rows = w_in.reshape(m * n, d), w_out.reshape(m * n, d)
     active, activation_vjp = jax.vjp(activation, z)
     n_steps = nodes.shape[-1]
@@ -165,7 +165,7 @@ def _sum_by_node(
     top = min(GEMM_LEVELS, n_steps)
     n_top = 2**top - 1
     columns = [
-        jnp.where(nodes[..., s, None] - (2**s - 1) == jnp.arange(2**s), weight[..., s, None], 0.0) for s in range(top)
+        weight[..., s, None] * jax.nn.one_hot(nodes[..., s] - (2**s - 1), 2**s, dtype=weight.dtype) for s in range(top)
     ]
     out = jnp.zeros((m, n, row.shape[-1]), row.dtype)
     out = out.at[:, :n_top].set(jnp.einsum("bmn,bd->mnd", jnp.concatenate(columns, axis=-1), row))

@@ -46,7 +46,7 @@ def mask_tokens(
     score, positions = jax.lax.top_k(score, k)
     labels = jnp.take_along_axis(ids, positions, axis=1)
     weights = (score >= 0).astype(jnp.float32)
-    order = jnp.arange(k)
+    order = jnp.arange(k)[None]
     random_ids = jax.random.randint(random_key, (b, k), 0, vocab_size, ids.dtype)
     shown = jnp.where(order < n_mask, jnp.array(mask_id, ids.dtype), labels)
     shown = jnp.where((order >= n_mask) & (order < n_mask + n_random), random_ids, shown)
