@@ -11,6 +11,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook("ufbert", "beartype.beartype")
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

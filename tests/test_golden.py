@@ -43,16 +43,14 @@ def test_values_and_gradients_equal_the_reference(name, backend):
     hidden, aux = nn.encode(params, config, ids, segments)
     assert aux == {}
     np.testing.assert_allclose(hidden, golden["hidden_masked"], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(
-        nn.masked_lm_logits(params, config, hidden), golden["logits_masked"], atol=1e-5, rtol=0
-    )
+    np.testing.assert_allclose(nn.masked_lm_logits(params, config, hidden), golden["logits_masked"], atol=1e-5, rtol=0)
     labels = jnp.asarray(golden["labels"], jnp.int32)
     weights = (labels >= 0).astype(jnp.float32)
 
     def loss_of(params):
         logits = nn.masked_lm_logits(params, config, nn.encode(params, config, ids)[0])
-        total, count = cross_entropy(logits, jnp.maximum(labels, 0), weights)
-        return total / count, logits
+        sums = cross_entropy(logits, jnp.maximum(labels, 0), weights)
+        return sums.loss / sums.count, logits
 
     (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     np.testing.assert_allclose(logits, golden["logits_nomask"], atol=1e-5, rtol=0)

@@ -180,6 +180,41 @@ class RunConfig:
             raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
 
 
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Hyper-parameters, the same for every task. Defaults: the crammed protocol, its learning rate scaled to the width."""
+
+    epochs: int = 5
+    """Passes over the training rows."""
+    batch_rows: int = 16
+    """Rows per update."""
+    lr: float = 0.0
+    """Peak learning rate; 0 takes 4e-5 * 768 / d_model, the crammed protocol's at its own width."""
+    warmup: float = 0.1
+    """Share of the updates over which the rate rises; then it falls as a cosine to zero."""
+    adam_b1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_b2: float = 0.98
+    """AdamW's second-moment decay."""
+    adam_eps: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_len: int = 128
+    """Longest row in tokens; longer ones are cut."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_rows", "max_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tune.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.lr < 0:
+            raise UserError(f"tune.lr is {self.lr}; it must not be negative.")
+
+    def peak_lr(self, config: ModelConfig) -> float:
+        """The learning rate with 0 resolved."""
+        return self.lr or 4e-5 * 768 / config.d_model
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values."""
     return dataclasses.asdict(config)

@@ -54,9 +54,9 @@ class _Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": _Size(2, 128, 4096, 5e-3, 64),
-    "mini": _Size(4, 256, 8192, 3e-3, 64),
-    "small": _Size(4, 512, 16384, 2e-3, 128),
+    "tiny": _Size(2, 128, 4096, 5e-3, 32),
+    "mini": _Size(4, 256, 8192, 3e-3, 32),
+    "small": _Size(4, 512, 16384, 2e-3, 64),
 }
 """What each --scale below `base` sets. Learning rates and batches were chosen by short runs on a two-core CPU."""
 

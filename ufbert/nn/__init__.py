@@ -58,7 +58,7 @@ def encode(
     config: ModelConfig,
     ids: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"] | None = None,
-    position_ids: Int[Array, "b t"] | None = None,
+    position_ids: Int[Array, "#b t"] | None = None,
     key: Key[Array, ""] | None = None,
     deterministic: bool = True,
     *,

@@ -19,7 +19,7 @@ class Embeddings(nn.Module):
     def __call__(
         self,
         ids: Int[Array, "b t"],
-        position_ids: Int[Array, "b t"],
+        position_ids: Int[Array, "#b t"],
         type_ids: Int[Array, "b t"],
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
@@ -32,7 +32,7 @@ class Embeddings(nn.Module):
             x = x + self.param("positions", normal, (cfg.max_len, cfg.d_model))[position_ids]
         else:
             scale = self.param("position_scale", nn.initializers.constant(cfg.d_model**-0.5), (1,))
-            x = x + scale[0] * sinusoid(position_ids, cfg.d_model)
+            x = x + scale[0] * sinusoid(cfg.max_len, cfg.d_model)[position_ids]
         if cfg.n_token_types:
             x = x + self.param("types", normal, (cfg.n_token_types, cfg.d_model))[type_ids]
         if cfg.embedding_norm:

@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         self,
         ids: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,
-        position_ids: Int[Array, "b t"] | None = None,
+        position_ids: Int[Array, "#b t"] | None = None,
         key: Key[Array, ""] | None = None,
         deterministic: bool = True,
         *,
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         cfg = self.config
         if position_ids is None:
-            position_ids = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+            position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:
             type_ids = jnp.zeros_like(ids)
         visible = None if segment_ids is None else visible_tokens(segment_ids)

@@ -1,21 +1,32 @@
-"""Losses as (sum, count), so that shards and micro-batches add up exactly."""
+"""Losses as sums and counts, so that shards and micro-batches add up exactly."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(
-    logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], weights: Float[Array, "*rows"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sum of -log softmax(logits)[label] in nats, in float32, and the sum of the weights."""
+class Sums(NamedTuple):
+    """Totals over weighted positions; divide by `count` at the end, so that batches add up exactly."""
+
+    loss: Float[Array, ""]
+    count: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], weights: Float[Array, "*rows"]) -> Sums:
+    """Weighted totals of -log softmax(logits)[label] in nats, in float32, and of labels that have the highest logit."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights), jnp.sum(weights)
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    loss = jax.nn.logsumexp(logits, axis=-1) - picked
+    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum((picked >= highest) * weights))
 
 
 def squared_error(
     predicted: Float[Array, "*rows"], target: Float[Array, "*rows"], weights: Float[Array, "*rows"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sum of squared differences, and the sum of the weights."""
-    return jnp.sum(jnp.square(predicted.astype(jnp.float32) - target) * weights), jnp.sum(weights)
+) -> Sums:
+    """Weighted totals of squared differences; nothing counts as correct."""
+    loss = jnp.square(predicted.astype(jnp.float32) - target)
+    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.zeros(()))

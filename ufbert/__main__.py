@@ -1,0 +1,77 @@
+"""`python -m ufbert VERB`, also installed as `ufbert`. Each verb's work lives in its own package."""
+
+import sys
+import time
+
+STARTED = time.monotonic()
+
+VERBS = {
+    "train": "pretrain a model from raw text within a budget (also: python train.py)",
+    "finetune": "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
+    "fill-mask": "guess the [MASK] of a sentence",
+    "predict": "classify texts with a fine-tuned model folder",
+    "presets": "list the presets and their sizes",
+}
+
+
+def main(args: list[str]) -> int:
+    """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: ufbert VERB [OPTIONS]; `ufbert VERB --help` lists the options\n")
+        print("\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items()))
+        return 0
+    if args[0] == "--version":
+        import importlib.metadata
+
+        print(f"ufbert {importlib.metadata.version('ufbert')}")
+        return 0
+    from ufbert.errors import UserError
+
+    try:
+        run_verb(args[0], args[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from the last checkpoint of a training run", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+def run_verb(verb: str, args: list[str]) -> None:
+    """Import what the verb needs, and nothing else, and run it. Raises UserError for an unknown verb."""
+    if verb == "train":
+        from ufbert.pretrain.run import pretrain_command
+
+        pretrain_command(args, STARTED)
+    elif verb == "finetune":
+        from ufbert.glue.command import finetune_command
+
+        finetune_command(args)
+    elif verb in ("fill-mask", "predict"):
+        from ufbert.inference import command
+
+        {"fill-mask": command.fill_mask_command, "predict": command.predict_command}[verb](args)
+    elif verb == "presets":
+        from ufbert.nn.listing import presets_command
+
+        presets_command(args)
+    else:
+        import difflib
+
+        from ufbert.errors import UserError
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}."
+        raise UserError(f"There is no verb {verb!r}; {hint}")
+
+
+def run() -> None:
+    """Entry point of the `ufbert` script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,94 @@
+"""FLOPs of a configuration, the measured speed of this device, and what a budget can buy with them."""
+
+import time
+from typing import NamedTuple
+
+from ufbert.config import ModelConfig, RunConfig, Scale
+from ufbert.presets import scaled
+
+TOKENS_PER_WEIGHT = 12.0
+"""A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
+
+UTILISATION = {"cpu": 0.6, "accelerator": 0.35}
+"""Share of the measured matrix-product speed that training reaches, tree layers through `gather` on a CPU."""
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: bool) -> float:
+    """Floating-point operations of the encoder for one token; a multiply-add counts two.
+
+    `masked_trees` counts every node of a tree, as the `masked` backend computes; else the nodes on the path.
+    """
+    d, total = config.d_model, 0.0
+    for _, feedforward in config.layers:
+        total += 2 * 4 * d * d + 2 * 2 * seq_len * d
+        nodes = config.nodes_per_tree if masked_trees else config.tree_depth + 1
+        widths = {"dense": 2 * config.d_hidden, "glu": 3 * config.d_hidden, "tree": 2 * config.n_trees * nodes}
+        total += 2 * d * widths[feedforward]
+    return total
+
+
+def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
+    """Forward and backward operations per token of a packed row, the masked-only head included."""
+    head = run.train.mask_rate * 2 * run.model.d_model * run.model.vocab_size
+    return 3 * (forward_flops_per_token(run.model, run.data.seq_len, masked_trees=masked_trees) + head)
+
+
+def measured_flops(seconds: float = 0.4) -> float:
+    """Matrix-product speed of the default device in FLOP/s: float32 on a CPU, bfloat16 elsewhere."""
+    import jax
+    import jax.numpy as jnp
+
+    on_cpu = jax.default_backend() == "cpu"
+    n, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    multiply = jax.jit(lambda a: a @ a * (1 / n))
+    multiply(a).block_until_ready()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")
+
+
+class Plan(NamedTuple):
+    """A scale for a budget, and what it is expected to do."""
+
+    scale: Scale
+    run: RunConfig
+    tokens_per_second: float
+    tokens: float
+    reason: str
+
+
+def plan(run: RunConfig, scale: Scale, seconds: float, flops: float, *, on_cpu: bool) -> Plan:
+    """Resolve `scale` for a budget of `seconds` on a device of `flops` FLOP/s.
+
+    `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
+    `tiny` if none does.
+    """
+    rate = flops * UTILISATION["cpu" if on_cpu else "accelerator"]
+
+    def at(name: Scale) -> Plan:
+        config = scaled(run, name)
+        speed = rate / train_flops_per_token(config, masked_trees=not on_cpu)
+        weights = forward_flops_per_token(config.model, 0, masked_trees=not on_cpu) / 2
+        ratio = speed * seconds / weights
+        reason = (
+            f"{flops / 1e9:,.0f} GFLOP/s measured, about {speed:,.0f} tokens/s expected: "
+            f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
+        )
+        return Plan(name, config, speed, speed * seconds, reason)
+
+    if scale != "auto":
+        return at(scale)
+    plans = [at(name) for name in SCALES]
+    fitting = [p for p in plans if p.tokens >= TOKENS_PER_WEIGHT * _weights(p.run, on_cpu)]
+    return fitting[-1] if fitting else plans[0]
+
+
+def _weights(run: RunConfig, on_cpu: bool) -> float:
+    return forward_flops_per_token(run.model, 0, masked_trees=not on_cpu) / 2

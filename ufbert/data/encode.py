@@ -1,0 +1,52 @@
+"""Texts to padded id arrays, the same way for fine-tuning and inference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ufbert.config import PAD_ID
+
+BUCKETS = (16, 32, 64, 128, 256, 512)
+"""Row lengths that batches are padded to, so that few shapes are compiled."""
+
+
+class Batch(NamedTuple):
+    """Padded rows. `segment_ids` are 1 on tokens and 0 on padding; `type_ids` are 1 on a second text."""
+
+    ids: np.ndarray
+    segment_ids: np.ndarray
+    type_ids: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """Texts as lists of ids, `[CLS] text [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+
+    ids: list[list[int]]
+    type_ids: list[list[int]]
+
+    def pad(self, picks: Sequence[int] | np.ndarray, max_len: int) -> Batch:
+        """The picked rows, padded to the smallest bucket that holds the longest of them."""
+        length = bucket(max(len(self.ids[i]) for i in picks), max_len)
+        ids = np.full((len(picks), length), PAD_ID, np.int32)
+        segments, types = np.zeros_like(ids), np.zeros_like(ids)
+        for row, i in enumerate(picks):
+            n = len(self.ids[i])
+            ids[row, :n], segments[row, :n], types[row, :n] = self.ids[i], 1, self.type_ids[i]
+        return Batch(ids, segments, types)
+
+
+def bucket(length: int, max_len: int) -> int:
+    """The row length that a text of `length` tokens is padded to."""
+    return next((size for size in BUCKETS if size >= length and size <= max_len), max_len)
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_len: int) -> Encoded:
+    """Tokenise, cutting the longer text first where a row would pass `max_len` tokens."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_len)
+    rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    found = tokenizer.encode_batch(rows)
+    tokenizer.no_truncation()
+    return Encoded([row.ids for row in found], [row.type_ids for row in found])

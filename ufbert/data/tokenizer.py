@@ -1,0 +1,54 @@
+"""WordPiece: trained on the corpus at hand, used the same way everywhere."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ufbert.errors import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens in one vocabulary."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """Ids of the five special tokens. Raises UserError if the tokenizer lacks one."""
+    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    ids = [number for number in found.values() if number is not None]
+    if len(ids) < len(found):
+        raise UserError(f"The tokenizer has no {', '.join(token for token in found if found[token] is None)}.")
+    return SpecialIds(*ids)
+
+
+def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A lower-casing, accent-stripping WordPiece tokenizer of at most `vocab_size` tokens.
+
+    Encoding wraps text as `[CLS] text [SEP]` and pairs as `[CLS] a [SEP] b [SEP]`. The same documents give the same
+    tokenizer.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=1000, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    ids = special_ids(tokenizer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids.sep), ("[CLS]", ids.cls))
+    return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash that is equal for equal tokenizers."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""GLUE: tasks, where their rows come from, metrics, and fine-tuning."""

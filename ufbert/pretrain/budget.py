@@ -1,0 +1,168 @@
+"""The budget of a run and the clock that spends it.
+
+Everything that changes during a run (learning rate, batch size, evaluations, checkpoints, the end) is a function of
+`clock.fraction(step)`, the share of the budget that is spent.
+"""
+
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ufbert.errors import UserError
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds or updates; exactly one is set."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+
+def parse_budget(text: str) -> Budget:
+    """`24h`, `90m`, `300s` or `200steps`. Raises UserError for anything else, and for a budget of nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|steps?)", text.strip())
+    if match is None:
+        raise UserError(
+            f"{text!r} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
+        )
+    amount, unit = float(match[1]), match[2]
+    if amount <= 0:
+        raise UserError(f"A budget of {text} trains nothing; give it at least a second or a step.")
+    if unit in _UNITS:
+        return Budget(seconds=amount * _UNITS[unit])
+    if amount != int(amount):
+        raise UserError(f"{text!r} is not a whole number of steps.")
+    return Budget(steps=int(amount))
+
+
+class Clock(Protocol):
+    """What the loop asks of time."""
+
+    def fraction(self, step: int) -> float:
+        """Share of the training budget spent when update `step` begins, in [0, 1]; never decreases."""
+        ...
+
+    def done(self, step: int) -> bool:
+        """Whether update `step` must not begin."""
+        ...
+
+    def left(self, step: int) -> str:
+        """What is left, for a person."""
+        ...
+
+    def reserve(self, seconds: float) -> None:
+        """Keep this much of the end for the last evaluation and the last save."""
+        ...
+
+    def spent(self) -> float:
+        """Seconds used so far, earlier sessions of the run included."""
+        ...
+
+
+class StepClock:
+    """A budget of updates: the same numbers on every run, however fast the machine is."""
+
+    def __init__(self, steps: int, spent_before: float = 0.0) -> None:
+        self.steps, self._spent_before, self._started = steps, spent_before, time.monotonic()
+
+    def fraction(self, step: int) -> float:
+        return min(1.0, step / self.steps)
+
+    def done(self, step: int) -> bool:
+        return step >= self.steps
+
+    def left(self, step: int) -> str:
+        return f"{max(0, self.steps - step):,} steps left"
+
+    def reserve(self, seconds: float) -> None:
+        pass
+
+    def spent(self) -> float:
+        return self._spent_before + time.monotonic() - self._started
+
+
+class WallClock:
+    """A budget of seconds. It runs from its construction (or from `started`, a time.monotonic() reading) to the end of
+    the last save, and continues over restarts from `spent_before`."""
+
+    def __init__(self, seconds: float, spent_before: float = 0.0, started: float | None = None) -> None:
+        self.seconds, self._spent_before = seconds, spent_before
+        self._started = time.monotonic() if started is None else started
+        self._reserve, self._furthest = 0.0, 0.0
+
+    def spent(self) -> float:
+        return self._spent_before + time.monotonic() - self._started
+
+    def fraction(self, step: int) -> float:
+        trainable = max(1e-9, self.seconds - self._reserve)
+        self._furthest = max(self._furthest, min(1.0, self.spent() / trainable))
+        return self._furthest
+
+    def done(self, step: int) -> bool:
+        return self.spent() >= self.seconds - self._reserve
+
+    def left(self, step: int) -> str:
+        left = max(0, int(self.seconds - self.spent()))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+
+    def reserve(self, seconds: float) -> None:
+        self._reserve = seconds
+
+
+class Ledger:
+    """`ledger.jsonl`: one line a second with what the current session has spent, so that a kill loses a second at most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sessions = _read_sessions(path)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def spent(self) -> float:
+        """Seconds that all earlier sessions used."""
+        return sum(self.sessions.values())
+
+    def start(self, clock: Clock) -> None:
+        """Begin to write the current session's time from `clock`, every second, until `close`."""
+        session, before = max(self.sessions, default=0) + 1, self.spent
+
+        def write() -> None:
+            with self.path.open("a", encoding="utf-8") as file:
+                while True:
+                    line = {"session": session, "spent": round(clock.spent() - before, 3)}
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    if self._stop.is_set():
+                        return
+                    self._stop.wait(1.0)
+
+        self._thread = threading.Thread(target=write, name="ledger", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write a last line and stop."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _read_sessions(path: Path) -> dict[int, float]:
+    sessions: dict[int, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                session, spent = int(record["session"]), float(record["spent"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a kill
+            sessions[session] = max(spent, sessions.get(session, 0.0))
+    return sessions

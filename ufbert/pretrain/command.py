@@ -1,0 +1,131 @@
+"""`train.py` and `ufbert train`: options to a run."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ufbert.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, Scale, from_json
+from ufbert.device import Device
+from ufbert.errors import UserError
+from ufbert.presets import load_preset, scaled
+from ufbert.pretrain.budget import parse_budget
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Pretrain a masked language model within a budget, from raw text to a model folder."""
+
+    budget: str = "24h"
+    """What the run may spend: 24h, 90m, 300s or 200steps. Time covers compilation, the last evaluation and the save."""
+    config: str = "ultrafastbert_1x11"
+    """Preset name (see `ufbert presets`) or the path of a preset file."""
+    scale: Scale = "auto"
+    """tiny 2x128, mini 4x256, small 4x512, base the preset's own size; auto picks one for the device and the budget."""
+    corpus: str = "auto"
+    """demo, text:PATH[,PATH], hf:NAME[:CONFIG[:FIELD]]; auto takes the demo text for at most 40 passes, else a hub corpus."""
+    out: str = ""
+    """Run folder; by default a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --out, within what is left of its budget."""
+    seed: int = 0
+    """Seed of initialisation, row order and masking."""
+    device: Device = "auto"
+    """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
+    tokenizer: str = ""
+    """A tokenizer.json to use instead of training one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    train: PretrainConfig = field(default_factory=PretrainConfig)
+    """The recipe."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The shape of the data."""
+
+    @property
+    def run(self) -> RunConfig:
+        """The preset that these options amount to."""
+        return RunConfig(self.model, self.train, self.data)
+
+    def with_run(self, run: RunConfig) -> "TrainOptions":
+        """These options with another configuration."""
+        return replace(self, model=run.model, train=run.train, data=run.data)
+
+
+def parse(args: list[str], default: TrainOptions) -> TrainOptions:
+    """Command-line arguments over `default`. Prints help or a usage error and exits as tyro does."""
+    import tyro
+
+    return tyro.cli(TrainOptions, args=args, default=default, prog="train.py")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Options with every `auto` decided."""
+
+    options: TrainOptions
+    tokens_planned: float
+    reason: str
+    """Why this scale."""
+
+
+def resolve(args: list[str], platform: str) -> Resolved:
+    """Decide preset and scale; fields given on the command line win over both."""
+    named = parse(args, TrainOptions())
+    budget = parse_budget(named.budget)
+    preset = load_preset(named.config)
+    options = parse(args, named.with_run(preset))
+    on_cpu = platform == "cpu"
+    if budget.steps is not None:
+        scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
+        reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
+        options = _rescaled(args, options, preset, scale)
+        return Resolved(options, budget.steps * options.train.batch_rows * options.data.seq_len, reason)
+    from ufbert.cost import measured_flops, plan
+
+    assert budget.seconds is not None
+    found = plan(preset, options.scale, budget.seconds, measured_flops(), on_cpu=on_cpu)
+    options = _rescaled(args, options, preset, found.scale)
+    return Resolved(options, found.tokens, found.reason)
+
+
+def _rescaled(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
+    return replace(parse(args, options.with_run(scaled(preset, scale))), scale=scale)
+
+
+def stored_options(folder: Path) -> TrainOptions:
+    """The options a run folder was made with. Raises UserError if it is not a run folder."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format", None) != "ufbert-run":
+            raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
+        values.pop("format_version", None)
+        values.pop("environment", None)
+        run = from_json(RunConfig, values.pop("run"), str(path))
+        return from_json(TrainOptions, values, str(path)).with_run(run)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no run in {folder} to resume.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+
+
+def resumed_options(args: list[str], folder: Path) -> TrainOptions:
+    """The stored options of a run, after checking that the command line does not ask for something else."""
+    stored = stored_options(folder)
+    asked = parse(args, stored)
+    for name, before, now in _differences(stored, asked):
+        if name not in ("out", "resume", "device"):
+            raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={now}.")
+    return replace(stored, out=asked.out, resume=True, device=asked.device)
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for item in dataclasses.fields(before):
+        old, new = getattr(before, item.name), getattr(now, item.name)
+        if dataclasses.is_dataclass(old):
+            found += _differences(old, new, f"{prefix}{item.name}.")
+        elif old != new:
+            found.append((prefix + item.name, old, new))
+    return found

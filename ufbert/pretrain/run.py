@@ -1,0 +1,190 @@
+"""A whole pretraining run: corpus, tokenizer and rows, then the clock, the loop and the report."""
+
+import importlib.metadata
+import platform as host
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ufbert.config import FORMAT_VERSION, to_json
+from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, Corpus, demo_path, open_corpus
+from ufbert.data.rows import PreparedData, open_prepared, prepare
+from ufbert.device import use_device
+from ufbert.errors import UserError
+from ufbert.pretrain.budget import Clock, Ledger, StepClock, WallClock, parse_budget
+from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resumed_options
+from ufbert.writers import LiveLine, write_json
+
+MAX_DEMO_PASSES = 40
+
+
+def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
+    """`ufbert train ARGS`. `started` is the process's own start, a time.monotonic() reading: a resume pays from there."""
+    options = parse(args, TrainOptions())
+    parse_budget(options.budget)
+    if options.resume:
+        if not options.out:
+            raise UserError("--resume needs --out FOLDER, the run to go on with.")
+        return resume_run(resumed_options(args, Path(options.out)), started)
+    if options.out and Path(options.out).exists():
+        raise UserError(f"{options.out} exists already; pass --resume to go on with that run, or another --out.")
+    platform = use_device(options.device)
+    return new_run(resolve(args, platform))
+
+
+def new_run(resolved: Resolved) -> dict[str, Any]:
+    """Prepare data, start the clock and train. Returns the summary."""
+    options = resolved.options
+    folder = Path(options.out) if options.out else _free_folder(options)
+    corpus = _choose_corpus(options, resolved.tokens_planned)
+    options = replace(options, corpus=corpus.spec, out=str(folder))
+    print(_headline(options))
+    print(f"  scale {options.scale}: {resolved.reason}")
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", _run_config(options))
+    except OSError as error:
+        raise UserError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
+    data = _prepare(options, corpus, folder, resolved.tokens_planned)
+    options = _fit_vocabulary(options, data)
+    write_json(folder / "config.json", _run_config(options))
+    clock = _clock(options, spent_before=0.0, started=None)
+    return _train(options, data, clock, Ledger(folder / "ledger.jsonl"), restarts=0)
+
+
+def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
+    """Go on with a run; the time since `started` is charged to its budget."""
+    folder = Path(options.out)
+    if (folder / "summary.json").is_file():
+        raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
+    ledger = Ledger(folder / "ledger.jsonl")
+    use_device(options.device)
+    print(_headline(options))
+    if (folder / "data" / "manifest.json").is_file():
+        data = open_prepared(folder / "data")
+    else:
+        data = _prepare(options, open_corpus(options.corpus), folder, 0.0)
+    options = _fit_vocabulary(options, data)
+    write_json(folder / "config.json", _run_config(options))
+    restarts = len(ledger.sessions)
+    clock = _clock(options, ledger.spent, started if restarts else None)
+    print(f"resuming {folder}: {ledger.spent:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
+    return _train(options, data, clock, ledger, restarts)
+
+
+def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, restarts: int) -> dict[str, Any]:
+    from ufbert.pretrain.loop import train
+    from ufbert.report.run_report import write_report
+
+    folder = Path(options.out)
+    passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
+    print(f"the clock starts: {options.budget} for {passes}", flush=True)
+    ledger.start(clock)
+    try:
+        summary = train(options.run, data, clock, folder, seed=options.seed, restarts=restarts)
+    finally:
+        ledger.close()
+    report = write_report(folder)
+    print(
+        f"held-out loss {summary['heldout_loss']:.3f} nats; word frequency alone gives {summary['unigram_loss']:.3f}, "
+        f"so the model gains {summary['gain_over_unigram']:.3f}\n"
+        f"{summary['steps']:,} updates, {summary['passes']:.1f} passes, {summary['spent_seconds']:.1f} s spent"
+        f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
+        f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
+    )
+    return summary
+
+
+def _clock(options: TrainOptions, spent_before: float, started: float | None) -> Clock:
+    budget = parse_budget(options.budget)
+    if budget.steps is not None:
+        return StepClock(budget.steps, spent_before)
+    assert budget.seconds is not None
+    if spent_before >= budget.seconds:
+        raise UserError(f"The run in {options.out} has spent its whole budget of {options.budget}.")
+    return WallClock(budget.seconds, spent_before, started)
+
+
+def _choose_corpus(options: TrainOptions, tokens_planned: float) -> Corpus:
+    if options.corpus != "auto":
+        return open_corpus(options.corpus)
+    passes = tokens_planned / DEMO_TOKENS
+    if demo_path() is not None and passes <= MAX_DEMO_PASSES:
+        print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
+        return open_corpus("demo")
+    why = (
+        f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
+        if demo_path() is not None
+        else "the packaged text is not installed"
+    )
+    print(f"corpus {HUB_CORPUS}: {why}")
+    return open_corpus(HUB_CORPUS)
+
+
+def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned: float) -> PreparedData:
+    began, live = time.monotonic(), LiveLine(every=5.0)
+    given = None
+    if options.tokenizer:
+        from ufbert.hub.folder import read_tokenizer
+
+        given = read_tokenizer(options.tokenizer)
+    data = prepare(
+        corpus,
+        folder / "data",
+        vocab_size=options.model.vocab_size,
+        seq_len=options.data.seq_len,
+        max_tokens=options.data.max_tokens or int(tokens_planned),
+        tokenizer_chars=options.data.tokenizer_chars,
+        tokenizer=given,
+        progress=live.show,
+    )
+    seconds = time.monotonic() - began
+    facts = data.manifest
+    live.say(
+        f"corpus and tokenizer ready in {seconds:.1f} s (not charged): {facts.documents:,} documents, "
+        f"{facts.train_rows:,} training and {facts.heldout_rows:,} held-out rows of {facts.seq_len} tokens, "
+        f"{facts.vocab_size:,} word pieces; licence: {facts.licence}"
+    )
+    if tokens_planned:
+        live.say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
+    return data
+
+
+def _fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
+    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number."""
+    if data.manifest.vocab_size == options.model.vocab_size:
+        return options
+    return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))
+
+
+def _free_folder(options: TrainOptions) -> Path:
+    stem = f"{Path(options.config).stem}-{options.scale}-{options.budget}"
+    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
+    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+
+
+def _headline(options: TrainOptions) -> str:
+    from ufbert import nn
+
+    model = options.model
+    kinds = "+".join(dict.fromkeys(kind for _, kind in model.layers))
+    tree = f" {model.n_trees}x{model.tree_depth} ({nn.tree_backend(model)})" if "tree" in kinds else ""
+    return (
+        f"{options.config}: {model.n_layers} layers x {model.d_model}, {kinds}{tree} feedforward, "
+        f"{nn.count_params(model):,} parameters"
+    )
+
+
+def _run_config(options: TrainOptions) -> dict[str, Any]:
+    values = {
+        name: value for name, value in to_json(options).items() if name not in ("model", "train", "data", "resume")
+    }
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    return {
+        "format": "ufbert-run",
+        "format_version": FORMAT_VERSION,
+        **values,
+        "run": to_json(options.run),
+        "environment": {"python": host.python_version(), "machine": host.platform(), **versions},
+    }

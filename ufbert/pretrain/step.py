@@ -1,0 +1,107 @@
+"""The pure functions of pretraining: rows in, new state and sums out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from ufbert import nn
+from ufbert.config import RunConfig
+from ufbert.data.tokenizer import SpecialIds
+from ufbert.ops.losses import Sums, cross_entropy
+from ufbert.ops.masking import Masked, mask_tokens
+from ufbert.pretrain.optim import apply_update, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a run must remember; the clock and the row order are functions of it and of the run folder."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    """Updates done."""
+    rows_seen: Int[Array, ""]
+    """Rows consumed: the position in the endless row order."""
+
+
+class Steps(NamedTuple):
+    """Jitted functions of one configuration."""
+
+    update: Callable[..., Any]
+    """(state, rows, key, lr) -> (state, sums, gradient norm): one update from one micro-batch."""
+    gradient: Callable[..., Any]
+    """(params, rows, key, total) -> total: add one micro-batch's (gradient, sums) to `total`; start from None."""
+    finish: Callable[..., Any]
+    """(state, total, n_rows, lr) -> (state, sums, gradient norm): one update from accumulated gradients."""
+    evaluate: Callable[..., Sums]
+    """(params, rows, key) -> sums."""
+
+
+def mask_rows(run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"], key: Key[Array, ""]) -> Masked:
+    """The masking that both training and evaluation use."""
+    return mask_tokens(
+        rows,
+        key,
+        rate=run.train.mask_rate,
+        vocab_size=run.model.vocab_size,
+        mask_id=special.mask,
+        special_ids=(special.pad, special.cls, special.sep),
+    )
+
+
+def masked_lm_sums(
+    params: Any, run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"], key: Key[Array, ""]
+) -> Sums:
+    """Masked-LM loss of packed rows, in nats, as sums. Logits are computed at the hidden positions only."""
+    masked = mask_rows(run, special, rows, key)
+    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
+    hidden, _ = nn.encode(params, run.model, masked.ids, segments)
+    picked = jnp.take_along_axis(hidden, masked.positions[..., None], axis=1)
+    logits = nn.masked_lm_logits(params, run.model, picked)
+    return cross_entropy(logits, masked.labels, masked.weights)
+
+
+def init_state(run: RunConfig, key: Key[Array, ""]) -> TrainState:
+    """Fresh parameters and optimizer."""
+    params = nn.init(run.model, key)
+    opt_state = make_optimizer(run.train).init(params)
+    return TrainState(params, opt_state, step=jnp.zeros((), jnp.int32), rows_seen=jnp.zeros((), jnp.int32))
+
+
+def build_steps(run: RunConfig, special: SpecialIds) -> Steps:
+    """The jitted step functions of a configuration. State and accumulated gradients are donated."""
+    optimizer = make_optimizer(run.train)
+
+    def loss_and_sums(params: Any, rows: Array, key: Array) -> tuple[Array, Sums]:
+        sums = masked_lm_sums(params, run, special, rows, key)
+        return sums.loss, sums
+
+    def gradient(params: Any, rows: Array, key: Array, total: Any) -> Any:
+        (_, sums), grads = jax.value_and_grad(loss_and_sums, has_aux=True)(params, rows, key)
+        found = (grads, sums)
+        return found if total is None else jax.tree.map(jnp.add, total, found)
+
+    def finish(state: TrainState, total: Any, n_rows: Array, lr: Array) -> tuple[TrainState, Sums, Array]:
+        grads, sums = total
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0), grads)
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_update(state.params, direction, lr)
+        new = TrainState(params, opt_state, state.step + 1, state.rows_seen + n_rows)
+        return new, sums, optax.global_norm(grads)
+
+    def update(state: TrainState, rows: Array, key: Array, lr: Array) -> tuple[TrainState, Sums, Array]:
+        n_rows = jnp.asarray(rows.shape[0], jnp.int32)
+        return finish(state, gradient(state.params, rows, key, None), n_rows, lr)
+
+    def evaluate(params: Any, rows: Array, key: Array) -> Sums:
+        return masked_lm_sums(params, run, special, rows, key)
+
+    return Steps(
+        update=jax.jit(update, donate_argnums=0),
+        gradient=jax.jit(gradient, donate_argnums=3),
+        finish=jax.jit(finish, donate_argnums=(0, 1)),
+        evaluate=jax.jit(evaluate),
+    )

@@ -1,0 +1,111 @@
+"""`report.html` of a pretraining run: self-contained, curves as pictures."""
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the curves of a run folder into `report.html` and return its path."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    updates = [r for r in records if "loss" in r]
+    evals = [r for r in records if "heldout_loss" in r]
+    pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
+    title = html.escape(f"{config['config']} at scale {config['scale']}, {config['budget']}")
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd }}
+td:last-child {{ font-variant-numeric: tabular-nums }} svg {{ width: 100%; height: auto }} pre {{ overflow-x: auto }}
+</style></head><body><h1>{title}</h1>
+{_table(summary)}
+{"".join(pictures)}
+<h2>Held-out evaluations</h2>{_evaluations(evals)}
+<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></body></html>
+"""
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_number(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _evaluations(evals: list[dict[str, Any]]) -> str:
+    head = "<tr><th>update</th><th>seconds</th><th>loss, nats</th><th>accuracy</th></tr>"
+    rows = "".join(
+        f"<tr><td>{r['step']:,}</td><td>{r['spent']:.1f}</td><td>{r['heldout_loss']:.4f}</td>"
+        f"<td>{r['heldout_accuracy']:.2%}</td></tr>"
+        for r in evals
+    )
+    return f"<table>{head}{rows}</table>"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    total, norm, out = 0.0, 0.0, []
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(total / norm)
+    return out
+
+
+def _svg(draw: Any, rows: int) -> str:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(9, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    draw(axes)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("seconds of the budget")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return "<figure>" + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</figure>"
+
+
+def _thin(values: list[Any], most: int = 2000) -> list[Any]:
+    return values[:: max(1, len(values) // most)]
+
+
+def _loss_picture(updates: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    def draw(axes: Any) -> None:
+        smooth = _smoothed([r["loss"] for r in updates])
+        pairs = _thin(list(zip([r["spent"] for r in updates], smooth, strict=True)))
+        axes[0].plot(*zip(*pairs, strict=True), color="tab:blue", lw=1, label="training (smoothed)")
+        axes[0].plot(
+            [r["spent"] for r in evals], [r["heldout_loss"] for r in evals], "o-", color="tab:orange", label="held-out"
+        )
+        axes[0].axhline(summary["unigram_loss"], color="gray", ls="--", lw=1, label="word frequency alone")
+        axes[0].set_ylabel("masked-LM loss, nats")
+        axes[0].legend(frameon=False)
+
+    return _svg(draw, 1)
+
+
+def _speed_picture(updates: list[dict[str, Any]]) -> str:
+    def draw(axes: Any) -> None:
+        spent = [r["spent"] for r in updates]
+        axes[0].plot(_thin(spent), _thin([r["lr"] for r in updates]), color="tab:green", lw=1)
+        axes[0].set_ylabel("learning rate")
+        speed = _smoothed([r["tokens_per_second"] for r in updates])
+        axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
+        axes[1].set_ylabel("tokens per second")
+        axes[1].set_ylim(bottom=0)
+
+    return _svg(draw, 2)
