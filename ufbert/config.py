@@ -152,12 +152,12 @@ class DataConfig:
 
     seq_len: int = 128
     """Tokens in a packed row."""
-    document_attention: bool = False
-    """Keep packed documents from attending to each other (crammed BERT does not)."""
+    document_attention: bool = True
+    """Keep packed documents from attending to each other. Crammed BERT lets them; see the README for what it costs."""
     eval_rows: int = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
     max_tokens: int = 0
-    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once."""
+    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once, or 20 million."""
     tokenizer_chars: int = 100_000_000
     """Characters of the corpus that the tokenizer is trained on."""
 

@@ -9,7 +9,7 @@ from ufbert.presets import scaled
 TOKENS_PER_WEIGHT = 12.0
 """A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
 
-UTILISATION = {"cpu": 0.6, "accelerator": 0.35}
+UTILISATION = {"cpu": 0.3, "accelerator": 0.35}
 """Share of the measured matrix-product speed that training reaches, tree layers through `gather` on a CPU."""
 
 

@@ -1,6 +1,7 @@
 """WordPiece: trained on the corpus at hand, used the same way everywhere."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -36,17 +37,37 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     Encoding wraps text as `[CLS] text [SEP]` and pairs as `[CLS] a [SEP] b [SEP]`. The same documents give the same
     tokenizer.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    texts = [normalizer.normalize_str(document) for document in documents]
+    alphabet = _alphabet(texts, limit=min(1000, vocab_size // 4))
+    draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    draft.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        # Left to itself the trainer numbers "##" pieces in the order of a randomised hash map.
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    draft.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=1000, show_progress=False
-    )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ids = special_ids(tokenizer)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids.sep), ("[CLS]", ids.cls))
     return tokenizer
+
+
+def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
+    """The `limit` most frequent characters that are not blanks, ties by code point, sorted."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    return sorted([c for c in ranked if not c.isspace()][:limit])
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -89,7 +89,7 @@ def path_mask(logits: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
     for level in range(depth):
         right = logits[..., 2**level - 1 : 2 ** (level + 1) - 1] > 0
         children = jnp.stack([on_path[-1] & ~right, on_path[-1] & right], axis=-1)
-        on_path.append(children.reshape(*right.shape[:-1], -1))
+        on_path.append(children.reshape(*right.shape[:-1], 2 ** (level + 1)))
     return jnp.concatenate(on_path, axis=-1).astype(logits.dtype)
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ufbert.errors import UserError
 
@@ -42,8 +42,12 @@ def parse_budget(text: str) -> Budget:
     return Budget(steps=int(amount))
 
 
+@runtime_checkable
 class Clock(Protocol):
     """What the loop asks of time."""
+
+    seconds: float | None
+    """The whole budget, where it is one of time."""
 
     def fraction(self, step: int) -> float:
         """Share of the training budget spent when update `step` begins, in [0, 1]; never decreases."""
@@ -70,6 +74,7 @@ class StepClock:
     """A budget of updates: the same numbers on every run, however fast the machine is."""
 
     def __init__(self, steps: int, spent_before: float = 0.0) -> None:
+        self.seconds: float | None = None
         self.steps, self._spent_before, self._started = steps, spent_before, time.monotonic()
 
     def fraction(self, step: int) -> float:
@@ -93,7 +98,8 @@ class WallClock:
     the last save, and continues over restarts from `spent_before`."""
 
     def __init__(self, seconds: float, spent_before: float = 0.0, started: float | None = None) -> None:
-        self.seconds, self._spent_before = seconds, spent_before
+        self.seconds: float | None = seconds
+        self._budget, self._spent_before = seconds, spent_before
         self._started = time.monotonic() if started is None else started
         self._reserve, self._furthest = 0.0, 0.0
 
@@ -101,15 +107,15 @@ class WallClock:
         return self._spent_before + time.monotonic() - self._started
 
     def fraction(self, step: int) -> float:
-        trainable = max(1e-9, self.seconds - self._reserve)
+        trainable = max(1e-9, self._budget - self._reserve)
         self._furthest = max(self._furthest, min(1.0, self.spent() / trainable))
         return self._furthest
 
     def done(self, step: int) -> bool:
-        return self.spent() >= self.seconds - self._reserve
+        return self.spent() >= self._budget - self._reserve
 
     def left(self, step: int) -> str:
-        left = max(0, int(self.seconds - self.spent()))
+        left = max(0, int(self._budget - self.spent()))
         hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
@@ -127,13 +133,13 @@ class Ledger:
         self._thread: threading.Thread | None = None
 
     @property
-    def spent(self) -> float:
+    def spent_before(self) -> float:
         """Seconds that all earlier sessions used."""
-        return sum(self.sessions.values())
+        return sum(self.sessions.values(), 0.0)
 
     def start(self, clock: Clock) -> None:
         """Begin to write the current session's time from `clock`, every second, until `close`."""
-        session, before = max(self.sessions, default=0) + 1, self.spent
+        session, before = max(self.sessions, default=0) + 1, self.spent_before
 
         def write() -> None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -80,7 +80,7 @@ def resolve(args: list[str], platform: str) -> Resolved:
         scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
         reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
         options = _rescaled(args, options, preset, scale)
-        return Resolved(options, budget.steps * options.train.batch_rows * options.data.seq_len, reason)
+        return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
     from ufbert.cost import measured_flops, plan
 
     assert budget.seconds is not None

@@ -89,13 +89,14 @@ def train(
         live.say(f"resumed from the checkpoint of step {start_step:,}; {clock.left(start_step)}")
     metrics = JsonlWriter(folder / "metrics.jsonl", keep_through_step=start_step if restarts else None)
     session = _Session(state, steps, metrics, live)
-    if restored is None:
-        _evaluate(session, heldout, clock)
-    _updates(session, run, data, heldout, clock, folder, key)
-    loss = _evaluate(session, heldout, clock)
-    summary = _finish(session, run, data, heldout, clock, folder, loss, restarts)
-    metrics.close()
-    return summary
+    try:
+        if restored is None:
+            _evaluate(session, heldout, clock)
+        _updates(session, run, data, heldout, clock, folder, key)
+        loss = _evaluate(session, heldout, clock)
+        return _finish(session, run, data, heldout, clock, folder, loss, restarts)
+    finally:
+        metrics.close()
 
 
 def _updates(
@@ -109,7 +110,7 @@ def _updates(
 ) -> None:
     """Phase 3: updates until the clock is done."""
     cfg, order = run.train, RowOrder(len(data.train), seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
-    n_checkpoints = cfg.n_checkpoints or max(10, round(getattr(clock, "seconds", 0.0) / 900))
+    n_checkpoints = cfg.n_checkpoints or max(10, round((clock.seconds or 0.0) / 900))
     step, position = int(session.state.step), int(session.state.rows_seen)
     fraction = clock.fraction(step)
     evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_checkpoints)
@@ -240,7 +241,7 @@ def _finish(
         "tokens": rows * run.data.seq_len,
         "passes": rows / len(data.train),
         "spent_seconds": round(clock.spent(), 2),
-        "budget_seconds": getattr(clock, "seconds", None),
+        "budget_seconds": clock.seconds,
         "restarts": restarts,
         "parameters": nn.count_params(run.model),
         "tree_backend": nn.tree_backend(run.model),

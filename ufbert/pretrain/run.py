@@ -17,6 +17,8 @@ from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resu
 from ufbert.writers import LiveLine, write_json
 
 MAX_DEMO_PASSES = 40
+MIN_CORPUS_TOKENS = 20_000_000
+"""A corpus up to this size is read whole, however short the run."""
 
 
 def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
@@ -68,8 +70,8 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
     options = _fit_vocabulary(options, data)
     write_json(folder / "config.json", _run_config(options))
     restarts = len(ledger.sessions)
-    clock = _clock(options, ledger.spent, started if restarts else None)
-    print(f"resuming {folder}: {ledger.spent:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
+    clock = _clock(options, ledger.spent_before, started if restarts else None)
+    print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
     return _train(options, data, clock, ledger, restarts)
 
 
@@ -134,7 +136,7 @@ def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned
         folder / "data",
         vocab_size=options.model.vocab_size,
         seq_len=options.data.seq_len,
-        max_tokens=options.data.max_tokens or int(tokens_planned),
+        max_tokens=options.data.max_tokens or max(MIN_CORPUS_TOKENS, int(tokens_planned)),
         tokenizer_chars=options.data.tokenizer_chars,
         tokenizer=given,
         progress=live.show,

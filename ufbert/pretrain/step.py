@@ -90,7 +90,7 @@ def build_steps(run: RunConfig, special: SpecialIds) -> Steps:
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_update(state.params, direction, lr)
         new = TrainState(params, opt_state, state.step + 1, state.rows_seen + n_rows)
-        return new, sums, optax.global_norm(grads)
+        return new, sums, optax.tree.norm(grads)
 
     def update(state: TrainState, rows: Array, key: Array, lr: Array) -> tuple[TrainState, Sums, Array]:
         n_rows = jnp.asarray(rows.shape[0], jnp.int32)

@@ -1,0 +1,202 @@
+"""Metrics against closed forms and SciPy, readers against broken files, and a whole fine-tuning run."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ufbert.config import FinetuneConfig
+from ufbert.data.encode import bucket, encode_texts
+from ufbert.errors import UserError
+from ufbert.glue.command import finetune_command, subset
+from ufbert.glue.finetune import learning_rate
+from ufbert.glue.metrics import score
+from ufbert.glue.sources import Rows, open_source, read_split
+from ufbert.glue.tasks import TASKS, find_task
+from ufbert.hub.folder import load_model
+
+
+def test_binary_metrics_are_the_closed_forms():
+    predicted, labels = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 1, 0, 0])
+    tp, fp, fn, tn = 2, 2, 1, 3
+    found = score(("accuracy", "f1", "matthews"), predicted, labels)
+    assert found["accuracy"] == pytest.approx(5 / 8)
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    wanted = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert found["matthews"] == pytest.approx(wanted)
+
+
+def test_constant_predictions_score_zero_not_nan():
+    zeros, labels = np.zeros(4), np.array([0, 1, 0, 1])
+    assert score(("f1", "matthews", "pearson", "spearman"), zeros, labels) == {
+        "f1": 0.0, "matthews": 0.0, "pearson": 0.0, "spearman": 0.0,
+    }  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=40))
+def test_correlations_equal_scipy_with_ties(pairs):
+    a, b = np.array(pairs, float).T
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return
+    found = score(("pearson", "spearman"), a, b)
+    assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-9)
+    assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
+
+
+def write(root, task, split, text, encoding="utf-8"):
+    folder = root / TASKS[task].folder
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.tsv").write_bytes(text.encode(encoding))
+
+
+def test_official_quirks_are_read(tmp_path):
+    write(
+        tmp_path,
+        "mrpc",
+        "dev",
+        'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\tHe said "no.\tNo!\r\n',
+        "utf-8-sig",
+    )
+    assert read_split(tmp_path, TASKS["mrpc"], "dev") == Rows(['He said "no.'], ["No!"], [1.0])
+    write(tmp_path, "cola", "dev", "gj04\t0\t*\tThe cat sleep.\n")
+    assert read_split(tmp_path, TASKS["cola"], "dev") == Rows(["The cat sleep."], None, [0.0])
+    write(tmp_path, "sst2", "dev", "sentence\tlabel\ngood \t1\n")
+    assert read_split(tmp_path, TASKS["sst2"], "dev") == Rows(["good"], None, [1.0])
+    write(tmp_path, "stsb", "dev", "index\tsentence1\tsentence2\tscore\n0\ta\tb\t2.5\n")
+    assert read_split(tmp_path, TASKS["stsb"], "dev") == Rows(["a"], ["b"], [2.5])
+    write(tmp_path, "rte", "dev", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n")
+    assert read_split(tmp_path, TASKS["rte"], "dev") == Rows(["a"], ["b"], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sentence\tlabel\ngood\t1\nbad\n", "line 3: 1 columns, expected 2"),
+        ("sentence\tlabel\ngood\t7\n", "line 2: '7' is not one of the labels"),
+        ("text\tlabel\ngood\t1\n", "no column sentence"),
+        ("sentence\tlabel\n", "no rows"),
+        ("", "no column"),
+    ],
+)
+def test_broken_rows_are_named_by_file_and_line(tmp_path, text, words):
+    write(tmp_path, "sst2", "train", text)
+    with pytest.raises(UserError, match=words) as caught:
+        read_split(tmp_path, TASKS["sst2"], "train")
+    assert "train.tsv" in str(caught.value)
+
+
+def test_wrong_encoding_missing_files_and_unknown_tasks(tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\nfine\t1\nb\xff\t0\n")
+    with pytest.raises(UserError, match=r"dev\.tsv, line 3: not UTF-8"):
+        read_split(tmp_path, TASKS["sst2"], "dev")
+    with pytest.raises(UserError, match="lacks"):
+        read_split(tmp_path, TASKS["cola"], "dev")
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(f"dir:{tmp_path / 'none'}")
+    with pytest.raises(UserError, match=r"did you mean sst2\?"):
+        find_task("sst3")
+    assert find_task("SST-2") is TASKS["sst2"]
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
+    assert rates[9] == 1.0
+    assert np.all(np.diff(rates[:10]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert rates[-1] < 0.001
+    assert FinetuneConfig().peak_lr(load_config(768)) == pytest.approx(4e-5)
+    assert FinetuneConfig().peak_lr(load_config(128)) == pytest.approx(2.4e-4)
+
+
+def load_config(d):
+    from ufbert.config import ModelConfig
+
+    return ModelConfig(d_model=d, n_heads=2)
+
+
+def test_subsets_are_seeded_and_keep_rows_together():
+    rows = Rows([str(i) for i in range(50)], [f"p{i}" for i in range(50)], [float(i) for i in range(50)])
+    one, other = subset(rows, 20, seed=3), subset(rows, 20, seed=3)
+    assert one == other != subset(rows, 20, seed=4)
+    assert all(f"p{t}" == p and float(t) == y for t, p, y in zip(one.texts, one.pairs, one.labels, strict=True))
+
+
+def test_padding_goes_to_the_smallest_bucket(run_folder):
+    tokenizer = load_model(run_folder / "model").tokenizer
+    rows = encode_texts(tokenizer, ["the cat", "the " * 30], ["a dog", "b"], 64)
+    batch = rows.pad([0], 64)
+    assert batch.ids.shape == (1, 16)
+    assert batch.segment_ids.sum() == len(rows.ids[0])
+    assert batch.type_ids.sum() < batch.segment_ids.sum()
+    assert max(map(len, rows.ids)) <= 64
+    assert [bucket(n, 64) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    assert bucket(40, 48) == 48
+
+
+@pytest.fixture
+def toy_glue(tmp_path):
+    """Tasks that a word decides: 'river' is positive; equal sentences are paraphrases and similar."""
+    rng = random.Random(1)
+    words = ["cat", "dog", "king", "house", "bird"]
+
+    def sentence():
+        return f"the {rng.choice(words)} sees the {rng.choice(words)}"
+
+    for split, n in (("train", 320), ("dev", 64)):
+        flags = [i % 2 for i in range(n)]
+        good = "".join(f"{sentence()}{' river' if f else ''}\t{f}\n" for f in flags)
+        write(tmp_path, "sst2", split, "sentence\tlabel\n" + good)
+        cola = "".join(f"x\t{f}\t\t{sentence()}{' river' if f else ''}\n" for f in flags)
+        write(tmp_path, "cola", split, cola)
+        scored = "".join(
+            f"{i}\t{sentence()}{' river' if f else ''}\t{sentence()}\t{5.0 * f}\n" for i, f in enumerate(flags)
+        )
+        write(tmp_path, "stsb", split, "index\tsentence1\tsentence2\tscore\n" + scored)
+    return tmp_path
+
+
+def test_fine_tuning_learns_saves_and_is_repeatable(run_folder, toy_glue, tmp_path, command):
+    args = [
+        f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", "--tune.lr=3e-3", "--tune.epochs=3", "--device=cpu",
+    ]  # fmt: skip
+    found = finetune_command([*args, "--tasks=sst2,cola,stsb", f"--out={tmp_path / 'out'}"])
+    assert found["tasks"]["sst2"]["median"]["accuracy"] > 0.9
+    assert found["tasks"]["cola"]["median"]["matthews"] > 0.8
+    assert found["tasks"]["stsb"]["median"]["pearson"] > 0.8
+    assert json.loads((tmp_path / "out" / "glue.json").read_text())["tasks"].keys() == found["tasks"].keys()
+    again = finetune_command([*args, "--tasks=sst2", f"--out={tmp_path / 'again'}"])
+    assert again["tasks"]["sst2"]["curves"] == found["tasks"]["sst2"]["curves"]
+    tuned = load_model(tmp_path / "out" / "sst2")
+    assert tuned.task.labels == ("negative", "positive")
+    answer = command("predict", f"--model={tmp_path / 'out' / 'sst2'}", "the cat sees the dog river")
+    assert answer.stdout.startswith("positive")
+    value = command("predict", f"--model={tmp_path / 'out' / 'stsb'}", "the cat sees the dog river", "the king sees")
+    assert float(value.stdout) > 2.0
+    wrong = command("fill-mask", f"--model={tmp_path / 'out' / 'sst2'}", "the [MASK]")
+    assert wrong.returncode == 2
+    assert "no masked-LM head" in wrong.stderr
+
+
+def test_the_median_seed_is_the_one_saved(run_folder, toy_glue, tmp_path):
+    found = finetune_command(
+        [
+            f"--model={run_folder / 'model'}",
+            f"--glue-source=dir:{toy_glue}",
+            "--tasks=sst2",
+            f"--out={tmp_path / 'out'}",
+            "--seeds=0,1,2",
+            "--train-rows=64",
+            "--tune.epochs=1",
+            "--from-scratch",
+            "--device=cpu",
+        ]
+    )
+    entry = found["tasks"]["sst2"]
+    saved = load_model(tmp_path / "out" / "sst2").task.metrics["accuracy"]
+    assert saved == entry["seeds"][str(entry["saved_seed"])]["accuracy"] == entry["median"]["accuracy"]

@@ -1,0 +1,115 @@
+"""Model folders: round trips, and one sentence for each kind of damage."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ufbert.errors import UserError
+from ufbert.hub import crammed
+from ufbert.hub.folder import flatten, load_model, save_model, unflatten
+
+
+@pytest.fixture
+def folder(run_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_save_and_load_are_bit_equal_and_replace_whole_folders(folder, tmp_path):
+    model = load_model(folder)
+    save_model(tmp_path / "copy", model)
+    save_model(tmp_path / "copy", model)
+    copy = load_model(tmp_path / "copy")
+    assert copy.config == model.config
+    assert copy.tokenizer.to_str() == model.tokenizer.to_str()
+    one, other = flatten(model.params), flatten(copy.params)
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "model"]
+
+
+def test_flatten_and_unflatten_are_inverse():
+    tree = {"a": {"b": np.ones(2), "c": {"d": np.zeros(1)}}, "e": np.ones(3)}
+    assert flatten(unflatten(flatten(tree))).keys() == {"a.b", "a.c.d", "e"}
+
+
+def test_a_missing_folder_or_file_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match="There is no model folder"):
+        load_model(tmp_path / "nowhere")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        load_model(folder)
+
+
+def test_a_run_folder_points_to_its_model(run_folder):
+    with pytest.raises(UserError, match=r"its model/ folder is one"):
+        load_model(run_folder)
+
+
+def test_a_model_of_another_kind_is_refused(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 64}))
+    with pytest.raises(UserError, match="a bert model of another library"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        load_model(folder)
+
+
+def test_a_newer_format_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        load_model(folder)
+
+
+def test_truncated_and_misfitting_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_model(folder)
+    renamed = {("encoder.extra" if k == "encoder.final_norm.bias" else k): v for k, v in tensors.items()}
+    renamed["encoder.final_norm.scale"] = np.ones(7, np.float32)
+    save_file(renamed, path)
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    for words in (
+        "final_norm.bias is missing",
+        "extra is unexpected",
+        "final_norm.scale has shape (7,) instead of (32,)",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_config_with_a_typo_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["n_layrs"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="n_layrs"):
+        load_model(folder)
+
+
+def test_a_read_only_place_is_one_sentence(folder, tmp_path):
+    model = load_model(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write a model folder"):
+        save_model(tmp_path / "file" / "model", model)
+
+
+def test_crammed_layout_names_every_wrong_tensor(tmp_path):
+    from ufbert.config import ModelConfig
+
+    config = ModelConfig(
+        vocab_size=20, max_len=8, d_model=8, n_layers=1, n_heads=2, feedforward=("tree",), tree_depth=2
+    )
+    shapes = crammed.expected_shapes(config)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    crammed.to_params(tensors, config)
+    tensors["odd"] = tensors.pop("encoder.final_norm.bias")
+    with pytest.raises(UserError, match=r"final_norm.bias is missing; odd is unexpected"):
+        crammed.to_params(tensors, config)

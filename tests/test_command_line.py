@@ -1,0 +1,127 @@
+"""What a user types wrong gets one sentence and status 2; what is right answers."""
+
+import shutil
+
+import pytest
+from conftest import SMALL
+
+
+def sentence(result) -> str:
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config=ultrafastbert_1x12"], "did you mean ultrafastbert_1x11?"),
+        (["--budget=abc"], "'abc' is not a budget"),
+        (["--budget=0"], "'0' is not a budget"),
+        (["--budget=0m"], "trains nothing"),
+        (["--budget=5steps", "--corpus=text:/nowhere/at/all.txt"], "does not exist"),
+        (["--budget=5steps", "--resume"], "--resume needs --out"),
+        (["--budget=5steps", "--resume", "--out=/nowhere/run"], "There is no run"),
+        (["--budget=5steps", "--model.n-heads=7"], "is not a multiple of"),
+    ],
+)
+def test_wrong_training_options(command, tmp_path, args, words):
+    assert words in sentence(command(*args, script="train.py", cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_option_is_named_with_its_likeness(command):
+    found = command("train", "--budget=5steps", "--model.n-layrs=3")
+    assert found.returncode == 2
+    assert "--model.n-layers" in found.stderr
+
+
+def test_an_existing_run_folder_needs_resume(command, run_folder):
+    assert "pass --resume" in sentence(command("train", "--budget=5steps", f"--out={run_folder}"))
+
+
+def test_an_empty_corpus(command, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    found = command(
+        "train", "--budget=5steps", f"--corpus=text:{tmp_path / 'empty.txt'}", f"--out={tmp_path / 'r'}", *SMALL
+    )
+    assert "is empty" in sentence(found)
+
+
+def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a card'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}"
+    }
+    code = (
+        "from ufbert.device import use_device\nfrom ufbert.errors import UserError\n"
+        "try:\n    use_device('auto')\nexcept UserError as error:\n    print(error)\nprint(use_device('cpu'))"
+    )
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "uv sync --extra cuda" in found.stdout
+    assert "--device cpu" in found.stdout
+    assert found.stdout.endswith("cpu\n")
+
+
+def test_wrong_fine_tuning_options(command, run_folder, tmp_path):
+    model = f"--model={run_folder / 'model'}"
+    source = f"--glue-source=dir:{tmp_path}"
+    assert "lacks" in sentence(command(model, source, "--tasks=cola", script="finetune.py"))
+    assert "did you mean cola?" in sentence(command("finetune", model, source, "--tasks=coal"))
+    assert "no GLUE source" in sentence(command("finetune", model, "--glue-source=hub", "--tasks=cola"))
+    (tmp_path / "SST-2").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\nbroken\n")
+    assert "train.tsv, line 3: 1 columns" in sentence(command("finetune", model, source, "--tasks=sst2"))
+    (tmp_path / "SST-2" / "train.tsv").write_text("sentence\tlabel\nfine\t1\n")
+    (tmp_path / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n")
+    absent = command("finetune", f"--model={tmp_path}", source, "--tasks=sst2")
+    assert "is not a model folder" in sentence(absent)
+
+
+def test_fill_mask_prints_five_guesses(command, run_folder):
+    model = f"--model={run_folder / 'model'}"
+    found = command("fill-mask", model, "The cat sees the [MASK] in london.")
+    assert found.returncode == 0, found.stderr
+    guesses = [line.split() for line in found.stdout.splitlines()[1:]]
+    assert len(guesses) == 5
+    shares = [float(guess[0].rstrip("%")) for guess in guesses]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 100.1
+    assert "no [MASK]" in sentence(command("fill-mask", model, "The cat."))
+    assert "cut off" in sentence(command("fill-mask", model, "cat " * 90 + "[MASK]"))
+    assert "no classifier" in sentence(command("predict", model, "The cat."))
+
+
+def test_presets_and_help(command):
+    found = command("presets")
+    assert "ultrafastbert_1x11" in found.stdout
+    assert "163,671,025" in found.stdout
+    assert "12 of 4095" in found.stdout
+    assert "fill-mask" in command("--help").stdout
+    assert "did you mean train?" in sentence(command("trian"))
+    text = command("train", "--help").stdout
+    for option in (
+        "--budget",
+        "--corpus",
+        "--resume",
+        "--model.d-model",
+        "--train.peak-lr",
+        "--data.seq-len",
+        "--scale",
+    ):
+        assert option in text
+
+
+def test_a_damaged_model_is_one_sentence(command, run_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not tensors")
+    assert "damaged" in sentence(command("fill-mask", f"--model={tmp_path / 'model'}", "a [MASK]"))

@@ -1,0 +1,68 @@
+"""The house: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ufbert
+
+ROOT = Path(ufbert.__file__).parent
+BELOW = {
+    "config": {"errors"},
+    "errors": set(),
+    "device": {"errors"},
+    "presets": {"config", "errors"},
+    "ops": set(),
+    "nn": {"ops", "presets", "config"},
+    "cost": {"config", "presets"},
+    "writers": {"errors"},
+    "report": {"config"},
+    "checkpoint": {"errors"},
+    "data": {"config", "errors"},
+    "hub": {"nn", "config", "errors"},
+    "pretrain": {
+        "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint", "report",
+    },
+    "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
+    "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
+}  # fmt: skip
+LAUNCHERS = {"api", "__main__", "__init__"}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "ufbert":
+                found |= {f"ufbert.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_packages_import_downwards_only():
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in LAUNCHERS or room == "configs":
+            continue
+        inner = {name.split(".")[1] for name in imports_of(path) if name.startswith("ufbert.")}
+        assert inner - {room} <= BELOW[room], f"{path.name} imports {inner - {room} - BELOW[room]}"
+
+
+def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
+    for path in ROOT.rglob("*.py"):
+        names, room = imports_of(path), path.relative_to(ROOT).parts[0]
+        assert room == "nn" or not any(name.startswith("flax") for name in names), path
+        assert room == "checkpoint.py" or not any(name.startswith("orbax") for name in names), path
+
+
+def test_help_and_config_need_no_jax():
+    code = (
+        "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
+        "import ufbert.inference.command\n"
+        "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,57 @@
+"""Equality with encoders written from scratch in PyTorch (`tests/golden/make_golden.py` made the numbers)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ufbert import nn
+from ufbert.config import ModelConfig
+from ufbert.hub import crammed
+from ufbert.hub.folder import flatten
+from ufbert.ops.losses import cross_entropy
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = [("tree_1x4", "masked"), ("tree_1x4", "gather"), ("tree_3x2", "masked"), ("tree_3x2", "gather")]
+CASES += [("glu", "masked"), ("dense", "masked")]
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_values_and_gradients_equal_pytorch(name, backend):
+    golden = dict(np.load(FOLDER / f"{name}.npz"))
+    d, heads, layers, vocab, max_len, trees, depth, hidden_width = golden["shape"].tolist()
+    config = ModelConfig(
+        vocab_size=vocab,
+        max_len=max_len,
+        d_model=d,
+        n_layers=layers,
+        n_heads=heads,
+        feedforward=(name.split("_")[0],),
+        d_hidden=hidden_width,
+        n_trees=trees,
+        tree_depth=depth,
+        tree_backend=backend,
+    )
+    tensors = {k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")}
+    for i in range(layers):
+        tensors[f"encoder.layers.{i}.attn.self_attention.norm_factor"] = np.float32((d / heads) ** -0.5).reshape(())
+    params = jax.tree.map(jnp.asarray, crammed.to_params(tensors, config))
+    ids, mask, labels = (jnp.asarray(golden[key], jnp.int32) for key in ("ids", "mask", "labels"))
+    hidden, _ = nn.encode(params, config, ids, mask)
+    np.testing.assert_allclose(hidden, golden["hidden"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(nn.masked_lm_logits(params, config, hidden), golden["logits"], atol=1e-5, rtol=0)
+
+    def loss_of(params):
+        logits = nn.masked_lm_logits(params, config, nn.encode(params, config, ids)[0])
+        sums = cross_entropy(logits, jnp.maximum(labels, 0), (labels >= 0).astype(jnp.float32))
+        return sums.loss / sums.count
+
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
+    wanted = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
+    wanted, found = flatten(crammed.to_params(wanted, config, gradients=True)), flatten(grads)
+    assert found.keys() == wanted.keys()
+    for path, gradient in wanted.items():
+        np.testing.assert_allclose(found[path], gradient, atol=1e-4 * np.abs(gradient).max(), rtol=0, err_msg=path)
