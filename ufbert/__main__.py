@@ -32,11 +32,14 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the last checkpoint of a training run", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
     return 0
 
 

@@ -157,7 +157,8 @@ class DataConfig:
     eval_rows: int = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
     max_tokens: int = 0
-    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once, or 20 million."""
+    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once,
+    but at least 20 million and at most 2 billion."""
     tokenizer_chars: int = 100_000_000
     """Characters of the corpus that the tokenizer is trained on."""
 

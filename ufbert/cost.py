@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.presets import scaled
 
-TOKENS_PER_WEIGHT = 12.0
+TOKENS_PER_WEIGHT = 40.0
 """A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
 
 UTILISATION = {"cpu": 0.3, "accelerator": 0.35}

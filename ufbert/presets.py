@@ -72,8 +72,8 @@ def deepest_tree(n_trees: int, max_nodes: int) -> int:
 def scaled(config: RunConfig, scale: Scale) -> RunConfig:
     """`config` at another size: same architecture and recipe, fewer and narrower layers. `base` changes nothing.
 
-    Hidden widths keep their ratio to `d_model`, heads stay 64 wide, and trees get the deepest D whose nodes
-    number at most 4 * d_model in all.
+    Hidden widths keep their ratio to `d_model`, heads stay 64 wide, trees get the deepest D whose nodes number at most
+    4 * d_model in all, and weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent.
     """
     if scale == "base":
         return config
@@ -95,6 +95,7 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             n_trees=n_trees,
             tree_depth=deepest_tree(n_trees, 4 * size.d_model),
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
+            init_std=round(size.d_model**-0.5, 4),
         ),
         train=replace(config.train, peak_lr=size.peak_lr, batch_rows=size.batch_rows, micro_rows=size.batch_rows),
     )

@@ -17,8 +17,8 @@ from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resu
 from ufbert.writers import LiveLine, write_json
 
 MAX_DEMO_PASSES = 40
-MIN_CORPUS_TOKENS = 20_000_000
-"""A corpus up to this size is read whole, however short the run."""
+MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
+"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds."""
 
 
 def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned
         folder / "data",
         vocab_size=options.model.vocab_size,
         seq_len=options.data.seq_len,
-        max_tokens=options.data.max_tokens or max(MIN_CORPUS_TOKENS, int(tokens_planned)),
+        max_tokens=options.data.max_tokens or min(MAX_CORPUS_TOKENS, max(MIN_CORPUS_TOKENS, int(tokens_planned))),
         tokenizer_chars=options.data.tokenizer_chars,
         tokenizer=given,
         progress=live.show,
