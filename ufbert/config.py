@@ -154,6 +154,11 @@ class DataConfig:
     """Tokens in a packed row."""
     document_attention: bool = True
     """Keep packed documents from attending to each other. Crammed BERT lets them; see the README for what it costs."""
+    short_len: int = 32
+    """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
+    short_until: float = 0.0
+    """Share of the budget during which rows are cut into pieces, each a row of its own. Attention learns to find a
+    token's neighbours far sooner among 32 positions than among 128, and keeps it afterwards."""
     eval_rows: int = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
     max_tokens: int = 0
@@ -163,9 +168,11 @@ class DataConfig:
     """Characters of the corpus that the tokenizer is trained on."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "eval_rows", "tokenizer_chars"):
+        for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.short_until > 0 and self.seq_len % self.short_len:
+            raise UserError(f"data.seq_len {self.seq_len} is not a multiple of data.short_len {self.short_len}.")
 
 
 @dataclass(frozen=True)

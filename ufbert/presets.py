@@ -73,7 +73,8 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
     """`config` at another size: same architecture and recipe, fewer and narrower layers. `base` changes nothing.
 
     Hidden widths keep their ratio to `d_model`, heads stay 64 wide, trees get the deepest D whose nodes number at most
-    4 * d_model in all, and weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent.
+    4 * d_model in all, weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent, and the first
+    quarter of the budget reads short pieces.
     """
     if scale == "base":
         return config
@@ -97,5 +98,6 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
             init_std=round(size.d_model**-0.5, 4),
         ),
+        data=replace(config.data, short_until=0.25),
         train=replace(config.train, peak_lr=size.peak_lr, batch_rows=size.batch_rows, micro_rows=size.batch_rows),
     )

