@@ -66,5 +66,5 @@ def run_folder(corpus_file, tmp_path_factory) -> Path:
     from ufbert.pretrain.run import pretrain_command
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    pretrain_command(["--budget=40steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL], 0.0)
+    pretrain_command(["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL], 0.0)
     return folder

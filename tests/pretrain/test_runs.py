@@ -29,19 +29,19 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
     for name in ("config.json", "metrics.jsonl", "ledger.jsonl", "checkpoints", "summary.json", "report.html", "model"):
         assert (run_folder / name).exists(), name
     summary = json.loads((run_folder / "summary.json").read_text())
-    assert summary["steps"] == 40
+    assert summary["steps"] == 80
     assert summary["heldout_loss"] == heldout(run_folder)[-1] == min(heldout(run_folder))
     assert summary["gain_over_unigram"] > 0.1
     assert len(heldout(run_folder)) == 11
     rates = [r["lr"] for r in read_jsonl(run_folder / "metrics.jsonl") if "lr" in r]
     assert rates[0] == pytest.approx(0.25 * max(rates), rel=0.01)
-    assert rates[-1] == pytest.approx(4 / 40 * max(rates))
+    assert rates[-1] == pytest.approx(4 / 80 * max(rates))
     assert "<svg" in (run_folder / "report.html").read_text()
     assert not list(run_folder.glob(".*"))
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(run_folder, corpus_file, tmp_path):
-    args = ["--budget=40steps", f"--corpus=text:{corpus_file}", *SMALL]
+    args = ["--budget=80steps", f"--corpus=text:{corpus_file}", *SMALL]
     pretrain_command([*args, f"--out={tmp_path / 'again'}"], 0.0)
     assert losses(tmp_path / "again") == losses(run_folder)
     pretrain_command([*args, f"--out={tmp_path / 'other'}", "--seed=1"], 0.0)
@@ -67,7 +67,9 @@ def kill_when(process, ready, seconds=90.0):
 def test_kill_and_resume_ends_in_equal_bits(corpus_file, tmp_path):
     args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start([*args, f"--out={whole}"]).wait() == 0
+    uninterrupted = start([*args, f"--out={whole}"])
+    output = uninterrupted.communicate()[0]
+    assert uninterrupted.returncode == 0, output
     process = start([*args, f"--out={cut}"])
     kill_when(process, lambda: (cut / "checkpoints" / "120").is_dir())
     assert not (cut / "summary.json").exists()
@@ -108,6 +110,15 @@ def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
     rows = [r["rows"] for r in read_jsonl(tmp_path / "micro" / "metrics.jsonl") if "rows" in r]
     assert rows == [8] * 6
     assert model.config.d_model == 32
+
+
+def test_short_pieces_come_first_and_change_only_the_shape(corpus_file, tmp_path):
+    common = ["--budget=8steps", f"--corpus=text:{corpus_file}", *SMALL, "--data.short-len=8"]
+    pretrain_command([*common, f"--out={tmp_path / 'run'}", "--data.short-until=0.5"], 0.0)
+    records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "rows" in r]
+    assert [r["rows"] for r in records] == [8] * 8
+    assert [r["length"] for r in records] == [8] * 4 + [32] * 4
+    assert [r["tokens"] for r in records] == [256 * i for i in range(1, 9)]
 
 
 def test_resume_refuses_other_settings_and_finished_runs(run_folder, command):

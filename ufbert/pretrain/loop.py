@@ -141,7 +141,15 @@ def _updates(
         _report(session, pending, clock)
         now = time.monotonic()
         tokens = n_rows * run.data.seq_len
-        pending = {"step": step, "sums": sums, "norm": norm, "lr": lr, "rows": n_rows, "fraction": fraction}
+        pending = {
+            "step": step,
+            "sums": sums,
+            "norm": norm,
+            "lr": lr,
+            "rows": n_rows,
+            "length": length,
+            "fraction": fraction,
+        }
         pending |= {"tokens": position * run.data.seq_len, "tokens_per_second": tokens / max(now - last, 1e-9)}
         last = now
     _report(session, pending, clock)
