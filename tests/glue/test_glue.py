@@ -163,7 +163,8 @@ def toy_glue(tmp_path):
 
 def test_fine_tuning_learns_saves_and_is_repeatable(run_folder, toy_glue, tmp_path, command):
     args = [
-        f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", "--tune.lr=1e-3", "--tune.epochs=12", "--device=cpu",
+        f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", "--tune.lr=1e-3", "--tune.epochs=12",
+        "--device=cpu",
     ]  # fmt: skip
     found = finetune_command([*args, "--tasks=sst2,cola,stsb", f"--out={tmp_path / 'out'}"])
     assert found["tasks"]["sst2"]["median"]["accuracy"] > 0.9
