@@ -6,7 +6,8 @@ budget comes; (4) last evaluation; (5) last save. The clock covers all of it.
 """
 
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,14 @@ class _Session:
     steps: Any
     metrics: JsonlWriter
     live: LiveLine
+    save_seconds: float
     eval_seconds: float = 0.0
-    save_seconds: float = 0.0
+    update_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+
+    def reserve(self) -> float:
+        """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
+        update = min(self.update_seconds) if len(self.update_seconds) > 1 else 0.0  # the first one compiles
+        return 0.5 + 2.0 * update + 1.5 * self.eval_seconds + 2.0 * self.save_seconds
 
 
 def train(
@@ -88,10 +95,10 @@ def train(
     if restored is not None:
         live.say(f"resumed from the checkpoint of step {start_step:,}; {clock.left(start_step)}")
     metrics = JsonlWriter(folder / "metrics.jsonl", keep_through_step=start_step if restarts else None)
-    session = _Session(state, steps, metrics, live)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    session = _Session(state, steps, metrics, live, save_seconds=0.5 + size / 200e6)  # until a save is measured
     try:
-        if restored is None:
-            _evaluate(session, heldout, clock)
+        _evaluate(session, heldout, clock, record=restored is None)
         _updates(session, run, data, heldout, clock, folder, key)
         loss = _evaluate(session, heldout, clock)
         return _finish(session, run, data, heldout, clock, folder, loss, restarts)
@@ -128,8 +135,7 @@ def _updates(
             pending = _report(session, pending, clock)
             _checkpoint(session, folder)
             last = time.monotonic()
-        # The last evaluation costs what the earlier ones did; the last save is a checkpoint and the model's weights.
-        clock.reserve(0.5 + 1.3 * session.eval_seconds + 2.0 * session.save_seconds)
+        clock.reserve(session.reserve())
         fraction, n_rows = clock.fraction(step), rows_per_update(cfg, clock.fraction(step))
         lr = cfg.peak_lr * triangle(fraction)
         step_key, picks = jax.random.fold_in(key, step + 1), order.take(position, n_rows)
@@ -140,6 +146,7 @@ def _updates(
         step, position = step + 1, position + n_rows
         _report(session, pending, clock)
         now = time.monotonic()
+        session.update_seconds.append(now - last)
         tokens = n_rows * run.data.seq_len
         pending = {
             "step": step,
@@ -202,8 +209,8 @@ def _report(session: _Session, pending: dict[str, Any] | None, clock: Clock) -> 
     )
 
 
-def _evaluate(session: _Session, heldout: Heldout, clock: Clock) -> float:
-    """Held-out loss in nats; written to the metrics under `heldout_loss`."""
+def _evaluate(session: _Session, heldout: Heldout, clock: Clock, record: bool = True) -> float:
+    """Held-out loss in nats; written to the metrics under `heldout_loss` if it is to be recorded."""
     began = time.monotonic()
     found = [
         session.steps.evaluate(session.state.params, rows, evaluation_key(i)) for i, rows in enumerate(heldout.batches)
@@ -212,6 +219,8 @@ def _evaluate(session: _Session, heldout: Heldout, clock: Clock) -> float:
     session.eval_seconds = time.monotonic() - began
     step = int(session.state.step)
     loss, accuracy = loss / max(count, 1.0), correct / max(count, 1.0)
+    if not record:
+        return loss
     session.metrics.write(
         {"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy, "spent": round(clock.spent(), 3)}
     )
