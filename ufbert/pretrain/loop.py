@@ -73,7 +73,7 @@ class _Session:
 
     def reserve(self) -> float:
         """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
-        update = min(self.update_seconds) if len(self.update_seconds) > 1 else 0.0  # the first one compiles
+        update = min(self.update_seconds, default=0.0)
         return 0.5 + 2.0 * update + 1.5 * self.eval_seconds + 2.0 * self.save_seconds
 
 
@@ -122,7 +122,7 @@ def _updates(
     fraction = clock.fraction(step)
     evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_checkpoints)
     pending: dict[str, Any] | None = None
-    last = time.monotonic()
+    last, speed = time.monotonic(), 0.0
     while not clock.done(step):
         fraction = clock.fraction(step)
         if int(fraction * cfg.n_evals) > evals_done and fraction < 1.0:
@@ -144,10 +144,12 @@ def _updates(
         if sums is None:
             break
         step, position = step + 1, position + n_rows
+        waited = pending is not None  # else nothing was in flight, and the dispatch alone says nothing about speed
         _report(session, pending, clock)
         now = time.monotonic()
-        session.update_seconds.append(now - last)
-        tokens = n_rows * run.data.seq_len
+        if waited:
+            session.update_seconds.append(now - last)
+            speed = n_rows * run.data.seq_len / max(now - last, 1e-9)
         pending = {
             "step": step,
             "sums": sums,
@@ -157,7 +159,7 @@ def _updates(
             "length": length,
             "fraction": fraction,
         }
-        pending |= {"tokens": position * run.data.seq_len, "tokens_per_second": tokens / max(now - last, 1e-9)}
+        pending |= {"tokens": position * run.data.seq_len, "tokens_per_second": speed}
         last = now
     _report(session, pending, clock)
 
