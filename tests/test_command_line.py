@@ -105,7 +105,7 @@ def test_presets_and_help(command):
     found = command("presets")
     assert "ultrafastbert_1x11" in found.stdout
     assert "163,671,025" in found.stdout
-    assert "12 of 4095" in found.stdout
+    assert "12 of 4,095" in found.stdout
     assert "fill-mask" in command("--help").stdout
     assert "did you mean train?" in sentence(command("trian"))
     text = command("train", "--help").stdout

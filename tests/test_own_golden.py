@@ -10,7 +10,8 @@ import pytest
 from ufbert import nn
 from ufbert.config import ModelConfig
 from ufbert.hub import crammed
-from ufbert.hub.folder import flatten
+from ufbert.hub.folder import flat_shapes, flatten, unflatten
+from ufbert.hub.layout import split_all, to_ours
 from ufbert.ops.losses import cross_entropy
 
 FOLDER = Path(__file__).parent / "golden"
@@ -37,7 +38,9 @@ def test_values_and_gradients_equal_pytorch(name, backend):
     tensors = {k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")}
     for i in range(layers):
         tensors[f"encoder.layers.{i}.attn.self_attention.norm_factor"] = np.float32((d / heads) ** -0.5).reshape(())
-    params = jax.tree.map(jnp.asarray, crammed.to_params(tensors, config))
+    layout = crammed.layout(config, ("masked_lm",))
+    flat = to_ours(layout, tensors, flat_shapes(config, ("masked_lm",), 0), name)
+    params = jax.tree.map(jnp.asarray, unflatten(flat) | {"masked_lm": {}})
     ids, mask, labels = (jnp.asarray(golden[key], jnp.int32) for key in ("ids", "mask", "labels"))
     hidden, _ = nn.encode(params, config, ids, mask)
     np.testing.assert_allclose(hidden, golden["hidden"], atol=1e-5, rtol=0)
@@ -51,7 +54,7 @@ def test_values_and_gradients_equal_pytorch(name, backend):
     loss, grads = jax.value_and_grad(loss_of)(params)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
     wanted = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
-    wanted, found = flatten(crammed.to_params(wanted, config, gradients=True)), flatten(grads)
+    wanted, found = split_all(layout, wanted), flatten(grads)
     assert found.keys() == wanted.keys()
     for path, gradient in wanted.items():
         np.testing.assert_allclose(found[path], gradient, atol=1e-4 * np.abs(gradient).max(), rtol=0, err_msg=path)

@@ -10,7 +10,9 @@ VERBS = {
     "finetune": "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
     "fill-mask": "guess the [MASK] of a sentence",
     "predict": "classify texts with a fine-tuned model folder",
-    "presets": "list the presets and their sizes",
+    "presets": "list the presets, their sizes and their arithmetic",
+    "import": "make a model folder of another library's checkpoint",
+    "export": "write a model folder in another library's layout",
 }
 
 
@@ -58,9 +60,13 @@ def run_verb(verb: str, args: list[str]) -> None:
 
         {"fill-mask": command.fill_mask_command, "predict": command.predict_command}[verb](args)
     elif verb == "presets":
-        from ufbert.nn.listing import presets_command
+        from ufbert.listing import presets_command
 
         presets_command(args)
+    elif verb in ("import", "export"):
+        from ufbert.hub import command as hub_command
+
+        {"import": hub_command.import_command, "export": hub_command.export_command}[verb](args)
     else:
         import difflib
 

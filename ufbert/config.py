@@ -9,17 +9,15 @@ from ufbert.errors import UserError
 FORMAT_VERSION = 1
 """Version of `config.json` in model and run folders; a folder of a newer format is refused."""
 
-PAD_ID = 0
-"""Id of the padding token, in every vocabulary this package reads or makes."""
-
-Mixer = Literal["attention"]
-FeedForwardKind = Literal["dense", "glu", "tree"]
+Mixer = Literal["attention", "fourier"]
+FeedForwardKind = Literal["dense", "glu", "tree", "leaf_tree", "switch"]
+ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
 Scale = Literal["auto", "tiny", "mini", "small", "base"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One encoder. A BERT, a crammed BERT and an UltraFastBERT are three settings of these fields.
+    """One encoder. A BERT, a crammed BERT, an UltraFastBERT, an FNet and a Switch encoder are settings of these fields.
 
     Raises UserError from the constructor when two fields contradict each other.
     """
@@ -35,35 +33,94 @@ class ModelConfig:
     n_heads: int = 12
     """Attention heads; `d_model` must be a multiple of it."""
     mixer: tuple[Mixer, ...] = ("attention",)
-    """Token mixer of each layer; a shorter tuple is repeated from the bottom up."""
+    """Token mixer of each layer (attention or fourier); a shorter tuple is repeated from the bottom up."""
     feedforward: tuple[FeedForwardKind, ...] = ("glu",)
-    """Feedforward of each layer (dense, glu or tree); a shorter tuple is repeated from the bottom up."""
+    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward) or switch
+    (experts); a shorter tuple is repeated from the bottom up."""
     d_hidden: int = 1536
-    """Hidden width of a dense feedforward, or of each half of a GLU."""
+    """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
+    activation: ActivationName = "gelu"
+    """Nonlinearity of dense feedforwards, GLU gates, leaves, experts and the masked-LM head."""
     n_trees: int = 1
     """K of a KxD tree layer: trees that run side by side and are summed."""
     tree_depth: int = 11
-    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree."""
+    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
+    above its 2^D leaves."""
     tree_backend: Literal["auto", "masked", "gather"] = "auto"
     """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked."""
+    tree_activation: ActivationName = "gelu"
+    """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
+    subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""
+    tree_init: Literal["normal", "uniform"] = "normal"
+    """Start of a tree's weights: N(0, init_std) as the reference trains it, or the uniform start its code intends, whose
+    output is about as large as a dense layer's: +-1/sqrt(d) for inputs, +-1/sqrt(K (D+1)) for outputs."""
+    tree_balance: float = 0.0
+    """Weight of a loss that asks every node (tree) or leaf (leaf_tree) to be used alike. The paper has none."""
+    leaf_width: int = 32
+    """Neurons in each leaf of a leaf_tree."""
+    leaf_training: Literal["soft", "hard"] = "soft"
+    """How a leaf_tree trains: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
+    leaf_hardening: float = 0.0
+    """Weight of a leaf_tree's mean node entropy in the loss, which pushes soft decisions towards hard ones."""
+    leaf_hardening_ramp: float = 0.0
+    """Share of the budget over which the hardening weight rises from zero; 0 has it in full from the start."""
+    leaf_temperature: float = 1.0
+    """Temperature of a leaf_tree's soft decisions at the end of the budget. It starts at 1 and falls geometrically, so
+    that the mixture is nearly hard when hard inference begins."""
+    leaf_leak: float = 0.0
+    """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
+    master_leaf: int = 0
+    """Neurons of a leaf that every token uses beside its own (Charalampopoulos et al. 2024); 0 for none."""
+    n_experts: int = 8
+    """Experts of a switch layer."""
+    capacity_factor: float = 1.25
+    """An expert takes at most this times tokens / experts in training; tokens beyond ride the residual. Inference drops
+    none."""
+    router_balance: float = 0.01
+    """Weight of a switch layer's balance loss."""
+    router_z: float = 0.001
+    """Weight of a switch layer's z-loss, which keeps router logits small."""
+    router_jitter: float = 0.01
+    """Training noise on a router's input: a factor drawn from 1 +- this."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each sublayer (crammed BERT) or after each residual sum (BERT)."""
-    positions: Literal["scaled_sinusoid", "learned"] = "scaled_sinusoid"
-    """Position embeddings: a fixed sinusoid times one learned scalar, or a learned table."""
+    first_norm: bool = True
+    """LayerNorm before the first mixer of a pre-norm encoder; ModernBERT, whose embeddings are normalised, has none."""
+    norm_bias: bool = True
+    """Biases in LayerNorms."""
+    positions: Literal["scaled_sinusoid", "learned", "rotary"] = "scaled_sinusoid"
+    """A fixed sinusoid times one learned scalar, a learned table, or rotated queries and keys (RoPE)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary wavelengths."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys, head by head, before they meet."""
+    attention_impl: Literal["auto", "xla", "cudnn"] = "auto"
+    """Implementation of jax.nn.dot_product_attention; auto lets jax choose."""
+    fourier_norm: Literal["auto", "none", "ortho"] = "auto"
+    """Scale of Fourier mixing: none as in FNet, ortho divides by sqrt(tokens x width). auto: none after post-norm."""
+    fixed_len: int = 0
+    """The one row length of a model with Fourier mixers, which mix padding in; 0 takes max_len."""
     n_token_types: int = 0
     """Rows of the token-type (segment) embedding of BERT; 0 for none."""
     use_bias: bool = False
-    """Biases in attention and dense feedforwards. Norms and tree inputs always have one."""
+    """Biases in attention, dense feedforwards and the masked-LM transform. Tree inputs and leaves always have one."""
     embedding_norm: bool = True
     """LayerNorm on the summed embeddings."""
+    embedding_projection: bool = False
+    """FNet's linear layer after the embedding norm."""
     final_norm: bool = True
     """LayerNorm after the last block."""
     head_transform: bool = False
-    """BERT's dense + GELU + LayerNorm before the tied masked-LM decoder."""
+    """BERT's dense + activation + LayerNorm before the tied masked-LM decoder."""
     head_bias: bool = False
     """A bias per token in the masked-LM decoder."""
+    pooler: Literal["tanh", "transform"] = "tanh"
+    """What stands between the first token and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation +
+    LayerNorm."""
     pooler_width: int = 1024
-    """Width of the tanh layer between the first token and a classifier."""
+    """Width of the layer between the first token and a classifier."""
+    pad_id: int = 0
+    """Id of the padding token."""
     norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
     init_std: float = 0.02
@@ -75,9 +132,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
-        for name in positive:
+        for name in (*positive, "leaf_width", "n_experts"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
+        for name in (*weights, "fixed_len", "pad_id"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("leaf_temperature", "capacity_factor", "rotary_base"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("leaf_leak", "leaf_hardening_ramp"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1].")
         if self.vocab_size > 65536:
             raise UserError(f"model.vocab_size is {self.vocab_size}; rows are stored as 2-byte ids, so at most 65536.")
         if self.d_model % self.n_heads:
@@ -89,11 +156,21 @@ class ModelConfig:
         for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
             if not 1 <= len(kinds) <= self.n_layers:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
+        if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
+        if self.fixed_len > self.max_len:
+            raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
 
     @property
     def nodes_per_tree(self) -> int:
         """2^(D+1) - 1."""
         return 2 ** (self.tree_depth + 1) - 1
+
+    @property
+    def only_len(self) -> int:
+        """The one row length this model can read, or 0 if it reads any up to max_len. Fourier mixers mix every position
+        of a row into every other, padding included, so a text has one answer only at one length."""
+        return (self.fixed_len or self.max_len) if any(mixer == "fourier" for mixer, _ in self.layers) else 0
 
     @property
     def layers(self) -> tuple[tuple[Mixer, FeedForwardKind], ...]:
@@ -186,6 +263,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.seq_len > self.model.max_len:
             raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
+        only = self.model.only_len
+        if only and (self.data.seq_len != only or self.data.short_until > 0):
+            raise UserError(
+                f"A model with Fourier mixers reads rows of one length: data.seq_len must be {only} (model.fixed_len or "
+                f"max_len), not {self.data.seq_len}, and data.short_until 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -209,7 +292,7 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_len: int = 128
-    """Longest row in tokens; longer ones are cut."""
+    """Longest row in tokens; longer ones are cut. A model with Fourier mixers keeps its own length."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_rows", "max_len"):

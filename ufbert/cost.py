@@ -1,9 +1,10 @@
 """FLOPs of a configuration, the measured speed of this device, and what a budget can buy with them."""
 
+import math
 import time
 from typing import NamedTuple
 
-from ufbert.config import ModelConfig, RunConfig, Scale
+from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, Scale
 from ufbert.presets import scaled
 
 TOKENS_PER_WEIGHT = 40.0
@@ -13,18 +14,50 @@ UTILISATION = {"cpu": 0.3, "accelerator": 0.35}
 """Share of the measured matrix-product speed that training reaches, tree layers through `gather` on a CPU."""
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: bool) -> float:
-    """Floating-point operations of the encoder for one token; a multiply-add counts two.
+def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: bool, training: bool = True) -> float:
+    """Floating-point operations of the encoder for one token of a row; a multiply-add counts two.
 
-    `masked_trees` counts every node of a tree, as the `masked` backend computes; else the nodes on the path.
+    `masked_trees` counts every node of a tree, as the `masked` backend computes; else the nodes on the path. `training`
+    counts what layers compute then: all leaves of a leaf tree, and the places of a switch layer's experts, filled or not.
     """
     d, total = config.d_model, 0.0
-    for _, feedforward in config.layers:
-        total += 2 * 4 * d * d + 2 * 2 * seq_len * d
-        nodes = config.nodes_per_tree if masked_trees else config.tree_depth + 1
-        widths = {"dense": 2 * config.d_hidden, "glu": 3 * config.d_hidden, "tree": 2 * config.n_trees * nodes}
-        total += 2 * d * widths[feedforward]
+    for mixer, feedforward in config.layers:
+        # A complex FFT of n points takes about 5 n log2 n operations (Cooley & Tukey 1965); FNet's runs over both axes.
+        fft = 5 * d * (math.log2(d) + math.log2(max(1, seq_len)))
+        total += fft if mixer == "fourier" else 2 * 4 * d * d + 2 * 2 * seq_len * d
+        total += 2 * d * _feedforward_products(config, feedforward, masked_trees, training)
     return total
+
+
+def _feedforward_products(config: ModelConfig, kind: FeedForwardKind, masked_trees: bool, training: bool) -> float | int:
+    """Multiply-adds of a feedforward for one token, over d."""
+    depth, leaves = config.tree_depth, 2**config.tree_depth
+    if kind == "dense":
+        return 2 * config.d_hidden
+    if kind == "glu":
+        return 3 * config.d_hidden
+    if kind == "tree":
+        return 2 * config.n_trees * (config.nodes_per_tree if masked_trees else depth + 1)
+    if kind == "leaf_tree":
+        decisions, used = (leaves - 1, leaves) if training else (depth, 1)
+        return decisions + 2 * (used * config.leaf_width + config.master_leaf)
+    return config.n_experts + 2 * config.d_hidden * (config.capacity_factor if training else 1.0)
+
+
+def neurons(config: ModelConfig) -> tuple[int, int]:
+    """(neurons that one token uses in inference, neurons there) of the feedforward that has most of them."""
+    depth = config.tree_depth
+    counts = {
+        "dense": (config.d_hidden, config.d_hidden),
+        "glu": (config.d_hidden, config.d_hidden),
+        "tree": (config.n_trees * (depth + 1), config.n_trees * config.nodes_per_tree),
+        "leaf_tree": (
+            depth + config.leaf_width + config.master_leaf,
+            2**depth - 1 + 2**depth * config.leaf_width + config.master_leaf,
+        ),
+        "switch": (config.d_hidden, config.n_experts * config.d_hidden),
+    }
+    return max((counts[kind] for _, kind in config.layers), key=lambda pair: pair[1])
 
 
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:

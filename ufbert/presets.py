@@ -4,9 +4,9 @@ import difflib
 import runpy
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ufbert.config import RunConfig, Scale
+from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "configs"
@@ -74,7 +74,7 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
 
     Hidden widths keep their ratio to `d_model`, heads stay 64 wide, trees get the deepest D whose nodes number at most
     4 * d_model in all, weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent, and the first
-    quarter of the budget reads short pieces.
+    quarter of the budget reads short pieces (not with Fourier mixers, which know one length only).
     """
     if scale == "base":
         return config
@@ -90,14 +90,28 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             d_model=size.d_model,
             n_layers=size.n_layers,
             n_heads=size.d_model // 64,
-            mixer=model.mixer[: size.n_layers],
-            feedforward=model.feedforward[: size.n_layers],
+            mixer=_resampled(model.mixer, size.n_layers),
+            feedforward=_resampled(model.feedforward, size.n_layers),
             d_hidden=max(1, model.d_hidden * size.d_model // model.d_model),
             n_trees=n_trees,
-            tree_depth=deepest_tree(n_trees, 4 * size.d_model),
+            tree_depth=_scaled_depth(model, n_trees, 4 * size.d_model),
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
             init_std=round(size.d_model**-0.5, 4),
         ),
-        data=replace(config.data, short_until=0.25),
+        data=config.data if model.only_len else replace(config.data, short_until=0.25),
         train=replace(config.train, peak_lr=size.peak_lr, batch_rows=size.batch_rows, micro_rows=size.batch_rows),
     )
+
+
+def _resampled(kinds: tuple[Any, ...], n_layers: int) -> tuple[Any, ...]:
+    """The kinds of fewer layers: a pattern stays, a longer list is sampled evenly, so that the top stays the top."""
+    if len(kinds) <= n_layers:
+        return kinds
+    return tuple(kinds[(i + 1) * len(kinds) // n_layers - 1] for i in range(n_layers))
+
+
+def _scaled_depth(model: ModelConfig, n_trees: int, max_nodes: int) -> int:
+    """The deepest tree of at most `max_nodes` neurons; of a leaf tree, counting the neurons of its leaves."""
+    if "leaf_tree" not in model.feedforward:
+        return deepest_tree(n_trees, max_nodes)
+    return max(0, (max_nodes // model.leaf_width).bit_length() - 1)

@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ufbert.config import FinetuneConfig
+from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import bucket, encode_texts
 from ufbert.errors import UserError
 from ufbert.glue.command import finetune_command, subset
@@ -129,8 +129,8 @@ def test_subsets_are_seeded_and_keep_rows_together():
 
 def test_padding_goes_to_the_smallest_bucket(run_folder):
     tokenizer = load_model(run_folder / "model").tokenizer
-    rows = encode_texts(tokenizer, ["the cat", "the " * 30], ["a dog", "b"], 64)
-    batch = rows.pad([0], 64)
+    rows = encode_texts(tokenizer, ["the cat", "the " * 30], ["a dog", "b"], ModelConfig(max_len=64))
+    batch = rows.pad([0])
     assert batch.ids.shape == (1, 16)
     assert batch.segment_ids.sum() == len(rows.ids[0])
     assert batch.type_ids.sum() < batch.segment_ids.sum()

@@ -8,7 +8,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ufbert.errors import UserError
-from ufbert.hub import crammed
 from ufbert.hub.folder import flatten, load_model, save_model, unflatten
 
 
@@ -99,17 +98,3 @@ def test_a_read_only_place_is_one_sentence(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write a model folder"):
         save_model(tmp_path / "file" / "model", model)
-
-
-def test_crammed_layout_names_every_wrong_tensor(tmp_path):
-    from ufbert.config import ModelConfig
-
-    config = ModelConfig(
-        vocab_size=20, max_len=8, d_model=8, n_layers=1, n_heads=2, feedforward=("tree",), tree_depth=2
-    )
-    shapes = crammed.expected_shapes(config)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    crammed.to_params(tensors, config)
-    tensors["odd"] = tensors.pop("encoder.final_norm.bias")
-    with pytest.raises(UserError, match=r"final_norm.bias is missing; odd is unexpected"):
-        crammed.to_params(tensors, config)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from ufbert.config import PAD_ID
+from ufbert.config import ModelConfig
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Row lengths that batches are padded to, so that few shapes are compiled."""
@@ -21,15 +21,20 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Texts as lists of ids, `[CLS] text [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+    """Texts as lists of ids, `[CLS] text [SEP]` or `[CLS] a [SEP] b [SEP]`, and how a model wants them padded."""
 
     ids: list[list[int]]
     type_ids: list[list[int]]
+    max_len: int
+    """Longest row."""
+    only_len: int
+    """The one length that rows are padded to, or 0 for the smallest bucket that holds them."""
+    pad_id: int
 
-    def pad(self, picks: Sequence[int] | np.ndarray, max_len: int) -> Batch:
-        """The picked rows, padded to the smallest bucket that holds the longest of them."""
-        length = bucket(max(len(self.ids[i]) for i in picks), max_len)
-        ids = np.full((len(picks), length), PAD_ID, np.int32)
+    def pad(self, picks: Sequence[int] | np.ndarray) -> Batch:
+        """The picked rows, padded to one length."""
+        length = self.only_len or bucket(max(len(self.ids[i]) for i in picks), self.max_len)
+        ids = np.full((len(picks), length), self.pad_id, np.int32)
         segments, types = np.zeros_like(ids), np.zeros_like(ids)
         for row, i in enumerate(picks):
             n = len(self.ids[i])
@@ -42,11 +47,14 @@ def bucket(length: int, max_len: int) -> int:
     return next((size for size in BUCKETS if size >= length and size <= max_len), max_len)
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_len: int) -> Encoded:
-    """Tokenise, cutting the longer text first where a row would pass `max_len` tokens."""
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, config: ModelConfig, max_len: int = 0
+) -> Encoded:
+    """Tokenise for a model, cutting the longer text first where a row would pass `max_len` (or the model's) tokens."""
+    limit = config.only_len or min(max_len or config.max_len, config.max_len)
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_len)
+    tokenizer.enable_truncation(limit)
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     found = tokenizer.encode_batch(rows)
     tokenizer.no_truncation()
-    return Encoded([row.ids for row in found], [row.type_ids for row in found])
+    return Encoded([row.ids for row in found], [row.type_ids for row in found], limit, config.only_len, config.pad_id)

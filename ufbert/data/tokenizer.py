@@ -10,6 +10,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from ufbert.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""The special tokens of tokenizers trained here, which are also BERT's."""
+OTHER_NAMES = {
+    "[PAD]": ("<pad>",),
+    "[UNK]": ("<unk>",),
+    "[CLS]": ("<cls>", "<s>"),
+    "[SEP]": ("<sep>", "</s>"),
+    "[MASK]": ("<mask>",),
+}
+"""What other libraries' tokenizers call them."""
 
 
 class SpecialIds(NamedTuple):
@@ -22,13 +31,22 @@ class SpecialIds(NamedTuple):
     mask: int
 
 
+def special_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokenizer's own name of each of SPECIAL_TOKENS. Raises UserError if it lacks one."""
+    found = {
+        token: next((name for name in (token, *OTHER_NAMES[token]) if tokenizer.token_to_id(name) is not None), None)
+        for token in SPECIAL_TOKENS
+    }
+    names = {token: name for token, name in found.items() if name is not None}
+    if len(names) < len(found):
+        raise UserError(f"The tokenizer has no {', '.join(token for token in found if token not in names)}.")
+    return names
+
+
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     """Ids of the five special tokens. Raises UserError if the tokenizer lacks one."""
-    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    ids = [number for number in found.values() if number is not None]
-    if len(ids) < len(found):
-        raise UserError(f"The tokenizer has no {', '.join(token for token in found if found[token] is None)}.")
-    return SpecialIds(*ids)
+    ids = [tokenizer.token_to_id(name) for name in special_names(tokenizer).values()]
+    return SpecialIds(*(number for number in ids if number is not None))
 
 
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:

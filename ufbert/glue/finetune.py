@@ -56,13 +56,12 @@ def finetune_task(
     progress: Callable[[str], None] = lambda message: None,
 ) -> Tuned:
     """Fine-tune every weight of `model`'s encoder under a fresh classifier and score it on dev after each epoch."""
-    max_len = min(config.max_len, model.config.max_len)
     if len(train.labels) < config.batch_rows:
         raise UserError(
             f"{task.name} has {len(train.labels)} training rows, fewer than one batch of {config.batch_rows}."
         )
-    rows = encode_texts(model.tokenizer, train.texts, train.pairs, max_len)
-    dev_rows = encode_texts(model.tokenizer, dev.texts, dev.pairs, max_len)
+    rows = encode_texts(model.tokenizer, train.texts, train.pairs, model.config, config.max_len)
+    dev_rows = encode_texts(model.tokenizer, dev.texts, dev.pairs, model.config, config.max_len)
     mean, spread = _target_scale(task, train)
     targets = ((np.asarray(train.labels) - mean) / spread).astype(np.float32)
     head_key, step_key = jax.random.split(jax.random.key(seed))
@@ -77,7 +76,7 @@ def finetune_task(
     for epoch in range(config.epochs):
         losses = []
         for picks in _epoch_batches(rows, config.batch_rows, np.random.default_rng([seed, epoch])):
-            batch = rows.pad(picks, max_len)
+            batch = rows.pad(picks)
             lr = learning_rate(step, total, config.peak_lr(model.config), config.warmup)
             key = jax.random.fold_in(step_key, step)
             state, loss = update(state, batch, targets[picks], key, np.float32(lr))
@@ -85,7 +84,7 @@ def finetune_task(
             step += 1
             if step % 20 == 0:
                 progress(f"{task.name} seed {seed}: epoch {epoch + 1}/{config.epochs}, update {step:,}/{total:,}")
-        scores = predict_rows(predict, state.params, dev_rows, max_len) * spread + mean
+        scores = predict_rows(predict, state.params, dev_rows) * spread + mean
         metrics = score(task.metrics, decide(task, scores), np.asarray(dev.labels))
         curve.append({"epoch": epoch + 1, "loss": float(np.mean([float(x) for x in losses])), **metrics})
         progress(f"{task.name} seed {seed}: epoch {epoch + 1}/{config.epochs}, {format_metrics(metrics)}")
@@ -128,14 +127,14 @@ def build_predict(config: ModelConfig) -> Callable[..., Any]:
     return jax.jit(predict)
 
 
-def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded, max_len: int) -> np.ndarray:
+def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded) -> np.ndarray:
     """Classifier scores of every row, in order; rows of like length share a batch."""
     order = np.argsort([len(ids) for ids in rows.ids], kind="stable")
     scores: list[np.ndarray | None] = [None] * len(order)
     for start in range(0, len(order), EVAL_ROWS):
         picks = order[start : start + EVAL_ROWS]
         padded = np.concatenate([picks, np.repeat(picks[-1:], EVAL_ROWS - len(picks))])
-        found = np.asarray(predict(params, rows.pad(padded, max_len)))
+        found = np.asarray(predict(params, rows.pad(padded)))
         for i, row in zip(picks, found, strict=False):
             scores[i] = row
     return np.stack([row for row in scores if row is not None])
@@ -165,7 +164,7 @@ def _build_update(config: ModelConfig, task: Task, optimizer: optax.GradientTran
 
     def loss_of(params: Any, batch: Any, targets: Any, key: Any) -> Any:
         encoder_key, head_key = jax.random.split(key)
-        hidden, _ = nn.encode(
+        hidden, aux = nn.encode(
             params, config, batch.ids, batch.segment_ids, key=encoder_key, deterministic=False, type_ids=batch.type_ids
         )
         scores = nn.classify(params, config, hidden, head_key)
@@ -174,7 +173,7 @@ def _build_update(config: ModelConfig, task: Task, optimizer: optax.GradientTran
             sums = squared_error(scores[:, 0], targets, weights)
         else:
             sums = cross_entropy(scores, targets.astype(jnp.int32), weights)
-        return sums.loss / sums.count
+        return sums.loss / sums.count + nn.aux_loss(aux)
 
     def update(state: _State, batch: Any, targets: Any, key: Any, lr: Any) -> tuple[_State, Any]:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch, targets, key)

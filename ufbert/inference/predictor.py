@@ -9,7 +9,7 @@ import numpy as np
 
 from ufbert import nn
 from ufbert.data.encode import encode_texts
-from ufbert.data.tokenizer import special_ids
+from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, load_model
 
@@ -68,12 +68,12 @@ class Predictor:
         if MASK not in text:
             raise UserError(f"The text has no {MASK} to fill.")
         tokenizer, config = self.model.tokenizer, self.config
-        rows = encode_texts(tokenizer, [text], None, config.max_len)
+        rows = encode_texts(tokenizer, [text.replace(MASK, special_names(tokenizer)[MASK])], None, config)
         mask = special_ids(tokenizer).mask
         positions = [i for i, token in enumerate(rows.ids[0]) if token == mask]
         if len(positions) < text.count(MASK):
-            raise UserError(f"The text is longer than the model's {config.max_len} tokens, and a {MASK} was cut off.")
-        batch = rows.pad([0], config.max_len)
+            raise UserError(f"The text is longer than the model's {rows.max_len} tokens, and a {MASK} was cut off.")
+        batch = rows.pad([0])
         answers = []
         for position in positions:
             logits = np.asarray(self._logits(self.model.params, batch, position), np.float64)
@@ -88,8 +88,8 @@ class Predictor:
         task = self.model.task
         if task is None or "classifier" not in self.model.heads:
             raise UserError("This model folder has no classifier; fine-tune it first (finetune.py).")
-        rows = encode_texts(self.model.tokenizer, [text], None if pair is None else [pair], self.config.max_len)
-        scores = np.asarray(self._scores(self.model.params, rows.pad([0], self.config.max_len)), np.float64)[0]
+        rows = encode_texts(self.model.tokenizer, [text], None if pair is None else [pair], self.config)
+        scores = np.asarray(self._scores(self.model.params, rows.pad([0])), np.float64)[0]
         if not task.labels:
             return Answer(f"{scores[0]:.2f}", None)
         odds = np.exp(scores - scores.max())
@@ -99,6 +99,6 @@ class Predictor:
 
     def encode(self, text: str) -> np.ndarray:
         """Hidden states of a text's tokens, (tokens, d_model) float32."""
-        rows = encode_texts(self.model.tokenizer, [text], None, self.config.max_len)
-        hidden = self._encode(self.model.params, rows.pad([0], self.config.max_len))
+        rows = encode_texts(self.model.tokenizer, [text], None, self.config)
+        hidden = self._encode(self.model.params, rows.pad([0]))
         return np.asarray(hidden[0, : len(rows.ids[0])], np.float32)

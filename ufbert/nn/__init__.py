@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.encoder import Aux, Encoder
+from ufbert.nn.encoder import Encoder
 from ufbert.nn.feedforward import tree_backend
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
-from ufbert.nn.layers import compute_dtype
+from ufbert.nn.layers import Aux, compute_dtype
 
 Params = Mapping[str, Any]
 
 __all__ = [
+    "Aux",
     "Params",
+    "aux_loss",
     "classify",
     "compute_dtype",
     "count_params",
@@ -37,7 +39,7 @@ __all__ = [
 def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
     """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
     encoder_key, head_key = jax.random.split(key)
-    ids = jnp.zeros((1, 2), jnp.int32)
+    ids = jnp.zeros((1, config.only_len or 2), jnp.int32)
     params = {"encoder": Encoder(config).init(encoder_key, ids)["params"]}
     hidden = jnp.zeros((1, 2, config.d_model))
     if "masked_lm" in heads:
@@ -63,10 +65,18 @@ def encode(
     deterministic: bool = True,
     *,
     type_ids: Int[Array, "b t"] | None = None,
+    progress: Float[Array, ""] | float = 1.0,
+    statistics: bool = False,
 ) -> tuple[Float[Array, "b t d"], Aux]:
     """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
-    return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, type_ids=type_ids)
+    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics}
+    return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
+
+
+def aux_loss(aux: Aux) -> Float[Array, ""]:
+    """The sum of the weighted losses that layers reported; a mean per token, zero for dense models."""
+    return sum((value for name, value in aux.items() if name.endswith("_loss")), jnp.zeros(()))
 
 
 def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:

@@ -1,26 +1,53 @@
-"""Multi-head self-attention."""
+"""The token mixers: attention and the Fourier transform. A new kind is a module here and an entry in MIXERS."""
+
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import compute_dtype, dense
+from ufbert.nn.layers import Context, compute_dtype, dense
 from ufbert.ops.attention import attention
+from ufbert.ops.fourier import fourier_mix
+from ufbert.ops.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Project to queries, keys and values, attend, project back. Dropout is on the attention weights."""
+    """Multi-head self-attention: project to queries, keys and values, attend, project back.
+
+    Queries and keys are RMS-normalised first, then rotated, where the config says so. Dropout is on the attention weights.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t d"], visible: Bool[Array, "b t t"] | None, key: Key[Array, ""] | None
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
         cfg = self.config
         x = x.astype(compute_dtype(cfg))
         heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
         q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
-        mixed = attention(q, k, v, visible, dropout=cfg.dropout, key=key)
+        if cfg.qk_norm:
+            q, k = (
+                nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(part).astype(x.dtype)
+                for name, part in (("query_norm", q), ("key_norm", k))
+            )
+        if cfg.positions == "rotary":
+            q, k = (rotate(part, context.position_ids, cfg.rotary_base) for part in (q, k))
+        implementation: Literal["xla", "cudnn"] | None = None if cfg.attention_impl == "auto" else cfg.attention_impl
+        mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
         return dense(cfg, cfg.d_model, "out")(mixed.reshape(x.shape)).astype(jnp.float32)
+
+
+class Fourier(nn.Module):
+    """FNet's mixing: the real part of the transform over tokens and channels. No parameters, no mask."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
+        scale = self.config.fourier_norm
+        return fourier_mix(x, ortho=scale == "ortho" or (scale == "auto" and self.config.norm == "pre"))
+
+
+MIXERS: dict[str, type[nn.Module]] = {"attention": Attention, "fourier": Fourier}

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ufbert.config import PAD_ID, ModelConfig
-from ufbert.nn.layers import layer_norm, maybe_dropout
+from ufbert.config import ModelConfig
+from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
 from ufbert.ops.positions import sinusoid
 
 
 class Embeddings(nn.Module):
-    """Token + position (+ token type) embeddings, normalised if the config says so."""
+    """Token (+ position, + token type) embeddings, normalised and projected if the config says so."""
 
     config: ModelConfig
 
@@ -27,14 +27,16 @@ class Embeddings(nn.Module):
         normal = nn.initializers.normal(cfg.init_std)
         tokens = self.param("tokens", normal, (cfg.vocab_size, cfg.d_model))
         x = tokens[ids]
-        x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x)  # as torch's padding_idx
+        x = jnp.where((ids == cfg.pad_id)[..., None], jax.lax.stop_gradient(x), x)  # as torch's padding_idx
         if cfg.positions == "learned":
             x = x + self.param("positions", normal, (cfg.max_len, cfg.d_model))[position_ids]
-        else:
+        elif cfg.positions == "scaled_sinusoid":
             scale = self.param("position_scale", nn.initializers.constant(cfg.d_model**-0.5), (1,))
             x = x + scale[0] * sinusoid(cfg.max_len, cfg.d_model)[position_ids]
         if cfg.n_token_types:
             x = x + self.param("types", normal, (cfg.n_token_types, cfg.d_model))[type_ids]
         if cfg.embedding_norm:
             x = layer_norm(cfg, "norm")(x)
+        if cfg.embedding_projection:
+            x = dense(cfg, cfg.d_model, "projection", use_bias=True)(x.astype(compute_dtype(cfg)))
         return maybe_dropout(cfg, x.astype(jnp.float32), key)

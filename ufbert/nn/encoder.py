@@ -1,51 +1,55 @@
-"""The one encoder. BERT, crammed BERT and UltraFastBERT differ in its configuration only."""
+"""The one encoder. BERT, crammed BERT, UltraFastBERT, FNet and Switch differ in its configuration only."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import FeedForwardKind, Mixer, ModelConfig
-from ufbert.nn.attention import Attention
+from ufbert.errors import UserError
+from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.feedforward import FEEDFORWARDS
-from ufbert.nn.layers import layer_norm, maybe_dropout
+from ufbert.nn.layers import Aux, Context, layer_norm, maybe_dropout
 from ufbert.ops.attention import visible_tokens
-
-MIXERS: dict[str, type[nn.Module]] = {"attention": Attention}
-
-Aux = dict[str, Array]
-"""Weighted losses and counts that layers report besides their output; empty for dense and tree models."""
 
 
 class Block(nn.Module):
-    """A token mixer and a feedforward, each with a residual connection."""
+    """A token mixer and a feedforward, each with a residual connection; and what the feedforward reports."""
 
     config: ModelConfig
     mixer: Mixer
     feedforward: FeedForwardKind
+    has_mixer_norm: bool = True
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], visible: Bool[Array, "b t t"] | None, key: Key[Array, ""] | None
-    ) -> Float[Array, "b t d"]:
+        self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "b t d"], Aux]:
         cfg = self.config
-        weights_key, mixed_key, hidden_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        weights_key, mixed_key, hidden_key, noise_key = (None,) * 4 if key is None else jax.random.split(key, 4)
         mix = MIXERS[self.mixer](cfg, name=self.mixer)
         feed = FEEDFORWARDS[self.feedforward](cfg, name=self.feedforward)
-        mixer_norm, feedforward_norm = layer_norm(cfg, "mixer_norm"), layer_norm(cfg, "feedforward_norm")
+        feedforward_norm = layer_norm(cfg, "feedforward_norm")
         if cfg.norm == "pre":
-            x = x + maybe_dropout(cfg, mix(mixer_norm(x), visible, weights_key), mixed_key)
-            return x + maybe_dropout(cfg, feed(feedforward_norm(x)), hidden_key)
-        x = mixer_norm(x + maybe_dropout(cfg, mix(x, visible, weights_key), mixed_key))
-        return feedforward_norm(x + maybe_dropout(cfg, feed(x), hidden_key))
+            normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
+            x = x + maybe_dropout(cfg, mix(normed, context, weights_key), mixed_key)
+            y, aux = feed(feedforward_norm(x), context, noise_key)
+            return x + maybe_dropout(cfg, y, hidden_key), aux
+        x = layer_norm(cfg, "mixer_norm")(x + maybe_dropout(cfg, mix(x, context, weights_key), mixed_key))
+        y, aux = feed(x, context, noise_key)
+        return feedforward_norm(x + maybe_dropout(cfg, y, hidden_key)), aux
 
 
 class Encoder(nn.Module):
-    """ids -> hidden states.
+    """ids -> hidden states, and what the layers report.
 
     `segment_ids` (0 = padding, 1, 2, ... = documents of the row) says who may see whom; without it every token sees
-    every token. `type_ids` are BERT's sentence A / B marks, used only if the config has token types.
+    every token. `type_ids` are BERT's sentence A / B marks, used only if the config has token types. Training behaviour
+    (soft decisions, capacities) follows `deterministic=False`; dropout and noise need a `key` besides. `progress` is the
+    share of the budget spent, for what is annealed. With `statistics`, layers count which parts of them were used.
+
+    Raises UserError, when traced, for rows of another length than a model with Fourier mixers reads.
     """
 
     config: ModelConfig
@@ -60,18 +64,30 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         *,
         type_ids: Int[Array, "b t"] | None = None,
+        progress: Float[Array, ""] | float = 1.0,
+        statistics: bool = False,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         cfg = self.config
+        if cfg.only_len and ids.shape[1] != cfg.only_len:
+            raise UserError(f"This model mixes by Fourier and reads rows of {cfg.only_len} tokens, not {ids.shape[1]}.")
         if position_ids is None:
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:
             type_ids = jnp.zeros_like(ids)
-        visible = None if segment_ids is None else visible_tokens(segment_ids)
+        visible, real = (None, None) if segment_ids is None else (visible_tokens(segment_ids), segment_ids != 0)
+        context = Context(visible, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])
+        aux: Aux = {}
         for i, (mixer, feedforward) in enumerate(cfg.layers):
-            x = Block(cfg, mixer, feedforward, name=f"layer_{i:02d}")(x, visible, keys[i + 1])
+            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=f"layer_{i:02d}")
+            x, found = block(x, context, keys[i + 1])
+            for name, value in found.items():
+                if name.endswith("_loss"):
+                    aux[name] = aux.get(name, jnp.zeros(())) + value
+                else:
+                    aux[f"layer_{i:02d}.{name}"] = value
         if cfg.final_norm:
             x = layer_norm(cfg, "final_norm")(x)
-        return x, {}
+        return x, aux

@@ -1,58 +1,185 @@
-"""The feedforward sublayers: dense, gated and tree. A new kind is a module here and an entry in FEEDFORWARDS."""
+"""The feedforward sublayers. A new kind is a module here and an entry in FEEDFORWARDS.
 
-from typing import Literal
+Each takes hidden states, the layer's `Context` and a key for its noise (None: no noise), and returns its output and what
+it has to report (`Aux`): weighted losses under names ending in `_loss`, and counts where statistics are asked for.
+"""
+
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import compute_dtype, dense
-from ufbert.ops.fff import fast_feedforward, gelu
+from ufbert.nn.layers import Aux, Context, compute_dtype, dense
+from ufbert.ops import fff, leaf_fff, switch
+from ufbert.ops.activations import ACTIVATIONS
+
+Found = tuple[Float[Array, "b t d"], Aux]
 
 
 class DenseFeedForward(nn.Module):
-    """gelu(x W_in) W_out."""
+    """activation(x W_in) W_out."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        hidden = gelu(dense(self.config, self.config.d_hidden, "in")(x))
-        return dense(self.config, x.shape[-1], "out")(hidden).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+        cfg = self.config
+        hidden = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "in")(x))
+        return dense(cfg, x.shape[-1], "out")(hidden).astype(jnp.float32), {}
 
 
 class GluFeedForward(nn.Module):
-    """(gelu(x W_gate) * x W_value) W_out: GEGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """(activation(x W_gate) * x W_value) W_out: GEGLU with the default GELU (Shazeer 2020, arXiv 2002.05202)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
-        hidden = gelu(dense(cfg, cfg.d_hidden, "gate")(x)) * dense(cfg, cfg.d_hidden, "value")(x)
-        return dense(cfg, x.shape[-1], "out")(hidden).astype(jnp.float32)
+        gate = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "gate")(x))
+        hidden = gate * dense(cfg, cfg.d_hidden, "value")(x)
+        return dense(cfg, x.shape[-1], "out")(hidden).astype(jnp.float32), {}
 
 
 class TreeFeedForward(nn.Module):
     """K trees of depth D (`ufbert.ops.fff`). A node is one contiguous row of `w_in` and of `w_out`.
 
     Initialised as the reference trains it: N(0, init_std) for both matrices, zero bias (the class's own uniform
-    initialisation is overwritten there).
+    initialisation is overwritten there; `tree_init = "uniform"` restores it).
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
-        shape = (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
-        normal = nn.initializers.normal(cfg.init_std)
-        w_in = self.param("w_in", normal, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[:2])
-        w_out = self.param("w_out", normal, shape)
-        return fast_feedforward(x, w_in, bias, w_out, backend=tree_backend(cfg), dtype=compute_dtype(cfg))
+        n, shape = cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
+        if cfg.tree_init == "uniform":
+            start_in, start_bias = (_uniform(cfg.d_model) for _ in range(2))
+            start_out = _uniform(cfg.n_trees * (cfg.tree_depth + 1))
+        else:
+            start_in = start_out = nn.initializers.normal(cfg.init_std)
+            start_bias = nn.initializers.zeros
+        w_in = self.param("w_in", start_in, shape)
+        bias = self.param("bias", start_bias, shape[:2])
+        w_out = self.param("w_out", start_out, shape)
+        activation = ACTIVATIONS[cfg.tree_activation]
+        y = fff.fast_feedforward(
+            x, w_in, bias, w_out, backend=tree_backend(cfg), activation=activation, dtype=compute_dtype(cfg)
+        )
+        aux: Aux = {}
+        balanced = context.training and cfg.tree_balance > 0
+        if balanced or context.statistics:
+            rows, real = x.reshape(-1, cfg.d_model), None if context.real is None else context.real.reshape(-1)
+            nodes, logits = fff.path_nodes(rows, w_in, bias)
+            if balanced:
+                aux["tree_balance_loss"] = cfg.tree_balance * fff.balance_loss(nodes, logits, n, real)
+            if context.statistics:
+                aux["visits"] = fff.node_visits(nodes, n, real)
+        return y, aux
+
+
+class LeafTreeFeedForward(nn.Module):
+    """The original fast feedforward layer (`ufbert.ops.leaf_fff`), soft or straight-through in training, hard otherwise.
+
+    Weights start as in the reference: uniform within 1/sqrt(d) for nodes and leaf inputs, 1/sqrt(w) for leaf outputs.
+    With a master leaf the output is (1 - k) * tree + k * master, k one learned number that starts at a half.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+        cfg = self.config
+        d, w, leaves = cfg.d_model, cfg.leaf_width, 2**cfg.tree_depth
+        near, far = _uniform(d), _uniform(w)
+        tree = leaf_fff.LeafTree(
+            self.param("node", near, (leaves - 1, d)),
+            self.param("node_bias", near, (leaves - 1,)),
+            self.param("leaf_in", near, (leaves, d, w)),
+            self.param("leaf_in_bias", near, (leaves, w)),
+            self.param("leaf_out", far, (leaves, w, d)),
+            self.param("leaf_out_bias", far, (leaves, d)),
+        )
+        rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
+        activation = ACTIVATIONS[cfg.activation]
+        aux: Aux = {}
+        if context.training:
+            y, aux = self._trained(rows, tree, context, key)
+        else:
+            y, leaf = leaf_fff.descend(rows, tree, activation)
+            if context.statistics:
+                weight = jnp.ones(leaf.shape) if real is None else real.astype(jnp.float32)
+                aux["leaves"] = jnp.zeros((leaves,)).at[leaf].add(weight)
+        if cfg.master_leaf:
+            hidden = activation(dense(cfg, cfg.master_leaf, "master_in", use_bias=True)(rows))
+            share = self.param("master_share", nn.initializers.constant(0.5), (1,))[0]
+            y = (1 - share) * y + share * dense(cfg, d, "master_out", use_bias=True)(hidden).astype(jnp.float32)
+        return y.reshape(x.shape), aux
+
+    def _trained(
+        self, rows: Float[Array, "r d"], tree: leaf_fff.LeafTree, context: Context, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "r d"], Aux]:
+        """Training output and losses, with the temperature and the hardening weight of the moment."""
+        cfg, progress = self.config, context.progress
+        real = None if context.real is None else context.real.reshape(-1)
+        shares = leaf_fff.right_shares(rows, tree, temperature=cfg.leaf_temperature**progress)
+        if key is not None and cfg.leaf_leak > 0:
+            shares = leaf_fff.leaked(shares, cfg.leaf_leak, key)
+        soft = leaf_fff.leaf_weights(shares)
+        weights = soft if cfg.leaf_training == "soft" else leaf_fff.leaf_weights(leaf_fff.straight_through(shares))
+        aux: Aux = {}
+        if cfg.leaf_hardening > 0 and cfg.tree_depth > 0:
+            ramp = jnp.minimum(1.0, progress / cfg.leaf_hardening_ramp) if cfg.leaf_hardening_ramp > 0 else 1.0
+            aux["hardening_loss"] = cfg.leaf_hardening * ramp * jnp.mean(leaf_fff.node_entropies(shares, real))
+        if cfg.tree_balance > 0:
+            aux["tree_balance_loss"] = cfg.tree_balance * leaf_fff.balance_loss(soft, real)
+        return leaf_fff.mixture(rows, tree, weights, ACTIVATIONS[cfg.activation]), aux
+
+
+class SwitchFeedForward(nn.Module):
+    """Experts, one a token (`ufbert.ops.switch`). In training each takes at most its capacity, in inference any number.
+
+    Padding is never routed: it takes no place and counts in no loss.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+        cfg = self.config
+        d, e = cfg.d_model, cfg.n_experts
+        normal, dtype = nn.initializers.normal(cfg.init_std), compute_dtype(cfg)
+        router = self.param("router", normal, (d, e))
+        w_in = self.param("w_in", normal, (e, d, cfg.d_hidden)).astype(dtype)
+        w_out = self.param("w_out", normal, (e, cfg.d_hidden, d)).astype(dtype)
+        rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
+        activation = ACTIVATIONS[cfg.activation]
+        routing = switch.route(rows, router, real, jitter=cfg.router_jitter, key=key)
+        aux: Aux = {}
+        if context.training:
+            limit = switch.capacity(len(rows), e, cfg.capacity_factor)
+            y, _ = switch.switch_with_capacity(rows.astype(dtype), routing, w_in, w_out, activation, limit, real)
+            aux["router_balance_loss"] = cfg.router_balance * routing.balance_loss
+            aux["router_z_loss"] = cfg.router_z * routing.z_loss
+        else:
+            y = switch.switch_whole(rows.astype(dtype), routing, w_in, w_out, activation, real)
+        if context.statistics:
+            weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
+            aux["experts"] = jnp.zeros((e,)).at[routing.expert].add(weight)
+        return y.reshape(x.shape).astype(jnp.float32), aux
+
+
+def _uniform(fan: int) -> nn.initializers.Initializer:
+    """Uniform within +-1/sqrt(fan)."""
+
+    def start(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, minval=-(fan**-0.5), maxval=fan**-0.5)
+
+    return start
 
 
 def tree_backend(config: ModelConfig) -> Literal["masked", "gather"]:
@@ -66,4 +193,6 @@ FEEDFORWARDS: dict[str, type[nn.Module]] = {
     "dense": DenseFeedForward,
     "glu": GluFeedForward,
     "tree": TreeFeedForward,
+    "leaf_tree": LeafTreeFeedForward,
+    "switch": SwitchFeedForward,
 }

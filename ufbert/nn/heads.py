@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
-from ufbert.ops.fff import gelu
+from ufbert.ops.activations import ACTIVATIONS
 
 
 class MaskedLMHead(nn.Module):
@@ -20,7 +20,7 @@ class MaskedLMHead(nn.Module):
     ) -> Float[Array, "*rows v"]:
         cfg = self.config
         if cfg.head_transform:
-            hidden = layer_norm(cfg, "norm")(gelu(dense(cfg, cfg.d_model, "transform", use_bias=True)(hidden)))
+            hidden = layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_model, "transform")(hidden)))
         dtype = compute_dtype(cfg)
         logits = jnp.einsum(
             "...d,vd->...v", hidden.astype(dtype), token_embedding.astype(dtype), preferred_element_type=jnp.float32
@@ -32,14 +32,16 @@ class MaskedLMHead(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh(W h + b) of the first token."""
+    """The first token as a classifier sees it: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b p"]:
-        first = hidden[:, 0]
-        return jnp.tanh(dense(self.config, self.config.pooler_width, "dense", use_bias=True)(first).astype(jnp.float32))
+        cfg, first = self.config, hidden[:, 0]
+        if cfg.pooler == "transform":
+            return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(first)))
+        return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(first).astype(jnp.float32))
 
 
 class ClassifierHead(nn.Module):

@@ -1,11 +1,33 @@
-"""The three small parts that every block is made of."""
+"""The small parts that every block is made of, and what a layer may need to know beside its input."""
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.config import ModelConfig
+
+Aux = dict[str, Array]
+"""What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
+counts (`layer_00.visits`, ...). Empty for dense models."""
+
+
+class Context(NamedTuple):
+    """What a layer may need beside its input."""
+
+    visible: Bool[Array, "b t t"] | None
+    """Which token may look at which; None: every one at every one."""
+    real: Bool[Array, "b t"] | None
+    """False on padding; None: there is none."""
+    position_ids: Int[Array, "#b t"]
+    training: bool
+    """Whether soft decisions, noise and capacities apply. Dropout also needs a key."""
+    progress: Float[Array, ""] | float
+    """Share of the budget spent, for what is annealed."""
+    statistics: bool
+    """Whether to count which nodes, leaves and experts are used."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -27,8 +49,10 @@ def dense(config: ModelConfig, width: int, name: str, use_bias: bool | None = No
 
 
 def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm over channels, in float32, with scale and bias."""
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+    """LayerNorm over channels, in float32, with scale and (unless the config says otherwise) bias."""
+    return nn.LayerNorm(
+        epsilon=config.norm_eps, dtype=jnp.float32, use_bias=config.norm_bias, use_fast_variance=False, name=name
+    )
 
 
 def maybe_dropout(config: ModelConfig, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:

@@ -1,5 +1,7 @@
 """Softmax attention over whole rows, with the visibility rule of packed and padded rows."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -23,11 +25,13 @@ def attention(
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Float[Array, "b t h k"]:
-    """softmax(q k^T / sqrt(k)) v, softmax in float32; `dropout` on the attention weights when `key` is given."""
+    """softmax(q k^T / sqrt(k)) v, softmax in float32; `dropout` on the attention weights when `key` is given (then the
+    weights are formed here, since `jax.nn.dot_product_attention` has no dropout)."""
     mask = None if visible is None else visible[:, None]
     if key is None or dropout == 0.0:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(float(q.shape[-1]))
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)

@@ -18,19 +18,17 @@ Two backends compute this, equal up to float32 rounding, in value and in gradien
 Routing is float32 arithmetic whatever the type of the other products, and turns right on `z > 0` (strictly).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-Activation = Callable[[Array], Array]
+from ufbert.ops.activations import Activation, gelu
+
 Backend = Literal["masked", "gather"]
-
-gelu: Activation = partial(jax.nn.gelu, approximate=False)
-"""The exact (erf) GELU of the reference; the tanh form differs by up to 5e-4."""
 
 GEMM_LEVELS = 7
 """In `gather`'s backward, gradients of this many top levels (127 nodes, which most tokens share) are summed by one
@@ -176,3 +174,61 @@ def _sum_by_node(
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None) -> Float[Array, "m n"]:
+    """How many rows visit each node; every level of every tree sums to the number of (real) rows."""
+    b, m, _ = nodes.shape
+    tree = jnp.broadcast_to(jnp.arange(m)[None, :, None], nodes.shape)
+    rows = jnp.ones((b,)) if real is None else real.astype(jnp.float32)
+    return jnp.zeros((m, n)).at[tree, nodes].add(jnp.broadcast_to(rows[:, None, None], nodes.shape))
+
+
+def balance_loss(
+    nodes: Int[Array, "b m s"], logits: Float[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None
+) -> Float[Array, ""]:
+    """How unevenly the turns split, 1 if every visited node sends half its rows each way, at most 2.
+
+    For a node, 2 (f p + (1 - f)(1 - p)): f is the share of its visitors that turn right, without gradient, and p the
+    mean of sigmoid(logit) over them, which has one. Nodes weigh by their visitors; the last level does not turn. This is
+    the balance loss of Switch with two experts, at every node; the paper trains without one.
+    """
+    if logits.shape[-1] == 1:
+        return jnp.ones(())
+    rows = jnp.ones((nodes.shape[0],)) if real is None else real.astype(jnp.float32)
+    turns, z = nodes[..., :-1], logits[..., :-1]
+    tree = jnp.broadcast_to(jnp.arange(nodes.shape[1])[None, :, None], turns.shape)
+
+    def by_node(values: Float[Array, "b m s"]) -> Float[Array, "m n"]:
+        return jnp.zeros((nodes.shape[1], n)).at[tree, turns].add(values * rows[:, None, None])
+
+    visits = by_node(jnp.ones_like(z))
+    count = jnp.maximum(visits, 1.0)
+    f = jax.lax.stop_gradient(by_node((z > 0).astype(z.dtype)) / count)
+    p = by_node(jax.nn.sigmoid(z)) / count
+    return jnp.sum(visits * 2 * (f * p + (1 - f) * (1 - p))) / jnp.maximum(visits.sum(), 1.0)
+
+
+def usage_summary(visits: np.ndarray) -> dict[str, float]:
+    """What a layer's visits (m, n) say about its trees, as shares: nodes visited, and leaves in effective use
+    (exp of the entropy of the leaves' visits, over their number, averaged over trees); and the number of dead subtrees:
+    nodes that no row visited below a node that some row did."""
+    n = visits.shape[1]
+    depth = tree_depth(n)
+    parents = (np.arange(1, n) - 1) // 2
+    dead = (visits[:, 1:] == 0) & (visits[:, parents] > 0)
+    leaves = visits[:, 2**depth - 1 :].astype(np.float64)
+    return {
+        "nodes_visited": float(np.mean(visits > 0)),
+        "leaves_in_use": float(np.mean([effective_share(row) for row in leaves])),
+        "dead_subtrees": float(dead.sum()),
+    }
+
+
+def effective_share(counts: np.ndarray) -> float:
+    """exp(entropy of the counts) over their number: 1 if all are equal, 1/k if one of k takes all, 0 without any."""
+    total = counts.sum()
+    if total <= 0:
+        return 0.0
+    p = counts[counts > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()) / len(counts))

@@ -13,6 +13,8 @@ class Sums(NamedTuple):
     loss: Float[Array, ""]
     count: Float[Array, ""]
     correct: Float[Array, ""]
+    extra: Float[Array, ""]
+    """Weighted losses that layers report beside their output (balance, hardening, ...), times `count`."""
 
 
 def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], weights: Float[Array, "*rows"]) -> Sums:
@@ -21,7 +23,7 @@ def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], 
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
-    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum((picked >= highest) * weights))
+    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum((picked >= highest) * weights), jnp.zeros(()))
 
 
 def squared_error(
@@ -29,4 +31,4 @@ def squared_error(
 ) -> Sums:
     """Weighted totals of squared differences; nothing counts as correct."""
     loss = jnp.square(predicted.astype(jnp.float32) - target)
-    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.zeros(()))
+    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.zeros(()), jnp.zeros(()))

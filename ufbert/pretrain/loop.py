@@ -22,6 +22,7 @@ from ufbert.data.order import RowOrder
 from ufbert.data.rows import PreparedData
 from ufbert.data.tokenizer import special_ids
 from ufbert.hub.folder import ModelFolder, save_model
+from ufbert.ops.fff import effective_share, usage_summary
 from ufbert.ops.losses import Sums
 from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.optim import rows_per_update, triangle
@@ -140,7 +141,7 @@ def _updates(
         lr = cfg.peak_lr * triangle(fraction)
         step_key, picks = jax.random.fold_in(key, step + 1), order.take(position, n_rows)
         length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
-        sums, norm = _one_update(session, data, picks, cfg.micro_rows, length, step_key, lr, clock)
+        sums, norm = _one_update(session, data, picks, cfg.micro_rows, length, step_key, lr, fraction, clock)
         if sums is None:
             break
         step, position = step + 1, position + n_rows
@@ -172,20 +173,21 @@ def _one_update(
     length: int,
     key: jax.Array,
     lr: float,
+    fraction: float,
     clock: Clock,
 ) -> tuple[Sums | None, Any]:
     """Dispatch one update; (None, None) if the clock ran out between its micro-batches, which are then dropped."""
-    taken = np.int32(len(picks))
+    taken, progress = np.int32(len(picks)), np.float32(fraction)
     if taken == micro_rows:
         rows = data.train[picks].astype(np.int32).reshape(-1, length)
-        session.state, sums, norm = session.steps.update(session.state, rows, key, lr, taken)
+        session.state, sums, norm = session.steps.update(session.state, rows, key, lr, taken, progress)
         return sums, norm
     total = None
     for i in range(0, len(picks), micro_rows):
         if i and clock.done(int(session.state.step)):
             return None, None
         rows = data.train[picks[i : i + micro_rows]].astype(np.int32).reshape(-1, length)
-        total = session.steps.gradient(session.state.params, rows, jax.random.fold_in(key, i), total)
+        total = session.steps.gradient(session.state.params, rows, jax.random.fold_in(key, i), progress, total)
     session.state, sums, norm = session.steps.finish(session.state, total, lr, taken)
     return sums, norm
 
@@ -204,6 +206,8 @@ def _report(session: _Session, pending: dict[str, Any] | None, clock: Clock) -> 
         "spent": round(clock.spent(), 3),
     }
     record.pop("norm", None)
+    if float(sums.extra):
+        record["extra_loss"] = float(sums.extra) / count
     session.metrics.write(record)
     session.live.show(
         f"{clock.left(record['step'])}  step {record['step']:,}  {record['tokens_per_second']:,.0f} tokens/s  "
@@ -217,20 +221,38 @@ def _evaluate(session: _Session, heldout: Heldout, clock: Clock, record: bool = 
     found = [
         session.steps.evaluate(session.state.params, rows, evaluation_key(i)) for i, rows in enumerate(heldout.batches)
     ]
-    loss, count, correct = (sum(float(part) for part in parts) for parts in zip(*found, strict=True))
+    loss, count, correct = (
+        sum(float(getattr(sums, name)) for sums, _ in found) for name in ("loss", "count", "correct")
+    )
     session.eval_seconds = time.monotonic() - began
     step = int(session.state.step)
     loss, accuracy = loss / max(count, 1.0), correct / max(count, 1.0)
     if not record:
         return loss
-    session.metrics.write(
-        {"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy, "spent": round(clock.spent(), 3)}
-    )
+    facts: dict[str, Any] = {"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy}
+    usage = _usage([aux for _, aux in found])
+    session.metrics.write({**facts, "spent": round(clock.spent(), 3), **({"usage": usage} if usage else {})})
     session.live.say(
         f"step {step:,}: held-out loss {loss:.3f} nats ({heldout.unigram_loss - loss:+.3f} below word frequency), "
         f"accuracy {accuracy:.1%}"
     )
     return loss
+
+
+def _usage(counts: list[nn.Aux]) -> dict[str, dict[str, float]]:
+    """Per layer, how the parts of trees, leaf trees and switch layers were used on the held-out rows."""
+    totals = {name: sum(np.asarray(aux[name], np.float64) for aux in counts) for name in counts[0] if "." in name}
+    usage = {}
+    for name, total in totals.items():
+        layer, what = name.split(".")
+        if what == "visits":
+            usage[layer] = usage_summary(np.asarray(total))
+        else:
+            usage[layer] = {
+                f"{what}_in_use": effective_share(np.asarray(total)),
+                f"{what}_dead": float(np.sum(total == 0)),
+            }
+    return usage
 
 
 def _checkpoint(session: _Session, folder: Path) -> None:

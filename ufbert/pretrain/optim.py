@@ -25,7 +25,7 @@ def rows_per_update(config: PretrainConfig, fraction: float) -> int:
 def decays(path: tuple[Any, ...]) -> bool:
     """Whether weight decay applies to the parameter at this path: to all but norms and biases."""
     names = [str(getattr(part, "key", part)) for part in path]
-    return not (names[-1] == "bias" or any(name.endswith("norm") for name in names))
+    return not (names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
 
 
 def decay_mask(params: Params) -> Any:

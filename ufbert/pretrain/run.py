@@ -128,7 +128,7 @@ def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned
     began, live = time.monotonic(), LiveLine(every=5.0)
     given = None
     if options.tokenizer:
-        from ufbert.hub.folder import read_tokenizer
+        from ufbert.hub.vocabulary import read_tokenizer
 
         given = read_tokenizer(options.tokenizer)
     data = prepare(

@@ -1,0 +1,89 @@
+"""A single original fast feedforward layer: PyPI `fastfeedforward` state in and out, and a folder of its own.
+
+The state holds `node_weights (n, d)`, `node_biases (n, 1)`, `w1s (g, d, w)`, `b1s (g, w)`, `w2s (g, w, o)`, `b2s (g, o)`,
+the number `depth`, and where usage was counted, `node_usage` and `leaf_usage`. A layer is no encoder and has no tokenizer,
+so its folder is of another format than a model folder: `config.json` (`"format": "ufbert-leaf-layer"`) and
+`model.safetensors`.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from ufbert.errors import UserError
+from ufbert.hub.files import read_json, read_tensors, write_folder
+from ufbert.hub.layout import Tensors, check_tensors
+from ufbert.ops.leaf_fff import LeafTree
+
+FORMAT, VERSION = "ufbert-leaf-layer", 1
+NAMES = {
+    "node_w": "node_weights",
+    "node_b": "node_biases",
+    "w_in": "w1s",
+    "b_in": "b1s",
+    "w_out": "w2s",
+    "b_out": "b2s",
+}
+COUNTERS = ("leaf_usage", "node_usage")
+
+
+def is_state(names: set[str]) -> bool:
+    """Whether these are tensors of a `fastfeedforward` layer."""
+    return {"node_weights", "w1s", "w2s"} <= names
+
+
+def from_state(tensors: Tensors, where: str) -> LeafTree:
+    """The layer in a `fastfeedforward` state. Raises UserError naming each missing, unexpected or misshapen tensor."""
+    found = {name: tuple(array.shape) for name, array in tensors.items() if name not in (*COUNTERS, "depth")}
+    g, d, w = found["w1s"] if len(found.get("w1s", ())) == 3 else (1, 1, 1)
+    o = found["w2s"][-1] if found.get("w2s") else 1
+    shapes = {"node_w": (g - 1, d), "node_b": (g - 1, 1), "w_in": (g, d, w), "b_in": (g, w)}
+    shapes |= {"w_out": (g, w, o), "b_out": (g, o)}
+    check_tensors(found, {NAMES[name]: shape for name, shape in shapes.items()}, where)
+    depth = int(tensors["depth"]) if "depth" in tensors else g.bit_length() - 1
+    if g != 2**depth:
+        raise UserError(f"{where} does not fit its configuration: {g} leaves at depth {depth} instead of {2**depth}.")
+    arrays = {name: jnp.asarray(np.asarray(tensors[NAMES[name]], np.float32)) for name in NAMES}
+    return LeafTree(**arrays | {"node_b": arrays["node_b"].reshape(-1)})
+
+
+def to_state(layer: LeafTree) -> dict[str, np.ndarray]:
+    """The layer as a `fastfeedforward` state, without usage counters."""
+    state = {NAMES[name]: np.asarray(array) for name, array in layer._asdict().items()}
+    state["node_biases"] = state["node_biases"].reshape(-1, 1)
+    return state | {"depth": np.asarray(len(state["w1s"]).bit_length() - 1, np.int64)}
+
+
+def save_layer(folder: str | Path, layer: LeafTree, activation: str) -> None:
+    """Write a layer folder, whole or not at all. Raises UserError if the disk refuses."""
+    config = {"format": FORMAT, "format_version": VERSION, "activation": activation}
+    files = {"config.json": json.dumps(config, indent=2) + "\n"}
+    write_folder(folder, {name: np.asarray(array) for name, array in layer._asdict().items()}, files)
+
+
+def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
+    """A layer folder: its weights, for the functions of `ufbert.ops.leaf_fff`, and the name of its nonlinearity.
+
+    Raises UserError if it is absent, of another kind, or damaged.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT or not isinstance(config.get("format_version"), int):
+        raise UserError(f"{folder} does not hold a leaf-tree layer.")
+    if config["format_version"] > VERSION:
+        raise UserError(f"{folder} has format version {config['format_version']}; this ufbert reads up to {VERSION}.")
+    tensors = read_tensors(folder / "model.safetensors")
+    g, d, w = tensors["w_in"].shape if "w_in" in tensors and tensors["w_in"].ndim == 3 else (1, 1, 1)
+    o = tensors["w_out"].shape[-1] if "w_out" in tensors else 1
+    shapes = {
+        "node_w": (g - 1, d),
+        "node_b": (g - 1,),
+        "w_in": (g, d, w),
+        "b_in": (g, w),
+        "w_out": (g, w, o),
+        "b_out": (g, o),
+    }
+    check_tensors({name: tuple(array.shape) for name, array in tensors.items()}, shapes, str(folder))
+    return LeafTree(**{name: jnp.asarray(tensors[name]) for name in LeafTree._fields}), config.get("activation", "relu")

@@ -1,0 +1,33 @@
+"""`ufbert presets`."""
+
+from dataclasses import dataclass
+
+from ufbert.presets import load_preset, preset_names, preset_summary
+
+
+@dataclass(frozen=True)
+class PresetsOptions:
+    """List the presets: parameters as a masked language model, encoder FLOPs for one token of a row in training (forward
+    and backward, masked-LM head included) and in inference (forward, only what a token uses), feedforward neurons used of
+    those there in a layer, and what the preset is."""
+
+
+def presets_command(args: list[str]) -> None:
+    """`ufbert presets`."""
+    import tyro
+
+    tyro.cli(PresetsOptions, args=args, prog="ufbert presets")
+    from ufbert import nn
+    from ufbert.cost import forward_flops_per_token, neurons, train_flops_per_token
+
+    print(f"{'':<20} {'':>12} {'MFLOP per token':>19} {'neurons used':>16}")
+    print(f"{'preset':<20} {'parameters':>12} {'training':>9} {'inference':>9} {'of a layer':>16}  what it is")
+    for name in preset_names():
+        run = load_preset(name)
+        used, there = neurons(run.model)
+        train = train_flops_per_token(run, masked_trees=True) / 1e6
+        infer = forward_flops_per_token(run.model, run.data.seq_len, masked_trees=False, training=False) / 1e6
+        print(
+            f"{name:<20} {nn.count_params(run.model):>12,} {train:>9,.1f} {infer:>9,.1f} {f'{used:,} of {there:,}':>16}"
+            f"  {preset_summary(name)}"
+        )
