@@ -52,7 +52,9 @@ def test_values_and_gradients_equal_the_reference(name, backend):
     crammed = "hidden_masked" in golden
     hidden, aux = nn.encode(params, config, ids, real, type_ids=types)
     assert aux == {}
-    shown = np.ones(ids.shape, bool) if real is None or crammed else np.asarray(real, bool)  # padding is nobody's answer
+    shown = (
+        np.ones(ids.shape, bool) if real is None or crammed else np.asarray(real, bool)
+    )  # padding is nobody's answer
     last = hidden
     if name == "hf_modernbert":  # its list of hidden states ends before the final norm
         encoder = {part: value for part, value in params["encoder"].items() if part != "final_norm"}

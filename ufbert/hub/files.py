@@ -66,7 +66,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], files: M
         raise UserError(f"Cannot write a model folder at {folder}: {error.strerror}.") from error
     try:
         scratch.chmod(0o755)
-        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
         save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
         for name, text in files.items():
             (scratch / name).write_text(text, encoding="utf-8")

@@ -120,4 +120,4 @@ def to_theirs(layout: Layout, flat: Tensors) -> dict[str, np.ndarray]:
     tensors |= dict(layout.constants)
     if layout.writes_copies:
         tensors |= {name: tensors[source].copy() for name, source in layout.copies.items()}
-    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+    return {name: np.asarray(array, np.float32, order="C") for name, array in tensors.items()}

@@ -1,0 +1,278 @@
+"""Checkpoints of other libraries: there and back bit-equal, and one sentence for everything that does not fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from ufbert import nn
+from ufbert.config import ModelConfig
+from ufbert.errors import UserError
+from ufbert.hub import crammed
+from ufbert.hub.convert import export_model, import_weights, read_checkpoint, with_tokenizer
+from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_model, save_model
+from ufbert.hub.layout import expected_shapes
+from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files, wordpiece
+from ufbert.presets import load_preset
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "##s", "sees", ".", "a", "##t"]
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{piece}\n" for piece in PIECES))
+    return path
+
+
+def small(name: str, **changes) -> ModelConfig:
+    """A preset small enough to draw."""
+    model = load_preset(name).model
+    sizes = {"vocab_size": 40, "max_len": 16, "fixed_len": 0, "d_model": 16, "n_layers": 3, "n_heads": 2, "d_hidden": 8}
+    changes = {"mixer": model.mixer[:1], "tree_depth": 2, "n_trees": 2, "pooler_width": 16} | changes
+    return replace(model, **sizes, **changes)
+
+
+def drawn(config: ModelConfig, tokenizer: Tokenizer, heads=("masked_lm",), labels=("no", "yes")) -> ModelFolder:
+    """A model of random weights, biases included."""
+    inits = tuple(head for head in heads if head != "classifier")
+    params = nn.init(config, jax.random.key(0), inits)
+    task = None
+    if "classifier" in heads:
+        params["classifier"] = nn.init_classifier(config, jax.random.key(1), max(1, len(labels)))
+        task = TaskInfo("imported", labels, {})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
+    return ModelFolder(config, params, tokenizer, task)
+
+
+CASES = [
+    ("bert_base", {}, ("masked_lm",), "hf"),
+    ("bert_base", {"activation": "relu"}, ("masked_lm", "pooler"), "hf"),
+    ("bert_base", {}, ("pooler",), "hf"),
+    ("bert_base", {}, ("classifier",), "hf"),
+    ("fnet", {"fixed_len": 12}, ("masked_lm",), "hf"),
+    ("fnet", {}, ("classifier",), "hf"),
+    ("modern_hf", {}, ("masked_lm",), "hf"),
+    ("modern_hf", {}, ("classifier",), "hf"),
+    ("modern_hf", {}, (), "hf"),
+    ("ultrafastbert_1x11", {}, ("masked_lm",), "ultrafastbert"),
+    ("ultrafastbert_1x11", {}, ("classifier",), "ultrafastbert"),
+    ("crammed_bert", {}, ("masked_lm",), "ultrafastbert"),
+    ("crammed_bert", {"feedforward": ("dense",)}, ("masked_lm",), "ultrafastbert"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "heads", "to"), CASES)
+def test_there_and_back_is_bit_equal(name, changes, heads, to, vocabulary, tmp_path):
+    model = drawn(
+        small(name) if "fixed_len" not in changes else replace(small(name), **changes), wordpiece(vocabulary, {}), heads
+    )
+    model = replace(model, config=replace(model.config, **changes))
+    if changes.get("feedforward"):
+        model = drawn(model.config, model.tokenizer, heads)
+    export_model(model, tmp_path / "out", to)
+    tensors, values, folder = read_checkpoint(tmp_path / "out")
+    assert values is not None
+    back = with_tokenizer(import_weights(tensors, values, "out"), folder)
+    assert replace(back.config, n_heads=model.config.n_heads) == replace(
+        model.config, tree_depth=back.config.tree_depth, n_trees=back.config.n_trees, fixed_len=back.config.fixed_len
+    )
+    assert back.config.only_len == model.config.only_len
+    one, other = flatten(model.params), flatten(back.params)
+    assert one.keys() == other.keys()
+    for path, array in one.items():
+        np.testing.assert_array_equal(array, other[path], err_msg=path)
+    assert back.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert (back.task and back.task.labels) == (model.task and model.task.labels)
+    export_model(back, tmp_path / "again", to)
+    for file in sorted(path.name for path in (tmp_path / "out").iterdir()):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "words"),
+    [
+        ("ultrafastbert_1x11", "hf", "feedforward="),
+        ("fnet_ultrafast", "ultrafastbert", "mixer="),
+        ("switch_8e", "hf", "feedforward="),
+        ("crammed_rope", "hf", "qk_norm=True"),
+        ("original_fff", "ultrafastbert", "feedforward="),
+        ("bert_base", "ultrafastbert", "norm='post'"),
+        ("ultrafastbert_symmetric", "ultrafastbert", "tree_activation='symmetric_gelu'"),
+    ],
+)
+def test_what_a_layout_cannot_express_is_said(name, to, words, vocabulary, tmp_path):
+    model = drawn(small(name, feedforward=load_preset(name).model.feedforward), wordpiece(vocabulary, {}))
+    with pytest.raises(UserError, match="cannot express this model") as caught:
+        export_model(model, tmp_path / "out", to)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_wrong_tensor_is_named(tmp_path):
+    config = small("ultrafastbert_1x11")
+    layout = crammed.layout(config, ("masked_lm",))
+    values = crammed.foreign_config(config, ("masked_lm",), 0)
+    shapes = expected_shapes(layout, flat_shapes(config, ("masked_lm",), 0))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    import_weights(tensors, values, "here")
+    tensors["odd"] = tensors.pop("encoder.final_norm.bias")
+    tensors["encoder.final_norm.weight"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError) as caught:
+        import_weights(tensors, values, "here")
+    for words in (
+        "final_norm.bias is missing",
+        "odd is unexpected",
+        "final_norm.weight has shape (3,) instead of (16,)",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(UserError, match=r"untied weights.*decoder\.weight"):
+        shape = shapes["encoder.embedding.word_embedding.weight"]
+        whole = {name: np.zeros(s, np.float32) for name, s in shapes.items()} | {
+            "decoder.weight": np.ones(shape, np.float32)
+        }
+        import_weights(whole, values, "here")
+
+
+def test_bert_without_its_prefix_with_old_names_and_with_buffers(vocabulary, tmp_path):
+    model = drawn(small("bert_base"), wordpiece(vocabulary, {}), ("pooler",))
+    export_model(model, tmp_path / "out", "hf")
+    tensors, values, _ = read_checkpoint(tmp_path / "out")
+    assert values is not None
+    assert not any(name.startswith("bert.") for name in tensors)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): a
+        for name, a in tensors.items()
+    }
+    old = {f"bert.{name}": a for name, a in old.items()} | {
+        "bert.embeddings.position_ids": np.arange(16),
+        "cls.seq_relationship.bias": np.zeros(2, np.float32),
+    }
+    weights = import_weights(old, values, "here")
+    assert weights.skipped == ["bert.embeddings.position_ids", "cls.seq_relationship.bias"]
+    for path, array in flatten(model.params).items():
+        np.testing.assert_array_equal(array, flatten(weights.params)[path])
+
+
+def test_what_is_no_checkpoint_is_one_sentence(tmp_path, vocabulary):
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        read_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        read_checkpoint(tmp_path / "torch")
+    with pytest.raises(UserError, match="type 'gpt2'; this package imports Hugging Face BERT"):
+        import_weights({}, {"model_type": "gpt2"}, "here")
+    with pytest.raises(UserError, match=r"lacks 'hidden_size'"):
+        import_weights({}, {"model_type": "bert"}, "here")
+    modern = {"model_type": "modernbert", "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(UserError, match="local attention"):
+        import_weights({}, modern, "here")
+    with pytest.raises(UserError, match="Name one with --tokenizer"):
+        find_tokenizer(tmp_path / "torch", "")
+    weights = import_weights(*_tiny_bert(tmp_path, vocabulary, vocab_size=5), "here")
+    with pytest.raises(UserError, match="13 tokens, the model only 5"):
+        with_tokenizer(weights, tmp_path)
+
+
+def _tiny_bert(tmp_path, vocabulary, vocab_size):
+    model = drawn(replace(small("bert_base"), vocab_size=vocab_size), wordpiece(vocabulary, {}))
+    export_model(model, tmp_path / "tiny", "hf")
+    tensors, values, _ = read_checkpoint(tmp_path / "tiny")
+    return tensors, values
+
+
+def test_half_precision_weights_become_float32(vocabulary, tmp_path):
+    tensors, values = _tiny_bert(tmp_path, vocabulary, 40)
+    save_file({name: a.astype(np.float16) for name, a in tensors.items()}, tmp_path / "half.safetensors")
+    found, _, _ = read_checkpoint(tmp_path / "half.safetensors")
+    assert {a.dtype for a in found.values()} == {np.dtype(np.float32)}
+    assert import_weights(found, values, "half").params["encoder"]["embeddings"]["tokens"].dtype == np.float32
+
+
+def test_vocabularies_tokenise_like_their_tokenizer_json(vocabulary, tmp_path):
+    tokenizer = wordpiece(vocabulary, {"do_lower_case": True})
+    files = tokenizer_files(tokenizer, 16, "bert")
+    assert files["vocab.txt"].split() == PIECES
+    assert json.loads(files["special_tokens_map.json"])["mask_token"] == "[MASK]"
+    (tmp_path / "two").mkdir()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / "two" / name).write_text(files[name])
+    other = find_tokenizer(tmp_path / "two", "")
+    for text in ("The cats see a dog.", "Ein Äffchen", "[MASK] sees", "日本"):
+        assert (
+            tokenizer.encode(text).ids
+            == other.encode(text).ids
+            == Tokenizer.from_str(files["tokenizer.json"]).encode(text).ids
+        )
+    assert tokenizer.encode("The cats.").tokens == ["[CLS]", "the", "cat", "##s", ".", "[SEP]"]
+    assert wordpiece(vocabulary, {"do_lower_case": False}).encode("The").tokens[1] == "[UNK]"
+
+
+def test_import_and_export_on_the_command_line(command, vocabulary, tmp_path):
+    golden = dict(np.load(GOLDEN / "hf_bert.npz"))
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(
+        {k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")}, source / "model.safetensors"
+    )
+    (source / "config.json").write_text(str(golden["config"]))
+    missing = command("import", source, "--out", tmp_path / "model")
+    assert missing.returncode == 2
+    assert "--tokenizer FILE" in missing.stderr
+    assert not (tmp_path / "model").exists()
+    found = command("import", source / "model.safetensors", "--out", tmp_path / "model", "--tokenizer", vocabulary)
+    assert found.returncode == 0, found.stderr
+    assert "Hugging Face BERT, 2 layers x 16" in found.stdout
+    answer = command("fill-mask", "--model", tmp_path / "model", "the [MASK] sees")
+    assert len(answer.stdout.splitlines()) == 6, answer.stderr
+    assert command("export", tmp_path / "model", "--to", "hf", "--out", tmp_path / "back").returncode == 0
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name])
+    refused = command("export", tmp_path / "model", "--to", "ultrafastbert", "--out", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "cannot express this model" in refused.stderr
+    assert "exists already" in command("export", tmp_path / "model", "--to", "hf", "--out", tmp_path / "back").stderr
+
+
+def test_a_fastfeedforward_layer_comes_and_goes(command, tmp_path):
+    state = {
+        k.removeprefix("param."): v for k, v in np.load(GOLDEN / "leaf_tree.npz").items() if k.startswith("param.")
+    }
+    counted = state | {"leaf_usage": np.zeros(8, np.float32), "node_usage": np.zeros(7, np.float32)}
+    save_file(counted, tmp_path / "fff.safetensors")
+    found = command("import", tmp_path / "fff.safetensors", "--out", tmp_path / "layer")
+    assert "8 leaves of 4 neurons" in found.stdout, found.stderr
+    assert command("export", tmp_path / "layer", "--to", "fastfeedforward", "--out", tmp_path / "back").returncode == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        assert back[name].shape == array.shape, name
+        np.testing.assert_array_equal(array, back[name])
+    save_file({k: v for k, v in state.items() if k != "b1s"} | {"w2s": state["w2s"][:3]}, tmp_path / "bad.safetensors")
+    bad = command("import", tmp_path / "bad.safetensors", "--out", tmp_path / "no")
+    assert bad.returncode == 2
+    assert "b1s is missing" in bad.stderr
+    assert "w2s has shape (3, 4, 5) instead of (8, 4, 5)" in bad.stderr
+    mixed = command("fill-mask", "--model", tmp_path / "layer", "a [MASK]")
+    assert mixed.returncode == 2
+    assert "not a model folder" in mixed.stderr
+
+
+def test_an_imported_model_is_saved_and_loaded_unchanged(vocabulary, tmp_path):
+    tensors, values = _tiny_bert(tmp_path, vocabulary, 40)
+    model = with_tokenizer(import_weights(tensors, values, "here"), tmp_path / "tiny")
+    save_model(tmp_path / "model", model)
+    copy = load_model(tmp_path / "model")
+    assert copy.config == model.config
+    for path, array in flatten(model.params).items():
+        np.testing.assert_array_equal(array, flatten(copy.params)[path])
