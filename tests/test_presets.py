@@ -1,15 +1,23 @@
 """Every preset: parameter counts of the papers, the documented parameter tree, scales that keep their rules."""
 
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import export
 
 from ufbert import nn
-from ufbert.config import ModelConfig, RunConfig, from_json, to_json
+from ufbert.config import ModelConfig, PretrainConfig, RunConfig, from_json, to_json
+from ufbert.cost import forward_flops_per_token, neurons
+from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, preset_names, preset_summary, scaled
+from ufbert.presets import load_preset, preset_folder, preset_names, preset_summary, scaled
+from ufbert.pretrain.step import build_steps, init_state
+
+SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,93 @@ def test_presets_trace_and_describe_themselves(name):
     assert hidden.shape == (2, config.data.seq_len, config.model.d_model)
     assert aux == {}
     assert from_json(RunConfig, to_json(config), "here") == config
+    documentation = (preset_folder() / f"{name}.py").read_text().split('"""')[1]
+    for part in ("Paper:", f"--config={name}", "Expected:", "Cost:"):
+        assert part in documentation, part
+    claims = [int(text.replace(",", "")) for text in re.findall(r"\b(\d[\d,]+\d) parameters", documentation)]
+    assert not claims or nn.count_params(config.model) in claims, claims
+
+
+def small(name: str) -> RunConfig:
+    """A preset at the tiny scale with a tiny vocabulary and short rows."""
+    run = scaled(load_preset(name), "tiny")
+    model = replace(run.model, vocab_size=120, max_len=32, fixed_len=0, d_model=32, n_heads=2, d_hidden=32)
+    model = replace(model, tree_depth=3, n_trees=min(2, model.n_trees), pooler_width=16, leaf_width=4, init_std=0.1)
+    train = PretrainConfig(batch_rows=8, micro_rows=8)
+    return RunConfig(model, train, replace(run.data, seq_len=32, short_until=0.0))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_training_step_lowers_the_loss(name):
+    run = small(name)
+    state, steps = init_state(run, jax.random.key(0)), build_steps(run, SPECIAL)
+    rows = jnp.asarray(np.random.default_rng(0).integers(5, 120, (8, 32)), jnp.int32).at[:, 0].set(2)
+    args = (rows, jax.random.key(1), jnp.float32(1e-3), jnp.int32(8), jnp.float32(0.5))
+    state, before, norm = steps.update(state, *args)
+    state, after, _ = steps.update(state, *args)
+    assert float(after.loss / after.count) < float(before.loss / before.count) - 1e-3
+    assert 0 < float(norm) < 1e3
+    assert (float(before.extra) > 0) == (name in ("switch_8e", "original_fff", "ultrafastbert_symmetric"))
+    sums, counts = steps.evaluate(state.params, rows, jax.random.key(1))
+    assert np.isfinite(float(sums.loss))
+    kinds = {kind for _, kind in run.model.layers}
+    assert bool(counts) == bool(kinds & {"tree", "leaf_tree", "switch"})
+    for found in counts.values():
+        assert float(found.reshape(-1, found.shape[-1])[0, 0 if found.ndim > 1 else slice(None)].sum()) == 8 * 32
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_whole_training_step_lowers_for_accelerators(name):
+    run = load_preset(name)
+    run = replace(run, model=replace(run.model, tree_backend="masked", dtype="bfloat16"))
+    key = jax.eval_shape(jax.random.key, 0)
+    state = jax.eval_shape(lambda key: init_state(run, key), key)
+    rows = jax.ShapeDtypeStruct((run.train.micro_rows, run.data.seq_len), jnp.int32)
+    number, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = export.export(build_steps(run, SPECIAL).update, platforms=("cuda", "tpu"))(
+        state, rows, key, number, count, number
+    )
+    assert lowered.platforms == ("cuda", "tpu")
+    text = lowered.mlir_module()
+    assert "tf.aliasing_output" in text or "jax.buffer_donor" in text  # the state is donated
+
+
+def test_neurons_and_arithmetic_of_the_presets():
+    used = {name: neurons(load_preset(name).model) for name in preset_names()}
+    assert used["ultrafastbert_1x11"] == used["fnet_ultrafast"] == (12, 4095)
+    assert used["ultrafastbert_128x4"] == (640, 3968)
+    assert used["switch_8e"] == (3072, 8 * 3072)
+    assert used["original_fff"] == (7 + 32 + 32, 127 + 128 * 32 + 32)
+    infer = {
+        name: forward_flops_per_token(load_preset(name).model, 128, masked_trees=False, training=False)
+        for name in preset_names()
+    }
+    attention = 16 * (8 * 768**2 + 4 * 128 * 768)
+    assert infer["ultrafastbert_1x11"] == attention + 16 * 4 * 768 * 12
+    assert infer["fnet_ultrafast"] == pytest.approx(16 * (5 * 768 * np.log2(768 * 128) + 4 * 768 * 12))
+    assert infer["original_fff"] == attention + 16 * 2 * 768 * (7 + 2 * (32 + 32))
+
+
+def test_scaling_keeps_patterns_and_the_top_layers():
+    assert scaled(load_preset("fnet_hybrid"), "tiny").model.mixer == ("fourier", "attention")
+    assert scaled(load_preset("fnet_hybrid"), "mini").model.mixer == ("fourier", "fourier", "fourier", "attention")
+    assert scaled(load_preset("switch_8e"), "mini").model.feedforward == ("dense", "switch")
+    leaf = scaled(load_preset("original_fff"), "tiny").model
+    assert 2**leaf.tree_depth * leaf.leaf_width == 4 * 128
+
+
+@pytest.mark.parametrize("name", ["fnet", "fnet_hybrid", "fnet_ultrafast"])
+def test_fourier_models_read_rows_of_one_length(name):
+    run = small(name)
+    assert (run.model.only_len, load_preset(name).model.only_len) == (32, 128)
+    params = nn.init(run.model, jax.random.key(0))
+    with pytest.raises(UserError, match="reads rows of 32 tokens, not 16"):
+        nn.encode(params, run.model, jnp.zeros((1, 16), jnp.int32))
+    with pytest.raises(UserError, match="rows of one length"):
+        replace(run, data=replace(run.data, seq_len=16))
+    with pytest.raises(UserError, match=r"short_until 0"):
+        replace(run, data=replace(run.data, short_until=0.5))
+    assert load_preset("crammed_bert").model.only_len == 0
 
 
 def test_the_parameter_tree_is_the_documented_format():
@@ -86,5 +181,11 @@ def test_impossible_settings_are_refused():
         ModelConfig(d_model=100, n_heads=3)
     with pytest.raises(UserError, match="longer than"):
         replace(load_preset("tiny"), data=replace(load_preset("tiny").data, seq_len=256))
+    with pytest.raises(UserError, match="even head width"):
+        ModelConfig(d_model=6, n_heads=2, positions="rotary")
+    with pytest.raises(UserError, match=r"leaf_leak is 2.*\[0, 1\]"):
+        ModelConfig(leaf_leak=2.0)
+    with pytest.raises(UserError, match="capacity_factor is 0"):
+        ModelConfig(capacity_factor=0.0)
     with pytest.raises(UserError, match="does not know: n_layrs"):
         from_json(ModelConfig, {"n_layrs": 3}, "config.json")

@@ -29,7 +29,9 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: 
     return total
 
 
-def _feedforward_products(config: ModelConfig, kind: FeedForwardKind, masked_trees: bool, training: bool) -> float | int:
+def _feedforward_products(
+    config: ModelConfig, kind: FeedForwardKind, masked_trees: bool, training: bool
+) -> float | int:
     """Multiply-adds of a feedforward for one token, over d."""
     depth, leaves = config.tree_depth, 2**config.tree_depth
     if kind == "dense":

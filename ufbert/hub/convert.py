@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ufbert.config import ModelConfig
+from ufbert.data.tokenizer import special_ids
 from ufbert.errors import UserError
 from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.files import read_json, read_tensors, write_folder
@@ -154,6 +155,8 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
             continue
         try:
             values = candidate.foreign_config(config, heads, n_outputs)
+            if values["model_type"] not in candidate.kinds:
+                continue
             different = _differences(config, candidate.model_config(values), heads)
             layout = candidate.layout(config, heads)
             covered = {path for rule in layout.rules for path in rule.paths}
@@ -217,6 +220,9 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
         values["label2id"] = {label: i for i, label in enumerate(model.task.labels)}
     elif model.task is not None:
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    if found.kinds[0] in ("fnet", "modernbert"):  # whose classes assume other ids where none are given
+        ids = special_ids(model.tokenizer)
+        values |= {"bos_token_id": ids.cls, "eos_token_id": ids.sep, "cls_token_id": ids.cls, "sep_token_id": ids.sep}
     tensors = to_theirs(layout, flatten(model.params))
     if not {"masked_lm", "classifier"} & set(model.heads):  # a bare encoder
         tensors = {name.removeprefix(found.root): array for name, array in tensors.items()}

@@ -1,0 +1,166 @@
+"""What the layers of the encoder do in training and in inference, and how Fourier models are asked."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ufbert import nn
+from ufbert.config import ModelConfig
+from ufbert.data.encode import encode_texts
+from ufbert.glue.finetune import build_predict, predict_rows
+from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+from ufbert.inference.predictor import Predictor
+
+SMALL = ModelConfig(
+    vocab_size=60, max_len=16, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(5, 60, (3, 16)), jnp.int32)
+
+
+def config(**changes) -> ModelConfig:
+    return replace(SMALL, dropout=0.0, **changes)
+
+
+def run(cfg: ModelConfig, params=None, ids=IDS, **options):
+    params = nn.init(cfg, jax.random.key(0)) if params is None else params
+    hidden, aux = nn.encode(params, cfg, ids, **options)
+    return np.asarray(hidden), {name: float(value) for name, value in aux.items() if value.ndim == 0}
+
+
+def test_a_leaf_tree_is_soft_in_training_and_hard_in_inference():
+    cfg = config(feedforward=("leaf_tree",), tree_depth=3, leaf_width=4)
+    soft, hard = run(cfg, deterministic=False)[0], run(cfg)[0]
+    assert np.abs(soft - hard).max() > 1e-2
+    annealed = replace(cfg, leaf_temperature=1e-6)
+    np.testing.assert_allclose(run(annealed, deterministic=False, progress=1.0)[0], hard, atol=1e-4)
+    np.testing.assert_allclose(run(annealed, deterministic=False, progress=0.0)[0], soft, atol=1e-5)
+    through = replace(cfg, leaf_training="hard")
+    np.testing.assert_allclose(run(through, deterministic=False)[0], hard, atol=1e-4)
+
+
+def test_hardening_follows_its_weight_and_its_ramp():
+    cfg = config(feedforward=("leaf_tree",), tree_depth=2, leaf_width=4, leaf_hardening=2.0, leaf_hardening_ramp=0.5)
+    full = run(cfg, deterministic=False, progress=0.5)[1]["hardening_loss"]
+    assert 0 < full < 2.0 * 2 * np.log(2)
+    for progress, share in ((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)):
+        found = run(cfg, deterministic=False, progress=progress)[1]["hardening_loss"]
+        np.testing.assert_allclose(found, share * full, rtol=1e-5)
+    assert run(cfg)[1] == {}
+    np.testing.assert_allclose(
+        run(replace(cfg, leaf_hardening=1.0), deterministic=False)[1]["hardening_loss"], full / 2, rtol=1e-5
+    )
+
+
+def test_region_leak_needs_a_key():
+    cfg = config(feedforward=("leaf_tree",), tree_depth=2, leaf_width=4, leaf_leak=0.5)
+    still = run(cfg, deterministic=False)[0]
+    assert np.abs(run(cfg, deterministic=False, key=jax.random.key(1))[0] - still).max() > 1e-3
+
+
+def test_a_master_leaf_speaks_to_every_token():
+    cfg = config(feedforward=("leaf_tree",), tree_depth=2, leaf_width=4, master_leaf=8)
+    params = nn.init(cfg, jax.random.key(0))
+    layer = params["encoder"]["layer_00"]["leaf_tree"]
+    assert layer["master_in"]["kernel"].shape == (32, 8)
+    assert float(layer["master_share"][0]) == 0.5
+    plain = {name: value for name, value in layer.items() if not name.startswith("master")}
+    alone = {"encoder": {**params["encoder"], "layer_00": {**params["encoder"]["layer_00"], "leaf_tree": plain}}}
+    alone["encoder"]["layer_01"] = {**alone["encoder"]["layer_01"]}
+    second = alone["encoder"]["layer_01"]["leaf_tree"]
+    alone["encoder"]["layer_01"]["leaf_tree"] = {k: v for k, v in second.items() if not k.startswith("master")}
+    without = jax.tree.map(lambda a: a, params)
+    for name in ("layer_00", "layer_01"):
+        without["encoder"][name]["leaf_tree"]["master_share"] = jnp.zeros((1,))
+    np.testing.assert_allclose(run(cfg, without)[0], run(replace(cfg, master_leaf=0), alone)[0], atol=1e-5)
+    assert np.abs(run(cfg, without)[0] - run(cfg, params)[0]).max() > 1e-2
+
+
+def test_inference_of_a_switch_layer_does_not_depend_on_the_batch():
+    cfg = config(feedforward=("switch",), n_experts=3, capacity_factor=0.5)
+    params = nn.init(cfg, jax.random.key(0))
+    whole = run(cfg, params)[0]
+    np.testing.assert_allclose(run(cfg, params, IDS[1:2])[0], whole[1:2], atol=1e-5)
+    dropped, losses = run(cfg, params, deterministic=False)
+    assert np.abs(dropped - whole).max() > 1e-2
+    assert set(losses) == {"router_balance_loss", "router_z_loss"}
+    assert losses["router_balance_loss"] >= 2 * 0.01 * 0.99  # two layers, one at perfect balance each
+
+
+def test_switch_padding_counts_for_nothing():
+    cfg = config(feedforward=("switch",), n_experts=3)
+    params = nn.init(cfg, jax.random.key(0))
+    segments = jnp.ones_like(IDS).at[:, 10:].set(0)
+    one = run(cfg, params, segment_ids=segments, deterministic=False)
+    other = run(cfg, params, IDS.at[:, 10:].set(7), segment_ids=segments, deterministic=False)
+    np.testing.assert_array_equal(one[0][:, :10], other[0][:, :10])
+    assert one[1] == other[1]
+
+
+@pytest.mark.parametrize("kind", ["leaf_tree", "switch", "tree"])
+def test_bfloat16_compute_routes_as_float32_does(kind):
+    """One layer on the same float32 input: the counts of what was used are the same numbers."""
+    cfg = config(feedforward=(kind,), n_layers=1, tree_depth=4, leaf_width=4, n_experts=5, mixer=("fourier",))
+    params = nn.init(cfg, jax.random.key(0))
+    counts = []
+    for dtype in ("float32", "bfloat16"):
+        _, aux = nn.encode(params, replace(cfg, dtype=dtype), IDS, statistics=True)
+        counts.append({name: np.asarray(value) for name, value in aux.items()})
+    assert counts[0].keys() == counts[1].keys() != set()
+    for name, found in counts[0].items():
+        np.testing.assert_array_equal(found, counts[1][name])
+
+
+def test_the_uniform_start_is_louder_than_the_papers():
+    sizes = {}
+    for start in ("normal", "uniform"):
+        cfg = config(feedforward=("tree",), tree_depth=8, n_trees=1, tree_init=start, d_model=256, init_std=0.02)
+        layer = nn.init(cfg, jax.random.key(0))["encoder"]["layer_00"]["tree"]
+        sizes[start] = float(layer["w_out"].std())
+        assert float(jnp.abs(layer["w_in"]).max()) > 0
+        assert bool(layer["bias"].any()) == (start == "uniform")
+    np.testing.assert_allclose(sizes["normal"], 0.02, rtol=0.05)
+    np.testing.assert_allclose(sizes["uniform"], (9 * 3) ** -0.5, rtol=0.05)
+
+
+def test_queries_and_keys_can_be_normalised_and_rotated():
+    plain, normed = config(positions="rotary"), config(positions="rotary", qk_norm=True)
+    params = nn.init(normed, jax.random.key(0))
+    attention = params["encoder"]["layer_00"]["attention"]
+    assert attention["query_norm"]["scale"].shape == (16,)
+    louder = jax.tree.map(lambda a: a, params)
+    louder["encoder"]["layer_00"]["attention"]["query"]["kernel"] *= 50.0
+    np.testing.assert_allclose(run(normed, params)[0], run(normed, louder)[0], atol=1e-4)
+    base = nn.init(plain, jax.random.key(0))
+    assert np.abs(run(plain, base)[0] - run(plain, base, IDS[:, ::-1])[0][:, ::-1]).max() > 1e-3
+    shifted = run(plain, base, position_ids=jnp.arange(16)[None] + 9)[0]
+    np.testing.assert_allclose(run(plain, base)[0], shifted, atol=1e-4)  # only distances matter
+    xla = run(replace(plain, attention_impl="xla"), base)[0]
+    np.testing.assert_allclose(run(plain, base)[0], xla, atol=1e-5)
+
+
+@pytest.fixture
+def fourier_model(run_folder):
+    tokenizer = load_model(run_folder / "model").tokenizer
+    cfg = config(vocab_size=tokenizer.get_vocab_size(), mixer=("fourier", "attention"), fixed_len=12)
+    params = nn.init(cfg, jax.random.key(0))
+    params["classifier"] = nn.init_classifier(cfg, jax.random.key(1), 2)
+    return ModelFolder(cfg, params, tokenizer, TaskInfo("toy", ("no", "yes"), {}))
+
+
+def test_a_fourier_model_has_one_length_and_one_answer(fourier_model):
+    texts = ["the cat", "the dog sees the king in the old castle and the river finds the bird", "a bird"]
+    rows = encode_texts(fourier_model.tokenizer, texts, None, fourier_model.config, 64)
+    assert rows.pad([0]).ids.shape == (1, 12)
+    assert rows.pad([0, 1, 2]).ids.shape == (3, 12)
+    predict = build_predict(fourier_model.config)
+    together = predict_rows(predict, fourier_model.params, rows)
+    predictor = Predictor(fourier_model)
+    for text, scores in zip(texts, together, strict=True):
+        odds = np.exp(scores - scores.max())
+        answer = predictor.predict(text)
+        assert answer.label == ("no", "yes")[int(scores.argmax())]
+        assert answer.probability is not None
+        np.testing.assert_allclose(answer.probability, odds.max() / odds.sum(), atol=1e-5)
