@@ -18,6 +18,8 @@ from ufbert.glue.metrics import score
 from ufbert.glue.sources import Rows, open_source, read_split
 from ufbert.glue.tasks import TASKS, find_task
 from ufbert.hub.folder import load_model
+from ufbert.inference.predictor import Predictor
+from ufbert.pretrain.run import pretrain_command
 
 
 def test_binary_metrics_are_the_closed_forms():
@@ -201,3 +203,26 @@ def test_the_median_seed_is_the_one_saved(run_folder, toy_glue, tmp_path):
     entry = found["tasks"]["sst2"]
     saved = load_model(tmp_path / "out" / "sst2").task.metrics["accuracy"]
     assert saved == entry["seeds"][str(entry["saved_seed"])]["accuracy"] == entry["median"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("fnet_hybrid", ["--model.max-len=32", "--model.fixed-len=32"]),
+        ("switch_8e", ["--model.max-len=32", "--data.short-until=0"]),
+        ("original_fff", ["--model.max-len=32", "--data.short-until=0", "--model.tree-depth=2"]),
+    ],
+)
+def test_every_family_pretrains_fine_tunes_and_answers(preset, options, corpus_file, toy_glue, tmp_path):
+    sizes = ["--model.vocab-size=300", "--model.d-model=32", "--model.n-heads=2", "--model.d-hidden=32"]
+    sizes += ["--data.seq-len=32", "--data.eval-rows=8", "--train.batch-rows=8", "--train.micro-rows=8", "--device=cpu"]
+    run = tmp_path / "run"
+    where = [f"--config={preset}", "--scale=tiny", "--budget=12steps", f"--corpus=text:{corpus_file}", f"--out={run}"]
+    summary = pretrain_command([*where, *sizes, *options], 0.0)
+    assert np.isfinite(summary["heldout_loss"])
+    args = [f"--model={run / 'model'}", f"--glue-source=dir:{toy_glue}", "--tasks=sst2", f"--out={tmp_path / 'out'}"]
+    found = finetune_command([*args, "--tune.lr=1e-3", "--tune.epochs=4", "--device=cpu"])
+    assert found["tasks"]["sst2"]["median"]["accuracy"] > 0.4
+    predictor = Predictor.load(tmp_path / "out" / "sst2")
+    assert predictor.config.only_len == (32 if preset == "fnet_hybrid" else 0)
+    assert predictor.predict("the cat sees the dog river").label in ("negative", "positive")

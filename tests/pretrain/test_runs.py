@@ -36,7 +36,13 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
     rates = [r["lr"] for r in read_jsonl(run_folder / "metrics.jsonl") if "lr" in r]
     assert rates[0] == pytest.approx(0.25 * max(rates), rel=0.01)
     assert rates[-1] == pytest.approx(4 / 80 * max(rates))
-    assert "<svg" in (run_folder / "report.html").read_text()
+    report = (run_folder / "report.html").read_text()
+    assert "<svg" in report
+    assert "dead subtrees" in report
+    usage = [r["usage"] for r in read_jsonl(run_folder / "metrics.jsonl") if "usage" in r]
+    assert len(usage) == 11
+    assert usage[-1].keys() == {"layer_00", "layer_01"}
+    assert all(0 < layer["leaves_in_use"] <= layer["nodes_visited"] <= 1 for layer in usage[-1].values())
     assert not list(run_folder.glob(".*"))
 
 

@@ -170,10 +170,11 @@ def _headline(options: TrainOptions) -> str:
     from ufbert import nn
 
     model = options.model
-    kinds = "+".join(dict.fromkeys(kind for _, kind in model.layers))
+    mixers, kinds = (list(dict.fromkeys(layer[part] for layer in model.layers)) for part in (0, 1))
     tree = f" {model.n_trees}x{model.tree_depth} ({nn.tree_backend(model)})" if "tree" in kinds else ""
+    mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
     return (
-        f"{options.config}: {model.n_layers} layers x {model.d_model}, {kinds}{tree} feedforward, "
+        f"{options.config}: {model.n_layers} layers x {model.d_model}, {mixing}{'+'.join(kinds)}{tree} feedforward, "
         f"{nn.count_params(model):,} parameters"
     )
 

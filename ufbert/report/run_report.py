@@ -24,6 +24,7 @@ td:last-child {{ font-variant-numeric: tabular-nums }} svg {{ width: 100%; heigh
 {_table(summary)}
 {"".join(pictures)}
 <h2>Held-out evaluations</h2>{_evaluations(evals)}
+{_usage(evals)}
 <h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></body></html>
 """
     path = folder / "report.html"
@@ -47,6 +48,20 @@ def _evaluations(evals: list[dict[str, Any]]) -> str:
         for r in evals
     )
     return f"<table>{head}{rows}</table>"
+
+
+def _usage(evals: list[dict[str, Any]]) -> str:
+    """What the last evaluation found in use of each layer's tree, leaves or experts; nothing for dense models."""
+    usage = evals[-1].get("usage") if evals else None
+    if not usage:
+        return ""
+    names = list(dict.fromkeys(name for found in usage.values() for name in found))
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
+    rows = "".join(
+        f"<tr><td>{layer}</td>" + "".join(f"<td>{found.get(name, float('nan')):.3f}</td>" for name in names) + "</tr>"
+        for layer, found in usage.items()
+    )
+    return f"<h2>In use on held-out text</h2><table><tr><th>layer</th>{head}</tr>{rows}</table>"
 
 
 def _number(value: Any) -> str:
