@@ -171,6 +171,12 @@ def test_scales_keep_trees_within_four_widths(name, scale, layers, d, trees, dep
     assert model.n_trees * model.nodes_per_tree <= 4 * d < model.n_trees * (2 * model.nodes_per_tree + 1)
 
 
+def test_small_scales_pool_the_mean_and_hold_the_position_scale():
+    small = scaled(load_preset("ultrafastbert_1x11"), "tiny")
+    assert (small.model.pooling, small.train.position_scale_lr) == ("mean", 0.01)
+    assert (ModelConfig().pooling, PretrainConfig().position_scale_lr) == ("first", 1.0)
+
+
 def test_base_changes_nothing():
     config = load_preset("ultrafastbert_1x11")
     assert scaled(config, "base") == config

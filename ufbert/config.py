@@ -114,11 +114,13 @@ class ModelConfig:
     """BERT's dense + activation + LayerNorm before the tied masked-LM decoder."""
     head_bias: bool = False
     """A bias per token in the masked-LM decoder."""
+    pooling: Literal["first", "mean"] = "first"
+    """What a classifier reads: the hidden state of the first token, as BERT, or the mean over all real tokens. Nothing in
+    masked-LM pretraining teaches the first token to gather a row, so a small model has that still to learn."""
     pooler: Literal["tanh", "transform"] = "tanh"
-    """What stands between the first token and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation +
-    LayerNorm."""
+    """What stands between that and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation + LayerNorm."""
     pooler_width: int = 1024
-    """Width of the layer between the first token and a classifier."""
+    """Width of that layer."""
     pad_id: int = 0
     """Id of the padding token."""
     norm_eps: float = 1e-12
@@ -194,6 +196,8 @@ class PretrainConfig:
     """AdamW's epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
+    position_scale_lr: float = 1.0
+    """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
     clip_norm: float = 0.5
     """Global gradient norm above which the gradient is scaled down."""
     mask_rate: float = 0.25
@@ -213,6 +217,8 @@ class PretrainConfig:
         for name in ("batch_rows", "micro_rows", "n_evals"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.position_scale_lr < 0:
+            raise UserError(f"train.position_scale_lr is {self.position_scale_lr}; it must not be negative.")
         if not self.peak_lr > 0:
             raise UserError(f"train.peak_lr is {self.peak_lr}; it must be positive.")
         if not 0.0 < self.mask_rate < 1.0:

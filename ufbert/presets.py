@@ -73,8 +73,10 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
     """`config` at another size: same architecture and recipe, fewer and narrower layers. `base` changes nothing.
 
     Hidden widths keep their ratio to `d_model`, heads stay 64 wide, trees get the deepest D whose nodes number at most
-    4 * d_model in all, weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent, and the first
-    quarter of the budget reads short pieces (not with Fourier mixers, which know one length only).
+    4 * d_model in all, and weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent. The first
+    quarter of the budget reads short pieces (not with Fourier mixers, which know one length only), and the position scalar
+    learns at a hundredth of the rate: Adam moves it by the full rate, and at these rates it is gone, and with it all sense
+    of place, before attention has found a use for it. Classifiers read the mean of the tokens.
     """
     if scale == "base":
         return config
@@ -94,12 +96,19 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             feedforward=_resampled(model.feedforward, size.n_layers),
             d_hidden=max(1, model.d_hidden * size.d_model // model.d_model),
             n_trees=n_trees,
+            pooling="mean",
             tree_depth=_scaled_depth(model, n_trees, 4 * size.d_model),
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
             init_std=round(size.d_model**-0.5, 4),
         ),
         data=config.data if model.only_len else replace(config.data, short_until=0.25),
-        train=replace(config.train, peak_lr=size.peak_lr, batch_rows=size.batch_rows, micro_rows=size.batch_rows),
+        train=replace(
+            config.train,
+            peak_lr=size.peak_lr,
+            batch_rows=size.batch_rows,
+            micro_rows=size.batch_rows,
+            position_scale_lr=0.01,
+        ),
     )
 
 

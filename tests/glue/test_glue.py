@@ -3,12 +3,15 @@
 import json
 import random
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import bucket, encode_texts
 from ufbert.errors import UserError
@@ -117,8 +120,6 @@ def test_the_rate_rises_then_falls_to_zero():
 
 
 def load_config(d):
-    from ufbert.config import ModelConfig
-
     return ModelConfig(d_model=d, n_heads=2)
 
 
@@ -139,6 +140,22 @@ def test_padding_goes_to_the_smallest_bucket(run_folder):
     assert max(map(len, rows.ids)) <= 64
     assert [bucket(n, 64) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
     assert bucket(40, 48) == 48
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_pooling_reads_the_first_token_or_the_mean_of_the_real_ones(pooling):
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1, pooling=pooling, pooler_width=5, init_std=0.3)
+    hidden = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    segments = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    params = {"classifier": nn.init_classifier(config, jax.random.key(1), 3)}
+    read = hidden[:, 0] if pooling == "first" else jnp.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
+    pooler, out = params["classifier"]["pooler"]["dense"], params["classifier"]["out"]
+    wanted = jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]) @ out["kernel"] + out["bias"][None]
+    found = nn.classify(params, config, hidden, segments)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    padded = nn.classify(params, config, hidden.at[0, 3:].set(9.0), segments)
+    np.testing.assert_allclose(padded[0], found[0], atol=1e-6)
+    np.testing.assert_allclose(nn.classify(params, config, hidden[1:]), found[1:], atol=1e-6)
 
 
 @pytest.fixture

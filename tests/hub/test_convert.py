@@ -61,6 +61,7 @@ CASES = [
     ("fnet", {}, ("classifier",), "hf"),
     ("modern_hf", {}, ("masked_lm",), "hf"),
     ("modern_hf", {}, ("classifier",), "hf"),
+    ("modern_hf", {"pooling": "mean"}, ("classifier",), "hf"),
     ("modern_hf", {}, (), "hf"),
     ("ultrafastbert_1x11", {}, ("masked_lm",), "ultrafastbert"),
     ("ultrafastbert_1x11", {}, ("classifier",), "ultrafastbert"),

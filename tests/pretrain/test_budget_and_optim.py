@@ -4,6 +4,7 @@ import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from ufbert.config import PretrainConfig
 from ufbert.errors import UserError
 from ufbert.presets import load_preset, preset_names
 from ufbert.pretrain.budget import Budget, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.optim import decay_mask, decays, rows_per_update, triangle
+from ufbert.pretrain.optim import decay_mask, decays, make_optimizer, rows_per_update, triangle
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,20 @@ def test_every_parameter_decays_or_is_a_norm_or_a_bias(name):
         assert decays(path) != small, text
         assert small or leaf.ndim > 1 or text.endswith(("position_scale", "master_share")), text
     assert jax.tree.structure(mask) == jax.tree.structure(tree)
+
+
+def test_the_position_scale_alone_moves_at_its_own_rate():
+    params = nn.init(load_preset("tiny").model, jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def direction(rate):
+        optimizer = make_optimizer(PretrainConfig(position_scale_lr=rate))
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    plain, slow = direction(1.0), direction(0.01)
+    plain_scale, slow_scale = (found["encoder"]["embeddings"].pop("position_scale") for found in (plain, slow))
+    assert plain_scale > 0.9
+    np.testing.assert_allclose(slow_scale, 0.01 * plain_scale, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, plain, slow)
+    with pytest.raises(UserError, match="position_scale_lr"):
+        PretrainConfig(position_scale_lr=-1.0)

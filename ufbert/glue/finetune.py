@@ -122,7 +122,7 @@ def build_predict(config: ModelConfig) -> Callable[..., Any]:
 
     def predict(params: Any, batch: Any) -> Any:
         hidden, _ = nn.encode(params, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
-        return nn.classify(params, config, hidden)
+        return nn.classify(params, config, hidden, batch.segment_ids)
 
     return jax.jit(predict)
 
@@ -167,7 +167,7 @@ def _build_update(config: ModelConfig, task: Task, optimizer: optax.GradientTran
         hidden, aux = nn.encode(
             params, config, batch.ids, batch.segment_ids, key=encoder_key, deterministic=False, type_ids=batch.type_ids
         )
-        scores = nn.classify(params, config, hidden, head_key)
+        scores = nn.classify(params, config, hidden, batch.segment_ids, head_key)
         weights = jnp.ones(targets.shape)
         if task.is_regression:
             sums = squared_error(scores[:, 0], targets, weights)

@@ -190,8 +190,8 @@ ONLY_FOR = {
     "attention": ("n_heads", "qk_norm"),
     "rotary": ("rotary_base",),
     "pre": ("first_norm",),
-    "classifier": ("pooler", "pooler_width"),
-    "pooler": ("pooler", "pooler_width"),
+    "classifier": ("pooling", "pooler", "pooler_width"),
+    "pooler": ("pooling", "pooler", "pooler_width"),
     "masked_lm": ("head_transform", "head_bias"),
 }
 """Fields that matter only to a model with this part."""

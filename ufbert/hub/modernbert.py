@@ -21,8 +21,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
         if values.get(name, False)
     }
-    if values.get("classifier_pooling", "cls") != "cls" and _has_classifier(values):
-        fixed["classifier_pooling"] = values["classifier_pooling"]
     if not values.get("decoder_bias", True):
         fixed["decoder_bias"] = False
     local = values.get("layer_types", ["full_attention"])
@@ -50,6 +48,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         rotary_base=float(base),
         head_transform=True,
         head_bias=True,
+        pooling="mean" if values.get("classifier_pooling") == "mean" else "first",
         pooler="transform",
         pooler_width=d,
         norm_eps=values["norm_eps"],
@@ -57,10 +56,6 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         dropout=values.get("classifier_dropout", 0.0),
         pad_id=values["pad_token_id"],
     )
-
-
-def _has_classifier(values: dict[str, Any]) -> bool:
-    return any("Classification" in name for name in values.get("architectures") or ())
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
@@ -75,7 +70,7 @@ def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) 
         "classifier_activation": foreign_activation(config),
         "classifier_bias": False,
         "classifier_dropout": config.dropout,
-        "classifier_pooling": "cls",
+        "classifier_pooling": "mean" if config.pooling == "mean" else "cls",
         "decoder_bias": True,
         "embedding_dropout": 0.0,
         "global_attn_every_n_layers": 1,

@@ -57,7 +57,7 @@ class Predictor:
         return nn.masked_lm_logits(params, self.config, self._hidden(params, batch)[0, position])
 
     def _class_scores(self, params: Any, batch: Any) -> Any:
-        return nn.classify(params, self.config, self._hidden(params, batch))
+        return nn.classify(params, self.config, self._hidden(params, batch), batch.segment_ids)
 
     def fill_mask(self, text: str, top: int = 5) -> list[list[Guess]]:
         """For each [MASK] in the text, the `top` likeliest word pieces, best first."""

@@ -85,19 +85,25 @@ def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "
     return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
 
 
-def pool(params: Params, config: ModelConfig, hidden: Float[Array, "b t d"]) -> Float[Array, "b p"]:
-    """BERT's pooled first token."""
+def pool(
+    params: Params, config: ModelConfig, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
+) -> Float[Array, "b p"]:
+    """BERT's pooler, over what `config.pooling` says."""
     apply: Any = Pooler(config).apply
-    return apply({"params": params["pooler"]}, hidden)
+    return apply({"params": params["pooler"]}, hidden, segment_ids)
 
 
 def classify(
-    params: Params, config: ModelConfig, hidden: Float[Array, "b t d"], key: Key[Array, ""] | None = None
+    params: Params,
+    config: ModelConfig,
+    hidden: Float[Array, "b t d"],
+    segment_ids: Int[Array, "b t"] | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> Float[Array, "b c"]:
-    """Classifier scores from hidden states; dropout if `key` is given."""
+    """Classifier scores from hidden states, 0 in `segment_ids` marking padding; dropout if `key` is given."""
     n_outputs = params["classifier"]["out"]["bias"].shape[-1]
     apply: Any = ClassifierHead(config, n_outputs).apply
-    return apply({"params": params["classifier"]}, hidden, key)
+    return apply({"params": params["classifier"]}, hidden, segment_ids, key)
 
 
 def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outputs: int = 0) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
@@ -32,16 +32,27 @@ class MaskedLMHead(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The first token as a classifier sees it: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT."""
+    """What a classifier sees: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT.
+
+    h is the first token's hidden state, or the mean over the tokens whose segment is not 0 (padding; without `segment_ids`
+    all tokens are real).
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b p"]:
-        cfg, first = self.config, hidden[:, 0]
+    def __call__(
+        self, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b p"]:
+        cfg = self.config
+        if cfg.pooling == "first":
+            h = hidden[:, 0]
+        else:
+            real = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+            h = jnp.einsum("bt,btd->bd", real, hidden) / jnp.maximum(real.sum(axis=1, keepdims=True), 1.0)
         if cfg.pooler == "transform":
-            return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(first)))
-        return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(first).astype(jnp.float32))
+            return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(h)))
+        return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(h).astype(jnp.float32))
 
 
 class ClassifierHead(nn.Module):
@@ -51,6 +62,11 @@ class ClassifierHead(nn.Module):
     n_outputs: int
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b t d"], key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        pooled = maybe_dropout(self.config, Pooler(self.config, name="pooler")(hidden), key)
+    def __call__(
+        self,
+        hidden: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b c"]:
+        pooled = maybe_dropout(self.config, Pooler(self.config, name="pooler")(hidden, segment_ids), key)
         return dense(self.config, self.n_outputs, "out", use_bias=True)(pooled).astype(jnp.float32)

@@ -33,12 +33,18 @@ def decay_mask(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 
 
+def is_position_scale(params: Params) -> Any:
+    """True at the scalar that multiplies the position sinusoid."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position_scale", params)
+
+
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     """Clipped AdamW whose updates still lack the factor -lr, which the step multiplies in (it is an argument there)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.masked(optax.scale(config.position_scale_lr), is_position_scale),
     )
 
 
