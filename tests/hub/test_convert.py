@@ -276,3 +276,18 @@ def test_an_imported_model_is_saved_and_loaded_unchanged(vocabulary, tmp_path):
     assert copy.config == model.config
     for path, array in flatten(model.params).items():
         np.testing.assert_array_equal(array, flatten(copy.params)[path])
+
+
+def test_the_published_checkpoint_has_the_size_of_its_file():
+    """UltraFastBERT-1x11-long: 163,671,025 unique numbers, 16 norm factors and the decoder once more; 755.35 MB in float32."""
+    config = load_preset("ultrafastbert_1x11").model
+    layout = crammed.layout(config, ("masked_lm",))
+    shapes = expected_shapes(layout, flat_shapes(config, ("masked_lm",), 0))
+    assert shapes["encoder.layers.15.ffn.linear_in.weight"] == (4095, 768)
+    assert shapes["encoder.layers.0.ffn.linear_out.weight"] == (768, 4095)
+    assert shapes["encoder.layers.7.attn.self_attention.query_key_value.weight"] == (2304, 768)
+    numbers = sum(int(np.prod(shape)) for shape in shapes.values())
+    numbers += sum(int(np.prod(shapes[source])) for source in layout.copies.values())
+    assert numbers == 188_836_865
+    assert round(4 * numbers / 1e6, 2) == 755.35
+    assert crammed.model_config(crammed.foreign_config(config, ("masked_lm",), 0)).layers == config.layers

@@ -91,7 +91,7 @@ def test_kill_and_resume_ends_in_equal_bits(corpus_file, tmp_path):
 
 def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     folder = tmp_path / "run"
-    process = start(["--budget=24s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])
+    process = start(["--budget=30s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])
     kill_when(process, lambda: len(read_jsonl(folder / "ledger.jsonl")) > 11)
     before = max(record["spent"] for record in read_jsonl(folder / "ledger.jsonl"))
     resumed = start(["--resume", f"--out={folder}"])
@@ -101,11 +101,11 @@ def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     for record in read_jsonl(folder / "ledger.jsonl"):
         sessions[record["session"]] = max(record["spent"], sessions.get(record["session"], 0.0))
     assert sessions[1] == before
-    assert sum(sessions.values()) <= 24.0
-    assert sum(sessions.values()) > 18.0
+    assert sum(sessions.values()) <= 30.0
+    assert sum(sessions.values()) > 24.0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["restarts"] == 1
-    assert summary["spent_seconds"] <= 24.0
+    assert summary["spent_seconds"] <= 30.0
 
 
 def test_updates_accumulate_micro_batches(corpus_file, tmp_path):

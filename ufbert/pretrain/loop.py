@@ -74,8 +74,8 @@ class _Session:
 
     def reserve(self) -> float:
         """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
-        update = min(self.update_seconds, default=0.0)
-        return 0.5 + 2.0 * update + 1.5 * self.eval_seconds + 2.0 * self.save_seconds
+        update = max(self.update_seconds, default=0.0)
+        return 1.0 + 2.0 * update + 1.5 * self.eval_seconds + 2.0 * self.save_seconds
 
 
 def train(
