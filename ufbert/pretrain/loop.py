@@ -100,6 +100,9 @@ def train(
     session = _Session(state, steps, metrics, live, save_seconds=0.5 + size / 200e6)  # until a save is measured
     try:
         _evaluate(session, heldout, clock, record=restored is None)
+        # The first update compiles, which costs about twice what compiling the evaluation just did: where that much is not
+        # left, as after a late resume, it must not begin.
+        clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
         _updates(session, run, data, heldout, clock, folder, key)
         loss = _evaluate(session, heldout, clock)
         return _finish(session, run, data, heldout, clock, folder, loss, restarts)
