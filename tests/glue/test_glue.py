@@ -116,7 +116,8 @@ def test_the_rate_rises_then_falls_to_zero():
     assert np.all(np.diff(rates[10:]) < 0)
     assert rates[-1] < 0.001
     assert FinetuneConfig().peak_lr(load_config(768)) == pytest.approx(4e-5)
-    assert FinetuneConfig().peak_lr(load_config(128)) == pytest.approx(2.4e-4)
+    assert FinetuneConfig().peak_lr(load_config(256)) == pytest.approx(7.8e-4, rel=0.01)
+    assert FinetuneConfig(lr=1e-4).peak_lr(load_config(256)) == 1e-4
 
 
 def load_config(d):

@@ -42,7 +42,7 @@ def naive(x, w_in, bias, w_out):
 shapes = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 4), st.integers(0, 8), st.integers(1, 6))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(shapes)
 def test_backends_equal_the_naive_loop(shape):
     args = draw(*shape)
@@ -52,7 +52,7 @@ def test_backends_equal_the_naive_loop(shape):
         np.testing.assert_allclose(found, wanted, atol=2e-5 * max(1.0, np.abs(wanted).max()))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(shapes)
 def test_gradients_are_equal_and_touch_visited_rows_only(shape):
     x, *weights = draw(*shape)
