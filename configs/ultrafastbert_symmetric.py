@@ -1,9 +1,10 @@
-"""UltraFastBERT-1x11 with neurons as loud on the left as on the right, so that no subtree dies of silence.
+"""UltraFastBERT-1x11 with neurons as loud on the left as on the right, against subtrees that die of silence.
 
 Paper: the dying is described in arXiv 2604.08565 ("auto-pruning from hard routing and an asymmetric nonlinearity"); the
 architecture is arXiv 2311.10770's.
 Command: python train.py --config=ultrafastbert_symmetric --budget=24h
-Expected: fewer dead subtrees (`usage` in metrics.jsonl) than ultrafastbert_1x11; whether the loss follows is open.
+Expected: open. In the toy of notebooks/01_the_fff_layer the symmetric neurons even the turns and reopen silent halves, but
+more subtrees die than with gelu where the target has a linear part; the balance loss is what saves them. Compare `usage`.
 Cost: as ultrafastbert_1x11, 163,671,025 parameters.
 """
 

@@ -65,8 +65,8 @@ class ModelConfig:
     leaf_hardening_ramp: float = 0.0
     """Share of the budget over which the hardening weight rises from zero; 0 has it in full from the start."""
     leaf_temperature: float = 1.0
-    """Temperature of a leaf_tree's soft decisions at the end of the budget. It starts at 1 and falls geometrically, so
-    that the mixture is nearly hard when hard inference begins."""
+    """Temperature of a leaf_tree's soft decisions at the end of the budget. It starts at 1 and falls geometrically, to
+    make the mixture nearly hard by then; nodes can shrink their weights against it, so judge by the held-out loss."""
     leaf_leak: float = 0.0
     """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
     master_leaf: int = 0

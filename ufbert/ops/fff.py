@@ -212,7 +212,8 @@ def balance_loss(
 def usage_summary(visits: np.ndarray) -> dict[str, float]:
     """What a layer's visits (m, n) say about its trees, as shares: nodes visited, and leaves in effective use
     (exp of the entropy of the leaves' visits, over their number, averaged over trees); and the number of dead subtrees:
-    nodes that no row visited below a node that some row did."""
+    nodes that no row visited below a node that some row did. A dead half of a tree counts as one, so read it beside the
+    nodes visited."""
     n = visits.shape[1]
     depth = tree_depth(n)
     parents = (np.arange(1, n) - 1) // 2

@@ -12,8 +12,9 @@ being the highest bit.
 
 The two agree only once the decisions have hardened, and the stock recipe (the mean node entropy in the loss) often
 leaves them soft. Two remedies beside it: a temperature that falls during training, so that the mixture itself becomes
-hard, and `straight_through`, which computes the hard output and sends back the soft gradient. Leaves nobody uses are
-the other ailment; `balance_loss` and a master leaf (Charalampopoulos et al. 2024, arXiv 2405.16836) are for that.
+hard (if it falls faster than the nodes shrink their weights against it: look at the entropy), and `straight_through`,
+which computes the hard output and sends back the soft gradient. Leaves nobody uses are the other ailment; `balance_loss`
+and a master leaf (Charalampopoulos et al. 2024, arXiv 2405.16836) are for that.
 """
 
 from typing import NamedTuple
