@@ -6,26 +6,20 @@ Expected: the paper reports 92 % of BERT's GLUE average at 80 % more training sp
 Cost: 82,894,592 parameters; no mask exists, so every row has exactly 128 tokens in training and in use.
 """
 
-from ufbert.config import ModelConfig, RunConfig
+from dataclasses import replace
 
-config = RunConfig(
-    model=ModelConfig(
+from ufbert.presets import load_preset
+
+bert = load_preset("bert_base")
+config = replace(
+    bert,
+    model=replace(
+        bert.model,
         vocab_size=32000,
-        max_len=512,
         fixed_len=128,
-        n_layers=12,
         mixer=("fourier",),
-        feedforward=("dense",),
-        d_hidden=3072,
         activation="gelu_tanh",
-        norm="post",
-        positions="learned",
         n_token_types=4,
-        use_bias=True,
         embedding_projection=True,
-        final_norm=False,
-        head_transform=True,
-        head_bias=True,
-        pooler_width=768,
-    )
+    ),
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -189,11 +190,15 @@ def _tiny_bert(tmp_path, vocabulary, vocab_size):
     return tensors, values
 
 
-def test_half_precision_weights_become_float32(vocabulary, tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_become_float32(dtype, vocabulary, tmp_path):
     tensors, values = _tiny_bert(tmp_path, vocabulary, 40)
-    save_file({name: a.astype(np.float16) for name, a in tensors.items()}, tmp_path / "half.safetensors")
+    halves = {name: a.astype(jnp.dtype(dtype)) for name, a in tensors.items()}
+    save_file(halves, tmp_path / "half.safetensors")
     found, _, _ = read_checkpoint(tmp_path / "half.safetensors")
-    assert {a.dtype for a in found.values()} == {np.dtype(np.float32)}
+    for name, array in found.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, halves[name].astype(np.float32))
     assert import_weights(found, values, "half").params["encoder"]["embeddings"]["tokens"].dtype == np.float32
 
 

@@ -34,22 +34,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"There is no tensor file {path}.")
     try:
         with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            if any(file.get_slice(name).get_dtype() == "BF16" for name in names):
-                return _read_with_jax(path)
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short: {error}.") from error
-    return {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in tensors.items()}
-
-
-def _read_with_jax(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.flax import load_file
-
-    return {
-        name: np.asarray(array, np.float32 if array.dtype.itemsize == 2 else None)
-        for name, array in load_file(path).items()
-    }
+    halves = ("float16", "bfloat16")
+    return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, str]) -> None:

@@ -2,8 +2,8 @@
 
 The state holds `node_weights (n, d)`, `node_biases (n, 1)`, `w1s (g, d, w)`, `b1s (g, w)`, `w2s (g, w, o)`, `b2s (g, o)`,
 the number `depth`, and where usage was counted, `node_usage` and `leaf_usage`. A layer is no encoder and has no tokenizer,
-so its folder is of another format than a model folder: `config.json` (`"format": "ufbert-leaf-layer"`) and
-`model.safetensors`.
+so its folder is of another format than a model folder: `config.json` (`"format": "ufbert-leaf-layer"`) and the same
+state in `model.safetensors`.
 """
 
 import json
@@ -59,8 +59,7 @@ def to_state(layer: LeafTree) -> dict[str, np.ndarray]:
 def save_layer(folder: str | Path, layer: LeafTree, activation: str) -> None:
     """Write a layer folder, whole or not at all. Raises UserError if the disk refuses."""
     config = {"format": FORMAT, "format_version": VERSION, "activation": activation}
-    files = {"config.json": json.dumps(config, indent=2) + "\n"}
-    write_folder(folder, {name: np.asarray(array) for name, array in layer._asdict().items()}, files)
+    write_folder(folder, to_state(layer), {"config.json": json.dumps(config, indent=2) + "\n"})
 
 
 def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
@@ -74,16 +73,4 @@ def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
         raise UserError(f"{folder} does not hold a leaf-tree layer.")
     if config["format_version"] > VERSION:
         raise UserError(f"{folder} has format version {config['format_version']}; this ufbert reads up to {VERSION}.")
-    tensors = read_tensors(folder / "model.safetensors")
-    g, d, w = tensors["w_in"].shape if "w_in" in tensors and tensors["w_in"].ndim == 3 else (1, 1, 1)
-    o = tensors["w_out"].shape[-1] if "w_out" in tensors else 1
-    shapes = {
-        "node_w": (g - 1, d),
-        "node_b": (g - 1,),
-        "w_in": (g, d, w),
-        "b_in": (g, w),
-        "w_out": (g, w, o),
-        "b_out": (g, o),
-    }
-    check_tensors({name: tuple(array.shape) for name, array in tensors.items()}, shapes, str(folder))
-    return LeafTree(**{name: jnp.asarray(tensors[name]) for name in LeafTree._fields}), config.get("activation", "relu")
+    return from_state(read_tensors(folder / "model.safetensors"), str(folder)), config.get("activation", "relu")
