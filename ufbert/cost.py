@@ -33,23 +33,23 @@ def _feedforward_products(
     config: ModelConfig, kind: FeedForwardKind, masked_trees: bool, training: bool
 ) -> float | int:
     """Multiply-adds of a feedforward for one token, over d."""
-    depth, leaves = config.tree_depth, 2**config.tree_depth
-    if kind == "dense":
-        return 2 * config.d_hidden
-    if kind == "glu":
-        return 3 * config.d_hidden
-    if kind == "tree":
-        return 2 * config.n_trees * (config.nodes_per_tree if masked_trees else depth + 1)
-    if kind == "leaf_tree":
-        decisions, used = (leaves - 1, leaves) if training else (depth, 1)
-        return decisions + 2 * (used * config.leaf_width + config.master_leaf)
-    return config.n_experts + 2 * config.d_hidden * (config.capacity_factor if training else 1.0)
+    depth, leaves, f = config.tree_depth, 2**config.tree_depth, config.d_hidden
+    nodes = config.nodes_per_tree if masked_trees else depth + 1
+    decisions, used = (leaves - 1, leaves) if training else (depth, 1)
+    products: dict[FeedForwardKind, float | int] = {
+        "dense": 2 * f,
+        "glu": 3 * f,
+        "tree": 2 * config.n_trees * nodes,
+        "leaf_tree": decisions + 2 * (used * config.leaf_width + config.master_leaf),
+        "switch": config.n_experts + 2 * f * (config.capacity_factor if training else 1.0),
+    }
+    return products[kind]
 
 
 def neurons(config: ModelConfig) -> tuple[int, int]:
     """(neurons that one token uses in inference, neurons there) of the feedforward that has most of them."""
     depth = config.tree_depth
-    counts = {
+    counts: dict[FeedForwardKind, tuple[int, int]] = {
         "dense": (config.d_hidden, config.d_hidden),
         "glu": (config.d_hidden, config.d_hidden),
         "tree": (config.n_trees * (depth + 1), config.n_trees * config.nodes_per_tree),

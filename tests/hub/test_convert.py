@@ -190,6 +190,21 @@ def _tiny_bert(tmp_path, vocabulary, vocab_size):
     return tensors, values
 
 
+def test_a_crammed_classifier_that_averages_padding_is_refused(vocabulary, tmp_path):
+    model = drawn(small("crammed_bert"), wordpiece(vocabulary, {}), ("classifier",))
+    export_model(model, tmp_path / "out", "ultrafastbert")
+    tensors, values, _ = read_checkpoint(tmp_path / "out")
+    assert values is not None
+    import_weights(tensors, values, "here")
+    values["arch"]["classification_head"]["pooler"] = "avg"
+    with pytest.raises(UserError, match=r"does not express: pooler='avg'"):
+        import_weights(tensors, values, "here")
+    masked_lm = drawn(small("crammed_bert"), wordpiece(vocabulary, {}))
+    export_model(masked_lm, tmp_path / "lm", "ultrafastbert")
+    tensors, _, _ = read_checkpoint(tmp_path / "lm")
+    assert import_weights(tensors, values, "here").heads == ("masked_lm",)  # without a classifier it does not matter
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_weights_become_float32(dtype, vocabulary, tmp_path):
     tensors, values = _tiny_bert(tmp_path, vocabulary, 40)
@@ -295,4 +310,6 @@ def test_the_published_checkpoint_has_the_size_of_its_file():
     numbers += sum(int(np.prod(shapes[source])) for source in layout.copies.values())
     assert numbers == 188_836_865
     assert round(4 * numbers / 1e6, 2) == 755.35
-    assert crammed.model_config(crammed.foreign_config(config, ("masked_lm",), 0)).layers == config.layers
+    assert (
+        crammed.model_config(crammed.foreign_config(config, ("masked_lm",), 0), ("masked_lm",)).layers == config.layers
+    )

@@ -28,7 +28,7 @@ def foreign_activation(config: ModelConfig) -> str:
     return next((theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == config.activation), config.activation)
 
 
-def model_config(values: dict[str, Any]) -> ModelConfig:
+def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     """The `config.json` of a BERT or FNet as our configuration. Raises UserError for what the encoder does not express."""
     is_fnet = values["model_type"] == "fnet"
     position_kind = values.get("position_embedding_type") or "absolute"

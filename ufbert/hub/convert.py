@@ -31,7 +31,7 @@ class Format(NamedTuple):
     """Prefix of its encoder's tensors, which a checkpoint of the bare encoder lacks; empty if it always has it."""
     skipped: str
     """Pattern of names that hold nothing this package uses: buffers, and heads it does not have."""
-    model_config: Callable[[dict[str, Any]], ModelConfig]
+    model_config: Callable[[dict[str, Any], tuple[str, ...]], ModelConfig]
     foreign_config: Callable[[ModelConfig, tuple[str, ...], int], dict[str, Any]]
     heads_of: Callable[[set[str]], tuple[str, ...]]
     layout: Callable[[ModelConfig, tuple[str, ...]], Layout]
@@ -95,16 +95,16 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
     if found is None:
         known = ", ".join(f.label for f in FORMATS)
         raise UserError(f"{where} holds a model of type {kind!r}; this package imports {known}.")
-    try:
-        config = found.model_config(values)
-    except KeyError as error:
-        raise UserError(f"The config.json of {where} lacks {error}.") from error
-    if fixed_len:
-        config = replace(config, fixed_len=fixed_len)
     renamed = {_clean(name, found.root): array for name, array in tensors.items()}
     skipped = sorted(name for name in renamed if re.fullmatch(found.skipped, name))
     used = {name: array for name, array in renamed.items() if name not in skipped}
     heads = found.heads_of(set(used))
+    try:
+        config = found.model_config(values, heads)
+    except KeyError as error:
+        raise UserError(f"The config.json of {where} lacks {error}.") from error
+    if fixed_len:
+        config = replace(config, fixed_len=fixed_len)
     labels = _labels(values, used) if "classifier" in heads else ()
     shapes = flat_shapes(config, heads, max(1, len(labels)) if "classifier" in heads else 0)
     flat = to_ours(found.layout(config, heads), used, shapes, where)
@@ -157,7 +157,7 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
             values = candidate.foreign_config(config, heads, n_outputs)
             if values["model_type"] not in candidate.kinds:
                 continue
-            different = _differences(config, candidate.model_config(values), heads)
+            different = _differences(config, candidate.model_config(values, heads), heads)
             layout = candidate.layout(config, heads)
             covered = {path for rule in layout.rules for path in rule.paths}
             missing = sorted(covered ^ set(flat_shapes(config, heads, n_outputs)))

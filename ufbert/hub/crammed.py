@@ -17,8 +17,8 @@ from ufbert.hub.layout import Layout, Rule, linear, norm, reshaped, same, stacke
 WORDS = "encoder.embedding.word_embedding.weight"
 
 
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The `config.json` of such a checkpoint as our configuration.
+def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
+    """The `config.json` of such a checkpoint, which has these heads, as our configuration.
 
     Raises UserError for an architecture this package does not express.
     """
@@ -39,6 +39,9 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     is_tree, is_glu = arch["intermed_type"] == "fff", arch["nonlin"] == "GELUglu"
     if not is_tree and arch["nonlin"] not in ("GELU", "GELUglu"):
         odd.append(f"nonlin={arch['nonlin']!r}")
+    pooler = arch["classification_head"]["pooler"]
+    if "classifier" in heads and pooler != "zero_index":  # its average counts padding too
+        odd.append(f"pooler={pooler!r}")
     if odd:
         raise UserError(f"This crammedBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
     return ModelConfig(

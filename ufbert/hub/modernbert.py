@@ -14,7 +14,7 @@ from ufbert.hub.layout import Layout, linear, norm, same, stacked_linears
 WORDS = "model.embeddings.tok_embeddings.weight"
 
 
-def model_config(values: dict[str, Any]) -> ModelConfig:
+def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     """The `config.json` of a ModernBERT as our configuration. Raises UserError for what the encoder does not express."""
     fixed = {
         name: values[name]

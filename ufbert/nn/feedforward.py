@@ -1,4 +1,5 @@
-"""The feedforward sublayers. A new kind is a module here and an entry in FEEDFORWARDS.
+"""The feedforward sublayers. A new kind is a module here and an entry in FEEDFORWARDS, its name in
+`config.FeedForwardKind`, and a row in `cost.py`.
 
 Each takes hidden states, the layer's `Context` and a key for its noise (None: no noise), and returns its output and what
 it has to report (`Aux`): weighted losses under names ending in `_loss`, and counts where statistics are asked for.
