@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -68,3 +69,18 @@ def run_folder(corpus_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     pretrain_command(["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL], 0.0)
     return folder
+
+
+def gradients_close(found, wanted, zero: float = 0.0) -> None:
+    """Flat gradients, each within 1e-4 of its own largest absolute value.
+
+    A key bias has none but for rounding, since softmax does not see what all keys have in common: both sides must stay
+    below `zero` there.
+    """
+    assert found.keys() == wanted.keys()
+    for path, gradient in wanted.items():
+        scale = np.abs(gradient).max()
+        if path.endswith("key.bias"):
+            assert max(scale, np.abs(found[path]).max()) < zero
+        else:
+            np.testing.assert_allclose(found[path], gradient, atol=1e-4 * scale, rtol=0, err_msg=path)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import gradients_close
 
 from ufbert import nn
 from ufbert.hub.convert import import_weights
@@ -28,16 +29,6 @@ def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[
     return arrays, *({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("param.", "grad."))
 
 
-def gradients_close(found, wanted):
-    assert found.keys() == wanted.keys()
-    for path, gradient in wanted.items():
-        scale = np.abs(gradient).max()
-        if path.endswith("key.bias"):  # zero but for rounding: softmax does not see what all keys have in common
-            assert max(scale, np.abs(found[path]).max()) < 1e-7
-            scale = 1e-3
-        np.testing.assert_allclose(found[path], gradient, atol=1e-4 * scale, rtol=0, err_msg=path)
-
-
 @pytest.mark.parametrize("name", ["hf_bert", "hf_fnet", "hf_modernbert"])
 def test_imported_encoders_equal_pytorch(name):
     golden, tensors, grads = load(name)
@@ -55,7 +46,25 @@ def test_imported_encoders_equal_pytorch(name):
     shown = np.ones(ids.shape, bool) if name == "hf_fnet" else np.asarray(mask, bool)
     np.testing.assert_allclose(np.asarray(logits)[shown], golden["logits"][shown], atol=1e-5, rtol=0)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
-    gradients_close(flatten(found), split_all(weights.format.layout(config, weights.heads), grads))
+    gradients_close(flatten(found), split_all(weights.format.layout(config, weights.heads), grads), zero=1e-7)
+
+
+def test_an_imported_classifier_equals_pytorch():
+    golden, tensors, grads = load("hf_bert_classifier")
+    weights = import_weights(tensors, json.loads(str(golden["config"])), "classifier")
+    assert (weights.heads, weights.labels) == (("classifier",), ("no", "maybe", "yes"))
+    config, params = replace(weights.config, dropout=0.0), jax.tree.map(jnp.asarray, weights.params)
+    ids, types, mask, labels = (jnp.asarray(golden[k], jnp.int32) for k in ("ids", "types", "mask", "labels"))
+
+    def loss_of(params):
+        logits = nn.classify(params, config, nn.encode(params, config, ids, mask, type_ids=types)[0], mask)
+        sums = cross_entropy(logits, labels, jnp.ones(len(ids)))
+        return sums.loss / sums.count, logits
+
+    (loss, logits), found = jax.value_and_grad(loss_of, has_aux=True)(params)
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
+    gradients_close(flatten(found), split_all(weights.format.layout(config, weights.heads), grads), zero=1e-7)
 
 
 def test_switch_with_full_experts_equals_pytorch():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import gradients_close
 
 from ufbert import nn
 from ufbert.config import ModelConfig
@@ -55,6 +56,4 @@ def test_values_and_gradients_equal_pytorch(name, backend):
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
     wanted = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
     wanted, found = split_all(layout, wanted), flatten(grads)
-    assert found.keys() == wanted.keys()
-    for path, gradient in wanted.items():
-        np.testing.assert_allclose(found[path], gradient, atol=1e-4 * np.abs(gradient).max(), rtol=0, err_msg=path)
+    gradients_close(found, wanted)

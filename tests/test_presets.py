@@ -1,6 +1,5 @@
 """Every preset: parameter counts of the papers, the documented parameter tree, scales that keep their rules."""
 
-import re
 from dataclasses import replace
 
 import jax
@@ -25,13 +24,22 @@ SPECIAL = SpecialIds(0, 1, 2, 3, 4)
     [
         ("ultrafastbert_1x11", {}, ("masked_lm",), 163_671_025),
         ("ultrafastbert_128x4", {}, ("masked_lm",), 160_547_841),
+        ("ultrafastbert_symmetric", {}, ("masked_lm",), 163_671_025),
         ("crammed_bert", {}, ("masked_lm",), 119_589_889),
         ("crammed_bert", {"feedforward": ("dense",), "d_hidden": 3072}, ("masked_lm",), 138_464_257),
+        ("crammed_rope", {}, ("masked_lm",), 119_591_936),
+        ("modern_hf", {}, ("masked_lm",), 120_186_368),
         ("bert_base", {}, ("pooler",), 109_482_240),
         ("bert_base", {}, ("masked_lm",), 109_514_298),
+        ("fnet", {}, ("masked_lm",), 82_894_592),
+        ("fnet_hybrid", {}, ("masked_lm",), 87_619_328),
+        ("fnet_ultrafast", {}, ("masked_lm",), 125_922_289),
+        ("original_fff", {}, ("masked_lm",), 167_630_337),
+        ("switch_8e", {}, ("masked_lm",), 402_754_561),
+        ("tiny", {}, ("masked_lm",), 919_551),
     ],
 )
-def test_parameter_counts_are_those_of_the_references(name, changes, heads, count):
+def test_parameter_counts_are_those_of_the_references_and_documents(name, changes, heads, count):
     assert nn.count_params(replace(load_preset(name).model, **changes), heads) == count
 
 
@@ -48,8 +56,7 @@ def test_presets_trace_and_describe_themselves(name):
     documentation = (preset_folder() / f"{name}.py").read_text().split('"""')[1]
     for part in ("Paper:", f"--config={name}", "Expected:", "Cost:"):
         assert part in documentation, part
-    claims = [int(text.replace(",", "")) for text in re.findall(r"\b(\d[\d,]+\d) parameters", documentation)]
-    assert not claims or nn.count_params(config.model) in claims, claims
+    assert f"{nn.count_params(config.model):,} parameters" in documentation
 
 
 def small(name: str) -> RunConfig:

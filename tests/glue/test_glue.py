@@ -157,6 +157,8 @@ def test_pooling_reads_the_first_token_or_the_mean_of_the_real_ones(pooling):
     padded = nn.classify(params, config, hidden.at[0, 3:].set(9.0), segments)
     np.testing.assert_allclose(padded[0], found[0], atol=1e-6)
     np.testing.assert_allclose(nn.classify(params, config, hidden[1:]), found[1:], atol=1e-6)
+    pooled = nn.pool({"pooler": params["classifier"]["pooler"]}, config, hidden, segments)
+    np.testing.assert_allclose(pooled, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)
 
 
 @pytest.fixture

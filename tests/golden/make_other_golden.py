@@ -21,6 +21,7 @@ CONFIGS = {
     | {"model_type": "fnet", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "type_vocab_size": 2},
     "hf_modernbert": COMMON | {"model_type": "modernbert", "norm_eps": 1e-5, "global_rope_theta": 1000.0},
 }
+CONFIGS["hf_bert_classifier"] = CONFIGS["hf_bert"] | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}}
 CONFIGS["hf_fnet"] |= {"hidden_act": "gelu_new", "tpu_short_seq_length": T}
 Weights = dict[str, torch.Tensor]
 
@@ -59,7 +60,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def bert_like(w: Draw, ids: torch.Tensor, types: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-    root, fnet = kind.removeprefix("hf_"), kind == "hf_fnet"
+    root, fnet = kind.split("_")[1], kind == "hf_fnet"
     act = (lambda x: F.gelu(x, approximate="tanh")) if fnet else F.gelu
     words = w.get_weight(f"{root}.embeddings.word_embeddings.weight", VOCAB, D)
     x = F.embedding(ids, words, padding_idx=0)
@@ -82,6 +83,8 @@ def bert_like(w: Draw, ids: torch.Tensor, types: torch.Tensor, mask: torch.Tenso
             x = norm(w, x + mixed, f"{name}.attention.output.LayerNorm", 1e-12)
         hidden = act(linear(w, x, f"{name}.intermediate.dense", WIDE))
         x = norm(w, x + linear(w, hidden, f"{name}.output.dense", D), f"{name}.output.LayerNorm", 1e-12)
+    if kind == "hf_bert_classifier":
+        return linear(w, linear(w, x[:, 0], "bert.pooler.dense", D).tanh(), "classifier", 3)
     head = act(linear(w, x, "cls.predictions.transform.dense", D))
     head = norm(w, head, "cls.predictions.transform.LayerNorm", 1e-12)
     return head @ words.T + w.get_weight("cls.predictions.bias", VOCAB)
@@ -128,8 +131,10 @@ def make_encoder(name: str, seed: int) -> None:
     labels = torch.where(
         (torch.rand(B, T, generator=g) < 0.5) & (mask > 0), torch.randint(0, VOCAB, (B, T), generator=g), -100
     )
+    if name == "hf_bert_classifier":
+        labels = torch.tensor([2, 0, 1])
     logits = (modernbert if name == "hf_modernbert" else bert_like)(w, ids, types, mask, name)
-    loss = F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))
+    loss = F.cross_entropy(logits.reshape(labels.numel(), -1), labels.reshape(-1))
     loss.backward()
     arrays = {"ids": ids, "types": types, "mask": mask, "labels": labels, "logits": logits, "loss": loss}
     arrays |= {"config": np.array(json.dumps(CONFIGS[name]))}
@@ -188,6 +193,7 @@ def make_leaf_tree(seed: int = 8, rows: int = 11, depth: int = 3, width: int = 4
 
 if __name__ == "__main__":
     make_encoder("hf_bert", 4)
+    make_encoder("hf_bert_classifier", 9)
     make_encoder("hf_fnet", 5)
     make_encoder("hf_modernbert", 6)
     make_switch()
