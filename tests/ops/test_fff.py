@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ufbert.ops.fff import fast_feedforward, gelu, path_mask, path_nodes, tree_depth
@@ -25,18 +25,19 @@ def draw(seed: int, b: int, m: int, depth: int, d: int):
 
 
 def naive(x, w_in, bias, w_out):
-    """One token, one tree, one node at a time; also every visited node."""
+    """One token, one tree, one node at a time; also every visited node, and the paths."""
     x, w_in, bias, w_out = (np.asarray(a, np.float64) for a in (x, w_in, bias, w_out))
-    y, visited = np.zeros_like(x), set()
+    y, visited, paths = np.zeros_like(x), set(), np.zeros((len(x), len(w_in), tree_depth(w_in.shape[1]) + 1), int)
     for b in range(len(x)):
         for tree in range(len(w_in)):
-            node = 0
+            node, step = 0, 0
             while node < w_in.shape[1]:
                 z = x[b] @ w_in[tree, node] + bias[tree, node]
+                paths[b, tree, step], step = node, step + 1
                 y[b] += float(gelu(jnp.float32(z))) * w_out[tree, node]
                 visited.add((tree, node))
                 node = 2 * node + 1 + int(z > 0)
-    return y, visited
+    return y, visited, paths
 
 
 shapes = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 4), st.integers(0, 8), st.integers(1, 6))
@@ -46,7 +47,10 @@ shapes = st.tuples(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 4), 
 @given(shapes)
 def test_backends_equal_the_naive_loop(shape):
     args = draw(*shape)
-    wanted, _ = naive(*args)
+    nodes, logits = path_nodes(*args[:3])
+    assume(float(np.abs(logits).min()) > 1e-5)  # nearer to a turn, float32 and float64 may rightly disagree
+    wanted, _, paths = naive(*args)
+    np.testing.assert_array_equal(nodes, paths)
     for backend in BACKENDS:
         found = fast_feedforward(*args, backend=backend)
         np.testing.assert_allclose(found, wanted, atol=2e-5 * max(1.0, np.abs(wanted).max()))
@@ -64,31 +68,70 @@ def test_gradients_are_equal_and_touch_visited_rows_only(shape):
     grads = {b: jax.grad(loss, argnums=(0, 1, 2, 3))(x, *weights, backend=b) for b in BACKENDS}
     for one, other in zip(grads["masked"], grads["gather"], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(one).max()))
-    _, visited = naive(x, *weights)
+    _, visited, _ = naive(x, *weights)
     for gradient in (grads["gather"][1], grads["gather"][2], grads["gather"][3]):
         for tree, node in np.ndindex(gradient.shape[:2]):
             if (tree, node) not in visited:
                 assert not np.any(gradient[tree, node])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_depth_zero_is_a_dense_layer(backend):
-    x, w_in, bias, w_out = draw(0, 5, 7, 0, 6)
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 8), st.integers(1, 6))
+def test_depth_zero_is_a_dense_layer(seed, b, m, d):
+    x, w_in, bias, w_out = draw(seed, b, m, 0, d)
     dense = gelu(x @ w_in[:, 0].T + bias[:, 0][None]) @ w_out[:, 0]
-    np.testing.assert_allclose(fast_feedforward(x, w_in, bias, w_out, backend=backend), dense, atol=1e-5)
+    for backend in BACKENDS:
+        np.testing.assert_allclose(fast_feedforward(x, w_in, bias, w_out, backend=backend), dense, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_trees_are_summed_and_rows_independent(backend):
-    x, w_in, bias, w_out = draw(3, 16, 3, 4, 8)
-    whole = fast_feedforward(x, w_in, bias, w_out, backend=backend)
-    one_by_one = sum(
-        fast_feedforward(x, w_in[i : i + 1], bias[i : i + 1], w_out[i : i + 1], backend=backend) for i in range(3)
-    )
-    np.testing.assert_allclose(whole, one_by_one, atol=1e-5)
-    order = np.random.default_rng(0).permutation(16)
-    np.testing.assert_allclose(fast_feedforward(x[order], w_in, bias, w_out, backend=backend), whole[order], atol=1e-6)
-    np.testing.assert_allclose(fast_feedforward(x[4:5], w_in, bias, w_out, backend=backend), whole[4:5], atol=1e-6)
+@settings(max_examples=5, deadline=None)
+@given(shapes)
+def test_trees_are_summed(shape):
+    x, *weights = draw(*shape)
+    for backend in BACKENDS:
+        whole = fast_feedforward(x, *weights, backend=backend)
+        one_by_one = sum(
+            fast_feedforward(x, *(w[i : i + 1] for w in weights), backend=backend) for i in range(len(weights[0]))
+        )
+        np.testing.assert_allclose(whole, one_by_one, atol=1e-5 * max(1.0, np.abs(whole).max()))
+
+
+@settings(max_examples=5, deadline=None)
+@given(shapes, st.randoms(use_true_random=False))
+def test_rows_are_independent_and_their_order_is_nothing(shape, random):
+    x, *weights = draw(*shape)
+    order = list(range(len(x)))
+    random.shuffle(order)
+    alone = random.randrange(len(x))
+    for backend in BACKENDS:
+        whole = fast_feedforward(x, *weights, backend=backend)
+        close = {"atol": 1e-5 * max(1.0, np.abs(whole).max())}
+        moved = fast_feedforward(x[np.array(order)], *weights, backend=backend)
+        np.testing.assert_allclose(moved, whole[np.array(order)], **close)
+        row = fast_feedforward(x[alone : alone + 1], *weights, backend=backend)
+        np.testing.assert_allclose(row, whole[alone : alone + 1], **close)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 12), st.data())
+def test_tree_arithmetic(depth, data):
+    """Heap numbering: who is whose child, on which level, and where the leaves lie."""
+    n = 2 ** (depth + 1) - 1
+    assert tree_depth(n) == depth
+    node = data.draw(st.integers(0, n - 1))
+    level = (node + 1).bit_length() - 1
+    assert 2**level - 1 <= node <= 2 ** (level + 1) - 2
+    left, right = 2 * node + 1, 2 * node + 2
+    assert (left >= n) == (level == depth) == (node >= 2**depth - 1)
+    assert (left - 1) // 2 == (right - 1) // 2 == node
+    logits = np.full((1, 1, n), -1.0, np.float32)
+    at = node
+    while at > 0:  # let every ancestor turn towards the node
+        logits[0, 0, (at - 1) // 2] = 1.0 if at % 2 == 0 else -1.0
+        at = (at - 1) // 2
+    on_path = np.flatnonzero(np.asarray(path_mask(jnp.asarray(logits)))[0, 0])
+    assert len(on_path) == depth + 1
+    assert node in on_path
 
 
 def test_a_tie_turns_left():
