@@ -17,7 +17,7 @@ VERBS = {
 
 
 def main(args: list[str]) -> int:
-    """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt."""
+    """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt, 128 + n for signal n."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: ufbert VERB [OPTIONS]; `ufbert VERB --help` lists the options\n")
         print("\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items()))
@@ -27,7 +27,7 @@ def main(args: list[str]) -> int:
 
         print(f"ufbert {importlib.metadata.version('ufbert')}")
         return 0
-    from ufbert.errors import UserError
+    from ufbert.errors import Interrupted, UserError
 
     try:
         run_verb(args[0], args[1:])
@@ -39,6 +39,9 @@ def main(args: list[str]) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the last checkpoint of a training run", file=sys.stderr)
         return 130

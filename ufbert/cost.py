@@ -64,7 +64,7 @@ def neurons(config: ModelConfig) -> tuple[int, int]:
 
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
     """Forward and backward operations per token of a packed row, the masked-only head included."""
-    head = run.train.mask_rate * 2 * run.model.d_model * run.model.vocab_size
+    head = max(run.train.mask_rate) * 2 * run.model.d_model * run.model.vocab_size
     return 3 * (forward_flops_per_token(run.model, run.data.seq_len, masked_trees=masked_trees) + head)
 
 

@@ -31,6 +31,12 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: $UFBERT_CACHE, or ufbert/ in the user's cache folder."""
+    own = os.environ.get("UFBERT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ufbert"
+
+
 def visible_accelerator() -> str | None:
     """The extra (`cuda` or `tpu`) for an accelerator that the system shows, or None."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or _nvidia_smi_lists_one():
@@ -52,7 +58,8 @@ def _nvidia_smi_lists_one() -> bool:
 
 
 def use_device(device: Device) -> str:
-    """Start jax on `device` and return its platform (cpu, gpu or tpu).
+    """Start jax on `device` and return its platform (cpu, gpu or tpu). What it compiles is kept in `cache_folder`, so that
+    a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set, is obeyed instead).
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
@@ -61,6 +68,8 @@ def use_device(device: Device) -> str:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax
 
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     try:
         platform = jax.default_backend()
     except RuntimeError as error:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ufbert.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, Scale, from_json
+from ufbert.config import DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale, from_json
 from ufbert.device import Device
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled
+from ufbert.presets import load_preset, scaled, with_recipe
 from ufbert.pretrain.budget import parse_budget
+from ufbert.pretrain.schedules import final_batch_rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class TrainOptions:
     """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
     tokenizer: str = ""
     """A tokenizer.json to use instead of training one."""
+    recipe: Recipe = "crammed"
+    """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %."""
+    when_done: str = ""
+    """A shell command to run once, when all is saved (`sudo shutdown -h now`)."""
+    max_hours_wall: float = 0.0
+    """A second, absolute stop: hours by the calendar since the run was first started, preparation and pauses included;
+    0 for none."""
+    price: float = 0.0
+    """What an hour of this machine costs, in any currency, for the report."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, to tensorboard/ of the run folder (needs the `tensorboard` extra)."""
+    reference: str = ""
+    """A finished run folder; a run that falls far behind its curve is warned about. By default the packaged curve of the
+    preset, where there is one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
     train: PretrainConfig = field(default_factory=PretrainConfig)
@@ -50,6 +65,10 @@ class TrainOptions:
     def with_run(self, run: RunConfig) -> "TrainOptions":
         """These options with another configuration."""
         return replace(self, model=run.model, train=run.train, data=run.data)
+
+
+FREE_ON_RESUME = ("out", "resume", "device", "when_done", "max_hours_wall", "price", "tensorboard", "reference")
+"""Options that say nothing about the numbers, so a resumed run may change them."""
 
 
 def parse(args: list[str], default: TrainOptions) -> TrainOptions:
@@ -70,7 +89,7 @@ class Resolved:
 
 
 def resolve(args: list[str], platform: str) -> Resolved:
-    """Decide preset and scale; fields given on the command line win over both."""
+    """Decide preset, scale, recipe and batch; fields given on the command line win over all of them."""
     named = parse(args, TrainOptions())
     budget = parse_budget(named.budget)
     preset = load_preset(named.config)
@@ -79,18 +98,33 @@ def resolve(args: list[str], platform: str) -> Resolved:
     if budget.steps is not None:
         scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
         reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
-        options = _rescaled(args, options, preset, scale)
+        options = _shaped(args, options, preset, scale)
+        if options.train.batch_rows == 0:
+            rows = (
+                options.train.micro_rows
+                if scale != "base"
+                else 8192 // options.train.micro_rows * options.train.micro_rows
+            )
+            options = _with_batch(options, max(rows, options.train.micro_rows))
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
     from ufbert.cost import measured_flops, plan
 
     assert budget.seconds is not None
     found = plan(preset, options.scale, budget.seconds, measured_flops(), on_cpu=on_cpu)
-    options = _rescaled(args, options, preset, found.scale)
+    options = _shaped(args, options, preset, found.scale)
+    if options.train.batch_rows == 0:
+        rows = final_batch_rows(found.tokens / options.data.seq_len, options.train.micro_rows)
+        options = _with_batch(options, rows)
     return Resolved(options, found.tokens, found.reason)
 
 
-def _rescaled(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
-    return replace(parse(args, options.with_run(scaled(preset, scale))), scale=scale)
+def _shaped(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
+    shaped = with_recipe(scaled(preset, scale), options.recipe, scale)
+    return replace(parse(args, options.with_run(shaped)), scale=scale)
+
+
+def _with_batch(options: TrainOptions, rows: int) -> TrainOptions:
+    return replace(options, train=replace(options.train, batch_rows=rows))
 
 
 def stored_options(folder: Path) -> TrainOptions:
@@ -101,7 +135,8 @@ def stored_options(folder: Path) -> TrainOptions:
         if values.pop("format", None) != "ufbert-run":
             raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
         values.pop("format_version", None)
-        values.pop("environment", None)
+        for name in ("environment", "started_at", "identity"):
+            values.pop(name, None)
         run = from_json(RunConfig, values.pop("run"), str(path))
         return from_json(TrainOptions, values, str(path)).with_run(run)
     except FileNotFoundError as error:
@@ -115,9 +150,9 @@ def resumed_options(args: list[str], folder: Path) -> TrainOptions:
     stored = stored_options(folder)
     asked = parse(args, stored)
     for name, before, now in _differences(stored, asked):
-        if name not in ("out", "resume", "device"):
+        if name not in FREE_ON_RESUME:
             raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={now}.")
-    return replace(stored, out=asked.out, resume=True, device=asked.device)
+    return replace(stored, resume=True, **{name: getattr(asked, name) for name in FREE_ON_RESUME if name != "resume"})
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
