@@ -70,6 +70,7 @@ def use_device(device: Device) -> str:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         platform = jax.default_backend()
     except RuntimeError as error:

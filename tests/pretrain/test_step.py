@@ -45,7 +45,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts(optimizer,
     good, outcome = steps.finish(after, total, CONTROLS)
     assert outcome.applied
     assert int(good.skipped) == 1
-    jax.tree.map(np.testing.assert_array_equal, good.average, good.params)  # the first applied update starts the average
+    jax.tree.map(
+        np.testing.assert_array_equal, good.average, good.params
+    )  # the first applied update starts the average
 
 
 def test_micro_batches_add_up_to_the_batch():

@@ -4,6 +4,7 @@ Everything that changes during a run (learning rate, batch size, evaluations, ch
 `clock.fraction(step)`, the share of the budget that is spent.
 """
 
+import contextlib
 import json
 import re
 import threading
@@ -154,14 +155,15 @@ class Ledger:
         session, before = max(self.sessions, default=0) + 1, self.spent_before
 
         def write() -> None:
-            with self.path.open("a", encoding="utf-8") as file:
-                while True:
-                    line = {"session": session, "spent": round(clock.spent() - before, 3)}
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    if self._stop.is_set():
-                        return
-                    self._stop.wait(1.0)
+            while True:
+                last = self._stop.is_set()
+                line = json.dumps({"session": session, "spent": round(clock.spent() - before, 3)})
+                # A full disk stops the run elsewhere, with a sentence; here the next second may find room again.
+                with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+                if last:
+                    return
+                self._stop.wait(1.0)
 
         self._thread = threading.Thread(target=write, name="ledger", daemon=True)
         self._thread.start()
