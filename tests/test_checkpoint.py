@@ -82,3 +82,15 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="checkpoint"):
         Checkpoints(tmp_path / "file" / "checkpoints", IDENTITY, keep=2)
+
+
+def test_a_disk_that_refuses_is_a_sentence_and_costs_nothing(checkpoints, shapes, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._writer, "save_async", full)
+    with pytest.raises(
+        UserError, match=r"Cannot write a checkpoint in .*No space left on device; earlier ones are kept"
+    ):
+        checkpoints.save(9, state_of(9), 1.0, 90.0)
+    assert checkpoints.restore(shapes, print).step == 4

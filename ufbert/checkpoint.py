@@ -5,7 +5,7 @@ The newest few stay, and the one with the lowest held-out loss. Each says of whi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.close()
+            with suppress(Exception):  # it raises once more what the save raised
+                self._writer.close()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
