@@ -77,16 +77,28 @@ def resolve(args: list[str], platform: str) -> Resolved:
     options = parse(args, named.with_run(preset))
     on_cpu = platform == "cpu"
     if budget.steps is not None:
-        scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
-        reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
+        scale, reason = scale_for_steps(options.scale, on_cpu)
         options = _rescaled(args, options, preset, scale)
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
-    from ufbert.cost import measured_flops, plan
+    from ufbert.cost import plan
+    from ufbert.pretrain.speeds import local_speeds
 
     assert budget.seconds is not None
-    found = plan(preset, options.scale, budget.seconds, measured_flops(), on_cpu=on_cpu)
+    speeds = local_speeds(scaled(preset, SPEED_SCALE))
+    found = plan(preset, options.scale, budget.seconds, speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
     options = _rescaled(args, options, preset, found.scale)
     return Resolved(options, found.tokens, found.reason)
+
+
+SPEED_SCALE: Scale = "mini"
+"""The scale whose parts are timed on a CPU to choose among all: a choice may take two seconds, not ten."""
+
+
+def scale_for_steps(scale: Scale, on_cpu: bool) -> tuple[Scale, str]:
+    """The scale of a run whose budget is a number of updates, and why: its length in time does not matter."""
+    if scale != "auto":
+        return scale, "as asked"
+    return ("tiny" if on_cpu else "base"), "a budget of steps takes tiny on a CPU and base elsewhere"
 
 
 def _rescaled(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
