@@ -12,18 +12,20 @@ BELOW = {
     "config": {"errors"},
     "errors": set(),
     "device": {"errors"},
+    "devices": {"errors"},
     "presets": {"config", "errors"},
     "ops": set(),
     "nn": {"ops", "config", "errors"},
     "listing": {"nn", "presets", "config", "cost"},
-    "cost": {"config", "presets"},
+    "cost": {"config", "devices", "presets"},
     "writers": {"errors"},
     "report": {"config"},
     "checkpoint": {"errors"},
     "data": {"config", "errors"},
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {
-        "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint", "report",
+        "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
+        "report",
     },
     "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
@@ -62,7 +64,7 @@ def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
 def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
-        "import ufbert.inference.command\n"
+        "import ufbert.inference.command, ufbert.pretrain.plan_command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from ufbert.config import FeedForwardKind, Mixer
-from ufbert.cost import TOKENS_PER_WEIGHT, forward_flops_per_token, neurons, plan, train_flops_per_token
+from ufbert.cost import TOKENS_PER_WEIGHT, Speeds, forward_flops_per_token, neurons, plan, train_flops_per_token
 from ufbert.data.corpora import HUB_CORPUS, Corpus
 from ufbert.errors import UserError
 from ufbert.nn.attention import MIXERS
@@ -20,11 +20,17 @@ PRESET = load_preset("ultrafastbert_1x11")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "flops", "on_cpu", "scale"),
-    [(300, 5e11, True, "tiny"), (1, 1e9, True, "tiny"), (6 * 3600, 5e11, True, "mini"), (86400, 7e14, False, "base")],
+    ("seconds", "speeds", "on_cpu", "scale"),
+    [
+        (300, (4e11, 4e11, 2e10), True, "tiny"),
+        (1, (1e9, 1e9, 1e9), True, "tiny"),
+        (6 * 3600, (4e11, 4e11, 2e10), True, "mini"),
+        (86400, (4e14, 4e13, 4e12), False, "base"),
+    ],
 )
-def test_auto_takes_the_largest_scale_that_is_fed(seconds, flops, on_cpu, scale):
-    found = plan(PRESET, "auto", float(seconds), flops, on_cpu=on_cpu)
+def test_auto_takes_the_largest_scale_that_is_fed(seconds, speeds, on_cpu, scale):
+    speeds = Speeds(*speeds, overlap=not on_cpu, source="a test")
+    found = plan(PRESET, "auto", float(seconds), speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
     assert found.scale == scale
     weights = forward_flops_per_token(found.run.model, 0, masked_trees=not on_cpu) / 2
     assert scale == "tiny" or found.tokens >= TOKENS_PER_WEIGHT * weights

@@ -7,6 +7,7 @@ STARTED = time.monotonic()
 
 VERBS = {
     "train": "pretrain a model from raw text within a budget (also: python train.py)",
+    "plan": "say what a budget buys on a device: tokens, updates, memory, time, money",
     "finetune": "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
     "fill-mask": "guess the [MASK] of a sentence",
     "predict": "classify texts with a fine-tuned model folder",
@@ -54,6 +55,10 @@ def run_verb(verb: str, args: list[str]) -> None:
         from ufbert.pretrain.run import pretrain_command
 
         pretrain_command(args, STARTED)
+    elif verb == "plan":
+        from ufbert.pretrain.plan_command import plan_command
+
+        plan_command(args)
     elif verb == "finetune":
         from ufbert.glue.command import finetune_command
 

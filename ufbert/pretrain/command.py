@@ -96,26 +96,30 @@ def resolve(args: list[str], platform: str) -> Resolved:
     options = parse(args, named.with_run(preset))
     on_cpu = platform == "cpu"
     if budget.steps is not None:
-        scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
-        reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
+        scale, reason = scale_for_steps(options.scale, on_cpu)
         options = _shaped(args, options, preset, scale)
-        if options.train.batch_rows == 0:
-            rows = (
-                options.train.micro_rows
-                if scale != "base"
-                else 8192 // options.train.micro_rows * options.train.micro_rows
-            )
-            options = _with_batch(options, max(rows, options.train.micro_rows))
+        options = replace(options, train=with_batch(options.train, scale, None))
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
-    from ufbert.cost import measured_flops, plan
+    from ufbert.cost import plan
+    from ufbert.pretrain.speeds import local_speeds
 
     assert budget.seconds is not None
-    found = plan(preset, options.scale, budget.seconds, measured_flops(), on_cpu=on_cpu)
+    speeds = local_speeds(scaled(preset, SPEED_SCALE))
+    found = plan(preset, options.scale, budget.seconds, speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
     options = _shaped(args, options, preset, found.scale)
-    if options.train.batch_rows == 0:
-        rows = final_batch_rows(found.tokens / options.data.seq_len, options.train.micro_rows)
-        options = _with_batch(options, rows)
+    options = replace(options, train=with_batch(options.train, found.scale, found.tokens / options.data.seq_len))
     return Resolved(options, found.tokens, found.reason)
+
+
+SPEED_SCALE: Scale = "mini"
+"""The scale whose parts are timed on a CPU to choose among all: a choice may take two seconds, not ten."""
+
+
+def scale_for_steps(scale: Scale, on_cpu: bool) -> tuple[Scale, str]:
+    """The scale of a run whose budget is a number of updates, and why: its length in time does not matter."""
+    if scale != "auto":
+        return scale, "as asked"
+    return ("tiny" if on_cpu else "base"), "a budget of steps takes tiny on a CPU and base elsewhere"
 
 
 def _shaped(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
@@ -123,8 +127,15 @@ def _shaped(args: list[str], options: TrainOptions, preset: RunConfig, scale: Sc
     return replace(parse(args, options.with_run(shaped)), scale=scale)
 
 
-def _with_batch(options: TrainOptions, rows: int) -> TrainOptions:
-    return replace(options, train=replace(options.train, batch_rows=rows))
+def with_batch(train: PretrainConfig, scale: Scale, expected_rows: float | None) -> PretrainConfig:
+    """The recipe with an open batch decided: by the expected rows, or where a budget of updates says nothing of them, the
+    published 8192 at the preset's own size and one micro-batch below."""
+    if train.batch_rows:
+        return train
+    rows = 8192.0 * 500 if scale == "base" else 0.0
+    return replace(
+        train, batch_rows=final_batch_rows(rows if expected_rows is None else expected_rows, train.micro_rows)
+    )
 
 
 def stored_options(folder: Path) -> TrainOptions:

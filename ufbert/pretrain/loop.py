@@ -27,7 +27,7 @@ from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.evaluation import Heldout, evaluate, heldout_of
-from ufbert.pretrain.schedules import lr_share, mask_rate, rows_per_update
+from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state
 from ufbert.pretrain.watch import Point, Reference, StopSignals, no_reference_complaint
@@ -150,22 +150,22 @@ def _updates(session: _Session, key: jax.Array) -> None:
     """Phase 3: updates until the clock is done or a signal comes."""
     run, cfg, clock = session.run, session.run.train, session.clock
     order = RowOrder(len(session.data.train), seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
-    n_checkpoints = max(cfg.n_checkpoints, round((clock.seconds or 0.0) / (60.0 * cfg.checkpoint_minutes)))
+    saves = n_checkpoints(cfg, clock.seconds)
     step, position = session.step, int(session.state.rows_seen)
     fraction = clock.fraction(step)
-    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_checkpoints)
+    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * saves)
     pending: dict[str, Any] | None = None
     last, speed = time.monotonic(), 0.0
     while not clock.done(step) and session.signals.asked is None:
         fraction = clock.fraction(step)
-        due_eval, due_save = int(fraction * cfg.n_evals) > evals_done, int(fraction * n_checkpoints) > saves_done
+        due_eval, due_save = int(fraction * cfg.n_evals) > evals_done, int(fraction * saves) > saves_done
         if (due_eval and fraction < 1.0) or due_save:
             pending = _report(session, pending)
             if due_eval and fraction < 1.0:
                 evals_done = int(fraction * cfg.n_evals)
                 _evaluate(session)
             if due_save and not session.skipped_in_row:
-                saves_done = int(fraction * n_checkpoints)
+                saves_done = int(fraction * saves)
                 _checkpoint(session)
             last = time.monotonic()
         clock.reserve(session.reserve())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.config import FORMAT_VERSION, to_json
-from ufbert.cost import measured_flops
+from ufbert.cost import device_peak
 from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, Corpus, demo_path, open_corpus
 from ufbert.data.rows import PreparedData, open_prepared, prepare
 from ufbert.device import use_device
@@ -59,7 +59,7 @@ def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
     data = _prepare(options, corpus, folder, resolved.tokens_planned)
     options = _fit_vocabulary(options, data)
     write_json(folder / "config.json", _run_config(options, started_at))
-    ledger, peak = Ledger(folder / "ledger.jsonl"), measured_flops()
+    ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak)
 
@@ -84,7 +84,7 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
-    return _train(options, data, clock, ledger, measured_flops())
+    return _train(options, data, clock, ledger, device_peak()[0])
 
 
 def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float) -> dict[str, Any]:

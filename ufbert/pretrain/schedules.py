@@ -33,3 +33,8 @@ def rows_per_update(config: PretrainConfig, x: float) -> int:
 def final_batch_rows(expected_rows: float, micro_rows: int) -> int:
     """Where the batch ramp ends if the preset leaves it open: min(8192, expected rows / 500), in whole micro-batches."""
     return max(1, round(min(8192.0, expected_rows / 500) / micro_rows)) * micro_rows
+
+
+def n_checkpoints(config: PretrainConfig, seconds: float | None) -> int:
+    """Checkpoints in a run, evenly spread over its budget of `seconds`, or of updates where that is None."""
+    return max(config.n_checkpoints, round((seconds or 0.0) / (60.0 * config.checkpoint_minutes)))
