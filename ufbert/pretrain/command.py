@@ -35,6 +35,8 @@ class TrainOptions:
     """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
     tokenizer: str = ""
     """A tokenizer.json to use instead of training one."""
+    prepared: str = ""
+    """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
     train: PretrainConfig = field(default_factory=PretrainConfig)
@@ -102,6 +104,7 @@ def stored_options(folder: Path) -> TrainOptions:
             raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
         values.pop("format_version", None)
         values.pop("environment", None)
+        values.pop("prepared_data", None)
         run = from_json(RunConfig, values.pop("run"), str(path))
         return from_json(TrainOptions, values, str(path)).with_run(run)
     except FileNotFoundError as error:
@@ -115,9 +118,9 @@ def resumed_options(args: list[str], folder: Path) -> TrainOptions:
     stored = stored_options(folder)
     asked = parse(args, stored)
     for name, before, now in _differences(stored, asked):
-        if name not in ("out", "resume", "device"):
+        if name not in ("out", "resume", "device", "prepared"):
             raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={now}.")
-    return replace(stored, out=asked.out, resume=True, device=asked.device)
+    return replace(stored, out=asked.out, resume=True, device=asked.device, prepared=asked.prepared)
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

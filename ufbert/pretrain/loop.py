@@ -120,7 +120,8 @@ def _updates(
     key: jax.Array,
 ) -> None:
     """Phase 3: updates until the clock is done."""
-    cfg, order = run.train, RowOrder(len(data.train), seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    cfg, order = run.train, RowOrder(len(data.train), seed, shuffled=run.data.order == "shuffled")
     n_checkpoints = cfg.n_checkpoints or max(10, round((clock.seconds or 0.0) / 900))
     step, position = int(session.state.step), int(session.state.rows_seen)
     fraction = clock.fraction(step)
@@ -182,14 +183,14 @@ def _one_update(
     """Dispatch one update; (None, None) if the clock ran out between its micro-batches, which are then dropped."""
     taken, progress = np.int32(len(picks)), np.float32(fraction)
     if taken == micro_rows:
-        rows = data.train[picks].astype(np.int32).reshape(-1, length)
+        rows = data.train.take(picks).reshape(-1, length)
         session.state, sums, norm = session.steps.update(session.state, rows, key, lr, taken, progress)
         return sums, norm
     total = None
     for i in range(0, len(picks), micro_rows):
         if i and clock.done(int(session.state.step)):
             return None, None
-        rows = data.train[picks[i : i + micro_rows]].astype(np.int32).reshape(-1, length)
+        rows = data.train.take(picks[i : i + micro_rows]).reshape(-1, length)
         total = session.steps.gradient(session.state.params, rows, jax.random.fold_in(key, i), progress, total)
     session.state, sums, norm = session.steps.finish(session.state, total, lr, taken)
     return sums, norm
