@@ -31,6 +31,12 @@ SMALL = [
 """Options of a pretraining run that takes seconds."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Prepared text goes into a temporary folder, also in the processes that tests start."""
+    os.environ["UFBERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory) -> Path:
     """Text with structure: 400 short documents of a toy grammar."""

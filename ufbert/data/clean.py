@@ -1,11 +1,12 @@
 """What cleaning removes: exact duplicates, near duplicates, and the worst documents by tokens per character."""
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt16, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt16, UInt64
 
 SHINGLE = 5
 """Tokens in a shingle: two documents are as near as the sets of their runs of five tokens (Jaccard similarity)."""
@@ -22,7 +23,7 @@ class Removal:
     characters: int = 0
 
     @staticmethod
-    def of(characters: Int[np.ndarray, " docs"]) -> "Removal":
+    def of(characters: Integer[np.ndarray, " docs"]) -> "Removal":
         """Documents of these lengths."""
         return Removal(len(characters), int(characters.sum(dtype=np.int64)))
 
@@ -48,7 +49,7 @@ class Tally:
             found.documents += gone.documents
             found.characters += gone.characters
 
-    def facts(self, step: str) -> dict[str, float]:
+    def facts(self, step: str) -> dict[str, int | float]:
         """What a step removed, for the manifest."""
         gone = self.removed[step]
         share = gone.characters / max(self.characters, 1)
@@ -185,10 +186,11 @@ def _signatures(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, HASHES, 1)
-    return np.asarray(matrix.to_rows(), np.uint32)
+    rows = b"".join(array("I", row).tobytes() for row in matrix.to_rows())  # twice as fast as np.asarray
+    return np.frombuffer(rows, np.uint32).reshape(len(counts), HASHES)
 
 
-def worst(tokens: Int[np.ndarray, " docs"], characters: Int[np.ndarray, " docs"], share: float) -> np.ndarray:
+def worst(tokens: Integer[np.ndarray, " docs"], characters: Integer[np.ndarray, " docs"], share: float) -> np.ndarray:
     """Which documents, (docs,) bool, have more tokens per character than all but the worst `share` of the corpus.
 
     Never more than that share; documents that tie at the edge stay. Text that the tokenizer falls apart on (other

@@ -28,9 +28,9 @@ class Shard:
 class RowWriter:
     """Writes a stream of ids as rows of `seq_len`, shard after shard; a tail that does not fill a row is dropped."""
 
-    def __init__(self, folder: Path, stem: str, seq_len: int, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, stem: str, seq_len: int) -> None:
         self.folder, self.stem, self.seq_len = folder, stem, seq_len
-        self.rows_per_shard = max(1, shard_bytes // (2 * seq_len))
+        self.rows_per_shard = max(1, SHARD_BYTES // (2 * seq_len))
         self.shards: list[Shard] = []
         self._left = np.zeros(0, "<u2")
         self._file, self._rows, self._digest = None, 0, hashlib.sha256()

@@ -76,7 +76,7 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
     used = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("prepared_data")
     data = reopen(used["folder"], used["fingerprint"], print) if used else None
     if data is None:
-        data = _prepare(_locate(options), 0.0)
+        data = _prepare(_locate(options, used["vocab_size"] if used else 0), 0.0)
         if used and data.manifest.fingerprint != used["fingerprint"]:
             raise UserError(
                 f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
@@ -146,14 +146,17 @@ def _corpus_bound(tokens_planned: float) -> int:
     return min(bound, MAX_CORPUS_TOKENS)
 
 
-def _locate(options: TrainOptions) -> Located:
-    """The prepared data, or the corpus to prepare. Raises UserError if there is neither."""
+def _locate(options: TrainOptions, vocab_size: int = 0) -> Located:
+    """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
+
+    `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
+    """
     given = None
     if options.tokenizer:
         from ufbert.hub.vocabulary import read_tokenizer
 
         given = read_tokenizer(options.tokenizer)
-    return locate(options.corpus, options.data, options.model.vocab_size, given, options.prepared, print)
+    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
 
 
 def _prepare(located: Located, tokens_planned: float) -> PreparedData:
@@ -202,7 +205,10 @@ def _run_config(options: TrainOptions, data: PreparedData | None = None) -> dict
         name: value for name, value in to_json(options).items() if name not in ("model", "train", "data", "resume")
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
-    used = {"folder": str(data.folder.absolute()), "fingerprint": data.manifest.fingerprint} if data else None
+    used = None
+    if data is not None:
+        asked = data.manifest.recipe["vocab_size"]
+        used = {"folder": str(data.folder.absolute()), "fingerprint": data.manifest.fingerprint, "vocab_size": asked}
     return {
         "format": "ufbert-run",
         "format_version": FORMAT_VERSION,
