@@ -236,7 +236,8 @@ class DataConfig:
     seq_len: int = 128
     """Tokens in a packed row."""
     document_attention: bool = True
-    """Keep packed documents from attending to each other. Crammed BERT lets them; see the README for what it costs."""
+    """Keep packed documents from attending to each other: their segment ids are recomputed from the [CLS] ids with which
+    documents begin. Crammed BERT lets them attend; see the README for what it costs."""
     short_len: int = 32
     """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
     short_until: float = 0.0

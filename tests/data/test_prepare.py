@@ -1,9 +1,12 @@
 """From documents to rows: what is kept, held out, ordered and written, and in which memory."""
 
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPO
@@ -85,7 +88,8 @@ def test_rows_hold_every_document_in_order(corpus_file, tmp_path):
 def test_every_step_reports_what_it_removed_and_works_across_the_held_out_text(tmp_path):
     kept = numbered(100)
     near = [f"{text} more" for text in kept[:10]]
-    bad = ["qzx jvk wqy zzk qjx vvz kqj xzw " * 3 + str(i) for i in range(5)]
+    rng = random.Random(0)
+    bad = [" ".join("".join(rng.choices("qzxjvkw", k=2)) for _ in range(40)) for _ in range(5)]
     documents = [*kept[:50], *near, *kept[:7], *kept[50:], kept[49].upper(), *bad]
     said = []
     data = made(texts(*documents), tmp_path / "data", replace(CLEAN, near_threshold=0.5), say=said.append)
@@ -160,6 +164,25 @@ def test_shards_are_bounded_and_read_as_one(corpus_file, tmp_path, monkeypatch):
     np.testing.assert_array_equal(taken, whole.train[picks])
     np.testing.assert_array_equal(np.concatenate(list(cut.train.blocks(4))), np.concatenate(list(whole.train.blocks())))
     np.testing.assert_array_equal(cut.unigram_log_probs(), whole.unigram_log_probs())
+
+
+def test_rows_reach_the_device_at_five_million_tokens_a_second(tmp_path, monkeypatch):
+    """In random order, from many shards: also 50 times what a training step on a CPU takes in."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1 << 20)
+    ids = np.random.default_rng(0).integers(0, 32768, 1 << 22).astype(np.uint16)
+    writer = shards.RowWriter(tmp_path, "train", 128)
+    writer.append(ids)
+    rows, order = shards.Rows(tmp_path, writer.close(), 128), RowOrder(len(ids) // 128, seed=0)
+    assert len(list(tmp_path.iterdir())) == 8
+    speeds = []
+    for start in range(0, len(rows), 4096):
+        began = time.perf_counter()
+        for position in range(start, start + 4096, 128):
+            picks = order.take(position, 128)
+            batch = jax.device_put(rows.take(picks)).block_until_ready()
+        speeds.append(4096 * 128 / (time.perf_counter() - began))
+        np.testing.assert_array_equal(batch, ids.reshape(-1, 128)[picks])
+    assert np.median(speeds) > 5e6
 
 
 def test_unigram_frequencies_are_add_one_and_sum_to_one(corpus_file, tmp_path):
@@ -253,7 +276,7 @@ def documents(n):
         yield " ".join(rng.choices(words, k=30))
 
 recipe = Recipe.of(DataConfig(tokenizer_chars=1_000_000, near_window=20_000), 2000)
-for n in (20_000, 100_000):
+for n in (20_000, 80_000):
     data = prepare(Corpus("x", "none", lambda: documents(n)), Path(sys.argv[1]) / str(n), recipe)
     print(peak(), data.manifest.characters_read, data.manifest.documents)
 """
@@ -261,11 +284,11 @@ for n in (20_000, 100_000):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_grows_by_bytes_a_document_not_with_the_text(tmp_path):
-    """At 10 million documents and 2 GB, 2 GiB are promised: 80 thousand more documents (13 MB of text and as much again in
+    """At 10 million documents and 2 GB, 2 GiB are promised: 60 thousand more documents (10 MB of text and as much again in
     ids) may take 60 bytes each, and noise."""
     code = [sys.executable, "-c", MEMORY, str(tmp_path)]
     found = subprocess.run(code, capture_output=True, text=True, check=True, cwd=REPO)
     (low, few, _), (high, many, kept) = (map(float, line.split()) for line in found.stdout.splitlines())
-    assert many - few > 10e6
-    assert kept > 90_000
-    assert high - low < 80_000 * 60 / 2**20 + 20
+    assert many - few > 8e6
+    assert kept > 70_000
+    assert high - low < 60_000 * 60 / 2**20 + 20
