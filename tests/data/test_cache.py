@@ -112,6 +112,10 @@ def test_a_foreign_tokenizer_or_manifest_is_refused(text, tmp_path):
     (one.folder / "manifest.json").write_text("[")
     with pytest.raises(UserError, match="does not hold prepared data"):
         open_prepared(one.folder)
+    again, _, fresh = obtain(text, tmp_path / "cache")
+    assert fresh
+    assert again.folder == one.folder
+    assert again.manifest == one.manifest
 
 
 def test_the_folder_is_chosen_by_option_then_environment(monkeypatch, tmp_path):

@@ -66,7 +66,10 @@ def locate(
             continue
         say(f"the corpus {spec} is gone; its prepared text is used: {folder}" if gone else f"prepared before: {folder}")
         return Located(found, None, folder, recipe, tokenizer)
-    return Located(None, open_corpus(spec), root / prepared_name(source, recipe), recipe, tokenizer)
+    corpus, folder = open_corpus(spec), root / prepared_name(source, recipe)
+    if folder.exists() and _manifest(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # it would be in the way of its successor
+    return Located(None, corpus, folder, recipe, tokenizer)
 
 
 def finish(located: Located, progress: Say, say: Say) -> PreparedData:
@@ -102,12 +105,17 @@ def reopen(folder: str, fingerprint: str, say: Say) -> PreparedData | None:
 def _fitting(root: Path, source: Source, recipe: Recipe) -> Iterator[Path]:
     """Folders under `root` that hold what the recipe would make of the source."""
     for path in sorted(root.glob("*/manifest.json")):
-        try:
-            manifest = read_manifest(path.parent)
-        except UserError:
-            continue  # of another version, or none of ours
-        if _same_source(source, manifest.source) and _same_rows(recipe, manifest):
+        manifest = _manifest(path.parent)
+        if manifest is not None and _same_source(source, manifest.source) and _same_rows(recipe, manifest):
             yield path.parent
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """A folder's manifest, or None where there is none of this version."""
+    try:
+        return read_manifest(folder)
+    except UserError:
+        return None
 
 
 def _same_source(now: Source, then: Source) -> bool:

@@ -50,14 +50,23 @@ def _remove_the_dead(root: Path) -> None:
 
 
 def publish(scratch: Path, final: Path) -> None:
-    """Rename a finished folder to `final`. If another process was first, its folder stays and `scratch` is left as it is."""
+    """Put a finished folder on the disk and rename it to `final`, so that not even a power cut leaves a part of it there.
+
+    If another process was first, its folder stays and `scratch` is left as it is.
+    """
+    for path in (*scratch.iterdir(), scratch):
+        _sync(path)
     try:
         os.rename(scratch, final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the rename itself must survive a power cut
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
