@@ -11,7 +11,8 @@ ROOT = Path(ufbert.__file__).parent
 BELOW = {
     "config": {"errors"},
     "errors": set(),
-    "device": {"errors"},
+    "device": {"errors", "places"},
+    "places": set(),
     "devices": {"errors"},
     "presets": {"config", "errors"},
     "ops": set(),
@@ -21,7 +22,7 @@ BELOW = {
     "writers": {"errors"},
     "report": {"config"},
     "checkpoint": {"errors"},
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "places"},
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {
         "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",

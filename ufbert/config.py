@@ -273,7 +273,8 @@ class DataConfig:
     seq_len: int = 128
     """Tokens in a packed row."""
     document_attention: bool = True
-    """Keep packed documents from attending to each other. Crammed BERT lets them; see the README for what it costs."""
+    """Keep packed documents from attending to each other: their segment ids are recomputed from the [CLS] ids with which
+    documents begin. Crammed BERT lets them attend; see the README for what it costs."""
     short_len: int = 32
     """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
     short_until: float = 0.0
@@ -282,15 +283,34 @@ class DataConfig:
     eval_rows: int = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
     max_tokens: int = 0
-    """Stop reading the corpus after this many tokens; 0 takes what the budget is planned to see once,
-    but at least 20 million and at most 2 billion."""
+    """Stop reading the corpus after this many tokens, counted after duplicates are gone and before the worst documents are;
+    0 takes what the budget is planned to see once, rounded up, at least 20 million and at most 2 billion."""
     tokenizer_chars: int = 100_000_000
     """Characters of the corpus that the tokenizer is trained on."""
+    filter_worst: float = 0.05
+    """Leave out this share of the documents, those with most tokens per character; 0 keeps all."""
+    drop_exact: bool = True
+    """Leave out documents that have occurred before, case and blanks aside."""
+    drop_near: bool = True
+    """Leave out documents that are nearly one of the last near_window kept ones."""
+    near_window: int = 1_000_000
+    """Documents that are remembered for that, at about 400 bytes each."""
+    near_threshold: float = 0.8
+    """Share of runs of five tokens, of all that either has (Jaccard), from which two documents are nearly the same."""
+    order: Literal["shuffled", "quality"] = "shuffled"
+    """How rows are read: in a new random order every pass, or every pass the same, best documents (fewest tokens per
+    character) first."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars"):
+        for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars", "near_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.max_tokens < 0:
+            raise UserError(f"data.max_tokens is {self.max_tokens}; it must not be negative.")
+        if not 0.0 <= self.filter_worst < 1.0:
+            raise UserError(f"data.filter_worst is {self.filter_worst}; it must lie in [0, 1).")
+        if not 0.0 < self.near_threshold <= 1.0:
+            raise UserError(f"data.near_threshold is {self.near_threshold}; it must lie in (0, 1].")
         if self.short_until > 0 and self.seq_len % self.short_len:
             raise UserError(f"data.seq_len {self.seq_len} is not a multiple of data.short_len {self.short_len}.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ufbert.errors import UserError
+from ufbert.places import user_cache
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -29,12 +30,6 @@ def keep_freed_memory() -> None:
     mallopt(arena_max, 1)
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, 2**31 - 1)
-
-
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: $UFBERT_CACHE, or ufbert/ in the user's cache folder."""
-    own = os.environ.get("UFBERT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ufbert"
 
 
 def visible_accelerator() -> str | None:
@@ -58,7 +53,7 @@ def _nvidia_smi_lists_one() -> bool:
 
 
 def use_device(device: Device) -> str:
-    """Start jax on `device` and return its platform (cpu, gpu or tpu). What it compiles is kept in `cache_folder`, so that
+    """Start jax on `device` and return its platform (cpu, gpu or tpu). What it compiles is kept in the user's cache, so that
     a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set, is obeyed instead).
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
@@ -69,7 +64,7 @@ def use_device(device: Device) -> str:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         platform = jax.default_backend()

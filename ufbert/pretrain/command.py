@@ -36,6 +36,8 @@ class TrainOptions:
     """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
     tokenizer: str = ""
     """A tokenizer.json to use instead of training one."""
+    prepared: str = ""
+    """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
     recipe: Recipe = "crammed"
     """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %."""
     when_done: str = ""
@@ -67,7 +69,9 @@ class TrainOptions:
         return replace(self, model=run.model, train=run.train, data=run.data)
 
 
-FREE_ON_RESUME = ("out", "resume", "device", "when_done", "max_hours_wall", "price", "tensorboard", "reference")
+FREE_ON_RESUME = (
+    "out", "resume", "device", "prepared", "when_done", "max_hours_wall", "price", "tensorboard", "reference",
+)  # fmt: skip
 """Options that say nothing about the numbers, so a resumed run may change them."""
 
 
@@ -146,7 +150,7 @@ def stored_options(folder: Path) -> TrainOptions:
         if values.pop("format", None) != "ufbert-run":
             raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
         values.pop("format_version", None)
-        for name in ("environment", "started_at", "identity"):
+        for name in ("environment", "started_at", "prepared_data"):
             values.pop(name, None)
         run = from_json(RunConfig, values.pop("run"), str(path))
         return from_json(TrainOptions, values, str(path)).with_run(run)

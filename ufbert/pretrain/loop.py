@@ -149,7 +149,8 @@ def _note_resumption(session: _Session, spent_at_save: float) -> None:
 def _updates(session: _Session, key: jax.Array) -> None:
     """Phase 3: updates until the clock is done or a signal comes."""
     run, cfg, clock = session.run, session.run.train, session.clock
-    order = RowOrder(len(session.data.train), seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    order = RowOrder(len(session.data.train), seed, shuffled=run.data.order == "shuffled")
     saves = n_checkpoints(cfg, clock.seconds)
     step, position = session.step, int(session.state.rows_seen)
     fraction = clock.fraction(step)
@@ -204,7 +205,7 @@ def _one_update(
     steps, micro = session.steps, session.run.train.micro_rows
 
     def rows(part: np.ndarray) -> Any:
-        return session.layout.rows(session.data.train[part].astype(np.int32).reshape(-1, length))
+        return session.layout.rows(session.data.train.take(part).reshape(-1, length))
 
     if len(picks) == micro:
         session.state, outcome = steps.update(session.state, rows(picks), key, controls)

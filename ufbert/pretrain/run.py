@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform as host
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -12,8 +13,9 @@ from typing import Any
 
 from ufbert.config import FORMAT_VERSION, to_json
 from ufbert.cost import device_peak
-from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, Corpus, demo_path, open_corpus
-from ufbert.data.rows import PreparedData, open_prepared, prepare
+from ufbert.data.cache import Located, finish, locate, reopen
+from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
+from ufbert.data.rows import PreparedData
 from ufbert.device import use_device
 from ufbert.errors import UserError
 from ufbert.pretrain.budget import Clock, Ledger, StepClock, WallClock, parse_budget
@@ -24,7 +26,8 @@ from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Write
 WHEN_DONE_FILE = "when_done.json"
 MAX_DEMO_PASSES = 40
 MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
-"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds."""
+"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
+plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
 
 
 def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
@@ -47,18 +50,24 @@ def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
     """Prepare data, start the clock and train. Returns the summary."""
     options, started_at = resolved.options, time.time() - (time.monotonic() - started)
     folder = Path(options.out) if options.out else _free_folder(options)
+    bound = options.data.max_tokens or _corpus_bound(resolved.tokens_planned)
     corpus = _choose_corpus(options, resolved.tokens_planned)
-    options = replace(options, corpus=corpus.spec, out=str(folder))
+    options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
     print(_headline(options))
     print(f"  scale {options.scale}: {resolved.reason}")
+    located = _locate(options)
     try:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", _run_config(options, started_at))
     except OSError as error:
         raise UserError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
-    data = _prepare(options, corpus, folder, resolved.tokens_planned)
+    try:
+        data = _prepare(located, resolved.tokens_planned)
+    except UserError:
+        shutil.rmtree(folder)  # there is nothing in it to go on with
+        raise
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options, started_at))
+    write_json(folder / "config.json", _run_config(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak)
@@ -75,12 +84,16 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
     ledger, started_at = Ledger(folder / "ledger.jsonl"), _started_at(folder)
     use_device(options.device)
     print(_headline(options))
-    if (folder / "data" / "manifest.json").is_file():
-        data = open_prepared(folder / "data")
-    else:
-        data = _prepare(options, open_corpus(options.corpus), folder, 0.0)
+    used = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("prepared_data")
+    data = reopen(used["folder"], used["fingerprint"], print) if used else None
+    if data is None:
+        data = _prepare(_locate(options, used["vocab_size"] if used else 0), 0.0)
+        if used and data.manifest.fingerprint != used["fingerprint"]:
+            raise UserError(
+                f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
+            )
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options, started_at))
+    write_json(folder / "config.json", _run_config(options, started_at, data))
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
@@ -151,7 +164,7 @@ def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
     return {
         "configuration": hashlib.sha256(facts.encode()).hexdigest(),
         "tokenizer": data.manifest.tokenizer_sha256,
-        "text": data.manifest.train_sha256,
+        "text": data.manifest.fingerprint,
     }
 
 
@@ -174,39 +187,46 @@ def _started_at(folder: Path) -> float:
     return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["started_at"])
 
 
-def _choose_corpus(options: TrainOptions, tokens_planned: float) -> Corpus:
+def _choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
     if options.corpus != "auto":
-        return open_corpus(options.corpus)
+        return options.corpus
     passes = tokens_planned / DEMO_TOKENS
     if demo_path() is not None and passes <= MAX_DEMO_PASSES:
         print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
-        return open_corpus("demo")
+        return "demo"
     why = (
         f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
         if demo_path() is not None
         else "the packaged text is not installed"
     )
     print(f"corpus {HUB_CORPUS}: {why}")
-    return open_corpus(HUB_CORPUS)
+    return HUB_CORPUS
 
 
-def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned: float) -> PreparedData:
-    began, live = time.monotonic(), LiveLine(every=5.0)
+def _corpus_bound(tokens_planned: float) -> int:
+    """Tokens to read of a corpus."""
+    bound = MIN_CORPUS_TOKENS
+    while bound < tokens_planned:
+        bound *= 2
+    return min(bound, MAX_CORPUS_TOKENS)
+
+
+def _locate(options: TrainOptions, vocab_size: int = 0) -> Located:
+    """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
+
+    `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
+    """
     given = None
     if options.tokenizer:
         from ufbert.hub.vocabulary import read_tokenizer
 
         given = read_tokenizer(options.tokenizer)
-    data = prepare(
-        corpus,
-        folder / "data",
-        vocab_size=options.model.vocab_size,
-        seq_len=options.data.seq_len,
-        max_tokens=options.data.max_tokens or min(MAX_CORPUS_TOKENS, max(MIN_CORPUS_TOKENS, int(tokens_planned))),
-        tokenizer_chars=options.data.tokenizer_chars,
-        tokenizer=given,
-        progress=live.show,
-    )
+    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
+
+
+def _prepare(located: Located, tokens_planned: float) -> PreparedData:
+    began, live = time.monotonic(), LiveLine(every=5.0)
+    data = finish(located, live.show, live.say)
     seconds = time.monotonic() - began
     facts = data.manifest
     live.say(
@@ -245,16 +265,21 @@ def _headline(options: TrainOptions) -> str:
     )
 
 
-def _run_config(options: TrainOptions, started_at: float) -> dict[str, Any]:
+def _run_config(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> dict[str, Any]:
     values = {
         name: value for name, value in to_json(options).items() if name not in ("model", "train", "data", "resume")
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    used = None
+    if data is not None:
+        asked = data.manifest.recipe["vocab_size"]
+        used = {"folder": str(data.folder.absolute()), "fingerprint": data.manifest.fingerprint, "vocab_size": asked}
     return {
         "format": "ufbert-run",
         "format_version": FORMAT_VERSION,
         **values,
         "started_at": started_at,
+        "prepared_data": used,
         "run": to_json(options.run),
         "environment": {"python": host.python_version(), "machine": host.platform(), **versions},
     }
