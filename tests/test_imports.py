@@ -30,6 +30,9 @@ BELOW = {
     },
     "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
+    "bench": {
+        "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "pretrain", "glue", "inference",
+    },
 }  # fmt: skip
 LAUNCHERS = {"api", "__main__", "__init__"}
 
@@ -62,10 +65,19 @@ def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
         assert room == "checkpoint.py" or not any(name.startswith("orbax") for name in names), path
 
 
+def test_only_the_stand_alone_peer_imports_torch_and_it_imports_nothing_of_the_package():
+    peer = ROOT / "bench" / "torch_peer.py"
+    for path in ROOT.rglob("*.py"):
+        assert path == peer or not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
+        assert not any(name.endswith("torch_peer") for name in imports_of(path)), path
+    allowed = {"torch", "numpy"} | sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imports_of(peer)} <= allowed
+
+
 def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
-        "import ufbert.inference.command, ufbert.pretrain.plan_command\n"
+        "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -14,6 +14,7 @@ VERBS = {
     "presets": "list the presets, their sizes and their arithmetic",
     "import": "make a model folder of another library's checkpoint",
     "export": "write a model folder in another library's layout",
+    "bench": "time this package against others, after checking that they compute the same",
 }
 
 
@@ -71,6 +72,10 @@ def run_verb(verb: str, args: list[str]) -> None:
         from ufbert.listing import presets_command
 
         presets_command(args)
+    elif verb == "bench":
+        from ufbert.bench.command import bench_command
+
+        bench_command(args)
     elif verb in ("import", "export"):
         from ufbert.hub import command as hub_command
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.config import ModelConfig
+from ufbert.ops import linear
 
 Aux = dict[str, Array]
 """What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
@@ -48,6 +49,7 @@ def dense(
         use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=compute_dtype(config),
         kernel_init=nn.initializers.zeros if zero else nn.initializers.normal(config.init_std),
+        dot_general=linear.dot_general,
         name=name,
     )
 

@@ -116,7 +116,11 @@ def masked_lm_sums(
 
 def init_state(run: RunConfig, key: Key[Array, ""]) -> TrainState:
     """Fresh parameters and optimizer state."""
-    params = nn.init(run.model, key)
+    return state_of(run, nn.init(run.model, key))
+
+
+def state_of(run: RunConfig, params: Any) -> TrainState:
+    """The state of a run that starts from these parameters."""
     average = jax.tree.map(jnp.zeros_like, params) if run.train.average_width else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, make_optimizer(run.train).init(params), average, zero, zero + 0, zero + 0)

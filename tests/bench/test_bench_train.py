@@ -1,0 +1,133 @@
+"""`ufbert bench train`: it times nothing that does not train the same model, and its arithmetic. No speed is tested."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ufbert.bench.command import parse
+from ufbert.bench.contest import Contestant, Ratio, paired_ratio
+from ufbert.bench.train import check_losses
+from ufbert.errors import UserError
+
+SMALL = (
+    "--scale", "tiny", "--model.d-model", "32", "--model.n-heads", "2", "--model.d-hidden", "48", "--model.vocab-size", "64",
+    "--data.seq-len", "32", "--rows", "2", "--checked", "2", "--updates", "2", "--blocks", "2",
+)  # fmt: skip
+
+FAKE = """
+import json, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from ufbert.bench import worker
+print(json.dumps({{"ready": "a fake"}}), flush=True)
+real = worker.answer(Path(sys.argv[1]))
+for line in sys.stdin:
+    asked = json.loads(line)
+    losses = real(asked["first"], asked["updates"])
+    print(json.dumps({{"losses": [loss * {factor} for loss in losses]}}), flush=True)
+"""
+"""A peer that trains with our own step and multiplies the losses."""
+
+
+def bench(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ufbert", "bench", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def fake_peer(tmp_path):
+    """(factor) -> options that run a peer whose losses are ours times the factor."""
+
+    def make(factor: float) -> tuple[str, ...]:
+        script = tmp_path / "fake.py"
+        script.write_text(FAKE.format(path=sys.path, factor=factor), encoding="utf-8")
+        return ("--peer-python", sys.executable, "--peer-script", str(script))
+
+    return make
+
+
+def test_a_peer_that_trains_the_same_is_timed_and_reported(fake_peer, tmp_path):
+    done = bench("train", *SMALL, *fake_peer(1.0), "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert "times as fast as torch" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    ours, theirs = report["contestants"]
+    assert len(ours["block_seconds"]) == len(theirs["block_seconds"]) == 2
+    assert ours["first_losses"] == theirs["first_losses"]
+    assert report["ratios"]["torch"]["pairs"] == 2
+
+
+def test_a_peer_that_answers_a_wrong_loss_is_not_timed(fake_peer, tmp_path):
+    done = bench("train", *SMALL, *fake_peer(1.001), "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 2
+    assert "torch does not train the same model" in done.stderr
+    assert "Nothing was timed" in done.stderr
+    assert "tokens/s" not in done.stdout
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_loss_that_drifts_or_is_no_number_is_refused():
+    assert check_losses("peer", [9.0, 8.0004], [9.0, 8.0]) == pytest.approx(5e-5)
+    for wrong in (8.002, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"after 1 updates .* Nothing was timed"):
+            check_losses("peer", [9.0, wrong], [9.0, 8.0])
+
+
+def test_the_ratio_is_the_median_of_paired_blocks():
+    # A slow spell that hits both blocks of a pair changes no ratio.
+    ours, theirs = [1.0, 10.0, 1.0, 2.0, 1.0], [1.5, 15.0, 2.0, 3.0, 1.0]
+    assert paired_ratio(ours, theirs) == Ratio(median=1.5, low=1.5, high=1.5, pairs=5)
+    assert paired_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) == Ratio(2.0, 1.5, 3.0, 3)
+    assert paired_ratio([2.0], [3.0]) == Ratio(1.5, 1.5, 1.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print('hello', flush=True)", "answered 'hello', which is not JSON"),
+        ("raise SystemExit('no torch here')", "failed: no torch here"),
+        ("""print('{"error": "no compiler"}', flush=True)""", "failed: no compiler"),
+        ("pass", "failed: it ended without a word"),
+    ],
+)
+def test_a_peer_that_fails_is_reported_in_its_own_words(tmp_path, code, said):
+    with Contestant("peer", [sys.executable, "-c", code], tmp_path) as peer, pytest.raises(UserError, match=said):
+        peer.wait_ready()
+
+
+def test_an_interpreter_that_is_not_there_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot start torch with .*nowhere"):
+        Contestant("torch", [str(tmp_path / "nowhere")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--config", "ultrafastbert_1x11"), "model.feedforward"),
+        (("--config", "bert_base"), "model.feedforward"),
+        (("--config", "crammed_rope"), "model.positions"),
+        (("--blocks", "0"), "blocks is 0"),
+    ],
+)
+def test_a_model_that_the_peer_is_not_is_refused(args, said):
+    with pytest.raises(UserError, match=said):
+        parse([*args, "--peer-python", "python"])
+
+
+def test_the_peer_needs_an_interpreter():
+    with pytest.raises(UserError, match="--peer-python"):
+        parse([])
+
+
+def test_sizes_come_from_the_scale_and_single_fields_win():
+    run = parse(["--peer-python", "python", "--model.vocab-size", "512"]).run
+    assert (run.model.d_model, run.model.n_layers, run.model.vocab_size, run.model.dtype) == (256, 4, 512, "float32")
+
+
+def test_help_names_the_kinds_and_an_unknown_kind_is_a_sentence():
+    assert "train" in bench("--help").stdout
+    wrong = bench("tarin")
+    assert wrong.returncode == 2
+    assert "There is no benchmark 'tarin'" in wrong.stderr

@@ -1,0 +1,102 @@
+"""Contestants in processes of their own, and blocks of work that alternate between them."""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ufbert.errors import UserError
+
+
+class Contestant:
+    """A process that trains on request (protocol: `ufbert.bench.worker`). Use it as a context manager, which ends it."""
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        """Start `command`; what it says on stderr goes to a file in `folder`. Raises UserError if it cannot start."""
+        self.name, self.notes, self.facts = name, folder / f"{name}.txt", ""
+        try:
+            with self.notes.open("w", encoding="utf-8") as errors:
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+                )
+        except OSError as error:
+            raise UserError(f"Cannot start {name} with {command[0]}: {error.strerror}.") from error
+
+    def __enter__(self) -> "Contestant":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_ready(self) -> None:
+        """Return when the process has loaded its job; `facts` then says what it is. Raises UserError if it fails."""
+        self.facts = str(self._answer("ready"))
+
+    def train(self, first: int, updates: int) -> tuple[list[float], float]:
+        """The losses of `updates` updates from batch `first` on, and the seconds that they took by this process's clock.
+
+        Raises UserError if the contestant fails, or answers another number of losses.
+        """
+        assert self.process.stdin is not None
+        start = time.perf_counter()
+        try:
+            self.process.stdin.write(json.dumps({"first": first, "updates": updates}) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # It is gone; reading its answer says why.
+        losses = self._answer("losses")
+        seconds = time.perf_counter() - start
+        if len(losses) != updates:
+            raise UserError(f"{self.name} answered {len(losses)} losses for {updates} updates.")
+        return losses, seconds
+
+    def _answer(self, wanted: str) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        try:
+            answer = json.loads(line) if line else {}
+        except json.JSONDecodeError:
+            raise UserError(f"{self.name} answered {line.strip()[:80]!r}, which is not JSON.") from None
+        if wanted in answer:
+            return answer[wanted]
+        said = answer.get("error") or self._last_note() or "it ended without a word"
+        raise UserError(f"{self.name} failed: {said.rstrip('.')}.")
+
+    def _last_note(self) -> str:
+        lines = self.notes.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+
+class Ratio(NamedTuple):
+    """How much faster ours is than a peer, from pairs of neighbouring blocks."""
+
+    median: float
+    low: float
+    """The lower quartile of the paired ratios."""
+    high: float
+    """The upper quartile."""
+    pairs: int
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Median and quartiles of theirs[i] / ours[i], seconds of equal work in neighbouring blocks."""
+    ratios = [theirs_s / ours_s for ours_s, theirs_s in zip(ours, theirs, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0], 1)
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high, len(ratios))
+
+
+def alternate(contestants: Sequence[Contestant], first: int, updates: int, blocks: int) -> dict[str, list[float]]:
+    """Seconds of each contestant's blocks. All train on the same batches in the same round, new ones in every round, and
+    who begins a round changes from round to round."""
+    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
+    for block in range(blocks):
+        turn = block % len(contestants)
+        for one in (*contestants[turn:], *contestants[:turn]):
+            seconds[one.name].append(one.train(first + block * updates, updates)[1])
+    return seconds

@@ -1,0 +1,137 @@
+"""Training speed on this CPU against peers that train the same model: what they get, the check, and the report."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ufbert import nn
+from ufbert.bench.contest import Contestant, alternate, paired_ratio
+from ufbert.bench.worker import SPECIAL, masking_key
+from ufbert.config import RunConfig, to_json
+from ufbert.errors import UserError
+from ufbert.hub.folder import flatten
+from ufbert.pretrain.schedules import lr_share
+from ufbert.pretrain.step import mask_rows
+
+TOLERANCE = 1e-4
+"""Largest relative difference of a peer's losses from ours with which it is timed."""
+DOCUMENT_LEN = 32
+"""Mean length of the random documents, in tokens."""
+
+
+class Race(NamedTuple):
+    """How much is checked and timed."""
+
+    rows: int
+    """Rows of an update."""
+    checked: int
+    """Updates whose losses must agree before anything is timed."""
+    updates: int
+    """Updates in a block."""
+    blocks: int
+    """Rounds of blocks."""
+    seed: int
+    """Of parameters, rows and masking."""
+
+
+def race(folder: Path, run: RunConfig, peers: Mapping[str, Sequence[str]], size: Race) -> dict[str, Any]:
+    """Train `run` here and in each peer, in turns, and report speeds and ratios.
+
+    `peers` maps a name to the command that starts it, in which `{folder}` stands for the job folder. Raises UserError if
+    a peer fails, or if its losses say that it does not train the same model; then nothing has been timed.
+    """
+    write_job(folder, run, size)
+    commands = {"ufbert": (sys.executable, "-m", "ufbert.bench.worker", "{folder}"), **peers}
+    machine = machine_facts()
+    with ExitStack() as running:
+        contestants = [
+            running.enter_context(Contestant(name, [part.format(folder=folder) for part in command], folder))
+            for name, command in commands.items()
+        ]
+        for one in contestants:
+            one.wait_ready()
+        losses = {one.name: one.train(0, size.checked)[0] for one in contestants}
+        differences = {name: check_losses(name, losses[name], losses["ufbert"]) for name in peers}
+        seconds = alternate(contestants, size.checked, size.updates, size.blocks)
+    tokens = size.updates * size.rows * run.data.seq_len
+    return {
+        "machine": machine | {"load_after": os.getloadavg()[0]},
+        "job": {"run": to_json(run), **size._asdict()},
+        "contestants": [
+            {
+                "name": one.name,
+                "facts": one.facts,
+                "tokens_per_second": tokens / statistics.median(seconds[one.name]),
+                "block_seconds": seconds[one.name],
+                "first_losses": losses[one.name],
+            }
+            for one in contestants
+        ],
+        "ratios": {
+            name: paired_ratio(seconds["ufbert"], seconds[name])._asdict() | {"loss_difference": differences[name]}
+            for name in peers
+        },
+    }
+
+
+def random_rows(run: RunConfig, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Packed rows of random documents: each begins with [CLS] and ends at random; token frequencies fall as 1 / rank."""
+    ordinary = np.arange(max(SPECIAL) + 1, run.model.vocab_size)
+    weight = 1.0 / np.arange(1, len(ordinary) + 1)
+    rows = rng.choice(ordinary, size=shape, p=weight / weight.sum()).astype(np.int32)
+    rows[rng.random(shape) < 1.0 / DOCUMENT_LEN] = SPECIAL.cls
+    rows[..., 0] = SPECIAL.cls
+    return rows
+
+
+def write_job(folder: Path, run: RunConfig, size: Race) -> None:
+    """Write what every contestant starts from: `job.json`, `params.npz` and `batches.npz`, one batch an update.
+
+    `batches.npz` holds `rows` as our step takes them, and for the peers the same rows as our step masks them: `ids`,
+    `segments` (the documents of a row, numbered from 1), and `positions` and `labels` of the hidden tokens.
+    """
+    shape = (size.checked + size.updates * size.blocks, size.rows, run.data.seq_len)
+    rows = random_rows(run, np.random.default_rng(size.seed), shape)
+    mask = jax.jit(lambda batch, key: mask_rows(run, SPECIAL, batch, key, run.train.mask_rate[0]))
+    masked = [mask(batch, masking_key(size.seed, i)) for i, batch in enumerate(rows)]
+    assert all((one.weights == 1).all() for one in masked)  # so that a peer may take the plain mean
+    batches: dict[str, Any] = {
+        name: np.stack([getattr(one, name) for one in masked]).astype(np.int64)
+        for name in ("ids", "positions", "labels")
+    }
+    batches |= {"rows": rows, "segments": 1 + np.cumsum(rows == SPECIAL.cls, axis=-1)}
+    params: dict[str, Any] = flatten(nn.init(run.model, jax.random.key(size.seed)))
+    np.savez(folder / "batches.npz", **batches)
+    np.savez(folder / "params.npz", **params)
+    job = {"run": to_json(run), "lr": run.train.peak_lr * lr_share(run.train, 0.0), "seed": size.seed}
+    (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+
+
+def check_losses(name: str, theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """The largest relative difference. Raises UserError if one is above TOLERANCE or not a number."""
+    differences = [abs(their - our) / abs(our) for their, our in zip(theirs, ours, strict=True)]
+    for i, difference in enumerate(differences):
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{name} does not train the same model: its loss after {i} updates is {theirs[i]:.6f}, ours {ours[i]:.6f}. "
+                "Nothing was timed."
+            )
+    return max(differences)
+
+
+def machine_facts() -> dict[str, Any]:
+    """The processor's name, the cores that this process may use, and the load of the last minute."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}
