@@ -297,6 +297,16 @@ def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["restarts"] == 1
     assert summary["spent_seconds"] <= 30.0
+    # Killed once more after all was spent, before the model was saved: the model is made of the last checkpoint.
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "model")
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps({"session": 3, "spent": 30.0}) + "\n")
+    output = finish(start(["--resume", f"--out={folder}"]))
+    assert "the budget of 30s is spent" in output
+    again = json.loads((folder / "summary.json").read_text())
+    assert (again["steps"], again["heldout_loss"]) == (summary["steps"], summary["heldout_loss"])
+    load_model(folder / "model")
 
 
 def test_updates_accumulate_micro_batches(corpus_file, tmp_path):

@@ -115,11 +115,12 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
         try:
             if restored is not None:
                 _note_resumption(session, restored.spent)
-            _evaluate(session, record=restored is None)
-            # The first update compiles, which costs about twice what compiling the evaluation just did: where that much is
-            # not left, as after a late resume, it must not begin.
-            clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
-            _updates(session, key)
+            if not clock.done(session.step):
+                _evaluate(session, record=restored is None)
+                # The first update compiles, which costs about twice what compiling the evaluation just did: where that much
+                # is not left, as after a late resume, it must not begin.
+                clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
+                _updates(session, key)
             if signals.asked is not None:
                 raise _interruption(session, signals.asked)
             return _finish(session)
