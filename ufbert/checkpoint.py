@@ -4,7 +4,7 @@ A checkpoint is a folder `checkpoints/<step>`, written in the background under a
 The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Checkpoints:
 
 
 @contextmanager
-def _refusal(folder: Path) -> Iterator[None]:
+def _refusal(folder: Path) -> Generator[None]:
     """Turns what orbax raises while it writes into one sentence."""
     try:
         yield
