@@ -24,7 +24,7 @@ from ufbert.writers import read_jsonl
 REPO = Path(__file__).parents[2]
 
 
-def sentences(path: Path, documents: int = 400) -> Path:
+def sentences(path: Path, documents: int = 4000) -> Path:
     """A corpus of a toy grammar."""
     rng = random.Random(0)
     nouns, verbs = ["cat", "dog", "king", "river", "house", "bird"], ["sees", "likes", "follows", "finds"]
@@ -40,15 +40,15 @@ class Drill:
     """One run folder, its command line, and what is found wrong with it."""
 
     def __init__(self, folder: Path, options: list[str]) -> None:
-        self.folder, self.options, self.log = folder, options, folder.with_suffix(".log")
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        self.prepared = folder.with_name(f"{folder.name}-prepared")  # its own, so that its text is prepared, too
+        self.options = [*options, f"--prepared={self.prepared}"]
         self.problems: list[str] = []
 
     def start(self) -> subprocess.Popen[bytes]:
         """A session: the first one, or one that goes on."""
         begun = (self.folder / "config.json").is_file()
         args = ["--resume", f"--out={self.folder}"] if begun else [*self.options, f"--out={self.folder}"]
-        if not begun and self.folder.exists():
-            self.folder.rmdir()  # killed between making the folder and its first file
         with self.log.open("ab") as log:
             return subprocess.Popen([sys.executable, str(REPO / "train.py"), *args], stdout=log, stderr=log)
 
@@ -62,9 +62,7 @@ class Drill:
                     self.problems.append(f"a session ended with status {process.returncode}, see {self.log}")
                 return False
             late = time.monotonic() - began
-            if (moment == "preparation" and late > 0.5 and self.preparing()) or (
-                moment == "checkpoint" and self.saving()
-            ):
+            if (moment == "preparation" and self.preparing()) or (moment == "checkpoint" and self.saving()):
                 time.sleep(rng.uniform(0, 0.02))
                 break
             if (moment == "any" and late > delay) or late > 3 * longest:
@@ -75,7 +73,7 @@ class Drill:
         return True
 
     def preparing(self) -> bool:
-        return any(self.folder.parent.rglob("*.partial*"))
+        return any(self.prepared.glob("*.partial"))
 
     def saving(self) -> bool:
         return any((self.folder / "checkpoints").glob("*tmp*"))
@@ -87,7 +85,8 @@ class Drill:
             if code:
                 self.problems.append(f"the last session ended with status {code}, see {self.log}")
                 return
-        left = [str(p) for p in self.folder.rglob("*") if "tmp" in p.name or ".partial" in p.name]
+        places = (self.folder, self.prepared)
+        left = [str(p) for place in places for p in place.rglob("*") if "tmp" in p.name or ".partial" in p.name]
         if left:
             self.problems.append(f"half-written: {', '.join(left)}")
 

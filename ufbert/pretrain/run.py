@@ -40,7 +40,7 @@ def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
         if not options.out:
             raise UserError("--resume needs --out FOLDER, the run to go on with.")
         return resume_run(resumed_options(args, Path(options.out)), started)
-    if options.out and Path(options.out).exists():
+    if options.out and _is_taken(Path(options.out)):
         raise UserError(f"{options.out} exists already; pass --resume to go on with that run, or another --out.")
     platform = use_device(options.device)
     return new_run(resolve(args, platform), started)
@@ -57,7 +57,7 @@ def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
     print(f"  scale {options.scale}: {resolved.reason}")
     located = _locate(options)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", _run_config(options, started_at))
     except OSError as error:
         raise UserError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
@@ -74,10 +74,14 @@ def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
 
 
 def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
-    """Go on with a run; the time since `started` is charged to its budget. A finished run only runs its last command, if
-    that has not been run."""
+    """Go on with a run; the time since `started` is charged to its budget. A finished run only gets the report and the last
+    command that a kill may have kept from it."""
     folder = Path(options.out)
     if (folder / "summary.json").is_file():
+        if not (folder / "report.html").is_file():
+            from ufbert.report.run_report import write_report
+
+            write_report(folder)
         if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
             return _when_done(options, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
@@ -130,6 +134,11 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
     )
     return _when_done(options, summary)
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether something stands where a run folder is to be. What a kill may leave of its beginning does not count."""
+    return folder.exists() and not (folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir()))
 
 
 def _when_done(options: TrainOptions, summary: dict[str, Any]) -> dict[str, Any]:
