@@ -13,7 +13,7 @@ from ufbert.config import ModelConfig, PretrainConfig, RunConfig, from_json, to_
 from ufbert.cost import forward_flops_per_token, neurons
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, preset_folder, preset_names, preset_summary, scaled
+from ufbert.presets import load_preset, preset_folder, preset_names, preset_summary, scaled, with_recipe
 from ufbert.pretrain.step import Controls, build_steps, init_state
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
@@ -203,3 +203,16 @@ def test_impossible_settings_are_refused():
         ModelConfig(capacity_factor=0.0)
     with pytest.raises(UserError, match="does not know: n_layrs"):
         from_json(ModelConfig, {"n_layrs": 3}, "config.json")
+
+
+def test_the_modern_recipe_is_a_set_of_fields_over_the_same_model():
+    crammed = scaled(load_preset("crammed_bert"), "mini")
+    assert with_recipe(crammed, "crammed", "mini") == crammed
+    modern = with_recipe(crammed, "modern", "mini")
+    assert (modern.train.optimizer, modern.train.schedule, modern.train.mask_rate[0]) == ("muon", "stable", 0.3)
+    assert replace(modern.model, zero_init_out=False, positions="scaled_sinusoid") == crammed.model
+    assert with_recipe(load_preset("bert_base"), "modern", "base").model.positions == "learned"
+    params = nn.init(replace(modern.model, n_layers=1), jax.random.key(0))["encoder"]["layer_00"]
+    for part, name in (("attention", "out"), ("glu", "out")):
+        assert not np.any(params[part][name]["kernel"])
+    assert np.any(params["glu"]["gate"]["kernel"])

@@ -39,7 +39,8 @@ class TrainOptions:
     prepared: str = ""
     """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
     recipe: Recipe = "crammed"
-    """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %."""
+    """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %, rotary
+    positions."""
     when_done: str = ""
     """A shell command to run once, when all is saved (`sudo shutdown -h now`)."""
     max_hours_wall: float = 0.0
