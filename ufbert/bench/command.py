@@ -126,6 +126,7 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{one['name']:<14} {one['tokens_per_second']:>10,.0f} tokens/s  ({one['facts']})")
     for name, ratio in report["ratios"].items():
         print(
-            f"ufbert trains {ratio['median']:.2f} times as fast as {name} (quartiles {ratio['low']:.2f} to "
-            f"{ratio['high']:.2f} of {ratio['pairs']} pairs; losses within {ratio['loss_difference']:.0e})"
+            f"ufbert trains {ratio['median']:.2f} times as fast as {name}: median of {ratio['pairs']} pairs of blocks, "
+            f"quartiles {ratio['low']:.2f} and {ratio['high']:.2f}, fastest blocks {ratio['fastest']:.2f}; losses within "
+            f"{ratio['loss_difference']:.0e}"
         )
