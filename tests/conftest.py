@@ -1,11 +1,17 @@
 """Run-time shape checks on every function of the package, strict JAX, and small shared fixtures."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "1")  # one XLA thread per pytest worker
+if "UFBERT_CACHE" not in os.environ:  # shared by the workers, which inherit it
+    os.environ["UFBERT_CACHE"] = tempfile.mkdtemp(prefix="ufbert-tests-")
+    atexit.register(shutil.rmtree, os.environ["UFBERT_CACHE"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

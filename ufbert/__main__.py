@@ -7,6 +7,7 @@ STARTED = time.monotonic()
 
 VERBS = {
     "train": "pretrain a model from raw text within a budget (also: python train.py)",
+    "plan": "say what a budget buys on a device: tokens, updates, memory, time, money",
     "finetune": "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
     "fill-mask": "guess the [MASK] of a sentence",
     "predict": "classify texts with a fine-tuned model folder",
@@ -18,7 +19,7 @@ VERBS = {
 
 
 def main(args: list[str]) -> int:
-    """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt."""
+    """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt, 128 + n for signal n."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: ufbert VERB [OPTIONS]; `ufbert VERB --help` lists the options\n")
         print("\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items()))
@@ -28,7 +29,7 @@ def main(args: list[str]) -> int:
 
         print(f"ufbert {importlib.metadata.version('ufbert')}")
         return 0
-    from ufbert.errors import UserError
+    from ufbert.errors import Interrupted, UserError
 
     try:
         run_verb(args[0], args[1:])
@@ -40,6 +41,9 @@ def main(args: list[str]) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the last checkpoint of a training run", file=sys.stderr)
         return 130
@@ -52,6 +56,10 @@ def run_verb(verb: str, args: list[str]) -> None:
         from ufbert.pretrain.run import pretrain_command
 
         pretrain_command(args, STARTED)
+    elif verb == "plan":
+        from ufbert.pretrain.plan_command import plan_command
+
+        plan_command(args)
     elif verb == "finetune":
         from ufbert.glue.command import finetune_command
 

@@ -1,50 +1,120 @@
 """Training state on disk. The only file that imports orbax.
 
-A checkpoint is a folder `checkpoints/<step>`; orbax writes it under a temporary name and renames it when it is whole.
+A checkpoint is a folder `checkpoints/<step>`, written in the background under a temporary name and renamed when it is whole.
+The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is.
 """
 
-import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ufbert.errors import UserError
 
-
-def save_checkpoint(folder: Path, step: int, state: Any, keep: int = 2) -> None:
-    """Write `state`, a tree of arrays, as checkpoint `step`, then delete all but the newest `keep`.
-
-    Raises UserError if the disk refuses.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    try:
-        ocp.save(str((folder / str(step)).absolute()), state, overwrite=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot write checkpoint {step} in {folder}: {error}.") from error
-    for old in checkpoint_steps(folder)[:-keep]:
-        shutil.rmtree(folder / str(old), ignore_errors=True)
+Identity = dict[str, str]
+"""What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+class Restored(NamedTuple):
+    """A checkpoint in memory."""
+
+    step: int
+    state: Any
+    spent: float
+    """Seconds of the budget that were spent when it was saved."""
 
 
-def load_checkpoint(folder: Path, abstract: Any) -> tuple[int, Any] | None:
-    """The newest readable checkpoint as (step, state) shaped like `abstract`, or None where there is none.
+class Checkpoints:
+    """The checkpoints of a run."""
 
-    Damaged ones are passed over. Raises UserError if there are checkpoints and none can be read.
-    """
-    from orbax.checkpoint import v1 as ocp
+    def __init__(self, folder: Path, identity: Identity, keep: int) -> None:
+        from orbax.checkpoint import v1 as ocp
 
-    problems = []
-    for step in reversed(checkpoint_steps(folder)):
+        policies = ocp.training.preservation_policies
+        best: Any = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], n=1, reverse=True)
+        newest: Any = policies.LatestN(keep)
+        either: Any = policies.AnyPreservationPolicy([newest, best])
+        self.folder, self._identity = folder, identity
         try:
-            return step, ocp.load(str((folder / str(step)).absolute()), abstract)
-        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
-            problems.append(f"{step}: {str(error).splitlines()[0]}")
-    if problems:
-        raise UserError(f"No checkpoint in {folder} can be read ({'; '.join(problems)}).")
-    return None
+            self._writer = ocp.training.Checkpointer(
+                str(folder.absolute()),
+                preservation_policy=either,
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(f"Cannot use the checkpoint folder {folder}: {error.strerror or error}.") from error
+        self._pending: Any = None
+
+    def save(self, step: int, state: Any, heldout_loss: float, spent: float) -> None:
+        """Start to write `state`, a tree of arrays, as checkpoint `step`; the arrays may be donated afterwards.
+
+        Waits for the save before it. Raises UserError if the disk refuses, at this save or the next call.
+        """
+        self.wait()
+        about: Any = {"identity": self._identity, "spent": spent}
+        with _refusal(self.folder):
+            self._pending = self._writer.save_async(
+                step, state, force=True, overwrite=True, metrics={"heldout_loss": heldout_loss}, custom_metadata=about
+            )
+
+    def wait(self) -> None:
+        """Return when everything is on disk. Raises UserError if it cannot be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _refusal(self.folder):
+                pending.result()
+
+    def close(self) -> None:
+        """Finish the save under way; what it could not write is lost, as with a kill."""
+        try:
+            self.wait()
+        finally:
+            with suppress(Exception):  # it raises once more what the save raised
+                self._writer.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def restore(self, abstract: Any, say: Callable[[str], None]) -> Restored | None:
+        """The newest good checkpoint, shaped and placed like `abstract` (arrays with shardings), or None where there is none.
+
+        Those that are damaged or belong to something else are passed over, each with a sentence to `say`. Raises UserError
+        if there are checkpoints and none is good.
+        """
+        self.wait()
+        refused = []
+        for step in reversed(self.steps()):
+            try:
+                about: Any = self._writer.metadata(step).custom_metadata or {}
+            except Exception:  # orbax and tensorstore raise many kinds for a damaged folder
+                about = {}
+            other = [name for name, value in self._identity.items() if about.get("identity", {}).get(name) != value]
+            if not about:
+                refused.append(f"checkpoint {step} is damaged or cut short")
+            elif other:
+                refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
+            else:
+                try:
+                    state = self._writer.load(step, abstract)
+                except Exception:
+                    refused.append(f"checkpoint {step} is damaged or cut short")
+                else:
+                    for reason in refused:
+                        say(f"{reason}; the one of step {step} is used")
+                    return Restored(step, state, float(about["spent"]))
+        if refused:
+            raise UserError(f"No checkpoint in {self.folder} can be used: {'; '.join(refused)}.")
+        return None
+
+
+@contextmanager
+def _refusal(folder: Path) -> Generator[None]:
+    """Turns what orbax raises while it writes into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Cannot write a checkpoint in {folder}: {cause}; earlier ones are kept.") from error

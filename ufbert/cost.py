@@ -1,17 +1,30 @@
-"""FLOPs of a configuration, the measured speed of this device, and what a budget can buy with them."""
+"""FLOPs and bytes of a configuration, the speed of a device, and what a budget can buy with them."""
 
 import math
 import time
 from typing import NamedTuple
 
 from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, Scale
+from ufbert.devices import DevicePeaks, device_of_kind
 from ufbert.presets import scaled
 
 TOKENS_PER_WEIGHT = 40.0
 """A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
 
-UTILISATION = {"cpu": 0.3, "accelerator": 0.35}
-"""Share of the measured matrix-product speed that training reaches, tree layers through `gather` on a CPU."""
+UTILISATION = 0.4
+"""Assumed share of an accelerator's peak that matrix products reach in training. Crammed BERT ran 105 thousand tokens a
+second on an RTX A6000 (its issue #45), 42 % of that card's peak at 623 MFLOP a token."""
+
+FLOAT32_UTILISATION = 0.6
+"""The same share for true float32 products, which routing uses (an assumption; float32 units wait for memory less)."""
+
+CPU_UTILISATION = 0.9
+"""Share of the speed of a model's parts, measured alone, that a CPU reaches on the whole step: alone they find their
+inputs in cache. Five presets at two scales lay between 0.8 and 1.05."""
+
+TRAFFIC = 0.75
+"""Share of the bytes that the CPU's program moves which an accelerator's program moves: its compiler fuses more. Set so
+that crammed BERT's published run on an RTX A6000 is not faster than that card's memory allows."""
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: bool, training: bool = True) -> float:
@@ -64,19 +77,105 @@ def neurons(config: ModelConfig) -> tuple[int, int]:
 
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
     """Forward and backward operations per token of a packed row, the masked-only head included."""
-    head = run.train.mask_rate * 2 * run.model.d_model * run.model.vocab_size
+    head = max(run.train.mask_rate) * 2 * run.model.d_model * run.model.vocab_size
     return 3 * (forward_flops_per_token(run.model, run.data.seq_len, masked_trees=masked_trees) + head)
 
 
-def measured_flops(seconds: float = 0.4) -> float:
-    """Matrix-product speed of the default device in FLOP/s: float32 on a CPU, bfloat16 elsewhere."""
+def routing_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
+    """The part of `train_flops_per_token` that routes, and so is float32 arithmetic whatever the model's type."""
+    model, total = run.model, 0.0
+    products = {
+        "tree": model.n_trees * (model.nodes_per_tree if masked_trees else model.tree_depth + 1),
+        "leaf_tree": 2**model.tree_depth - 1,
+        "switch": model.n_experts,
+    }
+    for _, kind in model.layers:
+        total += 3 * 2 * model.d_model * products.get(kind, 0)
+    return total
+
+
+def train_bytes_per_token(run: RunConfig, *, masked_trees: bool, bfloat16: bool) -> float:
+    """Bytes that forward and backward move per token of a packed row, about; weights and the optimizer's not counted.
+
+    The factors were fitted to XLA's count of the compiled step on a CPU, of the presets at the scales below `base`, and
+    hold to about a fifth. They let a scale be chosen without compiling; `ufbert plan` counts the compiled step instead.
+    """
+    model, t, d = run.model, run.data.seq_len, run.model.d_model
+    short, routed = 0.0, 0.0
+    for mixer, kind in model.layers:
+        short += 91 * d + (50 * model.n_heads * t + 10 * d if mixer == "attention" else 0)
+        nodes = model.nodes_per_tree if masked_trees else model.tree_depth + 1
+        short += {
+            "dense": 20 * model.d_hidden,
+            "glu": 48 * model.d_hidden,
+            "tree": 0,
+            "leaf_tree": 40 * 2**model.tree_depth * model.leaf_width,
+            "switch": 50 * model.d_hidden,
+        }[kind]
+        if kind == "tree":
+            routed += 45 * model.n_trees * nodes if masked_trees else d * (60 + 7.4 * model.n_trees * nodes)
+    head = 24 * max(run.train.mask_rate) * model.vocab_size
+    return 4 * ((short + head) * (0.65 if bfloat16 else 1.0) + routed)
+
+
+class Speeds(NamedTuple):
+    """What a device does in a second of training; utilisation is already in the numbers."""
+
+    products: float
+    """FLOP/s of matrix products in the model's type."""
+    float32: float
+    """FLOP/s of routing's float32 products."""
+    bandwidth: float
+    """Bytes/s, of the bytes that XLA counts for a CPU program."""
+    overlap: bool
+    """Whether arithmetic and memory traffic overlap (accelerators), so that the slower decides; else they add up."""
+    source: str
+    """Where the numbers come from."""
+
+    def seconds(self, flops: float, routing_flops: float, n_bytes: float) -> float:
+        """Time of work with this many operations, of which `routing_flops` are float32 ones, and bytes: a roofline
+        (Williams et al. 2009)."""
+        arithmetic = max(0.0, flops - routing_flops) / self.products + routing_flops / self.float32
+        traffic = n_bytes / self.bandwidth
+        return max(arithmetic, traffic) if self.overlap else arithmetic + traffic
+
+
+def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
+    """The speeds to expect of a device of the table, at the stated utilisation."""
+    share = FLOAT32_UTILISATION if device.products(dtype) == device.float32 else UTILISATION
+    source = (
+        f"{share:.0%} of {device.products(dtype) / 1e12:,.1f} TFLOP/s {dtype}, {FLOAT32_UTILISATION:.0%} of "
+        f"{device.float32 / 1e12:,.1f} TFLOP/s float32 for routing, {device.bandwidth / 1e9:,.0f} GB/s ({device.source})"
+    )
+    speeds = (share * device.products(dtype), FLOAT32_UTILISATION * device.float32, device.bandwidth / TRAFFIC)
+    return Speeds(*speeds, overlap=True, source=source)
+
+
+def device_peak() -> tuple[float, str]:
+    """(FLOP/s, source) of the default device, to divide a model's FLOP/s by for its utilisation (MFU).
+
+    For a device of the table (`ufbert.devices`) that is the vendor's dense peak of the type models compute in there; for
+    any other, CPUs included, the speed of a large matrix product measured now, in about half a second.
+    """
+    import jax
+
+    found = device_of_kind(jax.devices()[0].device_kind)
+    if found is not None:
+        return found.products(found.dtype), found.source
+    what = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return measured_flops(), f"a {what} matrix product, measured here"
+
+
+def measured_flops(seconds: float = 0.4, dtype: str = "auto") -> float:
+    """Matrix-product speed of the default device in FLOP/s; the type `auto` is float32 on a CPU, bfloat16 elsewhere."""
     import jax
     import jax.numpy as jnp
 
     on_cpu = jax.default_backend() == "cpu"
-    n, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
-    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    multiply = jax.jit(lambda a: a @ a * (1 / n))
+    n, kind = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (n, n), kind if dtype == "auto" else jnp.dtype(dtype))
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=precision) * (1 / n))
     multiply(a).block_until_ready()
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -99,21 +198,22 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(run: RunConfig, scale: Scale, seconds: float, flops: float, *, on_cpu: bool) -> Plan:
-    """Resolve `scale` for a budget of `seconds` on a device of `flops` FLOP/s.
+def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, on_cpu: bool, bfloat16: bool) -> Plan:
+    """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
 
     `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
     `tiny` if none does.
     """
-    rate = flops * UTILISATION["cpu" if on_cpu else "accelerator"]
 
     def at(name: Scale) -> Plan:
         config = scaled(run, name)
-        speed = rate / train_flops_per_token(config, masked_trees=not on_cpu)
-        weights = forward_flops_per_token(config.model, 0, masked_trees=not on_cpu) / 2
-        ratio = speed * seconds / weights
+        flops = train_flops_per_token(config, masked_trees=not on_cpu)
+        routing = routing_flops_per_token(config, masked_trees=not on_cpu)
+        moved = train_bytes_per_token(config, masked_trees=not on_cpu, bfloat16=bfloat16)
+        speed = 1 / speeds.seconds(flops, routing, moved)
+        ratio = speed * seconds / _weights(config, on_cpu)
         reason = (
-            f"{flops / 1e9:,.0f} GFLOP/s measured, about {speed:,.0f} tokens/s expected: "
+            f"about {speed:,.0f} tokens/s expected ({speeds.source}): "
             f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
         )
         return Plan(name, config, speed, speed * seconds, reason)

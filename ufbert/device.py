@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ufbert.errors import UserError
+from ufbert.places import user_cache
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -52,7 +53,8 @@ def _nvidia_smi_lists_one() -> bool:
 
 
 def use_device(device: Device) -> str:
-    """Start jax on `device` and return its platform (cpu, gpu or tpu).
+    """Start jax on `device` and return its platform (cpu, gpu or tpu). What it compiles is kept in the user's cache, so that
+    a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set, is obeyed instead).
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
@@ -61,6 +63,9 @@ def use_device(device: Device) -> str:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax
 
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         platform = jax.default_backend()
     except RuntimeError as error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert.config import ModelConfig, RunConfig, Scale
+from ufbert.config import ModelConfig, Recipe, RunConfig, Scale
 from ufbert.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "configs"
@@ -50,7 +50,7 @@ class _Size(NamedTuple):
     d_model: int
     vocab_size: int
     peak_lr: float
-    batch_rows: int
+    micro_rows: int
 
 
 SIZES = {
@@ -59,6 +59,9 @@ SIZES = {
     "small": _Size(4, 512, 16384, 2e-3, 64),
 }
 """What each --scale below `base` sets. Learning rates and batches were chosen by short runs on a two-core CPU."""
+
+MODERN_LR = {"tiny": 1e-2, "mini": 1e-2, "small": 5e-3, "base": 2e-3}
+"""Peak learning rate of the modern recipe. Only `mini` was measured."""
 
 
 def deepest_tree(n_trees: int, max_nodes: int) -> int:
@@ -105,11 +108,31 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
         train=replace(
             config.train,
             peak_lr=size.peak_lr,
-            batch_rows=size.batch_rows,
-            micro_rows=size.batch_rows,
+            micro_rows=size.micro_rows,
             position_scale_lr=0.01,
         ),
     )
+
+
+def with_recipe(config: RunConfig, recipe: Recipe, scale: Scale) -> RunConfig:
+    """`config` trained by a recipe at the learning rate of a scale. `crammed` is what presets hold and changes nothing.
+
+    `modern` is Muon on dense matrices, a warm-up, a plateau and a decay, masks from 30 to 15 %, blocks that start as the
+    identity, and an average of past weights, each a field that can be set alone. It is for dense models first: trees, leaves,
+    routers and experts keep AdamW.
+    """
+    if recipe == "crammed":
+        return config
+    train = replace(
+        config.train,
+        optimizer="muon",
+        schedule="stable",
+        peak_lr=MODERN_LR[scale],
+        mask_rate=(0.3, 0.25, 0.2, 0.15),
+        clip_norm=1.0,
+        average_width=0.05,
+    )
+    return replace(config, train=train, model=replace(config.model, zero_init_out=True))
 
 
 def _resampled(kinds: tuple[Any, ...], n_layers: int) -> tuple[Any, ...]:

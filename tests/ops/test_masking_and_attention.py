@@ -19,10 +19,10 @@ from ufbert.presets import load_preset, preset_names
 SPECIAL = (0, 2, 3)
 
 
-def masked(ids, seed=0, rate=0.25):
-    return mask_tokens(
-        jnp.asarray(ids, jnp.int32), jax.random.key(seed), rate=rate, vocab_size=100, mask_id=4, special_ids=SPECIAL
-    )
+def masked(ids, seed=0, rate=0.25, max_rate=None):
+    ids, key = jnp.asarray(ids, jnp.int32), jax.random.key(seed)
+    options = {"vocab_size": 100, "mask_id": 4, "special_ids": SPECIAL}
+    return mask_tokens(ids, key, rate=rate, max_rate=max_rate or rate, **options)
 
 
 @settings(max_examples=15, deadline=None)
@@ -50,6 +50,18 @@ def test_the_split_of_32_is_26_3_3():
     assert np.sum(found == 4) == 26
     assert np.sum(found != 50) <= 29
     assert np.sum(found == 50) >= 96 + 3
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.25, 0.2, 0.15])
+def test_a_lower_rate_as_an_array_hides_what_its_own_compilation_would(rate):
+    ids = np.random.default_rng(0).integers(5, 100, (3, 64))
+    staged = jax.jit(lambda ids, rate: masked(ids, 1, rate, 0.3))(ids, jnp.float32(rate))
+    k = round(rate * 64)
+    np.testing.assert_array_equal(staged.weights.sum(axis=1), k)
+    np.testing.assert_array_equal(staged.weights[:, :k], 1.0)
+    np.testing.assert_array_equal(staged.positions[:, :k], masked(ids, 1, rate).positions)
+    assert np.all(np.sum(np.asarray(staged.ids) == 4, axis=1) >= round(0.8 * k))
+    assert np.all(np.sum(np.asarray(staged.ids) != ids, axis=1) <= round(0.8 * k) + round(0.1 * k))
 
 
 def test_a_hidden_token_leaves_no_trace():

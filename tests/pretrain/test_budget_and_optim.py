@@ -1,7 +1,9 @@
 """Budgets, clocks, the ledger, schedules, and which parameters decay."""
 
 import json
+import re
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,16 @@ from ufbert.config import PretrainConfig
 from ufbert.errors import UserError
 from ufbert.presets import load_preset, preset_names
 from ufbert.pretrain.budget import Budget, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.optim import decay_mask, decays, make_optimizer, rows_per_update, triangle
+from ufbert.pretrain.optim import (
+    averaged,
+    averaging_power,
+    decay_mask,
+    decays,
+    group,
+    groups,
+    make_optimizer,
+)
+from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_update
 
 
 @pytest.mark.parametrize(
@@ -38,10 +49,30 @@ def test_other_budgets_are_refused(text):
 
 
 def test_triangle_is_the_published_schedule():
+    config = PretrainConfig()
     for x in np.linspace(0, 1, 101):
-        assert triangle(x) == pytest.approx(max(0.0, min(0.25 + x / 0.75 * 0.75, (1 - x) / 0.25)))
-    assert triangle(0.75) == 1.0
-    assert triangle(1.0) == 0.0
+        assert lr_share(config, x) == pytest.approx(max(0.0, min(0.25 + x / 0.75 * 0.75, (1 - x) / 0.25)))
+    assert lr_share(config, 0.75) == 1.0
+    assert lr_share(config, 1.0) == 0.0
+
+
+def test_the_stable_schedule_warms_up_holds_and_decays():
+    config = PretrainConfig(schedule="stable", warmup=0.1, decay=0.4)
+    found = [lr_share(config, x) for x in (0.0, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0)]
+    assert found == pytest.approx([0.001, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+    assert lr_share(PretrainConfig(schedule="stable", warmup=0.0, decay=0.0), 1.0) == 1.0
+
+
+def test_mask_rates_are_stages_of_equal_length():
+    config = PretrainConfig(mask_rate=(0.3, 0.25, 0.2, 0.15))
+    assert [mask_rate(config, x) for x in (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)] == [0.3, 0.3, 0.25, 0.2, 0.15, 0.15]
+    assert {mask_rate(PretrainConfig(), x) for x in (0.0, 0.5, 1.0)} == {0.25}
+
+
+def test_an_open_batch_ramp_ends_at_a_500th_of_the_expected_rows_or_8192():
+    assert final_batch_rows(1e5, 32) == 192
+    assert final_batch_rows(100.0, 32) == 32
+    assert final_batch_rows(3e8, 128) == 8192
 
 
 def test_batch_ramp_is_linear_in_whole_micro_batches():
@@ -96,6 +127,56 @@ def test_every_parameter_decays_or_is_a_norm_or_a_bias(name):
         assert decays(path) != small, text
         assert small or leaf.ndim > 1 or text.endswith(("position_scale", "master_share")), text
     assert jax.tree.structure(mask) == jax.tree.structure(tree)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_muon_and_adamw_share_out_every_parameter(name):
+    tree = nn.shapes(load_preset(name).model)
+    found = groups(tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    dense = r"layer_\d\d\.(attention\.(query|key|value|out)|dense\.(in|out)|glu\.(gate|value|out))\.kernel$"
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        text = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert group(path) == ("muon" if re.search(dense, text) else "adamw"), text
+        assert group(path) == "adamw" or leaf.ndim == 2, text
+    config = PretrainConfig(optimizer="muon")
+    state = jax.eval_shape(make_optimizer(config).init, tree)
+    moved = [leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1]
+    sizes = {which: sum(leaf.size for path, leaf in jax.tree.leaves_with_path(tree) if group(path) == which and leaf.size > 1)
+             for which in ("muon", "adamw")}  # fmt: skip
+    coefficients = 3  # of Newton-Schulz, which optax keeps in its state
+    assert sum(moved) == sizes["muon"] + 2 * sizes["adamw"] + coefficients  # a moment each, or two: every one once
+
+
+def test_muon_orthogonalises_each_matrix_apart_at_the_size_of_adamw():
+    model = replace(load_preset("crammed_bert").model, n_layers=1, d_model=32, n_heads=2, d_hidden=48, vocab_size=50)
+    params = nn.init(model, jax.random.key(0))
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    optimizer = make_optimizer(PretrainConfig(optimizer="muon", weight_decay=0.0, clip_norm=1e9))
+    found, _ = optimizer.update(grads, optimizer.init(params), params)
+    layer = found["encoder"]["layer_00"]
+    for kernel in (*(layer["attention"][k]["kernel"] for k in ("query", "key", "value", "out")),
+                   *(layer["glu"][k]["kernel"] for k in ("gate", "value", "out"))):  # fmt: skip
+        values = np.linalg.svd(np.asarray(kernel), compute_uv=False) / (0.2 * max(kernel.shape) ** 0.5)
+        assert 0.3 < values.min() < values.max() < 1.4
+        assert 0.1 < float(jnp.sqrt(jnp.mean(kernel**2))) < 0.25
+    np.testing.assert_allclose(np.abs(found["encoder"]["embeddings"]["tokens"]), 1.0, rtol=1e-3)  # Adam's first step
+
+
+def test_the_average_of_past_weights_is_the_power_profile():
+    width, total = 0.1, 400
+    gamma = averaging_power(width)
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(width**2, rel=1e-6)
+    weights = np.random.default_rng(0).normal(size=(total, 3))
+    average = {"w": jnp.zeros(3)}
+    for t in range(1, total + 1):
+        average = averaged(average, {"w": jnp.asarray(weights[t - 1], jnp.float32)}, jnp.int32(t), gamma)
+    t = np.arange(1, total + 1)
+    factors = np.array([np.prod((1 - 1 / t[i:]) ** (gamma + 1)) * (1 - (1 - 1 / i) ** (gamma + 1)) for i in t])
+    assert factors.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(average["w"], factors @ weights, atol=2e-5)
+    mean = (factors * t).sum()
+    assert np.sqrt((factors * (t - mean) ** 2).sum()) == pytest.approx(width * total, rel=0.02)
 
 
 def test_the_position_scale_alone_moves_at_its_own_rate():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from conftest import REPO, SMALL
 from safetensors.numpy import load_file
 
+from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
 from ufbert.pretrain.run import pretrain_command
 from ufbert.writers import read_jsonl
@@ -54,49 +56,238 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(run_folder, co
     assert losses(tmp_path / "other") != losses(run_folder)
 
 
-def start(args):
+def start(args, **environment):
     return subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(REPO / "train.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
     )
 
 
-def kill_when(process, ready, seconds=90.0):
+def finish(process, code=0) -> str:
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+def signal_when(process, ready, number=signal.SIGKILL, seconds=90.0) -> str:
+    """Send a signal as soon as `ready()`, and return what the process said."""
     deadline = time.monotonic() + seconds
     while not ready():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run never got there"
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, number)
+    return process.communicate()[0]
 
 
-def test_kill_and_resume_ends_in_equal_bits(corpus_file, tmp_path):
-    args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted = start([*args, f"--out={whole}"])
-    output = uninterrupted.communicate()[0]
-    assert uninterrupted.returncode == 0, output
-    process = start([*args, f"--out={cut}"])
-    kill_when(process, lambda: (cut / "checkpoints" / "120").is_dir())
+def equal_weights(one, other):
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus_file, tmp_path_factory):
+    """A run of 400 updates that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"]))
+    return folder
+
+
+def events(folder, name):
+    return [r for r in read_jsonl(folder / "metrics.jsonl") if r.get("event") == name]
+
+
+def test_kill_and_resume_ends_in_equal_bits(whole, corpus_file, tmp_path):
+    cut = tmp_path / "cut"
+    process = start(["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={cut}"])
+    signal_when(process, lambda: (cut / "checkpoints" / "120").is_dir())
     assert not (cut / "summary.json").exists()
-    resumed = start(["--resume", f"--out={cut}"])
-    output = resumed.communicate()[0]
-    assert resumed.returncode == 0, output
+    output = finish(start(["--resume", f"--out={cut}"]))
     assert "resumed from the checkpoint" in output
+    assert "the restart cost" in output
     assert losses(cut) == losses(whole)
-    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, cut))
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, other[name], err_msg=name)
+    equal_weights(whole, cut)
+    (event,) = events(cut, "resumed")
+    summary = json.loads((cut / "summary.json").read_text())
+    assert summary["restart_seconds"] == pytest.approx(event["lost_seconds"] + event["start_seconds"], abs=0.01)
+    assert event["start_seconds"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_so_and_resumes_in_equal_bits(whole, corpus_file, tmp_path, number):
+    cut = tmp_path / "cut"
+    process = start(["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={cut}"])
+    output = signal_when(process, lambda: len(losses(cut)) > 50, number)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert f"{number.name}: saved at step" in output
+    (step,) = {r["step"] for r in events(cut, "interrupted")}
+    assert (cut / "checkpoints" / str(step)).is_dir()
+    finish(start(["--resume", f"--out={cut}"]))
+    assert events(cut, "resumed")[0]["lost_seconds"] < 1.0
+    assert losses(cut) == losses(whole)
+    equal_weights(whole, cut)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_way_back(whole, corpus_file, tmp_path):
+    cut = tmp_path / "cut"
+    process = start(["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={cut}"])
+    signal_when(process, lambda: (cut / "checkpoints" / "120").is_dir())
+    newest = max((cut / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:50])
+    output = finish(start(["--resume", f"--out={cut}"]))
+    assert f"checkpoint {newest.name} is damaged or cut short" in output
+    equal_weights(whole, cut)
+
+
+def test_checkpoints_of_another_run_are_refused(whole, corpus_file, tmp_path):
+    cut = tmp_path / "cut"
+    other = ["--train.peak-lr=0.002", "--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={cut}"]
+    process = start(other)
+    signal_when(process, lambda: (cut / "checkpoints" / "40").is_dir())
+    shutil.rmtree(cut / "checkpoints")
+    shutil.copytree(whole / "checkpoints", cut / "checkpoints")
+    output = finish(start(["--resume", f"--out={cut}"]), code=2)
+    assert "is of another configuration" in output
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == sorted(
+        p.name for p in (whole / "checkpoints").iterdir()
+    )
+
+
+def test_a_run_moves_between_eight_devices_and_one(whole, corpus_file, tmp_path):
+    for name, first, second in (("narrowed", "8", "1"), ("widened", "1", "8")):
+        folder = tmp_path / name
+        args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"]
+        process = start(args, JAX_NUM_CPU_DEVICES=first)
+        signal_when(process, lambda folder=folder: (folder / "checkpoints" / "40").is_dir())
+        output = finish(start(["--resume", f"--out={folder}"], JAX_NUM_CPU_DEVICES=second))
+        assert "resumed from the checkpoint" in output
+        assert json.loads((folder / "summary.json").read_text())["devices"] == int(second)
+        np.testing.assert_allclose(losses(folder)[:60], losses(whole)[:60], atol=1e-3)
+
+
+def test_updates_that_are_not_finite_are_skipped_and_the_run_goes_back(corpus_file, tmp_path, monkeypatch, capsys):
+    from ufbert.pretrain import loop
+    from ufbert.pretrain.schedules import lr_share
+
+    monkeypatch.setattr(loop, "lr_share", lambda cfg, x: 1e35 if 0.5 <= x < 0.51 else lr_share(cfg, x))
+    folder = tmp_path / "run"
+    args = ["--budget=100steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL, "--train.max-skipped=3"]
+    summary = pretrain_command(args, 0.0)
+    assert summary["rollbacks"] == 1
+    assert summary["skipped_updates"] == 4  # three, and the one that was in flight
+    assert summary["gain_over_unigram"] > 0.1
+    (event,) = events(folder, "rolled back")
+    assert 0 < event["to_step"] <= 50
+    assert "the weights go back to those of step" in capsys.readouterr().out
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("skipped")] == [52, 53, 54, 55]
+
+
+def test_a_run_that_stays_broken_is_given_up_in_a_sentence(corpus_file, tmp_path, command):
+    options = ["--budget=100steps", f"--corpus=text:{corpus_file}", f"--out={tmp_path / 'run'}", *SMALL]
+    found = command("train", *options, "--train.peak-lr=1e36", "--train.max-skipped=2")
+    assert found.returncode == 2
+    assert "the run is given up at step" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_path, command):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    last = f"ls {folder}/model {folder}/report.html >> {log}"
+    options = [f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL]
+    found = command("train", "--budget=3steps", *options, f"--when-done={last}")
+    assert found.returncode == 0, found.stderr
+    said = log.read_text()
+    assert "model.safetensors" in said
+    again = command("train", "--resume", f"--out={folder}")
+    assert again.returncode == 2
+    assert "is finished" in again.stderr
+    assert log.read_text() == said
+    (folder / "when_done.json").unlink()  # as if the machine had died just before
+    assert command("train", "--resume", f"--out={folder}").returncode == 0
+    assert log.read_text() == said * 2
+    (folder / "when_done.json").unlink()
+    failed = command("train", "--resume", f"--out={folder}", "--when-done=exit 3")
+    assert failed.returncode == 2
+    assert "ended with status 3" in failed.stderr
+
+
+def test_hours_on_the_wall_are_an_absolute_stop(corpus_file, tmp_path, command):
+    folder = tmp_path / "run"
+    options = [f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL]
+    began = time.monotonic()
+    found = command("train", "--budget=10m", "--max-hours-wall=0.007", *options)  # 25 s
+    assert found.returncode == 0, found.stderr
+    assert time.monotonic() - began < 25.2 + 8.0  # the report, and the interpreter's own start and end
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["spent_seconds"] < 25.2
+    rates = [r["lr"] for r in read_jsonl(folder / "metrics.jsonl") if "lr" in r]
+    assert rates[-1] < 0.2 * max(rates)  # the schedule ended with the wall, not with the budget
+    (folder / "summary.json").unlink()
+    late = command("train", "--resume", f"--out={folder}", "--max-hours-wall=0.001")
+    assert late.returncode == 2
+    assert "is past its 0.001 hours on the wall" in late.stderr
+
+
+def test_a_run_below_its_reference_is_warned_about(run_folder, corpus_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    args = ["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL, "--train.peak-lr=1e-9"]
+    pretrain_command([*args, f"--reference={run_folder}"], 0.0)
+    assert capsys.readouterr().out.count("warning: off track") == 1
+    (event,) = events(folder, "off track")
+    assert event["step"] < 60
+    with pytest.raises(UserError, match="does not hold a finished run"):
+        pretrain_command([*args, f"--reference={tmp_path}", f"--out={tmp_path / 'other'}"], 0.0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_modern_recipe_trains_and_keeps_the_better_weights(corpus_file, tmp_path):
+    folder = tmp_path / "run"
+    args = ["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL, "--recipe=modern"]
+    args += ["--config=crammed_bert", "--model.n-layers=2", "--train.peak-lr=0.02", "--tensorboard"]
+    summary = pretrain_command(args, 0.0)
+    assert summary["heldout_loss"] < heldout(folder)[0] - 1.5
+    assert summary["heldout_loss"] == min(summary["averaged_heldout_loss"], summary["last_heldout_loss"])
+    rates = [r["mask_rate"] for r in read_jsonl(folder / "metrics.jsonl") if "mask_rate" in r]
+    assert rates == [0.3] * 20 + [0.25] * 20 + [0.2] * 20 + [0.15] * 20
+    (board,) = (folder / "tensorboard").iterdir()
+    text = board.read_bytes()
+    assert b"train/loss" in text
+    assert b"heldout/heldout_loss" in text
+
+
+def test_a_second_start_compiles_nothing_again(corpus_file, tmp_path):
+    cache = tmp_path / "cache"
+    for name in ("one", "two"):
+        before = sorted(path.name for path in (cache / "compiled").glob("*-cache"))
+        args = ["--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={tmp_path / name}", *SMALL]
+        finish(start(args, UFBERT_CACHE=str(cache)))
+    assert before
+    assert sorted(path.name for path in (cache / "compiled").glob("*-cache")) == before
+
+
+def test_an_output_folder_that_cannot_be_written_is_a_sentence(corpus_file, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    options = ["--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={tmp_path / 'file' / 'run'}", *SMALL]
+    found = command("train", *options)
+    assert found.returncode == 2
+    assert "Cannot make the run folder" in found.stderr
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     folder = tmp_path / "run"
     process = start(["--budget=30s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])
-    kill_when(process, lambda: len(read_jsonl(folder / "ledger.jsonl")) > 11)
+    signal_when(process, lambda: len(read_jsonl(folder / "ledger.jsonl")) > 11)
     before = max(record["spent"] for record in read_jsonl(folder / "ledger.jsonl"))
-    resumed = start(["--resume", f"--out={folder}"])
-    output = resumed.communicate()[0]
-    assert resumed.returncode == 0, output
+    finish(start(["--resume", f"--out={folder}"]))
     sessions: dict[int, float] = {}
     for record in read_jsonl(folder / "ledger.jsonl"):
         sessions[record["session"]] = max(record["spent"], sessions.get(record["session"], 0.0))
@@ -106,6 +297,16 @@ def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["restarts"] == 1
     assert summary["spent_seconds"] <= 30.0
+    # Killed once more after all was spent, before the model was saved: the model is made of the last checkpoint.
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "model")
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps({"session": 3, "spent": 30.0}) + "\n")
+    output = finish(start(["--resume", f"--out={folder}"]))
+    assert "the budget of 30s is spent" in output
+    again = json.loads((folder / "summary.json").read_text())
+    assert (again["steps"], again["heldout_loss"]) == (summary["steps"], summary["heldout_loss"])
+    load_model(folder / "model")
 
 
 def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
@@ -134,3 +335,44 @@ def test_resume_refuses_other_settings_and_finished_runs(run_folder, command):
     found = command("train", "--resume", f"--out={run_folder}")
     assert found.returncode == 2
     assert "finished" in found.stderr
+
+
+def test_the_report_tells_events_environment_and_cost(run_folder, tmp_path):
+    from ufbert.report.run_report import write_report
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("checkpoints", "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "price": 7200.0}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "event": "resumed", "lost_seconds": 1.5, "start_seconds": 2.0}) + "\n")
+    spent = json.loads((folder / "summary.json").read_text())["spent_seconds"]
+    report = write_report(folder).read_text()
+    assert f"{2 * spent:,.2f} in all" in report
+    assert "lost seconds 1.5" in report
+    assert config["environment"]["jax"] in report
+    assert "MFLOP per token" in report
+    assert "gradient norm" in report
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB, and a function that makes it larger."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root; tests/test_checkpoint.py refuses a write without one")
+    yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(whole, corpus_file, small_disk):
+    place, enlarge = small_disk
+    folder = place / "run"
+    output = finish(start(["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"]), code=2)
+    assert "error: Cannot write" in output
+    assert "Traceback" not in output.split("error: ")[-1]
+    enlarge()
+    finish(start(["--resume", f"--out={folder}"]))
+    equal_weights(whole, folder)

@@ -19,7 +19,7 @@ from ufbert.bench.worker import SPECIAL, masking_key
 from ufbert.config import RunConfig, to_json
 from ufbert.errors import UserError
 from ufbert.hub.folder import flatten
-from ufbert.pretrain.optim import triangle
+from ufbert.pretrain.schedules import lr_share
 from ufbert.pretrain.step import mask_rows
 
 TOLERANCE = 1e-4
@@ -101,7 +101,7 @@ def write_job(folder: Path, run: RunConfig, size: Race) -> None:
     """
     shape = (size.checked + size.updates * size.blocks, size.rows, run.data.seq_len)
     rows = random_rows(run, np.random.default_rng(size.seed), shape)
-    mask = jax.jit(lambda batch, key: mask_rows(run, SPECIAL, batch, key))
+    mask = jax.jit(lambda batch, key: mask_rows(run, SPECIAL, batch, key, run.train.mask_rate[0]))
     masked = [mask(batch, masking_key(size.seed, i)) for i, batch in enumerate(rows)]
     assert all((one.weights == 1).all() for one in masked)  # so that a peer may take the plain mean
     batches: dict[str, Any] = {
@@ -112,7 +112,7 @@ def write_job(folder: Path, run: RunConfig, size: Race) -> None:
     params: dict[str, Any] = flatten(nn.init(run.model, jax.random.key(size.seed)))
     np.savez(folder / "batches.npz", **batches)
     np.savez(folder / "params.npz", **params)
-    job = {"run": to_json(run), "lr": run.train.peak_lr * triangle(0.0), "seed": size.seed}
+    job = {"run": to_json(run), "lr": run.train.peak_lr * lr_share(run.train, 0.0), "seed": size.seed}
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
 
 

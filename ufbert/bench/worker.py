@@ -36,17 +36,15 @@ def make_update(run: RunConfig, params: Any, lr: float, seed: int) -> Callable[[
     """
     import jax.numpy as jnp
 
-    from ufbert.pretrain.optim import make_optimizer
-    from ufbert.pretrain.step import TrainState, build_steps
+    from ufbert.pretrain.step import Controls, build_steps, state_of
 
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(params, make_optimizer(run.train).init(params), step=zero, rows_seen=zero + 0)
-    steps = build_steps(run, SPECIAL)
+    state, steps = state_of(run, params), build_steps(run, SPECIAL)
 
     def update(i: int, rows: np.ndarray) -> Any:
         nonlocal state
-        key = masking_key(seed, i)
-        state, sums, _ = steps.update(state, rows, key, jnp.float32(lr), jnp.int32(len(rows)), jnp.float32(0.0))
+        rate, taken = jnp.float32(run.train.mask_rate[0]), jnp.int32(len(rows))
+        controls = Controls(jnp.float32(lr), jnp.float32(0.0), rate, taken)
+        state, (sums, _, _) = steps.update(state, rows, masking_key(seed, i), controls)
         return sums.loss / sums.count
 
     return update

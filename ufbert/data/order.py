@@ -1,13 +1,13 @@
-"""The order in which rows are seen: a seeded shuffle of every epoch, which one integer can resume."""
+"""The order in which rows are seen, which one integer can resume: a seeded shuffle of every epoch, or as they are stored."""
 
 import numpy as np
 
 
 class RowOrder:
-    """Row numbers in training order. Position p of the endless order is a function of (n_rows, seed, p) alone."""
+    """Row numbers in training order. Position p of the endless order is a function of (n_rows, seed, shuffled, p) alone."""
 
-    def __init__(self, n_rows: int, seed: int) -> None:
-        self.n_rows, self.seed = n_rows, seed
+    def __init__(self, n_rows: int, seed: int, shuffled: bool = True) -> None:
+        self.n_rows, self.seed, self.shuffled = n_rows, seed, shuffled
         self._epoch, self._shuffled = -1, np.zeros(0, np.int64)
 
     def take(self, position: int, count: int) -> np.ndarray:
@@ -15,10 +15,11 @@ class RowOrder:
         picked = []
         while count > 0:
             epoch, start = divmod(position, self.n_rows)
-            if epoch != self._epoch:
+            if self.shuffled and epoch != self._epoch:
                 self._epoch = epoch
                 self._shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-            part = self._shuffled[start : start + count]
+            stop = min(start + count, self.n_rows)
+            part = self._shuffled[start:stop] if self.shuffled else np.arange(start, stop)
             picked.append(part)
             position, count = position + len(part), count - len(part)
         return np.concatenate(picked)

@@ -36,7 +36,7 @@ class Attention(nn.Module):
             q, k = (rotate(part, context.position_ids, cfg.rotary_base) for part in (q, k))
         implementation: Literal["xla", "cudnn"] | None = None if cfg.attention_impl == "auto" else cfg.attention_impl
         mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
-        return dense(cfg, cfg.d_model, "out")(mixed.reshape(x.shape)).astype(jnp.float32)
+        return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
 
 
 class Fourier(nn.Module):

@@ -29,7 +29,7 @@ class DenseFeedForward(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
         hidden = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "in")(x))
-        return dense(cfg, x.shape[-1], "out")(hidden).astype(jnp.float32), {}
+        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), {}
 
 
 class GluFeedForward(nn.Module):
@@ -42,7 +42,7 @@ class GluFeedForward(nn.Module):
         cfg = self.config
         gate = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "gate")(x))
         hidden = gate * dense(cfg, cfg.d_hidden, "value")(x)
-        return dense(cfg, x.shape[-1], "out")(hidden).astype(jnp.float32), {}
+        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), {}
 
 
 class TreeFeedForward(nn.Module):

@@ -38,13 +38,17 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def dense(config: ModelConfig, width: int, name: str, use_bias: bool | None = None) -> nn.Dense:
-    """A linear layer; biased as the config says unless `use_bias` does."""
+def dense(
+    config: ModelConfig, width: int, name: str, use_bias: bool | None = None, closes_block: bool = False
+) -> nn.Dense:
+    """A linear layer; biased as the config says unless `use_bias` does. One that `closes_block` writes to the residual
+    stream, and starts at zero if the config says so."""
+    zero = closes_block and config.zero_init_out
     return nn.Dense(
         width,
         use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=compute_dtype(config),
-        kernel_init=nn.initializers.normal(config.init_std),
+        kernel_init=nn.initializers.zeros if zero else nn.initializers.normal(config.init_std),
         dot_general=linear.dot_general,
         name=name,
     )

@@ -4,6 +4,7 @@ Everything that changes during a run (learning rate, batch size, evaluations, ch
 `clock.fraction(step)`, the share of the budget that is spent.
 """
 
+import contextlib
 import json
 import re
 import threading
@@ -48,6 +49,8 @@ class Clock(Protocol):
 
     seconds: float | None
     """The whole budget, where it is one of time."""
+    spent_before: float
+    """Seconds that earlier sessions of the run used."""
 
     def fraction(self, step: int) -> float:
         """Share of the training budget spent when update `step` begins, in [0, 1]; never decreases."""
@@ -71,40 +74,50 @@ class Clock(Protocol):
 
 
 class StepClock:
-    """A budget of updates: the same numbers on every run, however fast the machine is."""
+    """A budget of updates: the same numbers on every run, however fast the machine is.
 
-    def __init__(self, steps: int, spent_before: float = 0.0) -> None:
+    It ends early at `deadline`, a time.monotonic() reading, less what is reserved.
+    """
+
+    def __init__(self, steps: int, spent_before: float = 0.0, deadline: float | None = None) -> None:
         self.seconds: float | None = None
-        self.steps, self._spent_before, self._started = steps, spent_before, time.monotonic()
+        self.steps, self.spent_before, self._started = steps, spent_before, time.monotonic()
+        self._deadline, self._reserve = deadline, 0.0
 
     def fraction(self, step: int) -> float:
         return min(1.0, step / self.steps)
 
     def done(self, step: int) -> bool:
-        return step >= self.steps
+        late = self._deadline is not None and time.monotonic() >= self._deadline - self._reserve
+        return late or step >= self.steps
 
     def left(self, step: int) -> str:
         return f"{max(0, self.steps - step):,} steps left"
 
     def reserve(self, seconds: float) -> None:
-        pass
+        self._reserve = seconds
 
     def spent(self) -> float:
-        return self._spent_before + time.monotonic() - self._started
+        return self.spent_before + time.monotonic() - self._started
 
 
 class WallClock:
     """A budget of seconds. It runs from its construction (or from `started`, a time.monotonic() reading) to the end of
-    the last save, and continues over restarts from `spent_before`."""
+    the last save, and continues over restarts from `spent_before`. Where `deadline`, another such reading, comes first, the
+    budget is what can be spent until then, so that the learning rate is at its end by that time."""
 
-    def __init__(self, seconds: float, spent_before: float = 0.0, started: float | None = None) -> None:
-        self.seconds: float | None = seconds
-        self._budget, self._spent_before = seconds, spent_before
+    def __init__(
+        self, seconds: float, spent_before: float = 0.0, started: float | None = None, deadline: float | None = None
+    ) -> None:
         self._started = time.monotonic() if started is None else started
+        if deadline is not None:
+            seconds = min(seconds, spent_before + deadline - self._started)
+        self.seconds: float | None = seconds
+        self._budget, self.spent_before = seconds, spent_before
         self._reserve, self._furthest = 0.0, 0.0
 
     def spent(self) -> float:
-        return self._spent_before + time.monotonic() - self._started
+        return self.spent_before + time.monotonic() - self._started
 
     def fraction(self, step: int) -> float:
         trainable = max(1e-9, self._budget - self._reserve)
@@ -142,14 +155,15 @@ class Ledger:
         session, before = max(self.sessions, default=0) + 1, self.spent_before
 
         def write() -> None:
-            with self.path.open("a", encoding="utf-8") as file:
-                while True:
-                    line = {"session": session, "spent": round(clock.spent() - before, 3)}
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    if self._stop.is_set():
-                        return
-                    self._stop.wait(1.0)
+            while True:
+                last = self._stop.is_set()
+                line = json.dumps({"session": session, "spent": round(clock.spent() - before, 3)})
+                # A full disk stops the run elsewhere, with a sentence; here the next second may find room again.
+                with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+                if last:
+                    return
+                self._stop.wait(1.0)
 
         self._thread = threading.Thread(target=write, name="ledger", daemon=True)
         self._thread.start()

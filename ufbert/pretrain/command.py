@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ufbert.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, Scale, from_json
+from ufbert.config import DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale, from_json
 from ufbert.device import Device
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled
+from ufbert.presets import load_preset, scaled, with_recipe
 from ufbert.pretrain.budget import parse_budget
+from ufbert.pretrain.schedules import final_batch_rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class TrainOptions:
     """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
     tokenizer: str = ""
     """A tokenizer.json to use instead of training one."""
+    prepared: str = ""
+    """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
+    recipe: Recipe = "crammed"
+    """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %."""
+    when_done: str = ""
+    """A shell command to run once, when all is saved (`sudo shutdown -h now`)."""
+    max_hours_wall: float = 0.0
+    """A second, absolute stop: hours by the calendar since the run was first started, preparation and pauses included;
+    0 for none."""
+    price: float = 0.0
+    """What an hour of this machine costs, in any currency, for the report."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, to tensorboard/ of the run folder (needs the `tensorboard` extra)."""
+    reference: str = ""
+    """A finished run folder; a run that falls far behind its curve is warned about. By default the packaged curve of the
+    preset, where there is one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
     train: PretrainConfig = field(default_factory=PretrainConfig)
@@ -50,6 +67,12 @@ class TrainOptions:
     def with_run(self, run: RunConfig) -> "TrainOptions":
         """These options with another configuration."""
         return replace(self, model=run.model, train=run.train, data=run.data)
+
+
+FREE_ON_RESUME = (
+    "out", "resume", "device", "prepared", "when_done", "max_hours_wall", "price", "tensorboard", "reference",
+)  # fmt: skip
+"""Options that say nothing about the numbers, so a resumed run may change them."""
 
 
 def parse(args: list[str], default: TrainOptions) -> TrainOptions:
@@ -70,27 +93,53 @@ class Resolved:
 
 
 def resolve(args: list[str], platform: str) -> Resolved:
-    """Decide preset and scale; fields given on the command line win over both."""
+    """Decide preset, scale, recipe and batch; fields given on the command line win over all of them."""
     named = parse(args, TrainOptions())
     budget = parse_budget(named.budget)
     preset = load_preset(named.config)
     options = parse(args, named.with_run(preset))
     on_cpu = platform == "cpu"
     if budget.steps is not None:
-        scale: Scale = options.scale if options.scale != "auto" else "tiny" if on_cpu else "base"
-        reason = "a budget of steps takes tiny on a CPU and base elsewhere" if options.scale == "auto" else "as asked"
-        options = _rescaled(args, options, preset, scale)
+        scale, reason = scale_for_steps(options.scale, on_cpu)
+        options = _shaped(args, options, preset, scale)
+        options = replace(options, train=with_batch(options.train, scale, None))
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
-    from ufbert.cost import measured_flops, plan
+    from ufbert.cost import plan
+    from ufbert.pretrain.speeds import local_speeds
 
     assert budget.seconds is not None
-    found = plan(preset, options.scale, budget.seconds, measured_flops(), on_cpu=on_cpu)
-    options = _rescaled(args, options, preset, found.scale)
+    speeds = local_speeds(scaled(preset, SPEED_SCALE))
+    found = plan(preset, options.scale, budget.seconds, speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
+    options = _shaped(args, options, preset, found.scale)
+    options = replace(options, train=with_batch(options.train, found.scale, found.tokens / options.data.seq_len))
     return Resolved(options, found.tokens, found.reason)
 
 
-def _rescaled(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
-    return replace(parse(args, options.with_run(scaled(preset, scale))), scale=scale)
+SPEED_SCALE: Scale = "mini"
+"""The scale whose parts are timed on a CPU to choose among all: a choice may take two seconds, not ten."""
+
+
+def scale_for_steps(scale: Scale, on_cpu: bool) -> tuple[Scale, str]:
+    """The scale of a run whose budget is a number of updates, and why: its length in time does not matter."""
+    if scale != "auto":
+        return scale, "as asked"
+    return ("tiny" if on_cpu else "base"), "a budget of steps takes tiny on a CPU and base elsewhere"
+
+
+def _shaped(args: list[str], options: TrainOptions, preset: RunConfig, scale: Scale) -> TrainOptions:
+    shaped = with_recipe(scaled(preset, scale), options.recipe, scale)
+    return replace(parse(args, options.with_run(shaped)), scale=scale)
+
+
+def with_batch(train: PretrainConfig, scale: Scale, expected_rows: float | None) -> PretrainConfig:
+    """The recipe with an open batch decided: by the expected rows, or where a budget of updates says nothing of them, the
+    published 8192 at the preset's own size and one micro-batch below."""
+    if train.batch_rows:
+        return train
+    rows = 8192.0 * 500 if scale == "base" else 0.0
+    return replace(
+        train, batch_rows=final_batch_rows(rows if expected_rows is None else expected_rows, train.micro_rows)
+    )
 
 
 def stored_options(folder: Path) -> TrainOptions:
@@ -101,7 +150,8 @@ def stored_options(folder: Path) -> TrainOptions:
         if values.pop("format", None) != "ufbert-run":
             raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
         values.pop("format_version", None)
-        values.pop("environment", None)
+        for name in ("environment", "started_at", "prepared_data"):
+            values.pop(name, None)
         run = from_json(RunConfig, values.pop("run"), str(path))
         return from_json(TrainOptions, values, str(path)).with_run(run)
     except FileNotFoundError as error:
@@ -115,9 +165,9 @@ def resumed_options(args: list[str], folder: Path) -> TrainOptions:
     stored = stored_options(folder)
     asked = parse(args, stored)
     for name, before, now in _differences(stored, asked):
-        if name not in ("out", "resume", "device"):
+        if name not in FREE_ON_RESUME:
             raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={now}.")
-    return replace(stored, out=asked.out, resume=True, device=asked.device)
+    return replace(stored, resume=True, **{name: getattr(asked, name) for name in FREE_ON_RESUME if name != "resume"})
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

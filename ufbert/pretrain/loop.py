@@ -1,12 +1,13 @@
 """The pretraining loop: the only place that decides when files are read and written.
 
-Order of a session: (1) restore the newest checkpoint, or initialise; (2) evaluate, which also compiles; (3) until the
-clock is done: dispatch update n, then read the numbers of update n - 1, evaluate and checkpoint when their share of the
-budget comes; (4) last evaluation; (5) last save. The clock covers all of it.
+Order of a session: (1) restore the newest good checkpoint, or initialise; (2) evaluate, which also compiles; (3) until the
+clock is done or a signal comes: dispatch update n, then read the numbers of update n - 1, evaluate and checkpoint when their
+share of the budget comes; (4) last evaluation; (5) last save. The clock covers all of it.
 """
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,282 +17,343 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert import nn
-from ufbert.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from ufbert.checkpoint import Checkpoints
 from ufbert.config import RunConfig
+from ufbert.cost import train_flops_per_token
 from ufbert.data.order import RowOrder
 from ufbert.data.rows import PreparedData
 from ufbert.data.tokenizer import special_ids
+from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
-from ufbert.ops.fff import effective_share, usage_summary
-from ufbert.ops.losses import Sums
 from ufbert.pretrain.budget import Clock
-from ufbert.pretrain.optim import rows_per_update, triangle
-from ufbert.pretrain.step import TrainState, build_steps, init_state, mask_rows
-from ufbert.writers import JsonlWriter, LiveLine, write_json
+from ufbert.pretrain.evaluation import Heldout, evaluate, heldout_of
+from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
+from ufbert.pretrain.sharding import Layout
+from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state
+from ufbert.pretrain.watch import Point, Reference, StopSignals, no_reference_complaint
+from ufbert.writers import LiveLine, Writer, memory_bytes, read_jsonl, write_json
+
+MAX_ROLLBACKS = 3
+"""A run that must go back to a checkpoint more often than this is given up."""
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """Held-out rows with fixed masks, cut into equal batches, and the loss of guessing by frequency on the same masks."""
+class Surroundings:
+    """What a session is given beside its configuration and data."""
 
-    batches: np.ndarray
-    """(batches, rows, seq_len) int32."""
-    unigram_loss: float
-    """-mean log p(token) over the hidden positions, p the add-one training frequencies, in nats."""
-
-
-def evaluation_key(batch: int) -> jax.Array:
-    """The masking key of a held-out batch: the same in every run and evaluation."""
-    return jax.random.fold_in(jax.random.key(20231122), batch)
-
-
-def heldout_of(run: RunConfig, data: PreparedData) -> Heldout:
-    """The held-out batches of a run."""
-    rows = data.heldout_sample(run.data.eval_rows)
-    size = min(len(rows), run.train.micro_rows)
-    batches = rows[: len(rows) // size * size].reshape(-1, size, rows.shape[1])
-    log_p, special = data.unigram_log_probs(), special_ids(data.tokenizer)
-    total = count = 0.0
-    for i, batch in enumerate(batches):
-        masked = mask_rows(run, special, jnp.asarray(batch), evaluation_key(i))
-        weights = np.asarray(masked.weights, np.float64)
-        total += float(-(log_p[np.asarray(masked.labels)] * weights).sum())
-        count += float(weights.sum())
-    return Heldout(batches, total / max(count, 1.0))
+    folder: Path
+    seed: int
+    restarts: int
+    """Sessions of this run before this one."""
+    identity: dict[str, str]
+    """What its checkpoints belong to."""
+    peak_flops: float
+    """FLOP/s of the device at best, for the utilisation; 0 if unknown."""
+    reference: Reference | None = None
+    """A curve to hold the run to."""
+    open_writer: Callable[[int | None], Writer] = lambda _: Writer(())
+    """Opens the metrics, dropping what came after the given step."""
 
 
 @dataclass
 class _Session:
     """What a session carries between phases."""
 
+    run: RunConfig
+    data: PreparedData
+    around: Surroundings
+    clock: Clock
+    layout: Layout
+    steps: Steps
+    heldout: Heldout
+    checkpoints: Checkpoints
+    signals: StopSignals
     state: TrainState
-    steps: Any
-    metrics: JsonlWriter
+    metrics: Writer
     live: LiveLine
+    flops_per_token: float
     save_seconds: float
+    """Of a whole checkpoint, waited for: an estimate until one is measured."""
     eval_seconds: float = 0.0
+    heldout_loss: float = float("inf")
     update_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    skipped_in_row: int = 0
+    rollbacks: int = 0
+    complained: bool = False
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
 
     def reserve(self) -> float:
         """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
-        update = max(self.update_seconds, default=0.0)
-        return 1.0 + 2.0 * update + 1.5 * self.eval_seconds + 2.0 * self.save_seconds
+        update, evals = max(self.update_seconds, default=0.0), 1 if self.state.average is None else 2
+        return 1.0 + 2.0 * update + 1.5 * evals * self.eval_seconds + 2.0 * self.save_seconds
 
 
-def train(
-    run: RunConfig, data: PreparedData, clock: Clock, folder: Path, *, seed: int, restarts: int = 0
-) -> dict[str, Any]:
-    """Train to the end of the clock and return the run's summary, which is also in `folder/summary.json`.
+def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings) -> dict[str, Any]:
+    """Train to the end of the clock and return the run's summary, which is also in `summary.json` of the run folder.
 
-    Continues from `folder/checkpoints` if there is one. Raises UserError if a checkpoint or the disk fails.
+    Continues from `checkpoints/` of the run folder if there are any. Raises UserError if no checkpoint is good, the disk
+    fails, or the numbers do not stay finite; Interrupted once all is saved after SIGTERM or SIGINT.
     """
-    live = LiveLine()
-    special = special_ids(data.tokenizer)
-    steps, heldout = build_steps(run, special), heldout_of(run, data)
-    key = jax.random.key(seed)
-    init = jax.jit(lambda key: init_state(run, key))
-    restored = load_checkpoint(folder / "checkpoints", jax.eval_shape(init, key))
-    state = init(key) if restored is None else restored[1]
-    start_step = int(state.step)
-    if restored is not None:
-        live.say(f"resumed from the checkpoint of step {start_step:,}; {clock.left(start_step)}")
-    metrics = JsonlWriter(folder / "metrics.jsonl", keep_through_step=start_step if restarts else None)
+    live, layout = LiveLine(), Layout(run)
+    key = jax.random.key(around.seed)
+    steps, heldout = build_steps(run, special_ids(data.tokenizer), layout), heldout_of(run, data)
+    shapes = layout.abstract(jax.eval_shape(lambda: init_state(run, key)))
+    checkpoints = Checkpoints(around.folder / "checkpoints", around.identity, run.train.keep_checkpoints)
+    restored = checkpoints.restore(shapes, live.say)
+    state = initial_state(run, key, shapes) if restored is None else restored.state
+    metrics = around.open_writer(int(state.step) if around.restarts else None)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    session = _Session(state, steps, metrics, live, save_seconds=0.5 + size / 200e6)  # until a save is measured
-    try:
-        _evaluate(session, heldout, clock, record=restored is None)
-        # The first update compiles, which costs about twice what compiling the evaluation just did: where that much is not
-        # left, as after a late resume, it must not begin.
-        clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
-        _updates(session, run, data, heldout, clock, folder, key)
-        loss = _evaluate(session, heldout, clock)
-        return _finish(session, run, data, heldout, clock, folder, loss, restarts)
-    finally:
-        metrics.close()
+    with StopSignals() as signals:
+        session = _Session(
+            run, data, around, clock, layout, steps, heldout, checkpoints, signals, state, metrics, live,
+            flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model) == "masked"),
+            save_seconds=0.5 + size / 200e6,
+        )  # fmt: skip
+        try:
+            if restored is not None:
+                _note_resumption(session, restored.spent)
+            if not clock.done(session.step):
+                _evaluate(session, record=restored is None)
+                # The first update compiles, which costs about twice what compiling the evaluation just did: where that much
+                # is not left, as after a late resume, it must not begin.
+                clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
+                _updates(session, key)
+            if signals.asked is not None:
+                raise _interruption(session, signals.asked)
+            return _finish(session)
+        finally:
+            metrics.close()
+            checkpoints.close()
 
 
-def _updates(
-    session: _Session,
-    run: RunConfig,
-    data: PreparedData,
-    heldout: Heldout,
-    clock: Clock,
-    folder: Path,
-    key: jax.Array,
-) -> None:
-    """Phase 3: updates until the clock is done."""
-    cfg, order = run.train, RowOrder(len(data.train), seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
-    n_checkpoints = cfg.n_checkpoints or max(10, round((clock.seconds or 0.0) / 900))
-    step, position = int(session.state.step), int(session.state.rows_seen)
+def initial_state(run: RunConfig, key: jax.Array, shapes: TrainState) -> TrainState:
+    """Fresh parameters and optimizer state, placed like `shapes`."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(lambda key: init_state(run, key), out_shardings=places)(key)
+
+
+def _note_resumption(session: _Session, spent_at_save: float) -> None:
+    """Say and record what the interruption cost: work after the checkpoint, done once more or dropped, and the start-up."""
+    clock, step = session.clock, session.step
+    lost = max(0.0, session.clock.spent_before - spent_at_save)
+    start = clock.spent() - session.clock.spent_before
+    session.live.say(
+        f"resumed from the checkpoint of step {step:,}; {clock.left(step)}; the restart cost {lost:.1f} s of work after that "
+        f"checkpoint and {start:.1f} s of start-up so far"
+    )
+    session.metrics.write({"step": step, "event": "resumed", "lost_seconds": lost, "start_seconds": start})
+
+
+def _updates(session: _Session, key: jax.Array) -> None:
+    """Phase 3: updates until the clock is done or a signal comes."""
+    run, cfg, clock = session.run, session.run.train, session.clock
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    order = RowOrder(len(session.data.train), seed, shuffled=run.data.order == "shuffled")
+    saves = n_checkpoints(cfg, clock.seconds)
+    step, position = session.step, int(session.state.rows_seen)
     fraction = clock.fraction(step)
-    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_checkpoints)
+    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * saves)
     pending: dict[str, Any] | None = None
     last, speed = time.monotonic(), 0.0
-    while not clock.done(step):
+    while not clock.done(step) and session.signals.asked is None:
         fraction = clock.fraction(step)
-        if int(fraction * cfg.n_evals) > evals_done and fraction < 1.0:
-            evals_done = int(fraction * cfg.n_evals)
-            pending = _report(session, pending, clock)
-            _evaluate(session, heldout, clock)
-            last = time.monotonic()
-        if int(fraction * n_checkpoints) > saves_done:
-            saves_done = int(fraction * n_checkpoints)
-            pending = _report(session, pending, clock)
-            _checkpoint(session, folder)
+        due_eval, due_save = int(fraction * cfg.n_evals) > evals_done, int(fraction * saves) > saves_done
+        if (due_eval and fraction < 1.0) or due_save:
+            pending = _report(session, pending)
+            if due_eval and fraction < 1.0:
+                evals_done = int(fraction * cfg.n_evals)
+                _evaluate(session)
+            if due_save and not session.skipped_in_row:
+                saves_done = int(fraction * saves)
+                _checkpoint(session)
             last = time.monotonic()
         clock.reserve(session.reserve())
-        fraction, n_rows = clock.fraction(step), rows_per_update(cfg, clock.fraction(step))
-        lr = cfg.peak_lr * triangle(fraction)
-        step_key, picks = jax.random.fold_in(key, step + 1), order.take(position, n_rows)
+        fraction = clock.fraction(step)
+        picks = order.take(position, rows_per_update(cfg, fraction))
         length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
-        sums, norm = _one_update(session, data, picks, cfg.micro_rows, length, step_key, lr, fraction, clock)
-        if sums is None:
+        controls = Controls(
+            jnp.float32(cfg.peak_lr * lr_share(cfg, fraction)),
+            jnp.float32(fraction),
+            jnp.float32(mask_rate(cfg, fraction)),
+            jnp.int32(len(picks)),
+        )
+        outcome = _one_update(session, picks, length, jax.random.fold_in(key, step + 1), controls)
+        if outcome is None:
             break
-        step, position = step + 1, position + n_rows
+        step, position = step + 1, position + len(picks)
         waited = pending is not None  # else nothing was in flight, and the dispatch alone says nothing about speed
-        _report(session, pending, clock)
+        _report(session, pending)
         now = time.monotonic()
         if waited:
             session.update_seconds.append(now - last)
-            speed = n_rows * run.data.seq_len / max(now - last, 1e-9)
+            speed = len(picks) * run.data.seq_len / max(now - last, 1e-9)
         pending = {
-            "step": step,
-            "sums": sums,
-            "norm": norm,
-            "lr": lr,
-            "rows": n_rows,
-            "length": length,
-            "fraction": fraction,
-        }
-        pending |= {"tokens": position * run.data.seq_len, "tokens_per_second": speed}
+            "step": step, "outcome": outcome, "lr": float(controls.lr), "mask_rate": mask_rate(cfg, fraction),
+            "rows": len(picks), "length": length, "fraction": fraction, "tokens": position * run.data.seq_len,
+            "tokens_per_second": speed,
+        }  # fmt: skip
         last = now
-    _report(session, pending, clock)
+    _report(session, pending)
 
 
 def _one_update(
-    session: _Session,
-    data: PreparedData,
-    picks: np.ndarray,
-    micro_rows: int,
-    length: int,
-    key: jax.Array,
-    lr: float,
-    fraction: float,
-    clock: Clock,
-) -> tuple[Sums | None, Any]:
-    """Dispatch one update; (None, None) if the clock ran out between its micro-batches, which are then dropped."""
-    taken, progress = np.int32(len(picks)), np.float32(fraction)
-    if taken == micro_rows:
-        rows = data.train[picks].astype(np.int32).reshape(-1, length)
-        session.state, sums, norm = session.steps.update(session.state, rows, key, lr, taken, progress)
-        return sums, norm
+    session: _Session, picks: np.ndarray, length: int, key: jax.Array, controls: Controls
+) -> Outcome | None:
+    """Dispatch one update; None if the clock ran out or a signal came between its micro-batches, which are then dropped."""
+    steps, micro = session.steps, session.run.train.micro_rows
+
+    def rows(part: np.ndarray) -> Any:
+        return session.layout.rows(session.data.train.take(part).reshape(-1, length))
+
+    if len(picks) == micro:
+        session.state, outcome = steps.update(session.state, rows(picks), key, controls)
+        return outcome
     total = None
-    for i in range(0, len(picks), micro_rows):
-        if i and clock.done(int(session.state.step)):
-            return None, None
-        rows = data.train[picks[i : i + micro_rows]].astype(np.int32).reshape(-1, length)
-        total = session.steps.gradient(session.state.params, rows, jax.random.fold_in(key, i), progress, total)
-    session.state, sums, norm = session.steps.finish(session.state, total, lr, taken)
-    return sums, norm
+    for i in range(0, len(picks), micro):
+        if i and (session.clock.done(session.step) or session.signals.asked is not None):
+            return None
+        micro_key = jax.random.fold_in(key, i)
+        total = steps.gradient(session.state.params, rows(picks[i : i + micro]), micro_key, controls, total)
+    session.state, outcome = steps.finish(session.state, total, controls)
+    return outcome
 
 
-def _report(session: _Session, pending: dict[str, Any] | None, clock: Clock) -> None:
+def _report(session: _Session, pending: dict[str, Any] | None) -> None:
     """Read and write the numbers of an update that was dispatched earlier."""
     if pending is None:
         return
-    sums: Sums = pending.pop("sums")
+    outcome: Outcome = pending.pop("outcome")
+    sums, applied = outcome.sums, bool(outcome.applied)
     count = max(float(sums.count), 1.0)
     record: dict[str, Any] = {
         **pending,
         "loss": float(sums.loss) / count,
         "accuracy": float(sums.correct) / count,
-        "gradient_norm": float(pending.pop("norm")),
-        "spent": round(clock.spent(), 3),
+        "gradient_norm": float(outcome.norm),
+        "spent": round(session.clock.spent(), 3),
     }
-    record.pop("norm", None)
     if float(sums.extra):
         record["extra_loss"] = float(sums.extra) / count
+    if session.around.peak_flops:
+        speed = record["tokens_per_second"] * session.flops_per_token
+        record["utilisation"] = speed / session.around.peak_flops / len(session.layout.devices)
+    if not applied:
+        record["skipped"] = True
     session.metrics.write(record)
     session.live.show(
-        f"{clock.left(record['step'])}  step {record['step']:,}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"{session.clock.left(record['step'])}  step {record['step']:,}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"loss {record['loss']:.3f}  lr {record['lr']:.2e}"
     )
+    session.skipped_in_row = 0 if applied else session.skipped_in_row + 1
+    if not applied and session.skipped_in_row == 1:
+        session.live.say(f"step {record['step']:,}: loss or gradient is not finite; the update is skipped")
+    if session.skipped_in_row >= session.run.train.max_skipped:
+        _roll_back(session)
 
 
-def _evaluate(session: _Session, heldout: Heldout, clock: Clock, record: bool = True) -> float:
+def _roll_back(session: _Session) -> None:
+    """Take the weights of the last good checkpoint, and go on with the text that comes next."""
+    session.rollbacks, session.skipped_in_row = session.rollbacks + 1, 0
+    what = f"{session.run.train.max_skipped} updates in a row were not finite"
+    if session.rollbacks > MAX_ROLLBACKS:
+        raise UserError(
+            f"{what}, for the {session.rollbacks}th time; the run is given up at step {session.step}. Lower --train.peak-lr or "
+            "look at the text; the checkpoints are kept."
+        )
+    now, key = session.state, jax.random.key(session.around.seed)
+    shapes = session.layout.abstract(jax.eval_shape(lambda: init_state(session.run, key)))
+    restored = session.checkpoints.restore(shapes, session.live.say)
+    state = initial_state(session.run, key, shapes) if restored is None else restored.state
+    session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
+    step = 0 if restored is None else restored.step
+    session.live.say(f"step {session.step:,}: {what}; the weights go back to those of step {step:,}")
+    session.metrics.write({"step": session.step, "event": "rolled back", "to_step": step})
+
+
+def _evaluate(session: _Session, record: bool = True) -> None:
     """Held-out loss in nats; written to the metrics under `heldout_loss` if it is to be recorded."""
-    began = time.monotonic()
-    found = [
-        session.steps.evaluate(session.state.params, rows, evaluation_key(i)) for i, rows in enumerate(heldout.batches)
-    ]
-    loss, count, correct = (
-        sum(float(getattr(sums, name)) for sums, _ in found) for name in ("loss", "count", "correct")
-    )
-    session.eval_seconds = time.monotonic() - began
-    step = int(session.state.step)
-    loss, accuracy = loss / max(count, 1.0), correct / max(count, 1.0)
+    began, clock = time.monotonic(), session.clock
+    found = evaluate(session.steps, session.state.params, session.heldout, session.layout)
+    session.eval_seconds, session.heldout_loss = time.monotonic() - began, found.loss
     if not record:
-        return loss
-    facts: dict[str, Any] = {"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy}
-    usage = _usage([aux for _, aux in found])
-    session.metrics.write({**facts, "spent": round(clock.spent(), 3), **({"usage": usage} if usage else {})})
+        return
+    step, gain = session.step, session.heldout.unigram_loss - found.loss
+    now = Point(clock.fraction(step), int(session.state.rows_seen) * session.run.data.seq_len, gain)
+    facts: dict[str, Any] = {"step": step, "heldout_loss": found.loss, "heldout_accuracy": found.accuracy}
+    facts |= {"fraction": now.share, "tokens": now.tokens, "memory_bytes": memory_bytes()}
+    facts |= {"skipped_updates": int(session.state.skipped), "spent": round(clock.spent(), 3)}
+    session.metrics.write({**facts, **({"usage": found.usage} if found.usage else {})})
     session.live.say(
-        f"step {step:,}: held-out loss {loss:.3f} nats ({heldout.unigram_loss - loss:+.3f} below word frequency), "
-        f"accuracy {accuracy:.1%}"
+        f"step {step:,}: held-out loss {found.loss:.3f} nats ({gain:+.3f} below word frequency), accuracy {found.accuracy:.1%}"
     )
-    return loss
+    reference = session.around.reference
+    complaint = no_reference_complaint(now) if reference is None else reference.complaint(now)
+    if complaint is not None and not session.complained:
+        session.complained = True
+        session.live.say(f"warning: {complaint}")
+        session.metrics.write({"step": step, "event": "off track", "why": complaint})
 
 
-def _usage(counts: list[nn.Aux]) -> dict[str, dict[str, float]]:
-    """Per layer, how the parts of trees, leaf trees and switch layers were used on the held-out rows."""
-    totals = {name: sum(np.asarray(aux[name], np.float64) for aux in counts) for name in counts[0] if "." in name}
-    usage = {}
-    for name, total in totals.items():
-        layer, what = name.split(".")
-        if what == "visits":
-            usage[layer] = usage_summary(np.asarray(total))
-        else:
-            usage[layer] = {
-                f"{what}_in_use": effective_share(np.asarray(total)),
-                f"{what}_dead": float(np.sum(total == 0)),
-            }
-    return usage
+def _checkpoint(session: _Session, wait: bool = False) -> None:
+    """Start to save the state; the first time, and if asked, wait for it: that measures what the last save will take."""
+    began, first = time.monotonic(), not session.checkpoints.steps()
+    session.checkpoints.save(session.step, session.state, session.heldout_loss, session.clock.spent())
+    if wait or first:
+        session.checkpoints.wait()
+        session.save_seconds = time.monotonic() - began
 
 
-def _checkpoint(session: _Session, folder: Path) -> None:
-    began = time.monotonic()
-    save_checkpoint(folder / "checkpoints", int(session.state.step), session.state)
-    session.save_seconds = time.monotonic() - began
+def _interruption(session: _Session, asked: Any) -> Interrupted:
+    """Save after a signal; what to raise then."""
+    if session.step not in session.checkpoints.steps():
+        _checkpoint(session, wait=True)
+    session.metrics.write({"step": session.step, "event": "interrupted", "signal": asked.name})
+    return Interrupted(
+        f"{asked.name}: saved at step {session.step:,} after {session.clock.spent():.1f} s of the budget; go on with "
+        f"`train --resume --out={session.around.folder}`",
+        128 + asked,
+    )
 
 
-def _finish(
-    session: _Session,
-    run: RunConfig,
-    data: PreparedData,
-    heldout: Heldout,
-    clock: Clock,
-    folder: Path,
-    loss: float,
-    restarts: int,
-) -> dict[str, Any]:
-    """Phase 5: model folder, last checkpoint, summary."""
-    save_model(folder / "model", ModelFolder(run.model, session.state.params, data.tokenizer))
-    step, rows = int(session.state.step), int(session.state.rows_seen)
-    if step not in checkpoint_steps(folder / "checkpoints"):
-        _checkpoint(session, folder)
+def _finish(session: _Session) -> dict[str, Any]:
+    """Phases 4 and 5: last evaluation, model folder, last checkpoint, summary."""
+    run, clock, around, data = session.run, session.clock, session.around, session.data
+    _evaluate(session)
+    params, loss, averaged = session.state.params, session.heldout_loss, None
+    if session.state.average is not None:
+        averaged = evaluate(session.steps, session.state.average, session.heldout, session.layout).loss
+        if averaged < loss:
+            params, loss = session.state.average, averaged
+    save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))
+    step, rows = session.step, int(session.state.rows_seen)
+    if step not in session.checkpoints.steps():
+        _checkpoint(session)
+    session.checkpoints.wait()
+    events = [r for r in read_jsonl(around.folder / "metrics.jsonl") if r.get("event") == "resumed"]
     summary = {
         "heldout_loss": loss,
-        "unigram_loss": heldout.unigram_loss,
-        "gain_over_unigram": heldout.unigram_loss - loss,
+        "unigram_loss": session.heldout.unigram_loss,
+        "gain_over_unigram": session.heldout.unigram_loss - loss,
+        **({} if averaged is None else {"averaged_heldout_loss": averaged, "last_heldout_loss": session.heldout_loss}),
         "steps": step,
+        "skipped_updates": int(session.state.skipped),
+        "rollbacks": session.rollbacks,
         "tokens": rows * run.data.seq_len,
         "passes": rows / len(data.train),
         "spent_seconds": round(clock.spent(), 2),
         "budget_seconds": clock.seconds,
-        "restarts": restarts,
+        "restarts": around.restarts,
+        "restart_seconds": round(sum(r["lost_seconds"] + r["start_seconds"] for r in events), 2),
         "parameters": nn.count_params(run.model),
+        "flops_per_token": session.flops_per_token,
+        "peak_flops": around.peak_flops,
+        "memory_bytes": memory_bytes(),
         "tree_backend": nn.tree_backend(run.model),
         "device": str(jax.devices()[0].device_kind),
+        "devices": len(session.layout.devices),
     }
-    write_json(folder / "summary.json", summary)
+    write_json(around.folder / "summary.json", summary)
     return summary

@@ -1,31 +1,45 @@
-"""AdamW with clipping and the crammed learning-rate triangle."""
+"""Which optimizer moves which parameter: AdamW, or Muon for dense matrices; clipping; the average of past weights."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from ufbert.config import PretrainConfig
 from ufbert.nn import Params
 
+Group = Literal["muon", "adamw"]
 
-def triangle(fraction: float) -> float:
-    """Learning rate over its peak at a share of the budget: min(0.25 + x, 4 (1 - x)), crammed BERT's schedule."""
-    return max(0.0, min(0.25 + fraction, 4.0 * (1.0 - fraction)))
+MUON_RMS = 0.2
+"""Root mean square of Muon's updates, about that of AdamW's, so that both take one learning rate (arXiv 2502.16982)."""
 
 
-def rows_per_update(config: PretrainConfig, fraction: float) -> int:
-    """Batch size at a share of the budget: linear from micro_rows to batch_rows at `ramp_until`, in whole micro-batches."""
-    share = 1.0 if config.ramp_until <= 0 else min(1.0, fraction / config.ramp_until)
-    target = config.micro_rows + share * (config.batch_rows - config.micro_rows)
-    return max(1, round(target / config.micro_rows)) * config.micro_rows
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(part, "key", part)) for part in path]
+
+
+def group(path: tuple[Any, ...]) -> Group:
+    """The optimizer of the parameter at a path, if Muon is in use.
+
+    muon: the kernels of attention (query, key, value and out are matrices of their own) and of dense and GLU feedforwards
+    (gate, value, in, out likewise). adamw: embeddings, norms, biases, trees, leaves, routers, experts and heads.
+    """
+    names = _names(path)
+    return "muon" if names[-1] == "kernel" and {"attention", "dense", "glu"} & set(names[:-2]) else "adamw"
 
 
 def decays(path: tuple[Any, ...]) -> bool:
     """Whether weight decay applies to the parameter at this path: to all but norms and biases."""
-    names = [str(getattr(part, "key", part)) for part in path]
+    names = _names(path)
     return not (names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
+
+
+def groups(params: Params) -> Any:
+    """`group` of every parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
 
 
 def decay_mask(params: Params) -> Any:
@@ -39,15 +53,55 @@ def is_position_scale(params: Params) -> Any:
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Clipped AdamW whose updates still lack the factor -lr, which the step multiplies in (it is an argument there)."""
+    """Clipped AdamW, or Muon and AdamW, whose updates still lack the factor -lr, which the step multiplies in (it is an
+    argument there)."""
+    adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        adam if config.optimizer == "adamw" else optax.partition({"muon": _muon(config), "adamw": adam}, groups),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.masked(optax.scale(config.position_scale_lr), is_position_scale),
+    )
+
+
+def _muon(config: PretrainConfig) -> optax.GradientTransformation:
+    """Momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS. Every kernel is (inputs, outputs).
+
+    An orthogonalised (a, b) matrix has entries of root mean square 1 / sqrt(max(a, b)).
+    """
+
+    def dimensions(kernels: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1), kernels)
+
+    def scaled(update: Any, _: Any) -> Any:
+        return MUON_RMS * math.sqrt(max(update.shape)) * update
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),
+        optax.stateless_with_tree_map(scaled),
     )
 
 
 def apply_update(params: Params, direction: Any, lr: jax.Array) -> Any:
     """params - lr * direction."""
     return jax.tree.map(lambda p, u: p - lr * u.astype(jnp.float32), params, direction)
+
+
+def averaging_power(width: float) -> float:
+    """gamma of the profile (t / T)^gamma whose standard deviation is `width` * T (Karras et al. 2024, arXiv 2312.02696,
+    equation 11: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)))."""
+    low, high = 0.0, 1.0 / width
+    for _ in range(60):
+        gamma = (low + high) / 2
+        wide = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) > width
+        low, high = (gamma, high) if wide else (low, gamma)
+    return (low + high) / 2
+
+
+def averaged(average: Params, params: Params, updates: Int[Array, ""], gamma: float) -> Any:
+    """The average after update number `updates` (from 1): beta * average + (1 - beta) * params, beta = (1 - 1/t)^(gamma + 1).
+
+    Its window grows with the run, so that it needs no knowledge of the end.
+    """
+    beta: Float[Array, ""] = (1.0 - 1.0 / updates.astype(jnp.float32)) ** (gamma + 1.0)
+    return jax.tree.map(lambda a, p: beta * a + (1.0 - beta) * p, average, params)

@@ -1,90 +1,128 @@
 """A whole pretraining run: corpus, tokenizer and rows, then the clock, the loop and the report."""
 
+import hashlib
 import importlib.metadata
+import json
 import platform as host
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ufbert.config import FORMAT_VERSION, to_json
-from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, Corpus, demo_path, open_corpus
-from ufbert.data.rows import PreparedData, open_prepared, prepare
+from ufbert.cost import device_peak
+from ufbert.data.cache import Located, finish, locate, reopen
+from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
+from ufbert.data.rows import PreparedData
 from ufbert.device import use_device
 from ufbert.errors import UserError
 from ufbert.pretrain.budget import Clock, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resumed_options
-from ufbert.writers import LiveLine, write_json
+from ufbert.pretrain.watch import Reference, packaged_reference, reference_from_run
+from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, write_json
 
+WHEN_DONE_FILE = "when_done.json"
 MAX_DEMO_PASSES = 40
 MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
-"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds."""
+"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
+plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
 
 
 def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
     """`ufbert train ARGS`. `started` is the process's own start, a time.monotonic() reading: a resume pays from there."""
     options = parse(args, TrainOptions())
     parse_budget(options.budget)
+    if options.reference:
+        reference_from_run(Path(options.reference))
     if options.resume:
         if not options.out:
             raise UserError("--resume needs --out FOLDER, the run to go on with.")
         return resume_run(resumed_options(args, Path(options.out)), started)
-    if options.out and Path(options.out).exists():
+    if options.out and _is_taken(Path(options.out)):
         raise UserError(f"{options.out} exists already; pass --resume to go on with that run, or another --out.")
     platform = use_device(options.device)
-    return new_run(resolve(args, platform))
+    return new_run(resolve(args, platform), started)
 
 
-def new_run(resolved: Resolved) -> dict[str, Any]:
+def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
     """Prepare data, start the clock and train. Returns the summary."""
-    options = resolved.options
+    options, started_at = resolved.options, time.time() - (time.monotonic() - started)
     folder = Path(options.out) if options.out else _free_folder(options)
+    bound = options.data.max_tokens or _corpus_bound(resolved.tokens_planned)
     corpus = _choose_corpus(options, resolved.tokens_planned)
-    options = replace(options, corpus=corpus.spec, out=str(folder))
+    options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
     print(_headline(options))
     print(f"  scale {options.scale}: {resolved.reason}")
+    located = _locate(options)
     try:
-        folder.mkdir(parents=True)
-        write_json(folder / "config.json", _run_config(options))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", _run_config(options, started_at))
     except OSError as error:
         raise UserError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
-    data = _prepare(options, corpus, folder, resolved.tokens_planned)
+    try:
+        data = _prepare(located, resolved.tokens_planned)
+    except UserError:
+        shutil.rmtree(folder)  # there is nothing in it to go on with
+        raise
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options))
-    clock = _clock(options, spent_before=0.0, started=None)
-    return _train(options, data, clock, Ledger(folder / "ledger.jsonl"), restarts=0)
+    write_json(folder / "config.json", _run_config(options, started_at, data))
+    ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
+    clock = _clock(options, ledger, None, started_at)
+    return _train(options, data, clock, ledger, peak)
 
 
 def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
-    """Go on with a run; the time since `started` is charged to its budget."""
+    """Go on with a run; the time since `started` is charged to its budget. A finished run only gets the report and the last
+    command that a kill may have kept from it."""
     folder = Path(options.out)
     if (folder / "summary.json").is_file():
+        if not (folder / "report.html").is_file():
+            from ufbert.report.run_report import write_report
+
+            write_report(folder)
+        if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
+            return _when_done(options, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
-    ledger = Ledger(folder / "ledger.jsonl")
+    ledger, started_at = Ledger(folder / "ledger.jsonl"), _started_at(folder)
     use_device(options.device)
     print(_headline(options))
-    if (folder / "data" / "manifest.json").is_file():
-        data = open_prepared(folder / "data")
-    else:
-        data = _prepare(options, open_corpus(options.corpus), folder, 0.0)
+    used = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("prepared_data")
+    data = reopen(used["folder"], used["fingerprint"], print) if used else None
+    if data is None:
+        data = _prepare(_locate(options, used["vocab_size"] if used else 0), 0.0)
+        if used and data.manifest.fingerprint != used["fingerprint"]:
+            raise UserError(
+                f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
+            )
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options))
+    write_json(folder / "config.json", _run_config(options, started_at, data))
     restarts = len(ledger.sessions)
-    clock = _clock(options, ledger.spent_before, started if restarts else None)
+    clock = _clock(options, ledger, started if restarts else None, started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
-    return _train(options, data, clock, ledger, restarts)
+    return _train(options, data, clock, ledger, device_peak()[0])
 
 
-def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, restarts: int) -> dict[str, Any]:
-    from ufbert.pretrain.loop import train
+def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float) -> dict[str, Any]:
+    from ufbert.pretrain.loop import Surroundings, train
     from ufbert.report.run_report import write_report
 
     folder = Path(options.out)
+    around = Surroundings(
+        folder=folder,
+        seed=options.seed,
+        restarts=len(ledger.sessions),
+        identity=_identity(options, data),
+        peak_flops=peak,
+        reference=_reference(options),
+        open_writer=lambda step: _open_writer(options, step),
+    )
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     ledger.start(clock)
     try:
-        summary = train(options.run, data, clock, folder, seed=options.seed, restarts=restarts)
+        summary = train(options.run, data, clock, around)
     finally:
         ledger.close()
     report = write_report(folder)
@@ -95,52 +133,109 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
         f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
     )
+    return _when_done(options, summary)
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether something stands where a run folder is to be. What a kill may leave of its beginning does not count."""
+    return folder.exists() and not (folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir()))
+
+
+def _when_done(options: TrainOptions, summary: dict[str, Any]) -> dict[str, Any]:
+    """Run the command that was to be run at the end, once; note that it was before it can end this process."""
+    if options.when_done:
+        write_json(Path(options.out) / WHEN_DONE_FILE, {"command": options.when_done, "at": time.time()})
+        print(f"when done: {options.when_done}", flush=True)
+        code = subprocess.run(options.when_done, shell=True).returncode
+        if code:
+            raise UserError(f"The run is saved in {options.out}, but `{options.when_done}` ended with status {code}.")
     return summary
 
 
-def _clock(options: TrainOptions, spent_before: float, started: float | None) -> Clock:
-    budget = parse_budget(options.budget)
+def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started_at: float) -> Clock:
+    budget, spent_before = parse_budget(options.budget), ledger.spent_before
+    deadline = None
+    if options.max_hours_wall:
+        deadline = time.monotonic() + started_at + 3600.0 * options.max_hours_wall - time.time()
+        if deadline <= time.monotonic():
+            raise UserError(f"The run in {options.out} is past its {options.max_hours_wall:g} hours on the wall.")
     if budget.steps is not None:
-        return StepClock(budget.steps, spent_before)
+        return StepClock(budget.steps, spent_before, deadline)
     assert budget.seconds is not None
     if spent_before >= budget.seconds:
-        raise UserError(f"The run in {options.out} has spent its whole budget of {options.budget}.")
-    return WallClock(budget.seconds, spent_before, started)
+        print(f"the budget of {options.budget} is spent; what is left is the last evaluation and the save")
+    return WallClock(budget.seconds, spent_before, started, deadline)
 
 
-def _choose_corpus(options: TrainOptions, tokens_planned: float) -> Corpus:
+def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
+    """What a checkpoint of this run belongs to."""
+    facts = json.dumps({"run": to_json(options.run), "seed": options.seed, "budget": options.budget}, sort_keys=True)
+    return {
+        "configuration": hashlib.sha256(facts.encode()).hexdigest(),
+        "tokenizer": data.manifest.tokenizer_sha256,
+        "text": data.manifest.fingerprint,
+    }
+
+
+def _reference(options: TrainOptions) -> Reference | None:
+    if options.reference:
+        return reference_from_run(Path(options.reference))
+    return packaged_reference(options.config, options.scale, options.recipe)
+
+
+def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer:
+    folder = Path(options.out)
+    sinks: list[Sink] = [JsonlWriter(folder / "metrics.jsonl", keep_through_step)]
+    if options.tensorboard:
+        sinks.append(TensorBoardWriter(folder / "tensorboard"))
+    return Writer(sinks)
+
+
+def _started_at(folder: Path) -> float:
+    """When the run was first started, in seconds since 1970."""
+    return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["started_at"])
+
+
+def _choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
     if options.corpus != "auto":
-        return open_corpus(options.corpus)
+        return options.corpus
     passes = tokens_planned / DEMO_TOKENS
     if demo_path() is not None and passes <= MAX_DEMO_PASSES:
         print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
-        return open_corpus("demo")
+        return "demo"
     why = (
         f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
         if demo_path() is not None
         else "the packaged text is not installed"
     )
     print(f"corpus {HUB_CORPUS}: {why}")
-    return open_corpus(HUB_CORPUS)
+    return HUB_CORPUS
 
 
-def _prepare(options: TrainOptions, corpus: Corpus, folder: Path, tokens_planned: float) -> PreparedData:
-    began, live = time.monotonic(), LiveLine(every=5.0)
+def _corpus_bound(tokens_planned: float) -> int:
+    """Tokens to read of a corpus."""
+    bound = MIN_CORPUS_TOKENS
+    while bound < tokens_planned:
+        bound *= 2
+    return min(bound, MAX_CORPUS_TOKENS)
+
+
+def _locate(options: TrainOptions, vocab_size: int = 0) -> Located:
+    """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
+
+    `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
+    """
     given = None
     if options.tokenizer:
         from ufbert.hub.vocabulary import read_tokenizer
 
         given = read_tokenizer(options.tokenizer)
-    data = prepare(
-        corpus,
-        folder / "data",
-        vocab_size=options.model.vocab_size,
-        seq_len=options.data.seq_len,
-        max_tokens=options.data.max_tokens or min(MAX_CORPUS_TOKENS, max(MIN_CORPUS_TOKENS, int(tokens_planned))),
-        tokenizer_chars=options.data.tokenizer_chars,
-        tokenizer=given,
-        progress=live.show,
-    )
+    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
+
+
+def _prepare(located: Located, tokens_planned: float) -> PreparedData:
+    began, live = time.monotonic(), LiveLine(every=5.0)
+    data = finish(located, live.show, live.say)
     seconds = time.monotonic() - began
     facts = data.manifest
     live.say(
@@ -179,15 +274,21 @@ def _headline(options: TrainOptions) -> str:
     )
 
 
-def _run_config(options: TrainOptions) -> dict[str, Any]:
+def _run_config(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> dict[str, Any]:
     values = {
         name: value for name, value in to_json(options).items() if name not in ("model", "train", "data", "resume")
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    used = None
+    if data is not None:
+        asked = data.manifest.recipe["vocab_size"]
+        used = {"folder": str(data.folder.absolute()), "fingerprint": data.manifest.fingerprint, "vocab_size": asked}
     return {
         "format": "ufbert-run",
         "format_version": FORMAT_VERSION,
         **values,
+        "started_at": started_at,
+        "prepared_data": used,
         "run": to_json(options.run),
         "environment": {"python": host.python_version(), "machine": host.platform(), **versions},
     }

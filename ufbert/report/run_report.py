@@ -12,7 +12,7 @@ def write_report(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    updates = [r for r in records if "loss" in r]
+    updates = [r for r in records if "loss" in r and not r.get("skipped")]
     evals = [r for r in records if "heldout_loss" in r]
     pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
     title = html.escape(f"{config['config']} at scale {config['scale']}, {config['budget']}")
@@ -21,10 +21,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd }}
 td:last-child {{ font-variant-numeric: tabular-nums }} svg {{ width: 100%; height: auto }} pre {{ overflow-x: auto }}
 </style></head><body><h1>{title}</h1>
-{_table(summary)}
+{_table(_described(summary))}
+{_cost(config, summary)}
 {"".join(pictures)}
+{_events([r for r in records if "event" in r])}
 <h2>Held-out evaluations</h2>{_evaluations(evals)}
 {_usage(evals)}
+<h2>Environment</h2>{_table(config.get("environment", {}))}
 <h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></body></html>
 """
     path = folder / "report.html"
@@ -38,6 +41,43 @@ def _table(values: dict[str, Any]) -> str:
         for name, value in values.items()
     )
     return f"<table>{rows}</table>"
+
+
+def _described(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with big numbers in units that people read."""
+    values = dict(summary)
+    for name, unit, factor in (
+        ("flops_per_token", "MFLOP per token", 1e6),
+        ("peak_flops", "peak of the device, TFLOP/s", 1e12),
+        ("memory_bytes", "memory, GB", 1e9),
+    ):
+        if values.get(name):
+            values[unit] = float(values.pop(name)) / factor
+    return values
+
+
+def _cost(config: dict[str, Any], summary: dict[str, Any]) -> str:
+    """What the budget was in money, if a price was given."""
+    price = config.get("price") or 0.0
+    if not price:
+        return ""
+    hours = summary["spent_seconds"] / 3600
+    return f"<p>Cost: {hours:,.2f} hours of the budget at {price:,.2f} an hour, {hours * price:,.2f} in all.</p>"
+
+
+def _events(events: list[dict[str, Any]]) -> str:
+    """What interrupted the run, and what that cost."""
+    if not events:
+        return ""
+    rows = "".join(
+        f"<tr><td>{r['step']:,}</td><td>{html.escape(r['event'])}</td><td>"
+        + html.escape(
+            ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in r.items() if k not in ("step", "event"))
+        )
+        + "</td></tr>"
+        for r in events
+    )
+    return f"<h2>Events</h2><table><tr><th>update</th><th>what</th><th></th></tr>{rows}</table>"
 
 
 def _evaluations(evals: list[dict[str, Any]]) -> str:
@@ -122,5 +162,8 @@ def _speed_picture(updates: list[dict[str, Any]]) -> str:
         axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
         axes[1].set_ylabel("tokens per second")
         axes[1].set_ylim(bottom=0)
+        axes[2].plot(_thin(spent), _thin(_smoothed([r["gradient_norm"] for r in updates])), color="tab:red", lw=1)
+        axes[2].set_ylabel("gradient norm")
+        axes[2].set_yscale("log")
 
-    return _svg(draw, 2)
+    return _svg(draw, 3)

@@ -1,0 +1,146 @@
+"""Corpora: what is read, in which pieces, and what damage is named."""
+
+import gzip
+import json
+import os
+import tracemalloc
+
+import pytest
+
+from ufbert.data import text_files
+from ufbert.data.corpora import demo_path, open_corpus, source_of
+from ufbert.errors import UserError
+
+
+def test_text_files_plain_and_gzipped_give_documents(tmp_path):
+    text = "One.\nTwo.\n\n\nThree.\r\n \n"
+    (tmp_path / "a.txt").write_text("\ufeff" + text, encoding="utf-8", newline="")
+    with gzip.open(tmp_path / "b.gz", "wt", encoding="utf-8", newline="") as file:
+        file.write(text)
+    corpus = open_corpus(f"text:{tmp_path / 'a.txt'},{tmp_path / 'b.gz'}")
+    assert list(corpus.documents()) == ["One.\nTwo.", "Three."] * 2
+    assert list(corpus.documents()) == ["One.\nTwo.", "Three."] * 2
+
+
+def test_hub_datasets_stream_from_local_files(tmp_path):
+    lines = [json.dumps({"body": f"text {i}", "n": i}) for i in range(5)] + [json.dumps({"body": " ", "n": 9})]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    corpus = open_corpus(f"hf:{tmp_path / 'data'}::body")
+    assert list(corpus.documents()) == [f"text {i}" for i in range(5)]
+    with pytest.raises(UserError, match="no field 'text'; it has body, n"):
+        open_corpus(f"hf:{tmp_path / 'data'}")
+
+
+def test_a_hub_corpus_out_of_reach_names_the_remedies():
+    with pytest.raises(UserError, match=r"--corpus demo.*--corpus text:PATH"):
+        open_corpus("hf:nobody/has-this")
+
+
+@pytest.mark.parametrize("spec", ["", "demos", "text:", "file:x", "hf:"])
+def test_other_specs_are_refused(spec):
+    with pytest.raises(UserError, match="no corpus"):
+        open_corpus(spec)
+
+
+def test_damaged_files_are_named_with_their_line(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        open_corpus(f"text:{tmp_path / 'none'}")
+    (tmp_path / "bad.txt").write_bytes(b"fine\nb\xe9d\n")
+    with pytest.raises(UserError, match=r"bad\.txt, line 2: not UTF-8"):
+        list(open_corpus(f"text:{tmp_path / 'bad.txt'}").documents())
+    whole = gzip.compress(b"a line of text\n" * 5000)
+    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        list(open_corpus(f"text:{tmp_path / 'cut.gz'}").documents())
+
+
+def test_the_demo_text_is_read_where_it_is_installed():
+    if demo_path() is None:
+        with pytest.raises(UserError, match="--extra demo"):
+            open_corpus("demo")
+    else:
+        documents = list(open_corpus("demo").documents())
+        assert len(documents) > 9000
+        assert sum(map(len, documents)) > 4_000_000
+
+
+def test_a_long_line_is_split_at_blanks_and_used_whole_in_bounded_memory(tmp_path):
+    words = [f"wörd{i}" for i in range(1000)]
+    line = " ".join(words * 800)  # 6.1 million characters
+    (tmp_path / "long.txt").write_text(f"before\n{line}\nafter\n\nnext\n", encoding="utf-8")
+    corpus = open_corpus(f"text:{tmp_path / 'long.txt'}")
+    tracemalloc.start()
+    pieces = sum(1 for _ in corpus.documents())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    documents = list(corpus.documents())
+    assert len(documents) == pieces >= 7
+    assert max(map(len, documents)) <= text_files.MAX_CHARS
+    assert " ".join(documents).split() == ["before", *words * 800, "after", "next"]
+    assert documents[-1] == "next"
+    assert peak < 25e6
+
+
+def test_a_line_without_blanks_or_end_is_cut_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_CHARS", 10)
+    text = "äöü" * 20
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    documents = list(open_corpus(f"text:{tmp_path / 'a.txt'}").documents())
+    assert "".join(documents) == text
+    assert max(map(len, documents)) <= 10
+    assert list(text_files.split_long("aaaa bbbb cccccccccccc d")) == ["aaaa bbbb", "cccccccccc", "cc d"]
+
+
+def test_a_long_document_becomes_several_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_CHARS", 20)
+    (tmp_path / "a.txt").write_text("one two three\nfour five\nsix\n\nseven\n")
+    documents = list(open_corpus(f"text:{tmp_path / 'a.txt'}").documents())
+    assert documents == ["one two three", "four five\nsix", "seven"]
+
+
+def test_a_character_cut_short_inside_a_long_line_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_CHARS", 10)
+    (tmp_path / "a.txt").write_bytes(b"fine\n" + b"abcd " * 10 + b"\xc3")
+    with pytest.raises(UserError, match=r"a\.txt, line 2: not UTF-8"):
+        list(open_corpus(f"text:{tmp_path / 'a.txt'}").documents())
+
+
+def test_a_file_that_vanishes_or_grows_is_named(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some words\n\n" * 100_000)
+    corpus = open_corpus(f"text:{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
+    documents = corpus.documents()
+    next(documents)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*b\.txt: No such file"):
+        list(documents)
+    documents = open_corpus(f"text:{tmp_path / 'a.txt'}").documents()
+    next(documents)
+    with (tmp_path / "a.txt").open("a") as file:
+        file.write("more\n")
+    with pytest.raises(UserError, match=r"a\.txt changed while it was being read"):
+        list(documents)
+
+
+def test_the_meter_tells_how_much_has_been_read(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n\n" * 100_000)
+    with gzip.open(tmp_path / "b.gz", "wb") as file:
+        file.write(os.urandom(1 << 20).hex().encode())
+    corpus = open_corpus(f"text:{tmp_path / 'a.txt'},{tmp_path / 'b.gz'}")
+    assert corpus.meter.total == sum(path.stat().st_size for path in tmp_path.iterdir())
+    seen = [corpus.meter.read for _ in corpus.documents()]
+    assert seen == sorted(seen)
+    assert seen[0] < 0.3 * corpus.meter.total
+    assert corpus.meter.read == corpus.meter.total
+
+
+def test_a_source_is_known_by_place_size_and_time(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    spec, before = f"text:{path}", source_of(f"text:{path}")
+    assert source_of(spec) == before
+    os.utime(path, ns=(0, 0))
+    assert source_of(spec) != before
+    path.unlink()
+    assert source_of(spec) == {**before, "files": None}

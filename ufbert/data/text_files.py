@@ -1,0 +1,115 @@
+"""Plain and gzipped text files as documents, read in bounded memory whatever the length of a line or a document."""
+
+import codecs
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ufbert.errors import UserError
+
+MAX_CHARS = 1_000_000
+"""Longest document in characters. A longer one becomes several, cut at a line end or a blank."""
+
+
+class Meter:
+    """How many bytes of how many files have been read, asked for whenever a progress line is due."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        """Bytes of all files, compressed as they are; 0 where that is not known."""
+        self._before, self._file = 0, None
+
+    def restart(self, total: int | None = None) -> None:
+        """A new pass begins, over `total` bytes if that has just become known."""
+        self.total = self.total if total is None else total
+        self._before, self._file = 0, None
+
+    def enter(self, file: io.FileIO) -> None:
+        """`file` is being read from now on."""
+        self._file = file
+
+    def leave(self, size: int) -> None:
+        """The file, of `size` bytes, has been read."""
+        self._before, self._file = self._before + size, None
+
+    @property
+    def read(self) -> int:
+        """Bytes read in this pass."""
+        return self._before + (self._file.tell() if self._file is not None and not self._file.closed else 0)
+
+
+def text_documents(paths: Iterable[Path], meter: Meter) -> Iterator[str]:
+    """Documents of text files, one paragraph a line, a blank line between documents; paragraphs are joined by newlines.
+
+    Raises UserError for a file that is missing, damaged, not UTF-8, or changes while it is read.
+    """
+    meter.restart()
+    for path in paths:
+        paragraphs: list[str] = []
+        size = 0
+        for line in _lines(path, meter):
+            paragraph = line.strip()
+            if paragraphs and (not paragraph or size + len(paragraph) > MAX_CHARS):
+                yield "\n".join(paragraphs)
+                paragraphs, size = [], 0
+            if paragraph:
+                paragraphs.append(paragraph)
+                size += len(paragraph) + 1
+        if paragraphs:
+            yield "\n".join(paragraphs)
+
+
+def split_long(text: str) -> Iterator[str]:
+    """`text` whole, or in pieces of at most MAX_CHARS characters cut at blanks."""
+    while len(text) > MAX_CHARS:
+        piece, rest = _cut(text[:MAX_CHARS])
+        text = rest + text[MAX_CHARS:]
+        yield piece.strip()
+    if text.strip():
+        yield text.strip()
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """`text` in two parts, cut after its last blank, or at its end if its second half has none."""
+    at = max(text.rfind(blank) for blank in "\n \t") + 1
+    return (text[:at], text[at:]) if at > len(text) // 2 else (text, "")
+
+
+def _lines(path: Path, meter: Meter) -> Iterator[str]:
+    """The lines of a file; one of more than MAX_CHARS bytes comes in pieces."""
+    number = 1
+    try:
+        with path.open("rb", buffering=0) as raw:
+            meter.enter(raw)
+            before = os.fstat(raw.fileno())
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1 << 18)
+            rest, decoder = "", None
+            while piece := file.readline(MAX_CHARS):
+                ends = len(piece) < MAX_CHARS or piece.endswith(b"\n")
+                if decoder is None and ends:  # all but monstrous lines
+                    text = piece.decode("utf-8")
+                else:
+                    decoder = decoder or codecs.getincrementaldecoder("utf-8")()
+                    text = rest + decoder.decode(piece, final=ends)
+                if number == 1:
+                    text = text.removeprefix("\ufeff")
+                if ends:
+                    rest, decoder, number = "", None, number + 1
+                else:
+                    text, rest = _cut(text)
+                yield text
+            if decoder is not None:
+                yield rest + decoder.decode(b"", final=True)
+            after = os.fstat(raw.fileno())
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise UserError(f"{path} changed while it was being read; start again when it is complete.")
+            meter.leave(after.st_size)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or cut short after line {number - 1}: {error}.") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error

@@ -1,0 +1,122 @@
+"""What a budget buys: updates, tokens, memory and the parts of time, from counts and speeds. Arithmetic only."""
+
+from typing import NamedTuple
+
+from ufbert.config import RunConfig
+from ufbert.cost import Speeds, routing_flops_per_token, train_flops_per_token
+from ufbert.pretrain.budget import Budget
+from ufbert.pretrain.counts import RunCounts
+from ufbert.pretrain.schedules import n_checkpoints, rows_per_update
+
+ACCELERATOR_COMPILE_SECONDS = 60.0
+"""Assumed seconds to compile a run's functions for an accelerator that is not here."""
+
+SAVE_SECONDS, SAVE_BYTES_PER_SECOND = 0.5, 200e6
+"""Assumed cost of a save: this plus the state's bytes at this rate, which the loop assumes too until it has measured one."""
+
+_SLICES = 2000
+"""Points of a run at which the ramping batch is evaluated."""
+
+
+class Times(NamedTuple):
+    """Where a run's seconds go."""
+
+    compilation: float
+    updates: float
+    evaluations: float
+    checkpoints: float
+    """Checkpoints on the way and the last save, model folder included."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole run."""
+        return self.compilation + self.updates + self.evaluations + self.checkpoints
+
+
+class RunPlan(NamedTuple):
+    """What a run is expected to do."""
+
+    updates: float
+    tokens: float
+    tokens_per_second: float
+    """While updates run."""
+    average_rows: float
+    """Rows per update, over the ramp."""
+    flops_per_token: float
+    """Analytic, forward and backward."""
+    counted_flops_per_token: float
+    """XLA's count of the compiled gradient."""
+    bytes_per_token: float
+    """XLA's count of the compiled gradient, on the backend that compiled it."""
+    bound: str
+    """What decides the time of an update: arithmetic, memory traffic, or both in turn."""
+    times: Times
+
+
+def micro_batch_seconds(run: RunConfig, counts: RunCounts, speeds: Speeds, *, masked_trees: bool, length: int) -> float:
+    """Seconds of one micro-batch's gradient, in pieces of `length` tokens.
+
+    Operations are the larger of XLA's count and the analytic one: XLA sees the inside of no custom call, and the analytic
+    count leaves out what is not a matrix product or a transform.
+    """
+    count, tokens = counts.gradient[run.train.micro_rows, length], run.train.micro_rows * run.data.seq_len
+    analytic = tokens * train_flops_per_token(run, masked_trees=masked_trees)
+    flops = max(count.flops, analytic if length == run.data.seq_len else 0.0)
+    return speeds.seconds(flops, tokens * routing_flops_per_token(run, masked_trees=masked_trees), count.bytes)
+
+
+def plan_run(
+    run: RunConfig,
+    budget: Budget,
+    counts: RunCounts,
+    speeds: Speeds,
+    *,
+    masked_trees: bool,
+    compile_seconds: float,
+) -> RunPlan:
+    """The plan of `run` within `budget` on a device of these speeds."""
+    train, data = run.train, run.data
+    lengths = {length for _, length in counts.gradient}
+    micro = {n: micro_batch_seconds(run, counts, speeds, masked_trees=masked_trees, length=n) for n in lengths}
+    finish = speeds.seconds(counts.finish.flops, 0.0, counts.finish.bytes)
+    evaluation = data.eval_rows / train.micro_rows * speeds.seconds(counts.evaluate.flops, 0.0, counts.evaluate.bytes)
+    save = SAVE_SECONDS + counts.state_bytes / SAVE_BYTES_PER_SECOND
+    fixed = Times(
+        compile_seconds, 0.0, (train.n_evals + 1) * evaluation, (n_checkpoints(train, budget.seconds) + 1) * save
+    )
+    trainable = None if budget.seconds is None else max(0.0, budget.seconds - fixed.total)
+
+    points = _SLICES if budget.steps is None else min(_SLICES, budget.steps)
+    updates = rows = seconds = 0.0
+    for i in range(points):
+        fraction = (i + 0.5) / points if budget.steps is None else i / points
+        n_rows = rows_per_update(train, fraction)
+        length = data.short_len if fraction < data.short_until else data.seq_len
+        one = n_rows / train.micro_rows * micro[length] + finish
+        n = (trainable or 0.0) / points / one if budget.steps is None else budget.steps / points
+        updates, rows, seconds = updates + n, rows + n * n_rows, seconds + n * one
+    count, tokens = counts.gradient[train.micro_rows, data.seq_len], train.micro_rows * data.seq_len
+    return RunPlan(
+        updates=updates,
+        tokens=rows * data.seq_len,
+        tokens_per_second=rows * data.seq_len / max(seconds, 1e-9),
+        average_rows=rows / max(updates, 1e-9),
+        flops_per_token=train_flops_per_token(run, masked_trees=masked_trees),
+        counted_flops_per_token=count.flops / tokens,
+        bytes_per_token=count.bytes / tokens,
+        bound=_bound(speeds, micro[data.seq_len], count.bytes),
+        times=fixed._replace(updates=seconds),
+    )
+
+
+def _bound(speeds: Speeds, seconds: float, n_bytes: float) -> str:
+    share = n_bytes / speeds.bandwidth / seconds
+    if speeds.overlap:
+        return "memory traffic" if share > 0.999 else "arithmetic"
+    return f"matrix products {1 - share:.0%}, the rest {share:.0%}"
+
+
+def micro_batch_sizes(run: RunConfig) -> list[int]:
+    """Micro-batches to show the memory of: a quarter to four times the configured one."""
+    rows = run.train.micro_rows
+    return sorted({max(1, rows // 4), max(1, rows // 2), rows, 2 * rows, 4 * rows})

@@ -1,0 +1,148 @@
+"""A plan as plain values, and as tables for a person."""
+
+from typing import TYPE_CHECKING, Any
+
+from ufbert.config import RunConfig
+from ufbert.cost import CPU_UTILISATION, Speeds
+from ufbert.pretrain.budget import Budget
+from ufbert.pretrain.counts import RunCounts
+from ufbert.pretrain.plan import RunPlan, micro_batch_sizes
+from ufbert.pretrain.plan_check import Check
+
+if TYPE_CHECKING:
+    from ufbert.pretrain.plan_command import PlanOptions, Target
+
+
+def plan_facts(
+    options: "PlanOptions",
+    run: RunConfig,
+    budget: Budget,
+    target: "Target",
+    counts: RunCounts,
+    speeds: Speeds,
+    plan: RunPlan,
+    check: Check | None,
+) -> dict[str, Any]:
+    """Everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
+    hours = (budget.seconds or plan.times.total) / 3600
+    peak = target.peaks.products(run.model.dtype) if target.peaks else speeds.products / CPU_UTILISATION
+    return {
+        "config": options.config,
+        "scale": options.scale,
+        "device": target.name,
+        "budget": options.budget,
+        "backend": {"compiled_here": target.local, "dtype": run.model.dtype, "trees": run.model.tree_backend},
+        "updates": round(plan.updates),
+        "rows_per_update": plan.average_rows,
+        "tokens": plan.tokens,
+        "tokens_per_second": plan.tokens_per_second,
+        "passes": plan.tokens / options.corpus_tokens if options.corpus_tokens else None,
+        "flops_per_token": plan.flops_per_token,
+        "counted_flops_per_token": plan.counted_flops_per_token,
+        "bytes_per_token": plan.bytes_per_token,
+        "peak_flops": peak,
+        "model_flops_utilisation": plan.flops_per_token * plan.tokens_per_second / peak,
+        "bound": plan.bound,
+        "speeds": speeds.source,
+        "seconds": {**plan.times._asdict(), "total": plan.times.total, "budget": budget.seconds},
+        "micro_rows": run.train.micro_rows,
+        "memory": {str(rows): counts.memory(rows) for rows in micro_batch_sizes(run)},
+        "memory_compiled": sorted({rows for rows, _ in counts.gradient}),
+        "usable_memory": target.memory,
+        "state_bytes": counts.state_bytes,
+        "hours": hours,
+        "money": hours * options.price if options.price else None,
+        "check": check and {**check._asdict(), "ratio": check.ratio, "within_25_percent": check.holds},
+    }
+
+
+def show_plan(facts: dict[str, Any]) -> None:
+    """Print the facts."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(_table("what the budget buys", _yield_rows(facts)))
+    console.print(_table("where the time goes", _time_rows(facts)))
+    console.print(_table("memory while training", _memory_rows(facts), "rows of a micro-batch"))
+    for note in _notes(facts):
+        console.print(f"- {note}")
+    if facts["check"]:
+        check = facts["check"]
+        verdict = "agrees" if check["within_25_percent"] else "does NOT agree"
+        console.print(
+            f"check on this machine: {check['predicted']:,.0f} tokens/s predicted, {check['measured']:,.0f} measured "
+            f"({check['updates']} updates of {check['rows']} rows): ratio {check['ratio']:.2f}, {verdict} within 25 %"
+        )
+
+
+def _table(title: str, rows: list[tuple[str, str, str]], first: str = "") -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=bool(first), box=None, pad_edge=False)
+    table.add_column(first, min_width=22)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _yield_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [
+        ("tokens", f"{facts['tokens']:,.0f}", f"{facts['tokens_per_second']:,.0f} a second"),
+        ("updates", f"{facts['updates']:,}", f"of {facts['rows_per_update']:,.0f} rows on average"),
+        (
+            "MFLOP a token",
+            f"{facts['flops_per_token'] / 1e6:,.1f}",
+            f"analytic; {facts['counted_flops_per_token'] / 1e6:,.1f} in the compiled step",
+        ),
+        ("kB moved a token", f"{facts['bytes_per_token'] / 1e3:,.0f}", "in the compiled step"),
+        ("model FLOPs utilisation", f"{facts['model_flops_utilisation']:.1%}", f"limited by {facts['bound']}"),
+    ]
+    if facts["passes"] is not None:
+        rows.append(("passes over the corpus", f"{facts['passes']:,.2f}", ""))
+    if facts["money"] is not None:
+        rows.append(("money", f"{facts['money']:,.2f}", f"{facts['hours']:,.2f} hours"))
+    return rows
+
+
+def _time_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    seconds = facts["seconds"]
+    here = facts["backend"]["compiled_here"]
+    why = {
+        "compilation": "measured here" if here else "assumed",
+        "updates": "",
+        "evaluations": "",
+        "checkpoints": f"assumed: 0.5 s and {facts['state_bytes'] / 1e6:,.0f} MB at 200 MB/s each, the last save included",
+    }
+    total = max(seconds["total"], 1e-9)
+    rows = [(name, f"{seconds[name]:,.1f} s", f"{seconds[name] / total:6.1%}  {why[name]}") for name in why]
+    return [*rows, ("in all", f"{seconds['total']:,.1f} s", "")]
+
+
+def _memory_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows, usable = [], facts["usable_memory"]
+    for size, held in facts["memory"].items():
+        fits = "" if not usable else "fits" if held <= usable else "does not fit"
+        source = "" if int(size) in facts["memory_compiled"] else ", extrapolated"
+        used = " (configured)" if int(size) == facts["micro_rows"] else ""
+        rows.append((f"{size}{used}", f"{held / 1e9:,.2f} GB", f"{fits}{source}".removeprefix(", ")))
+    return [*rows, ("usable", f"{usable / 1e9:,.1f} GB", "")] if usable else rows
+
+
+def _notes(facts: dict[str, Any]) -> list[str]:
+    backend = facts["backend"]
+    sizes = " and ".join(map(str, facts["memory_compiled"]))
+    notes = [
+        f"speed: {facts['speeds']}",
+        f"computed in {backend['dtype']}, trees by `{backend['trees']}`",
+        f"memory is that of the step compiled for {sizes} rows, and for other sizes on the line through these",
+    ]
+    if not backend["compiled_here"]:
+        notes.append(
+            "this device is not here: operations, bytes and memory are those of the step compiled for this CPU. An "
+            "accelerator's compiler fuses more, so memory is an upper estimate; the speed may be off by half."
+        )
+    if facts["seconds"]["budget"] is not None and not facts["updates"]:
+        notes.append("the budget is spent before the first update")
+    return notes

@@ -1,0 +1,180 @@
+"""How fast this machine does what a model is made of: its matrix products, and everything else.
+
+A CPU runs a compiled step one instruction after another, so its time is operations over the speed of products plus bytes
+over the speed of the rest. Both speeds depend on the shapes (a product of width 128 runs at two thirds of the speed of one
+of width 512), so they are measured on the model's own parts, alone and on random numbers, never on a training step.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ufbert.config import FeedForwardKind, Mixer, ModelConfig, RunConfig
+from ufbert.cost import (
+    CPU_UTILISATION,
+    FLOAT32_UTILISATION,
+    TRAFFIC,
+    UTILISATION,
+    Speeds,
+    measured_flops,
+    peak_speeds,
+)
+from ufbert.devices import device_of_kind
+from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.attention import attention
+from ufbert.ops.fff import fast_feedforward
+from ufbert.ops.fourier import fourier_mix
+from ufbert.ops.losses import cross_entropy
+
+MAX_TOKENS = 4096
+"""Parts are measured on at most this many tokens; more would take long and not run at another speed."""
+
+
+class _Part(NamedTuple):
+    """A compiled part of the model, forward and backward, with XLA's counts of it."""
+
+    call: Callable[[], Any]
+    flops: float
+    bytes: float
+    times: float
+    """How often a training step has it."""
+    seconds: list[float]
+    """What calls took."""
+
+
+class PartSpeeds:
+    """The parts of one model, to be measured as often as one likes: `measure` adds a round, `speeds` sums up."""
+
+    def __init__(self, run: RunConfig) -> None:
+        model, seq_len = run.model, run.data.seq_len
+        rows = max(1, min(run.train.micro_rows, MAX_TOKENS // seq_len))
+        width = model.d_hidden if {"dense", "glu", "switch"} & set(model.feedforward) else model.d_model
+        x, g = _random(rows * seq_len, model.d_model), _random(rows * seq_len, width)
+        weights = _random(model.d_model, width)
+        self._products = _part(lambda x, w, g: (x @ w, x.T @ g, g @ w.T), (x, weights, g), 1.0)
+        norms = _part(_derivative(_norm), (x,), 2.0 * model.n_layers)
+        self._rest = [norms, _loss_part(run, rows)]
+        mixers, feedforwards = Counter(mixer for mixer, _ in model.layers), Counter(kind for _, kind in model.layers)
+        self._rest += [_mixer_part(model, kind, rows, seq_len, float(n)) for kind, n in mixers.items()]
+        self._rest += [_feedforward_part(model, kind, rows * seq_len, float(n)) for kind, n in feedforwards.items()]
+
+    def measure(self, calls: int = 3) -> None:
+        """Time every part a few times."""
+        for part in (self._products, *self._rest):
+            for _ in range(calls):
+                began = time.perf_counter()
+                jax.block_until_ready(part.call())
+                part.seconds.append(time.perf_counter() - began)
+
+    def speeds(self) -> Speeds:
+        """Medians of all rounds. The speed of the rest is its bytes over its time without that of its own products."""
+        products = self._products.flops / statistics.median(self._products.seconds)
+        taken = sum(
+            p.times * max(0.05 * (s := statistics.median(p.seconds)), s - p.flops / products) for p in self._rest
+        )
+        moved = sum(p.times * p.bytes for p in self._rest)
+        source = (
+            f"{CPU_UTILISATION:.0%} of what this model's parts reach alone, measured: {products / 1e9:,.0f} GFLOP/s in its "
+            f"matrix products and {moved / taken / 1e9:,.1f} GB/s in the rest"
+        )
+        share = CPU_UTILISATION
+        return Speeds(share * products, share * products, share * moved / taken, overlap=False, source=source)
+
+
+def local_speeds(run: RunConfig, seconds: float = 0.5) -> Speeds:
+    """The speeds of the default device: of a CPU those of the parts of `run`, measured in about `seconds` beside compiling;
+    of an accelerator those of the table, or of a large product and a large sum if it is not there."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        parts, began = PartSpeeds(run), time.perf_counter()
+        parts.measure(2)
+        while time.perf_counter() - began < seconds:
+            parts.measure(1)
+        return parts.speeds()
+    found = device_of_kind(device.device_kind)
+    return peak_speeds(found, found.dtype) if found else _measured_accelerator(device.device_kind)
+
+
+def _measured_accelerator(kind: str) -> Speeds:
+    products, float32 = measured_flops(), measured_flops(dtype="float32")
+    x = jnp.ones((1 << 26,), jnp.float32)
+    add = _part(lambda x: x + 1.0, (x,), 1.0)
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(add.call())
+        add.seconds.append(time.perf_counter() - began)
+    bandwidth = 2 * x.nbytes / min(add.seconds)
+    source = (
+        f"{kind} is not in the table of peaks; measured here: {UTILISATION:.0%} of {products / 1e12:,.1f} TFLOP/s, "
+        f"{FLOAT32_UTILISATION:.0%} of {float32 / 1e12:,.1f} TFLOP/s float32, {bandwidth / 1e9:,.0f} GB/s"
+    )
+    speeds = (UTILISATION * products, FLOAT32_UTILISATION * float32, bandwidth / TRAFFIC)
+    return Speeds(*speeds, overlap=True, source=source)
+
+
+def _random(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(len(shape)), shape)
+
+
+def _part(function: Callable[..., Any], arguments: tuple[Any, ...], times: float) -> _Part:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    cost = compiled.cost_analysis() or {}
+    jax.block_until_ready(compiled(*arguments))
+    return _Part(
+        lambda: compiled(*arguments), float(cost.get("flops", 0.0)), float(cost["bytes accessed"]), times, seconds=[]
+    )
+
+
+def _derivative(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(value, gradients) of the function's output times itself: a stand-in for what comes back from above."""
+
+    def scalar(*arguments: jax.Array) -> jax.Array:
+        y = function(*arguments)
+        return jnp.sum(y * jax.lax.stop_gradient(y))
+
+    def both(*arguments: jax.Array) -> Any:
+        return jax.value_and_grad(scalar, argnums=tuple(range(len(arguments))))(*arguments)
+
+    return both
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+
+
+def _loss_part(run: RunConfig, rows: int) -> _Part:
+    n_hidden = round(max(run.train.mask_rate) * run.data.seq_len)
+    logits = _random(rows, n_hidden, run.model.vocab_size)
+    labels, weights = jnp.zeros((rows, n_hidden), jnp.int32), jnp.ones((rows, n_hidden))
+    return _part(jax.value_and_grad(lambda logits: cross_entropy(logits, labels, weights).loss), (logits,), 1.0)
+
+
+def _mixer_part(model: ModelConfig, kind: Mixer, rows: int, seq_len: int, times: float) -> _Part:
+    if kind == "fourier":
+        x = _random(rows, seq_len, model.d_model)
+        return _part(_derivative(lambda x: fourier_mix(x, ortho=True)), (x,), times)
+    q = _random(rows, seq_len, model.n_heads, model.d_model // model.n_heads)
+    visible = jnp.ones((rows, seq_len, seq_len), bool)
+    return _part(_derivative(lambda q, k, v: attention(q, k, v, visible)), (q, q, q), times)
+
+
+def _feedforward_part(model: ModelConfig, kind: FeedForwardKind, tokens: int, times: float) -> _Part:
+    """What a feedforward does beside its large products: the walk down a tree, or the nonlinearity of its neurons."""
+    if kind == "tree":
+        x, shape = _random(tokens, model.d_model), (model.n_trees, model.nodes_per_tree)
+        w = _random(*shape, model.d_model)
+        walk = _derivative(lambda x, w: fast_feedforward(x, w, jnp.zeros(shape), w, backend="gather"))
+        return _part(walk, (x, w), times)
+    activation, width = ACTIVATIONS[model.activation], model.d_hidden
+    if kind == "leaf_tree":
+        width = 2**model.tree_depth * model.leaf_width
+    hidden = _random(tokens, width)
+    if kind == "glu":
+        return _part(_derivative(lambda u, v: activation(u) * v), (hidden, hidden), times)
+    return _part(_derivative(activation), (hidden,), times)

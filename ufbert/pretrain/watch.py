@@ -1,0 +1,107 @@
+"""Keeping an eye on a run: requests to stop, updates that are not finite, and the curve it should be on."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ufbert.errors import UserError
+from ufbert.presets import preset_folder
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """While entered, the first SIGTERM or SIGINT is noted in `asked` instead of ending the process; a second one ends it.
+
+    Outside the main thread, where no handler can be set, nothing is ever asked.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in STOPPING:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = signal.Signals(number)
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
+        print(f"{self.asked.name}: saving; once more ends it at once", flush=True)
+
+
+class Point(NamedTuple):
+    """A held-out evaluation of a reference run."""
+
+    share: float
+    """Of the budget."""
+    tokens: float
+    gain: float
+    """Nats below the loss of guessing by word frequency."""
+
+
+class Reference(NamedTuple):
+    """The curve of a run that went well."""
+
+    name: str
+    points: tuple[Point, ...]
+
+    def complaint(self, now: Point) -> str | None:
+        """A sentence if a run at `now` is far below this curve; None if it is not, or if it has seen too little to tell.
+
+        The gain at a share of the budget grows with the number of tokens, so a run is held to a reference that had seen no
+        more. Far below is less than three quarters of the gain, and by at least 0.3 nats.
+        """
+        shares = [point.share for point in self.points]
+        if not shares or not shares[0] <= now.share:
+            return None
+        tokens, gain = (
+            float(np.interp(now.share, shares, [getattr(p, name) for p in self.points])) for name in ("tokens", "gain")
+        )
+        if now.tokens < tokens or now.gain >= gain - max(0.3, 0.25 * gain):
+            return None
+        return (
+            f"off track: at {now.share:.0%} of its budget {self.name} was {gain:.2f} nats below word frequency after "
+            f"{tokens / 1e6:.1f} M tokens, this run is {now.gain:.2f} below after {now.tokens / 1e6:.1f} M; consider another "
+            "learning rate (--train.peak-lr) or a look at the text"
+        )
+
+
+def no_reference_complaint(now: Point) -> str | None:
+    """Where no curve is known: a run that has half its budget behind it should have learnt more than word frequency."""
+    if now.share < 0.5 or now.gain > 0.1:
+        return None
+    return f"off track: half of the budget is spent and the loss is only {now.gain:.2f} nats below word frequency"
+
+
+def packaged_reference(config: str, scale: str, recipe: str) -> Reference | None:
+    """The curve that was measured for a preset, or None."""
+    path = preset_folder() / "reference_curves.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = f"{config} {scale} {recipe}"
+    return Reference(name, tuple(Point(*point) for point in known[name])) if name in known else None
+
+
+def reference_from_run(folder: Path) -> Reference:
+    """The curve of a finished run. Raises UserError if the folder holds none."""
+    try:
+        unigram = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["unigram_loss"]
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        evals = [r for r in records if "heldout_loss" in r]
+        points = tuple(Point(r["fraction"], r["tokens"], unigram - r["heldout_loss"]) for r in evals)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} does not hold a finished run to compare with: {error}.") from error
+    return Reference(str(folder), points)
