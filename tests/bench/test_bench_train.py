@@ -108,6 +108,8 @@ def test_an_interpreter_that_is_not_there_is_a_sentence(tmp_path):
         (("--config", "ultrafastbert_1x11"), "model.feedforward"),
         (("--config", "bert_base"), "model.feedforward"),
         (("--config", "crammed_rope"), "model.positions"),
+        (("--train.optimizer", "muon"), "train.optimizer"),
+        (("--train.mask-rate", "0.3", "0.15"), "train.mask_rate"),
         (("--blocks", "0"), "blocks is 0"),
     ],
 )
