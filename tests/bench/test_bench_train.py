@@ -78,9 +78,9 @@ def test_a_loss_that_drifts_or_is_no_number_is_refused():
 def test_the_ratio_is_the_median_of_paired_blocks():
     # A slow spell that hits both blocks of a pair changes no ratio.
     ours, theirs = [1.0, 10.0, 1.0, 2.0, 1.0], [1.5, 15.0, 2.0, 3.0, 1.0]
-    assert paired_ratio(ours, theirs) == Ratio(median=1.5, low=1.5, high=1.5, pairs=5)
-    assert paired_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) == Ratio(2.0, 1.5, 3.0, 3)
-    assert paired_ratio([2.0], [3.0]) == Ratio(1.5, 1.5, 1.5, 1)
+    assert paired_ratio(ours, theirs) == Ratio(median=1.5, low=1.5, high=1.5, fastest=1.0, pairs=5)
+    assert paired_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) == Ratio(2.0, 1.5, 3.0, 1.0, 3)
+    assert paired_ratio([2.0], [3.0]) == Ratio(1.5, 1.5, 1.5, 1.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,8 @@ def test_an_interpreter_that_is_not_there_is_a_sentence(tmp_path):
         (("--config", "ultrafastbert_1x11"), "model.feedforward"),
         (("--config", "bert_base"), "model.feedforward"),
         (("--config", "crammed_rope"), "model.positions"),
+        (("--train.optimizer", "muon"), "train.optimizer"),
+        (("--train.mask-rate", "0.3", "0.15"), "train.mask_rate"),
         (("--blocks", "0"), "blocks is 0"),
     ],
 )

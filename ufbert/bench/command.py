@@ -24,7 +24,7 @@ class BenchTrainOptions:
 
     The losses of the first updates must agree with the peer's to 1e-4 before anything is timed. Then blocks of updates
     alternate between the processes, on new random rows in every round. Printed are median speeds, and the median and
-    quartiles of the ratios of neighbouring blocks. The model must have attention and GeGLU layers, like crammed_bert.
+    quartiles of the ratios of neighbouring blocks. The model must be like crammed_bert, trained with AdamW.
     """
 
     peer_python: str = ""
@@ -79,22 +79,26 @@ def parse(args: list[str]) -> BenchTrainOptions:
     options = read(replace(named, model=run.model, train=run.train, data=run.data))
     if not options.peer_python:
         raise UserError("Name the interpreter that has torch, with --peer-python PATH.")
-    check_model(options.model)
+    check_peer_is_equal(options.run)
     return options
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raises UserError unless `model` is a dense crammed BERT, which is all that the peer knows."""
-    wanted: dict[str, Any] = {
+def check_peer_is_equal(run: RunConfig) -> None:
+    """Raises UserError unless `run` trains a dense crammed BERT with AdamW, which is all that the peer knows."""
+    layers = {
         "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
         "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "use_bias": False,
         "embedding_norm": True, "embedding_projection": False, "final_norm": True, "head_transform": False,
         "head_bias": False,
     }  # fmt: skip
+    recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": run.train.mask_rate[:1]}
+    wanted: dict[str, Any] = {f"model.{k}": v for k, v in layers.items()} | {f"train.{k}": v for k, v in recipe.items()}
     for name, value in wanted.items():
-        found = getattr(model, name)
-        if (tuple(set(found)) if isinstance(value, tuple) else found) != value:
-            raise UserError(f"The peer is a dense crammed BERT, which has model.{name} {value!r}, not {found!r}.")
+        part, field_name = name.split(".")
+        found = getattr(getattr(run, part), field_name)
+        same = set(found) == set(value) if isinstance(found, tuple) else found == value
+        if not same:
+            raise UserError(f"The peer is a crammed BERT trained with AdamW: it has {name} {value!r}, not {found!r}.")
 
 
 def bench_command(args: list[str]) -> None:
@@ -126,6 +130,7 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{one['name']:<14} {one['tokens_per_second']:>10,.0f} tokens/s  ({one['facts']})")
     for name, ratio in report["ratios"].items():
         print(
-            f"ufbert trains {ratio['median']:.2f} times as fast as {name} (quartiles {ratio['low']:.2f} to "
-            f"{ratio['high']:.2f} of {ratio['pairs']} pairs; losses within {ratio['loss_difference']:.0e})"
+            f"ufbert trains {ratio['median']:.2f} times as fast as {name}: median of {ratio['pairs']} pairs of blocks, "
+            f"quartiles {ratio['low']:.2f} and {ratio['high']:.2f}, fastest blocks {ratio['fastest']:.2f}; losses within "
+            f"{ratio['loss_difference']:.0e}"
         )

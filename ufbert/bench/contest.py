@@ -79,16 +79,16 @@ class Ratio(NamedTuple):
     """The lower quartile of the paired ratios."""
     high: float
     """The upper quartile."""
+    fastest: float
+    """The ratio of each side's fastest block: nearest to an idle machine, where other work slows the sides unequally."""
     pairs: int
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Median and quartiles of theirs[i] / ours[i], seconds of equal work in neighbouring blocks."""
+    """From theirs[i] and ours[i], seconds of equal work in neighbouring blocks."""
     ratios = [theirs_s / ours_s for ours_s, theirs_s in zip(ours, theirs, strict=True)]
-    if len(ratios) == 1:
-        return Ratio(ratios[0], ratios[0], ratios[0], 1)
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Ratio(median, low, high, len(ratios))
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return Ratio(median, low, high, min(theirs) / min(ours), len(ratios))
 
 
 def alternate(contestants: Sequence[Contestant], first: int, updates: int, blocks: int) -> dict[str, list[float]]:
