@@ -137,6 +137,14 @@ def drill_seconds(folder: Path, options: list[str], budget: float, kills: int, s
     return drill
 
 
+def report(drill: Drill) -> bool:
+    """Print how a drill ended; whether it failed."""
+    sessions = len({r["session"] for r in read_jsonl(drill.folder / "ledger.jsonl")})
+    verdict = "; ".join(drill.problems) or "good"
+    print(f"{drill.folder.name}: {sessions} charged sessions, {drill.spent:.1f} s spent: {verdict}", flush=True)
+    return bool(drill.problems)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10, help="runs of each kind")
@@ -159,16 +167,11 @@ def main() -> int:
     whole.finish()
     failed = len(whole.problems)
     for seed in range(given.runs):
-        found = [drill_steps(given.folder / f"steps-{seed}", by_steps, whole, given.kills, seed, given.longest)]
-        if given.seconds:
-            options = [f"--budget={given.seconds}s", *small]
-            folder = given.folder / f"seconds-{seed}"
-            found.append(drill_seconds(folder, options, given.seconds, given.kills, seed, given.longest))
-        for drill in found:
-            failed += bool(drill.problems)
-            sessions = len({r["session"] for r in read_jsonl(drill.folder / "ledger.jsonl")})
-            verdict = "; ".join(drill.problems) or "good"
-            print(f"{drill.folder.name}: {sessions} charged sessions, {drill.spent:.1f} s spent: {verdict}", flush=True)
+        failed += report(drill_steps(given.folder / f"steps-{seed}", by_steps, whole, given.kills, seed, given.longest))
+    by_seconds = [f"--budget={given.seconds}s", *small]
+    for seed in range(given.runs if given.seconds else 0):
+        folder = given.folder / f"seconds-{seed}"
+        failed += report(drill_seconds(folder, by_seconds, given.seconds, given.kills, seed, given.longest))
     print(f"{failed} failed")
     return int(failed > 0)
 

@@ -376,3 +376,13 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(whole,
     enlarge()
     finish(start(["--resume", f"--out={folder}"]))
     equal_weights(whole, folder)
+
+
+def test_a_short_fault_drill_loses_nothing(tmp_path):
+    """Three kills, one in preparation and one in a checkpoint; the drill itself (`fault_drill.py`) does twenty, ten times."""
+    drill = [sys.executable, str(REPO / "tests" / "pretrain" / "fault_drill.py"), f"--folder={tmp_path / 'drill'}"]
+    options = ["--runs=1", "--kills=3", "--steps=1500", "--seconds=0", "--longest=6"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    found = subprocess.run([*drill, *options], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "0 failed" in found.stdout
