@@ -29,7 +29,7 @@ CURVE = Reference("the run", (Point(0.0, 0.0, -1.0), Point(0.2, 1e6, 1.0), Point
         (Point(0.4, 1e6, 0.5), False),  # it has seen fewer tokens: no telling
         (Point(0.2, 1e6, 0.72), False),  # within 0.3 nats
         (Point(1.0, 5e6, 2.2), True),
-        (Point(0.0, 0.0, -2.0), True),
+        (Point(0.05, 9e6, -9.0), False),  # how a run starts says nothing
     ],
 )
 def test_a_run_is_held_to_a_curve_that_had_seen_no_more_text(now, far_below):

@@ -62,10 +62,10 @@ class Reference(NamedTuple):
         """A sentence if a run at `now` is far below this curve; None if it is not, or if it has seen too little to tell.
 
         The gain at a share of the budget grows with the number of tokens, so a run is held to a reference that had seen no
-        more. Far below is less than three quarters of the gain, and by at least 0.3 nats.
+        more, from a tenth of the budget on. Far below is less than three quarters of the gain, and by at least 0.3 nats.
         """
         shares = [point.share for point in self.points]
-        if not shares or not shares[0] <= now.share:
+        if not shares or now.share < 0.1:
             return None
         tokens, gain = (
             float(np.interp(now.share, shares, [getattr(p, name) for p in self.points])) for name in ("tokens", "gain")
