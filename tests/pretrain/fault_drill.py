@@ -54,6 +54,7 @@ class Drill:
 
     def kill(self, moment: str, rng: random.Random, longest: float) -> bool:
         """Start a session and kill it; False if it ended by itself before."""
+        known = {*self.scratch(moment)}  # what earlier kills left is cleaned up by this session, in its own time
         process, began = self.start(), time.monotonic()
         delay = rng.uniform(0.5, longest)
         while True:
@@ -72,11 +73,11 @@ class Drill:
         process.wait()
         return True
 
-    def preparing(self) -> bool:
-        return any(self.prepared.glob("*.partial"))
-
-    def saving(self) -> bool:
-        return any((self.folder / "checkpoints").glob("*tmp*"))
+    def scratch(self, moment: str) -> list[Path]:
+        """What is half-written now: text in preparation, or a checkpoint."""
+        if moment == "preparation":
+            return list(self.prepared.glob(".*.partial"))
+        return list((self.folder / "checkpoints").glob("*tmp*")) if moment == "checkpoint" else []
 
     def finish(self) -> None:
         """The last session, and what it leaves."""
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="kills in a run")
     parser.add_argument("--steps", type=int, default=3000, help="updates of a run by updates")
     parser.add_argument("--seconds", type=int, default=90, help="budget of a run by the clock; 0 leaves them out")
-    parser.add_argument("--longest", type=float, default=8.0, help="latest random kill, in seconds after a start")
+    parser.add_argument("--longest", type=float, default=10.0, help="latest random kill, in seconds after a start")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go; must not exist")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
