@@ -149,6 +149,7 @@ def report(drill: Drill) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10, help="runs of each kind")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first run; each has its own")
     parser.add_argument("--kills", type=int, default=20, help="kills in a run")
     parser.add_argument("--steps", type=int, default=3000, help="updates of a run by updates")
     parser.add_argument("--seconds", type=int, default=90, help="budget of a run by the clock; 0 leaves them out")
@@ -167,10 +168,11 @@ def main() -> int:
     whole = Drill(given.folder / "whole", by_steps)
     whole.finish()
     failed = len(whole.problems)
-    for seed in range(given.runs):
+    seeds = range(given.first, given.first + given.runs)
+    for seed in seeds:
         failed += report(drill_steps(given.folder / f"steps-{seed}", by_steps, whole, given.kills, seed, given.longest))
     by_seconds = [f"--budget={given.seconds}s", *small]
-    for seed in range(given.runs if given.seconds else 0):
+    for seed in seeds if given.seconds else ():
         folder = given.folder / f"seconds-{seed}"
         failed += report(drill_seconds(folder, by_seconds, given.seconds, given.kills, seed, given.longest))
     print(f"{failed} failed")
