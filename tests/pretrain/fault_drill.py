@@ -113,8 +113,11 @@ def moments(kills: int, rng: random.Random) -> list[str]:
 
 def drill_steps(folder: Path, options: list[str], whole: Drill, kills: int, seed: int, longest: float) -> Drill:
     """A run by updates, killed `kills` times: equal bits in the end."""
-    drill, rng = Drill(folder, options), random.Random(seed)
-    done = sum(drill.kill(moment, rng, longest) for moment in moments(kills, rng))
+    drill, rng, done = Drill(folder, options), random.Random(seed), 0
+    for moment in moments(kills, rng):
+        if not drill.kill(moment, rng, longest):
+            break
+        done += 1
     drill.finish()
     if done < kills:
         drill.problems.append(f"it ended after {done} kills; give it more updates")
@@ -151,7 +154,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10, help="runs of each kind")
     parser.add_argument("--first", type=int, default=0, help="seed of the first run; each has its own")
     parser.add_argument("--kills", type=int, default=20, help="kills in a run")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of a run by updates")
+    parser.add_argument("--steps", type=int, default=6000, help="updates of a run by updates")
     parser.add_argument("--seconds", type=int, default=90, help="budget of a run by the clock; 0 leaves them out")
     parser.add_argument("--longest", type=float, default=10.0, help="latest random kill, in seconds after a start")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go; must not exist")
