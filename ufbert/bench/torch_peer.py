@@ -3,10 +3,10 @@
 Stands alone: it imports nothing of ufbert and ufbert never imports it. It speaks the protocol of `ufbert.bench.worker`: the
 job folder as argument, one JSON line a message. A second argument `compile` puts the loss through `torch.compile`.
 
-What was chosen for it, all of them usual: one product for queries, keys and values and
-one for gate and value; `scaled_dot_product_attention` with an additive mask made once per batch; AdamW with `fused=True`;
-gradients set to None between updates; as many threads as cores; denormals flushed; glibc told to keep freed memory, as ours
-does. Rows arrive masked, which costs it nothing; ours masks within the update.
+What was chosen for it: one product for queries, keys and values and one for gate and value; `scaled_dot_product_attention`
+with an additive mask made once per batch; AdamW with `fused=True`; gradients set to None between updates; as many threads as
+cores; denormals flushed; oneDNN as it comes; glibc told to keep freed memory, as ours does. Rows arrive masked, which costs it
+nothing; ours masks within the update.
 """
 
 import ctypes
