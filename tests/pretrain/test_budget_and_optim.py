@@ -153,7 +153,7 @@ def test_muon_orthogonalises_each_matrix_apart_at_the_size_of_adamw():
     params = nn.init(model, jax.random.key(0))
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
     optimizer = make_optimizer(PretrainConfig(optimizer="muon", weight_decay=0.0, clip_norm=1e9))
-    found, _ = optimizer.update(grads, optimizer.init(params), params)
+    found, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     layer = found["encoder"]["layer_00"]
     for kernel in (*(layer["attention"][k]["kernel"] for k in ("query", "key", "value", "out")),
                    *(layer["glu"][k]["kernel"] for k in ("gate", "value", "out"))):  # fmt: skip

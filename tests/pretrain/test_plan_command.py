@@ -183,8 +183,8 @@ def test_the_command_plans_and_checks_this_machine(capsys, tmp_path, monkeypatch
     assert facts["seconds"]["budget"] is None
 
 
-@pytest.mark.parametrize(("name", "state"), [("crammed_bert", 1.43e9), ("ultrafastbert_1x11", 1.96e9)])
-def test_the_full_size_plan_of_an_accelerator_prints_its_memory(name, state, capsys, tmp_path):
+def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path):
+    name, state = "crammed_bert", 1.43e9
     file = tmp_path / "plan.json"
     plan_command([f"--config={name}", "--scale=base", "--device=h100", "--budget=24h", "--price=2", f"--json={file}"])
     shown, facts = capsys.readouterr().out, json.loads(file.read_text())
