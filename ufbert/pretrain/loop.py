@@ -68,6 +68,8 @@ class _Session:
     heldout: Heldout
     checkpoints: Checkpoints
     signals: StopSignals
+    shapes: TrainState
+    """The state as shapes with their places, for restoring."""
     state: TrainState
     metrics: Writer
     live: LiveLine
@@ -108,7 +110,7 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with StopSignals() as signals:
         session = _Session(
-            run, data, around, clock, layout, steps, heldout, checkpoints, signals, state, metrics, live,
+            run, data, around, clock, layout, steps, heldout, checkpoints, signals, shapes, state, metrics, live,
             flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model) == "masked"),
             save_seconds=0.5 + size / 200e6,
         )  # fmt: skip
@@ -263,10 +265,9 @@ def _roll_back(session: _Session) -> None:
             f"{what}, for the {session.rollbacks}th time; the run is given up at step {session.step}. Lower --train.peak-lr or "
             "look at the text; the checkpoints are kept."
         )
-    now, key = session.state, jax.random.key(session.around.seed)
-    shapes = session.layout.abstract(jax.eval_shape(lambda: init_state(session.run, key)))
-    restored = session.checkpoints.restore(shapes, session.live.say)
-    state = initial_state(session.run, key, shapes) if restored is None else restored.state
+    now, restored = session.state, session.checkpoints.restore(session.shapes, session.live.say)
+    fresh = jax.random.key(session.around.seed)
+    state = initial_state(session.run, fresh, session.shapes) if restored is None else restored.state
     session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
     step = 0 if restored is None else restored.step
     session.live.say(f"step {session.step:,}: {what}; the weights go back to those of step {step:,}")
