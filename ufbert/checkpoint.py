@@ -4,11 +4,14 @@ A checkpoint is a folder `checkpoints/<step>`, written in the background under a
 The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is.
 """
 
+import gc
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ufbert import processes
 from ufbert.errors import UserError
 
 Identity = dict[str, str]
@@ -97,16 +100,27 @@ class Checkpoints:
             elif other:
                 refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
             else:
-                try:
-                    state = self._writer.load(step, abstract)
-                except Exception:
-                    refused.append(f"checkpoint {step} is damaged or cut short")
-                else:
+                state = self._load(step, abstract)
+                if not processes.highest(state is None):  # what one cannot read is of no use to the others
                     for reason in refused:
                         say(f"{reason}; the one of step {step} is used")
                     return Restored(step, state, float(about["spent"]))
+                refused.append(f"checkpoint {step} is damaged or cut short")
         if refused:
             raise UserError(f"No checkpoint in {self.folder} can be used: {'; '.join(refused)}.")
+        return None
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        """The state of a checkpoint, or None if it cannot be read."""
+        with suppress(Exception):  # orbax and tensorstore raise many kinds
+            return self._writer.load(step, abstract)
+        # Of the reads that orbax began side by side, it drops unfinished those that did not fail; Python would print a
+        # complaint for each when it collects them, at any later time.
+        printed, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            gc.collect()
+        finally:
+            sys.unraisablehook = printed
         return None
 
 

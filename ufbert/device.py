@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from ufbert import processes
 from ufbert.errors import UserError
 from ufbert.places import user_cache
 
@@ -52,9 +53,10 @@ def _nvidia_smi_lists_one() -> bool:
     return found.returncode == 0 and "GPU " in found.stdout
 
 
-def use_device(device: Device) -> str:
-    """Start jax on `device` and return its platform (cpu, gpu or tpu). What it compiles is kept in the user's cache, so that
-    a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set, is obeyed instead).
+def use_device(device: Device, distributed: str = "") -> str:
+    """Start jax on `device` and return its platform (cpu, gpu or tpu), after joining the other processes of a `distributed`
+    run. What it compiles is kept in the user's cache, so that a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set,
+    is obeyed instead).
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
@@ -63,6 +65,7 @@ def use_device(device: Device) -> str:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax
 
+    processes.join(distributed)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -102,7 +102,7 @@ def memory_bytes() -> int:
     """Most memory used so far: of the first accelerator, or of this process on a CPU."""
     import jax
 
-    found = jax.devices()[0].memory_stats()
+    found = jax.local_devices()[0].memory_stats()
     if found and "peak_bytes_in_use" in found:
         return int(found["peak_bytes_in_use"])
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,6 +172,28 @@ def test_a_run_moves_between_eight_devices_and_one(whole, corpus_file, tmp_path)
         assert "resumed from the checkpoint" in output
         assert json.loads((folder / "summary.json").read_text())["devices"] == int(second)
         np.testing.assert_allclose(losses(folder)[:60], losses(whole)[:60], atol=1e-3)
+
+
+def test_two_processes_train_one_model(whole, corpus_file, tmp_path):
+    """The same losses as alone, one set of files; a signal to one stops both; and one can go on without the other."""
+    folder = tmp_path / "run"
+    args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}", "--train.shard-params"]
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    main, other = (start([*args, f"--distributed={address},{i},2"]) for i in range(2))
+    signal_when(other, lambda: len(losses(folder)) > 50, signal.SIGTERM)
+    finish(main, 128 + signal.SIGTERM)
+    assert other.returncode == 128 + signal.SIGTERM
+    assert len(events(folder, "interrupted")) == 1
+    finish(start(["--resume", f"--out={folder}"]))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 400
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 401))
+    np.testing.assert_allclose(losses(folder)[:20], losses(whole)[:20], atol=1e-4)
+    assert summary["heldout_loss"] == pytest.approx(
+        json.loads((whole / "summary.json").read_text())["heldout_loss"], abs=0.05
+    )
 
 
 def test_updates_that_are_not_finite_are_skipped_and_the_run_goes_back(corpus_file, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from ufbert import processes
 from ufbert.errors import UserError
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -134,6 +135,30 @@ class WallClock:
 
     def reserve(self, seconds: float) -> None:
         self._reserve = seconds
+
+
+class AgreedClock:
+    """What the clock of process 0 says, on every process. All must ask it the same questions in the same order."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.seconds: float | None = None if clock.seconds is None else processes.from_main(clock.seconds)
+        self.spent_before = clock.spent_before
+
+    def fraction(self, step: int) -> float:
+        return processes.from_main(self._clock.fraction(step))
+
+    def done(self, step: int) -> bool:
+        return bool(processes.from_main(float(self._clock.done(step))))
+
+    def left(self, step: int) -> str:
+        return self._clock.left(step)
+
+    def reserve(self, seconds: float) -> None:
+        self._clock.reserve(seconds)
+
+    def spent(self) -> float:
+        return self._clock.spent()
 
 
 class Ledger:

@@ -34,6 +34,9 @@ class TrainOptions:
     """Seed of initialisation, row order and masking."""
     device: Device = "auto"
     """cpu, gpu or tpu; auto takes the best one there is, and stops if an accelerator lacks its jax extra."""
+    distributed: str = ""
+    """Train with several processes, on one machine or many that share their folders: auto (jax finds TPU pods, Slurm and
+    Open MPI by itself) or HOST:PORT,INDEX,COUNT; give the same command to each, with --out."""
     tokenizer: str = ""
     """A tokenizer.json to use instead of training one."""
     prepared: str = ""
@@ -71,7 +74,7 @@ class TrainOptions:
 
 
 FREE_ON_RESUME = (
-    "out", "resume", "device", "prepared", "when_done", "max_hours_wall", "price", "tensorboard", "reference",
+    "out", "resume", "device", "distributed", "prepared", "when_done", "max_hours_wall", "price", "tensorboard", "reference",
 )  # fmt: skip
 """Options that say nothing about the numbers, so a resumed run may change them."""
 

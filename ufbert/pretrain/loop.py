@@ -5,6 +5,7 @@ clock is done or a signal comes: dispatch update n, then read the numbers of upd
 share of the budget comes; (4) last evaluation; (5) last save. The clock covers all of it.
 """
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ufbert import nn
+from ufbert import nn, processes
 from ufbert.checkpoint import Checkpoints
 from ufbert.config import RunConfig
 from ufbert.cost import train_flops_per_token
@@ -87,6 +88,15 @@ class _Session:
     def step(self) -> int:
         return int(self.state.step)
 
+    def asked(self) -> signal.Signals | None:
+        """The signal to stop that this or another process of the run got. All must ask, in the same order."""
+        number = processes.highest(self.signals.asked or 0)
+        return signal.Signals(number) if number else None
+
+    def over(self, step: int) -> bool:
+        """Whether no further work of update `step` may begin. All must ask, in the same order."""
+        return self.clock.done(step) or self.asked() is not None
+
     def reserve(self) -> float:
         """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
         update, evals = max(self.update_seconds, default=0.0), 1 if self.state.average is None else 2
@@ -123,8 +133,8 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
                 # is not left, as after a late resume, it must not begin.
                 clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
                 _updates(session, key)
-            if signals.asked is not None:
-                raise _interruption(session, signals.asked)
+            if (asked := session.asked()) is not None:
+                raise _interruption(session, asked)
             return _finish(session)
         finally:
             metrics.close()
@@ -160,7 +170,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
     evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * saves)
     pending: dict[str, Any] | None = None
     last, speed = time.monotonic(), 0.0
-    while not clock.done(step) and session.signals.asked is None:
+    while not session.over(step):
         fraction = clock.fraction(step)
         due_eval, due_save = int(fraction * cfg.n_evals) > evals_done, int(fraction * saves) > saves_done
         if (due_eval and fraction < 1.0) or due_save:
@@ -182,7 +192,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
             jnp.float32(mask_rate(cfg, fraction)),
             jnp.int32(len(picks)),
         )
-        outcome = _one_update(session, picks, length, jax.random.fold_in(key, step + 1), controls)
+        outcome = _one_update(session, step, picks, length, jax.random.fold_in(key, step + 1), controls)
         if outcome is None:
             break
         step, position = step + 1, position + len(picks)
@@ -202,7 +212,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
 
 
 def _one_update(
-    session: _Session, picks: np.ndarray, length: int, key: jax.Array, controls: Controls
+    session: _Session, step: int, picks: np.ndarray, length: int, key: jax.Array, controls: Controls
 ) -> Outcome | None:
     """Dispatch one update; None if the clock ran out or a signal came between its micro-batches, which are then dropped."""
     steps, micro = session.steps, session.run.train.micro_rows
@@ -215,7 +225,7 @@ def _one_update(
         return outcome
     total = None
     for i in range(0, len(picks), micro):
-        if i and (session.clock.done(session.step) or session.signals.asked is not None):
+        if i and session.over(step):
             return None
         micro_key = jax.random.fold_in(key, i)
         total = steps.gradient(session.state.params, rows(picks[i : i + micro]), micro_key, controls, total)
@@ -307,8 +317,9 @@ def _checkpoint(session: _Session, wait: bool = False) -> None:
         session.save_seconds = time.monotonic() - began
 
 
-def _interruption(session: _Session, asked: Any) -> Interrupted:
+def _interruption(session: _Session, asked: signal.Signals) -> Interrupted:
     """Save after a signal; what to raise then."""
+    session.checkpoints.wait()
     if session.step not in session.checkpoints.steps():
         _checkpoint(session, wait=True)
     session.metrics.write({"step": session.step, "event": "interrupted", "signal": asked.name})
@@ -328,8 +339,11 @@ def _finish(session: _Session) -> dict[str, Any]:
         averaged = evaluate(session.steps, session.state.average, session.heldout, session.layout).loss
         if averaged < loss:
             params, loss = session.state.average, averaged
-    save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))
+    params = processes.whole(params)
+    if processes.is_main():
+        save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))
     step, rows = session.step, int(session.state.rows_seen)
+    session.checkpoints.wait()
     if step not in session.checkpoints.steps():
         _checkpoint(session)
     session.checkpoints.wait()
@@ -355,6 +369,8 @@ def _finish(session: _Session) -> dict[str, Any]:
         "tree_backend": nn.tree_backend(run.model),
         "device": str(jax.devices()[0].device_kind),
         "devices": len(session.layout.devices),
+        "processes": jax.process_count(),
     }
-    write_json(around.folder / "summary.json", summary)
+    if processes.is_main():
+        write_json(around.folder / "summary.json", summary)
     return summary

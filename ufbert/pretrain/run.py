@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ufbert import processes
 from ufbert.config import FORMAT_VERSION, to_json
 from ufbert.cost import device_peak
 from ufbert.data.cache import Located, finish, locate, reopen
@@ -18,8 +19,8 @@ from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.rows import PreparedData
 from ufbert.device import use_device
 from ufbert.errors import UserError
-from ufbert.pretrain.budget import Clock, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resumed_options
+from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
+from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resumed_options, stored_options
 from ufbert.pretrain.watch import Reference, packaged_reference, reference_from_run
 from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, write_json
 
@@ -42,8 +43,10 @@ def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
         return resume_run(resumed_options(args, Path(options.out)), started)
     if options.out and _is_taken(Path(options.out)):
         raise UserError(f"{options.out} exists already; pass --resume to go on with that run, or another --out.")
-    platform = use_device(options.device)
-    return new_run(resolve(args, platform), started)
+    if options.distributed and not options.out:
+        raise UserError("--distributed needs --out FOLDER, one and the same for all processes.")
+    platform = use_device(options.device, options.distributed)
+    return new_run(resolve(args, platform), started) if processes.is_main() else _follow(Path(options.out), started)
 
 
 def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
@@ -69,8 +72,27 @@ def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
     options = _fit_vocabulary(options, data)
     write_json(folder / "config.json", _run_config(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
+    processes.together("prepared")
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak)
+
+
+def _follow(folder: Path, started: float) -> dict[str, Any]:
+    """Take part in a run, new or resumed, once process 0 has prepared it. (That may take hours, longer than jax lets
+    processes wait for each other.)"""
+    while (data := _prepared(folder)) is None:
+        time.sleep(1.0)
+    processes.together("prepared")
+    options, ledger = stored_options(folder), Ledger(folder / "ledger.jsonl")
+    clock = _clock(options, ledger, started if ledger.sessions else None, _started_at(folder))
+    return _train(options, data, clock, ledger, 0.0)
+
+
+def _prepared(folder: Path) -> PreparedData | None:
+    """The rows that the run in `folder` uses, or None if they are not there (yet)."""
+    path = folder / "config.json"
+    used = json.loads(path.read_text(encoding="utf-8")).get("prepared_data") if path.is_file() else None
+    return reopen(used["folder"], used["fingerprint"], print) if used else None
 
 
 def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
@@ -85,11 +107,13 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
         if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
             return _when_done(options, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
+    use_device(options.device, options.distributed)
+    if not processes.is_main():
+        return _follow(folder, started)
     ledger, started_at = Ledger(folder / "ledger.jsonl"), _started_at(folder)
-    use_device(options.device)
     print(_headline(options))
     used = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("prepared_data")
-    data = reopen(used["folder"], used["fingerprint"], print) if used else None
+    data = _prepared(folder)
     if data is None:
         data = _prepare(_locate(options, used["vocab_size"] if used else 0), 0.0)
         if used and data.manifest.fingerprint != used["fingerprint"]:
@@ -101,7 +125,9 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
-    return _train(options, data, clock, ledger, device_peak()[0])
+    peak = device_peak()[0]
+    processes.together("prepared")
+    return _train(options, data, clock, ledger, peak)
 
 
 def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float) -> dict[str, Any]:
@@ -116,13 +142,16 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         identity=_identity(options, data),
         peak_flops=peak,
         reference=_reference(options),
-        open_writer=lambda step: _open_writer(options, step),
+        open_writer=(lambda step: _open_writer(options, step)) if processes.is_main() else lambda _: Writer(()),
     )
+    agreed = AgreedClock(clock)
+    if not processes.is_main():
+        return train(options.run, data, agreed, around)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     ledger.start(clock)
     try:
-        summary = train(options.run, data, clock, around)
+        summary = train(options.run, data, agreed, around)
     finally:
         ledger.close()
     report = write_report(folder)
@@ -276,7 +305,9 @@ def _headline(options: TrainOptions) -> str:
 
 def _run_config(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> dict[str, Any]:
     values = {
-        name: value for name, value in to_json(options).items() if name not in ("model", "train", "data", "resume")
+        name: value
+        for name, value in to_json(options).items()
+        if name not in ("model", "train", "data", "resume", "distributed")
     }
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     used = None

@@ -1,4 +1,4 @@
-"""Where arrays live: one device, or all of a machine's devices side by side.
+"""Where arrays live: one device, or all devices of all processes side by side.
 
 On several devices a micro-batch is split by rows, and parameters are copied to each or, with `train.shard_params`, split
 among them. The step functions are the same: XLA divides the work by where their inputs lie.
@@ -28,7 +28,10 @@ class Layout:
 
     def rows(self, rows: np.ndarray) -> jax.Array | np.ndarray:
         """Rows (b, t), split among the devices; on one device as they are."""
-        return rows if self._mesh is None else jax.device_put(rows, self._named(PartitionSpec("devices")))
+        if self._mesh is None:
+            return rows
+        split = self._named(PartitionSpec("devices"))
+        return jax.make_array_from_callback(rows.shape, split, lambda part: rows[part])
 
     def sharding(self, leaf: Any) -> Sharding:
         """Where an array of the training state lives: `leaf` has a shape."""
