@@ -1,20 +1,10 @@
 """Task rows from the official TSV files: tab separated, UTF-8 (with or without a BOM), no quoting."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from ufbert.errors import UserError
+from ufbert.glue.rows import Rows
 from ufbert.glue.tasks import Task
-
-
-class Rows(NamedTuple):
-    """Rows of one split."""
-
-    texts: list[str]
-    pairs: list[str] | None
-    """Second texts, for tasks on pairs."""
-    labels: list[float]
-    """Class numbers, or targets for regression."""
 
 
 def open_source(spec: str) -> Path:

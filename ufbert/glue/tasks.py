@@ -1,21 +1,23 @@
-"""The GLUE tasks: columns of the official TSV files, labels and metrics."""
+"""The GLUE tasks: columns of their sources, labels, metrics, splits, and the form the GLUE server takes."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ufbert.errors import UserError
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. Columns are header names, or positions where the official file has no header."""
+    """One task, official or a person's own."""
 
     name: str
+    """`cola`; a cut of a task has its folder's name in lower case (`mnli-devsplit`)."""
     folder: str
-    """Folder of the official download."""
+    """Folder of the official download, and the task's name for a reader."""
     text: tuple[str | int, ...]
-    """One or two text columns."""
+    """One or two text columns of the official TSV files: header names, or positions where a file has no header."""
     label: str | int
+    """Label column of the official files."""
     labels: tuple[str, ...]
     """Label strings as they stand in the files, in class order; empty for regression."""
     label_names: tuple[str, ...]
@@ -23,8 +25,17 @@ class Task:
     metrics: tuple[str, ...]
     """Official metrics, the main one first."""
     header: bool = True
+    """Whether train and dev files have a header; test files always do."""
     columns: int = 0
     """Columns of a file without a header."""
+    hub_text: tuple[str, ...] = ("sentence1", "sentence2")
+    """Text columns in `datasets` and `tensorflow_datasets`, whose label column is `label`, a class number or a value."""
+    dev: tuple[str, ...] = ("dev",)
+    """Dev splits; the first decides."""
+    test: dict[str, str] = field(default_factory=lambda: {"test": ""})
+    """Test splits, each with the stem of the file that the GLUE server takes ("" for the folder's name)."""
+    cut_of: str = ""
+    """The official task of which this is a part, so that its score is not an official one; "" for an official task."""
 
     @property
     def is_regression(self) -> bool:
@@ -36,39 +47,61 @@ class Task:
         return max(1, len(self.labels))
 
 
+BINARY = ("0", "1")
+ENTAILED = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
+_MNLI_TESTS = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "ax": "AX"}
+
 TASKS = {
     task.name: task
     for task in (
-        Task("cola", "CoLA", (3,), 1, ("0", "1"), ("unacceptable", "acceptable"), ("matthews", "accuracy"), False, 4),
-        Task("sst2", "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), ("accuracy",)),
         Task(
-            "mrpc",
-            "MRPC",
-            ("#1 String", "#2 String"),
-            "Quality",
-            ("0", "1"),
-            ("different", "paraphrase"),
+            "cola", "CoLA", (3,), 1, BINARY, ("unacceptable", "acceptable"), ("matthews", "accuracy"), header=False,
+            columns=4, hub_text=("sentence",),
+        ),
+        Task(
+            "sst2", "SST-2", ("sentence",), "label", BINARY, ("negative", "positive"), ("accuracy",),
+            hub_text=("sentence",),
+        ),
+        Task(
+            "mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", BINARY, ("different", "paraphrase"),
             ("f1", "accuracy"),
         ),
-        Task("stsb", "STS-B", ("sentence1", "sentence2"), "score", (), (), ("pearson", "spearman")),
+        Task("stsb", "STS-B", _PAIR, "score", (), (), ("pearson", "spearman")),
         Task(
-            "rte",
-            "RTE",
-            ("sentence1", "sentence2"),
-            "label",
-            ("entailment", "not_entailment"),
-            ("entailment", "not entailment"),
-            ("accuracy",),
+            "qqp", "QQP", ("question1", "question2"), "is_duplicate", BINARY, ("different", "duplicate"),
+            ("f1", "accuracy"), hub_text=("question1", "question2"),
         ),
+        Task(
+            "mnli", "MNLI", _PAIR, "gold_label", ("entailment", "neutral", "contradiction"),
+            ("entailment", "neutral", "contradiction"), ("accuracy",), hub_text=("premise", "hypothesis"),
+            dev=("dev_matched", "dev_mismatched"), test=_MNLI_TESTS,
+        ),
+        Task(
+            "qnli", "QNLI", ("question", "sentence"), "label", ENTAILED, ("entailment", "not entailment"), ("accuracy",),
+            hub_text=("question", "sentence"),
+        ),
+        Task("rte", "RTE", _PAIR, "label", ENTAILED, ("entailment", "not entailment"), ("accuracy",)),
+        Task("wnli", "WNLI", _PAIR, "label", BINARY, ("not entailment", "entailment"), ("accuracy",)),
     )
-}
+}  # fmt: skip
+"""In the order in which a sweep runs them."""
 
 
 def find_task(name: str) -> Task:
-    """The task of that name (`sst2`, `SST-2` and `sst-2` are one). Raises UserError, with the nearest known name."""
+    """The official task of that name (`sst2`, `SST-2` and `sst-2` are one). Raises UserError, with the nearest known name."""
     key = name.lower().replace("-", "").replace("_", "")
     if key in TASKS:
         return TASKS[key]
     near = difflib.get_close_matches(key, TASKS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}."
     raise UserError(f"There is no task {name!r}; {hint}")
+
+
+def cut_of(folder: str) -> Task | None:
+    """The task of a folder that holds a part of an official one (`MNLI-devsplit`: `train.tsv` and `dev.tsv` cut from MNLI's
+    dev set); None if the folder's name does not begin with a task's."""
+    for task in TASKS.values():
+        if folder.startswith(f"{task.folder}-"):
+            return replace(task, name=folder.lower(), folder=folder, dev=("dev",), test={}, cut_of=task.name)
+    return None
