@@ -336,17 +336,21 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Hyper-parameters, the same for every task. Defaults: the crammed protocol; narrow models take a higher learning rate."""
+    """Hyper-parameters of fine-tuning, the same for every task. A protocol sets them; one given by hand wins and is named."""
 
     epochs: int = 5
     """Passes over the training rows."""
     batch_rows: int = 16
     """Rows per update."""
     lr: float = 0.0
-    """Peak learning rate; 0 takes the crammed protocol's 4e-5 from width 768 up, and 0.2 / d_model below: small models want
-    more (chosen on held-out training rows of SST-2 at width 256, where it was best pretrained and from scratch alike)."""
+    """Peak learning rate; 0 takes 4e-5 from width 768 up, and 0.2 / d_model below: small models want more (chosen on held-out
+    training rows of SST-2 at width 256, where it was best pretrained and from scratch alike)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls to zero."""
     warmup: float = 0.1
-    """Share of the updates over which the rate rises; then it falls as a cosine to zero."""
+    """Share of the updates over which the rate rises before it falls."""
+    dropout: float = 0.1
+    """Share of activations dropped in training."""
     adam_b1: float = 0.9
     """AdamW's first-moment decay."""
     adam_b2: float = 0.98
@@ -354,16 +358,30 @@ class FinetuneConfig:
     adam_eps: float = 1e-6
     """AdamW's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 for none."""
     max_len: int = 128
     """Longest row in tokens; longer ones are cut. A model with Fourier mixers keeps its own length."""
+    early_stop: int = 0
+    """Stop when no run has improved on dev for so many epochs; 0 never does."""
+    teacher_weight: float = 0.9
+    """Share of the loss that a teacher's answers make up, where there is one; the labels make up the rest."""
+    temperature: float = 2.0
+    """What a teacher's scores are divided by before they become probabilities."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_rows", "max_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"tune.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.lr < 0:
-            raise UserError(f"tune.lr is {self.lr}; it must not be negative.")
+        for name in ("lr", "weight_decay", "clip_norm", "early_stop"):
+            if getattr(self, name) < 0:
+                raise UserError(f"tune.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("warmup", "dropout", "teacher_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0 or (name == "dropout" and self.dropout == 1.0):
+                raise UserError(f"tune.{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        if self.temperature <= 0:
+            raise UserError(f"tune.temperature is {self.temperature}; it must be positive.")
 
     def peak_lr(self, config: ModelConfig) -> float:
         """The learning rate with 0 resolved."""

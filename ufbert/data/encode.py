@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from ufbert.config import ModelConfig
 
-BUCKETS = (16, 32, 64, 128, 256, 512)
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Row lengths that batches are padded to, so that few shapes are compiled."""
 
 
@@ -30,10 +30,12 @@ class Encoded(NamedTuple):
     only_len: int
     """The one length that rows are padded to, or 0 for the smallest bucket that holds them."""
     pad_id: int
+    truncated: int
+    """Rows that were cut to `max_len`."""
 
-    def pad(self, picks: Sequence[int] | np.ndarray) -> Batch:
-        """The picked rows, padded to one length."""
-        length = self.only_len or bucket(max(len(self.ids[i]) for i in picks), self.max_len)
+    def pad(self, picks: Sequence[int] | np.ndarray, length: int = 0) -> Batch:
+        """The picked rows, padded to `length` tokens, or where it is 0 to the shortest length that holds them."""
+        length = length or self.only_len or bucket(max(len(self.ids[i]) for i in picks), self.max_len)
         ids = np.full((len(picks), length), self.pad_id, np.int32)
         segments, types = np.zeros_like(ids), np.zeros_like(ids)
         for row, i in enumerate(picks):
@@ -57,4 +59,5 @@ def encode_texts(
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     found = tokenizer.encode_batch(rows)
     tokenizer.no_truncation()
-    return Encoded([row.ids for row in found], [row.type_ids for row in found], limit, config.only_len, config.pad_id)
+    ids, types = [row.ids for row in found], [row.type_ids for row in found]
+    return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in found))

@@ -1,145 +1,155 @@
-"""`finetune.py` and `ufbert finetune`: options to fine-tuned model folders and a table."""
+"""`finetune.py` and `ufbert finetune`: options to a sweep of tasks."""
 
-import time
-from dataclasses import asdict, dataclass, field, replace
+import dataclasses
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from ufbert.config import FinetuneConfig
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
-from ufbert.glue.sources import Rows, open_source, read_split
-from ufbert.glue.tasks import Task, find_task
-from ufbert.writers import LiveLine, write_json
+from ufbert.glue.own import OwnTask, read_own
+from ufbert.glue.protocols import PROTOCOLS, Protocol, ProtocolName, find_protocol
+from ufbert.glue.rows import TaskData
+from ufbert.glue.sources import choose_tasks, load_task, open_source
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Fine-tune a model folder on GLUE tasks, score each on its dev set, and write one model folder per task."""
+    """Fine-tune a model folder on GLUE tasks, or on one of your own, score each on its dev set, and write tables, predictions
+    and one model folder per task."""
 
     model: str
     """Model folder to start from."""
-    glue_source: str
-    """dir:PATH, a folder of the official TSV files (PATH/SST-2/train.tsv, ...)."""
-    tasks: str = "sst2"
-    """Comma-separated: cola, sst2, mrpc, stsb, rte."""
+    glue_source: str = "hf"
+    """hf (the hub's GLUE) or hf:NAME (another hub name or a local folder), tfds:PATH (a prepared tensorflow_datasets folder),
+    dir:PATH (official TSV files: PATH/SST-2/train.tsv, ...)."""
+    tasks: str = "all"
+    """Comma-separated: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or a cut by its folder's name; all takes what the
+    source has."""
+    task_file: str = ""
+    """Instead of GLUE: a .json or .py file that describes a task of your own."""
+    train: str = ""
+    """Instead of GLUE: training rows of your own task, .tsv, .csv or .jsonl."""
+    dev: str = ""
+    """Its dev rows."""
+    test: str = ""
+    """Its rows without labels, to predict; optional."""
+    text: str = ""
+    """Its text column."""
+    pair: str = ""
+    """Its column of second texts; optional."""
+    label: str = ""
+    """Its label column: classes, or numbers to predict."""
+    protocol: ProtocolName = "auto"
+    """crammed, small (crammed with a learning rate by width), bert (best of four learning rates), mnli-first; auto takes crammed
+    from width 768 up and small below."""
     out: str = ""
     """Folder for the results; by default a new one under runs/."""
-    seeds: str = "0"
-    """Comma-separated seeds; each is a run, and the folder of a task holds the median one."""
+    resume: bool = False
+    """Go on with the sweep in --out: tasks that are done are kept, and runs of a task too where they were not done at once."""
+    seeds: str = ""
+    """Comma-separated seeds; each is a run, and the median counts. By default the protocol's five, 0 to 4."""
+    runs_at_once: int = 0
+    """Runs of a task that are trained side by side; 0 for all."""
+    keep: Literal["last", "best"] = "last"
+    """Score and save the weights after the last epoch, or those of the best epoch on dev (which flatters the score)."""
     train_rows: int = 0
     """Use this many training rows, drawn with the first seed; 0 uses all."""
+    skip_bad_rows: bool = False
+    """Leave broken rows out and count them, instead of stopping at the first."""
     from_scratch: bool = False
     """Ignore the pretrained weights and start from a random initialisation of the same architecture, for comparison."""
+    probe: bool = False
+    """Leave the encoder as it is and train only the classifier, on features that are computed once."""
+    teacher: str = ""
+    """A fine-tuned model folder, or a folder of such by task (a sweep's), whose scores are learnt beside the labels."""
     device: Device = "auto"
     """cpu, gpu or tpu."""
     tune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """Hyper-parameters, the same for every task."""
+    """Hyper-parameters, the same for every task; the protocol's unless given."""
+
+    def __post_init__(self) -> None:
+        if self.probe and self.from_scratch:
+            raise UserError("--probe reads a pretrained encoder; it does not go with --from-scratch.")
+        for name in ("runs_at_once", "train_rows"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.is_own and self.protocol == "mnli-first":
+            raise UserError("The protocol mnli-first is for GLUE's tasks.")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the task is a person's own."""
+        return bool(self.task_file or self.train or self.dev or self.text or self.label)
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds asked for; () for the protocol's."""
+        try:
+            found = tuple(int(part) for part in self.seeds.split(",")) if self.seeds else ()
+        except ValueError as error:
+            raise UserError(f"--seeds {self.seeds!r} is not a list of whole numbers.") from error
+        if len(set(found)) < len(found):
+            raise UserError(f"--seeds {self.seeds} names a seed twice.")
+        return found
+
+
+FREE_ON_RESUME = ("out", "resume", "device")
+"""Options that say nothing about the numbers, so a resumed sweep may change them."""
 
 
 def finetune_command(args: list[str]) -> dict[str, Any]:
-    """`ufbert finetune ARGS`."""
-    import tyro
-
-    return finetune(tyro.cli(FinetuneOptions, args=args, prog="finetune.py"))
-
-
-def finetune(options: FinetuneOptions) -> dict[str, Any]:
-    """Fine-tune on every task and seed; returns what `glue.json` in the output folder holds.
+    """`ufbert finetune ARGS`; returns what `glue.json` in the output folder holds.
 
     All tasks, files and the model are checked before the first update. Raises UserError for any that is wrong.
     """
-    tasks = [find_task(name) for name in options.tasks.split(",") if name.strip()]
-    seeds = _numbers(options.seeds)
-    source = open_source(options.glue_source)
-    if not tasks:
-        raise UserError("--tasks names no task.")
-    folder = Path(options.out) if options.out else _free_folder(Path(options.model))
-    if options.out and folder.exists():
-        raise UserError(f"{folder} exists already; choose another --out.")
-    splits = {task.name: (read_split(source, task, "train"), read_split(source, task, "dev")) for task in tasks}
-    use_device(options.device)
+    import tyro
+
+    def parse(default: Any) -> FinetuneOptions:
+        return tyro.cli(FinetuneOptions, args=args, prog="finetune.py", **default)
+
+    named = parse({})
+    if named.resume and not named.out:
+        raise UserError("--resume needs --out FOLDER, the sweep to go on with.")
+    if named.out and Path(named.out).exists() and not named.resume:
+        raise UserError(f"{named.out} exists already; pass --resume to go on with that sweep, or another --out.")
+    named.seed_list  # noqa: B018  (a wrong list is said before anything is read)
+    absent, sets = _read_tasks(named)
+    use_device(named.device)
+    from ufbert.glue.sweep import sweep
     from ufbert.hub.folder import load_model
 
-    model = load_model(options.model)
-    results: dict[str, Any] = {"model": str(options.model), "options": asdict(options), "tasks": {}}
-    live = LiveLine(every=10.0)
-    for task in tasks:
-        train, dev = splits[task.name]
-        if options.train_rows:
-            train = subset(train, options.train_rows, seeds[0])
-        live.say(
-            f"{task.name}: {len(train.labels):,} training and {len(dev.labels):,} dev rows, {options.tune.epochs} epochs, "
-            f"batch {options.tune.batch_rows}, lr {options.tune.peak_lr(model.config):.1e}, {len(seeds)} seed(s)"
-        )
-        runs = [_one(model, task, train, dev, options, seed, live) for seed in seeds]
-        results["tasks"][task.name] = _save(folder, task, runs, seeds)
-        write_json(folder / "glue.json", results)
-    print(_table(results))
-    print(f"results {folder / 'glue.json'}; one model folder per task beside it")
-    return results
+    model = load_model(named.model)
+    base = probing(find_protocol(named.protocol, model.config)) if named.probe else find_protocol(named.protocol, model.config)
+    options = parse({"default": replace(named, tune=base.tune)})
+    protocol = base.with_overrides(options.tune, options.seed_list or base.seeds)
+    if not options.out:
+        options = replace(options, out=str(_free_folder(Path(options.model))))
+    if absent:
+        print(f"not in {options.glue_source}, left out: {', '.join(absent)}")
+    return sweep(options, protocol, model, sets)
 
 
-def _one(model: Any, task: Task, train: Rows, dev: Rows, options: FinetuneOptions, seed: int, live: LiveLine) -> Any:
-    from ufbert.glue.finetune import finetune_task, format_metrics
-
-    began = time.monotonic()
-    if options.from_scratch:
-        import jax
-
-        from ufbert import nn
-
-        model = replace(model, params=nn.init(model.config, jax.random.key(seed), heads=()))
-    tuned = finetune_task(model, task, train, dev, options.tune, seed, live.show)
-    live.say(f"{task.name} seed {seed}: dev {format_metrics(tuned.metrics)} ({time.monotonic() - began:.0f} s)")
-    return tuned
+def probing(protocol: Protocol) -> Protocol:
+    """A protocol for a classifier on frozen features, which needs more and larger steps."""
+    tune = replace(protocol.tune, epochs=20, lr=1e-3)
+    return replace(protocol, name=f"{protocol.name}, probe", tune=tune, rates=())
 
 
-def subset(rows: Rows, count: int, seed: int) -> Rows:
-    """`count` rows drawn without replacement. Raises UserError if there are fewer."""
-    if count > len(rows.labels):
-        raise UserError(f"--train-rows {count} is more than the {len(rows.labels)} rows there are.")
-    picks = np.sort(np.random.default_rng(seed).permutation(len(rows.labels))[:count])
-    pairs = None if rows.pairs is None else [rows.pairs[i] for i in picks]
-    return Rows([rows.texts[i] for i in picks], pairs, [rows.labels[i] for i in picks])
-
-
-def _save(folder: Path, task: Task, runs: list[Any], seeds: list[int]) -> dict[str, Any]:
-    """Write the median run's model folder and return the task's entry of `glue.json`."""
-    from ufbert.hub.folder import save_model
-
-    main = [run.metrics[task.metrics[0]] for run in runs]
-    median = int(np.argsort(main, kind="stable")[(len(main) - 1) // 2])
-    save_model(folder / task.name, runs[median].model)
-    return {
-        "metrics": list(task.metrics),
-        "median": {name: float(np.median([run.metrics[name] for run in runs])) for name in task.metrics},
-        "mean": {name: float(np.mean([run.metrics[name] for run in runs])) for name in task.metrics},
-        "seeds": {str(seed): run.metrics for seed, run in zip(seeds, runs, strict=True)},
-        "curves": {str(seed): run.curve for seed, run in zip(seeds, runs, strict=True)},
-        "saved_seed": seeds[median],
-    }
-
-
-def _table(results: dict[str, Any]) -> str:
-    lines = ["", f"{'task':<6} {'metric':<10} {'median':>7} {'lowest':>7} {'highest':>8}  seeds"]
-    for name, entry in results["tasks"].items():
-        for metric in entry["metrics"]:
-            found = [run[metric] for run in entry["seeds"].values()]
-            lines.append(
-                f"{name:<6} {metric:<10} {100 * entry['median'][metric]:7.1f} {100 * min(found):7.1f} "
-                f"{100 * max(found):8.1f}  {len(found)}"
-            )
-    return "\n".join(lines)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--seeds {text!r} is not a list of whole numbers.") from error
+def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
+    """(Names of official tasks that the source lacks, rows of the tasks to run)."""
+    if options.is_own:
+        own = OwnTask(*(getattr(options, f.name) for f in dataclasses.fields(OwnTask)))
+        return [], [read_own(own, options.skip_bad_rows)]
+    source = open_source(options.glue_source, options.skip_bad_rows)
+    chosen, absent = choose_tasks(source, options.tasks)
+    if options.protocol == "mnli-first":
+        first = [task for task in chosen if "mnli" in (task.name, task.cut_of)]
+        if not first and any(task.name in PROTOCOLS["mnli-first"].mnli_first for task in chosen):
+            raise UserError("The protocol mnli-first needs MNLI among the tasks, and its rows in the source.")
+        chosen = [*first, *(task for task in chosen if task not in first)]
+    return absent, [load_task(source, task) for task in chosen]
 
 
 def _free_folder(model: Path) -> Path:

@@ -1,8 +1,13 @@
-"""Fine-tune an encoder on one task: AdamW, cosine decay after a warm-up, length buckets, the score on dev."""
+"""Fine-tune an encoder on one task: several runs (seeds, or learning rates) at once, by `vmap`, scored on dev every epoch.
+
+The arrays of the state have one leading axis, r, for the runs. Each run sees its own batches; their lengths are the same for
+all (`batches`), so one jitted update serves every run, and every task of equal shape.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,25 +17,65 @@ import optax
 
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
-from ufbert.data.encode import Encoded, encode_texts
-from ufbert.errors import UserError
+from ufbert.data.encode import Batch, Encoded, encode_texts
+from ufbert.glue.batches import epoch_batches
 from ufbert.glue.metrics import score
-from ufbert.glue.sources import Rows
+from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.tasks import Task
 from ufbert.hub.folder import ModelFolder, TaskInfo, with_task
-from ufbert.ops.losses import cross_entropy, squared_error
+from ufbert.ops.losses import cross_entropy, distillation, squared_error
 
 EVAL_ROWS = 64
 
 
-class Tuned(NamedTuple):
-    """The outcome of one task and seed."""
+class Run(NamedTuple):
+    """What tells one run of a task from another."""
 
+    seed: int
+    """Of the head, the row order and dropout."""
+    lr: float
+    """Peak learning rate."""
+
+
+class Tuned(NamedTuple):
+    """The outcome of one run."""
+
+    run: Run
     model: ModelFolder
-    metrics: dict[str, float]
-    """Dev metrics after the last epoch."""
+    metrics: dict[str, dict[str, float]]
+    """By dev split, of the weights in `model`."""
     curve: list[dict[str, float]]
-    """Training loss and dev metrics after each epoch."""
+    """Training loss and the metrics of the first dev split after each epoch."""
+    scores: dict[str, np.ndarray]
+    """By dev and test split, the classifier's scores (rows, outputs), in the labels' unit."""
+    truncated: int
+    """Rows of all splits that were cut to the longest row a model reads."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a jitted update is made for; tasks of equal setting share it."""
+
+    config: ModelConfig
+    tune: FinetuneConfig
+    is_regression: bool
+    probe: bool
+    """Whether only the classifier is trained, on features that are kept."""
+    taught: bool
+    """Whether a teacher's scores are part of the loss."""
+
+
+class Batches(NamedTuple):
+    """One batch of every run."""
+
+    inputs: Any
+    """Batch of (r, b, t) arrays; of a probe, features (r, b, d)."""
+    targets: np.ndarray
+    """(r, b) class numbers or standardised values."""
+    weights: np.ndarray
+    """(r, b), 0 for rows that only fill up a batch."""
+    teacher: np.ndarray | None
+    """(r, b, c) scores."""
 
 
 class _State(NamedTuple):
@@ -38,73 +83,263 @@ class _State(NamedTuple):
     opt_state: Any
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear rise over `warmup * total` updates, then half a cosine to zero at `total`."""
-    rise = max(1, round(warmup * total))
+class _Target(NamedTuple):
+    """How regression targets are learnt: standardised, because a small head reaches 0 to 5 too slowly."""
+
+    mean: float
+    spread: float
+
+
+def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
+    """Share of the peak rate at update `step` of `total`: a linear rise, then a cosine or a line down to zero."""
+    rise = max(1, int(config.warmup * total))
     if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+        return (step + 1) / rise
+    done = (step - rise) / max(1, total - rise)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def finetune_task(
     model: ModelFolder,
-    task: Task,
-    train: Rows,
-    dev: Rows,
-    config: FinetuneConfig,
-    seed: int,
-    progress: Callable[[str], None] = lambda message: None,
-) -> Tuned:
-    """Fine-tune every weight of `model`'s encoder under a fresh classifier and score it on dev after each epoch."""
-    if len(train.labels) < config.batch_rows:
-        raise UserError(
-            f"{task.name} has {len(train.labels)} training rows, fewer than one batch of {config.batch_rows}."
-        )
-    rows = encode_texts(model.tokenizer, train.texts, train.pairs, model.config, config.max_len)
-    dev_rows = encode_texts(model.tokenizer, dev.texts, dev.pairs, model.config, config.max_len)
-    mean, spread = _target_scale(task, train)
-    targets = ((np.asarray(train.labels) - mean) / spread).astype(np.float32)
-    head_key, step_key = jax.random.split(jax.random.key(seed))
-    encoder = jax.tree.map(jnp.array, model.params["encoder"])  # copied: the update donates its input
-    params = {"encoder": encoder, "classifier": nn.init_classifier(model.config, head_key, task.n_outputs)}
-    optimizer = _optimizer(config)
-    update = _build_update(model.config, task, optimizer)
-    predict = build_predict(model.config)
-    state = _State(params, optimizer.init(params))
-    per_epoch = len(targets) // config.batch_rows
-    total, step, curve, metrics = per_epoch * config.epochs, 0, [], {}
-    for epoch in range(config.epochs):
+    data: TaskData,
+    tune: FinetuneConfig,
+    runs: list[Run],
+    *,
+    from_scratch: bool = False,
+    probe: bool = False,
+    teacher: ModelFolder | None = None,
+    keep_best: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+) -> list[Tuned]:
+    """Fine-tune `model`'s encoder under a fresh classifier (whose pooler is the model's, where it has one), once for each of
+    `runs`, all at once.
+
+    `from_scratch` starts each run from random weights instead; `probe` leaves the encoder as it is; a `teacher` for the
+    same task has its scores learnt beside the labels. The weights of the last epoch are kept, or with `keep_best` those of
+    the best one on dev. `progress` is told (updates done, updates in all, what happens).
+    """
+    task = data.task
+    config = replace(model.config, dropout=tune.dropout)
+    setting = Setting(config, tune, task.is_regression, probe, teacher is not None)
+    steps = _steps(setting)
+    rows = encode_texts(model.tokenizer, data.train.texts, data.train.pairs, config, tune.max_len)
+    held = {name: _encoded(model, part, tune) for name, part in (data.dev | data.test).items()}
+    target = _target_of(task, data.train)
+    targets = ((np.asarray(data.train.labels) - target.mean) / target.spread).astype(np.float32)
+    taught = None if teacher is None else (teach(teacher, data.train, tune) - target.mean) / target.spread
+    params = _start(model, config, task, runs, from_scratch)
+    features, truncated = None, rows.truncated + sum(part.truncated for part in held.values())
+    if probe:
+        encoder = jax.tree.map(lambda leaf: leaf[0], params["encoder"])  # the same for every run
+        features = cached_features(config, encoder, rows)
+        held = {name: cached_features(config, encoder, part) for name, part in held.items()}
+        params = {"classifier": params["classifier"]}
+    state = _State(params, jax.vmap(_optimizer(tune).init)(params))
+    keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
+    peaks = np.array([run.lr for run in runs], np.float32)
+    total = math.ceil(len(targets) / tune.batch_rows) * tune.epochs
+    curves: list[list[dict[str, float]]] = [[] for _ in runs]
+    best, best_score, stale, step = None, np.full(len(runs), -np.inf), 0, 0
+    for epoch in range(tune.epochs):
         losses = []
-        for picks in _epoch_batches(rows, config.batch_rows, np.random.default_rng([seed, epoch])):
-            batch = rows.pad(picks)
-            lr = learning_rate(step, total, config.peak_lr(model.config), config.warmup)
-            key = jax.random.fold_in(step_key, step)
-            state, loss = update(state, batch, targets[picks], key, np.float32(lr))
+        for batches in _epoch(rows, features, targets, taught, runs, epoch, tune.batch_rows):
+            lr = peaks * np.float32(learning_rate(step, total, tune))
+            state, loss = steps.update(state, batches, keys, np.int32(step), lr)
             losses.append(loss)
             step += 1
-            if step % 20 == 0:
-                progress(f"{task.name} seed {seed}: epoch {epoch + 1}/{config.epochs}, update {step:,}/{total:,}")
-        scores = predict_rows(predict, state.params, dev_rows) * spread + mean
-        metrics = score(task.metrics, decide(task, scores), np.asarray(dev.labels))
-        curve.append({"epoch": epoch + 1, "loss": float(np.mean([float(x) for x in losses])), **metrics})
-        progress(f"{task.name} seed {seed}: epoch {epoch + 1}/{config.epochs}, {format_metrics(metrics)}")
-    info = TaskInfo(task.name, task.label_names, metrics)
-    classifier = _rescaled(state.params["classifier"], mean, spread)
-    tuned = with_task(replace(model, params={"encoder": state.params["encoder"]}), classifier, info)
-    return Tuned(tuned, metrics, curve)
+            progress(step, total, f"epoch {epoch + 1}/{tune.epochs}")
+        found = _dev_metrics(task, data.dev, steps, state.params, held, target)
+        mean = np.stack([np.asarray(loss) for loss in losses]).mean(axis=0)
+        for i, metrics in enumerate(found):
+            curves[i].append({"epoch": epoch + 1, "loss": float(mean[i]), **metrics[task_split(data)]})
+        score_now = np.array([metrics[task_split(data)][task.metrics[0]] for metrics in found])
+        progress(step, total, f"epoch {epoch + 1}/{tune.epochs}, dev {task.metrics[0]} {_points(score_now)}")
+        better = score_now > best_score
+        best_score, stale = np.where(better, score_now, best_score), 0 if better.any() else stale + 1
+        if keep_best:
+            best = state.params if best is None else _chosen(better, state.params, best)
+        if tune.early_stop and stale >= tune.early_stop:
+            break
+    kept = state.params if best is None else best
+    scores = {name: _rescaled(predict_rows(steps.predict, kept, part), target) for name, part in held.items()}
+    return [
+        _outcome(
+            run, data, model, jax.tree.map(lambda leaf, i=i: leaf[i], kept), target, curves[i],
+            {name: found[i] for name, found in scores.items()}, truncated,
+        )
+        for i, run in enumerate(runs)
+    ]  # fmt: skip
 
 
-def _target_scale(task: Task, train: Rows) -> tuple[float, float]:
-    """Mean and spread of regression targets, which are learnt standardised: a small head reaches 0 to 5 too slowly."""
+def task_split(data: TaskData) -> str:
+    """The dev split that decides."""
+    return next(iter(data.dev))
+
+
+def _encoded(model: ModelFolder, rows: Rows, tune: FinetuneConfig) -> Encoded:
+    return encode_texts(model.tokenizer, rows.texts, rows.pairs, model.config, tune.max_len)
+
+
+def _target_of(task: Task, train: Rows) -> _Target:
     if not task.is_regression:
-        return 0.0, 1.0
-    return float(np.mean(train.labels)), float(np.std(train.labels)) or 1.0
+        return _Target(0.0, 1.0)
+    return _Target(float(np.mean(train.labels or [0.0])), float(np.std(train.labels or [0.0])) or 1.0)
 
 
-def _rescaled(classifier: Any, mean: float, spread: float) -> Any:
-    """The classifier whose outputs are `spread * outputs + mean`."""
-    out = {"kernel": classifier["out"]["kernel"] * spread, "bias": classifier["out"]["bias"] * spread + mean}
-    return {**classifier, "out": out}
+def _start(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run], from_scratch: bool) -> Any:
+    """Parameters of every run, stacked."""
+
+    def one(run: Run) -> Any:
+        head_key, _ = jax.random.split(jax.random.key(run.seed))
+        encoder = model.params["encoder"]
+        if from_scratch:
+            encoder = nn.init(config, jax.random.key(run.seed), heads=())["encoder"]
+        classifier = nn.init_classifier(config, head_key, task.n_outputs)
+        if "pooler" in model.params and not from_scratch:
+            classifier = {**classifier, "pooler": model.params["pooler"]}
+        return {"encoder": encoder, "classifier": classifier}
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one(run) for run in runs])
+
+
+def _epoch(
+    rows: Encoded,
+    features: np.ndarray | None,
+    targets: np.ndarray,
+    teacher: np.ndarray | None,
+    runs: list[Run],
+    epoch: int,
+    batch_rows: int,
+) -> Any:
+    """The batches of an epoch, one of every run at a time."""
+    orders = {run.seed: epoch_batches(rows, batch_rows, run.seed, epoch) for run in runs}
+    for together in zip(*(orders[run.seed] for run in runs), strict=True):
+        picks = np.stack([one.picks for one in together])
+        weights = np.stack([one.weights for one in together])
+        if features is None:
+            padded = [rows.pad(one.picks, one.length) for one in together]
+            inputs: Any = Batch(*(np.stack(arrays) for arrays in zip(*padded, strict=True)))
+        else:
+            inputs = features[picks]
+        yield Batches(inputs, targets[picks], weights, None if teacher is None else teacher[picks])
+
+
+class _Steps(NamedTuple):
+    """Jitted functions of one setting, over all runs."""
+
+    update: Callable[..., Any]
+    """(state, batches, keys, step, lr (r,)) -> (state, mean losses (r,)). The state is donated."""
+    predict: Callable[..., Any]
+    """(params, one batch for all runs) -> classifier scores (r, rows, outputs), without dropout."""
+
+
+@lru_cache(maxsize=32)
+def _steps(setting: Setting) -> _Steps:
+    optimizer = _optimizer(setting.tune)
+
+    def loss_of(params: Any, batch: Batches, key: Any) -> Any:
+        scores, extra = classifier_scores(setting, params, batch.inputs, key)
+        if setting.is_regression:
+            sums = squared_error(scores[:, 0], batch.targets, batch.weights)
+        else:
+            sums = cross_entropy(scores, batch.targets.astype(jnp.int32), batch.weights)
+        loss = sums.loss
+        if batch.teacher is not None:
+            share = setting.tune.teacher_weight
+            if setting.is_regression:
+                taught = squared_error(scores[:, 0], batch.teacher[:, 0], batch.weights).loss
+            else:
+                taught = distillation(scores, batch.teacher, batch.weights, setting.tune.temperature)
+            loss = (1.0 - share) * loss + share * taught
+        return loss / jnp.maximum(sums.count, 1.0) + extra
+
+    def update_one(state: _State, batch: Batches, key: Any, step: Any, lr: Any) -> tuple[_State, Any]:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, jax.random.fold_in(key, step))
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - lr * u, state.params, direction)
+        return _State(params, opt_state), loss
+
+    def predict_one(params: Any, inputs: Any) -> Any:
+        return classifier_scores(setting, params, inputs, None)[0]
+
+    return _Steps(
+        jax.jit(jax.vmap(update_one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
+        jax.jit(jax.vmap(predict_one, in_axes=(0, None))),
+    )
+
+
+def classifier_scores(setting: Setting, params: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
+    """Scores (b, c) and what layers add to the loss; with a key as in training, without as in inference."""
+    encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
+    if setting.probe:
+        return nn.classify(params, setting.config, inputs[:, None], None, head_key), 0.0
+    hidden, aux = nn.encode(
+        params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
+        type_ids=inputs.type_ids,
+    )  # fmt: skip
+    return nn.classify(params, setting.config, hidden, inputs.segment_ids, head_key), nn.aux_loss(aux)
+
+
+def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    parts = [
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)),
+    ]
+    return optax.chain(*([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []), *parts)
+
+
+@jax.jit
+def _chosen(better: Any, new: Any, old: Any) -> Any:
+    """Per run, the new arrays where they are better."""
+    return jax.tree.map(lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+
+
+def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded | np.ndarray) -> np.ndarray:
+    """Scores (r, rows, outputs) of encoded rows or of features (rows, d), in order; rows of like length share a batch."""
+    lengths = [len(ids) for ids in rows.ids] if isinstance(rows, Encoded) else np.zeros(len(rows))
+    order = np.argsort(lengths, kind="stable")
+    found = []
+    for start in range(0, len(order), EVAL_ROWS):
+        picks = np.resize(order[start : start + EVAL_ROWS], EVAL_ROWS)
+        inputs = rows.pad(picks) if isinstance(rows, Encoded) else rows[picks]
+        found.append(np.asarray(predict(params, inputs)))
+    return np.concatenate(found, axis=1)[:, : len(order)][:, np.argsort(order)]
+
+
+def cached_features(config: ModelConfig, encoder: Any, rows: Encoded) -> np.ndarray:
+    """(rows, d): what the classifier's pooler reads of each row."""
+
+    def features(params: Any, batch: Batch) -> Any:
+        hidden, _ = nn.encode({"encoder": params[0]}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
+        return nn.pooled_input(config, hidden, batch.segment_ids)[None]
+
+    return predict_rows(jax.jit(features), [encoder], rows)[0]
+
+
+def teach(teacher: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarray:
+    """The scores (rows, outputs) of a fine-tuned model folder."""
+    setting = Setting(teacher.config, tune, False, False, False)
+    encoded = _encoded(teacher, rows, tune)
+    stacked = jax.tree.map(lambda leaf: leaf[None], teacher.params)
+    return predict_rows(_steps(setting).predict, stacked, encoded)[0].astype(np.float32)
+
+
+def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
+    return scores * target.spread + target.mean
+
+
+def _dev_metrics(
+    task: Task, dev: dict[str, Rows], steps: _Steps, params: Any, held: dict[str, Any], target: _Target
+) -> list[dict[str, dict[str, float]]]:
+    """Of every run, the metrics of every dev split."""
+    scores = {name: _rescaled(predict_rows(steps.predict, params, held[name]), target) for name in dev}
+    runs = len(next(iter(scores.values())))
+    return [{name: score_rows(task, rows, scores[name][i]) for name, rows in dev.items()} for i in range(runs)]
+
+
+def score_rows(task: Task, rows: Rows, scores: np.ndarray) -> dict[str, float]:
+    """The task's metrics of scores (rows, outputs)."""
+    return score(task.metrics, decide(task, scores), np.asarray(rows.labels))
 
 
 def decide(task: Task, scores: np.ndarray) -> np.ndarray:
@@ -112,73 +347,29 @@ def decide(task: Task, scores: np.ndarray) -> np.ndarray:
     return scores[:, 0] if task.is_regression else scores.argmax(axis=-1)
 
 
+def _outcome(
+    run: Run,
+    data: TaskData,
+    model: ModelFolder,
+    params: Any,
+    target: _Target,
+    curve: list[dict[str, float]],
+    scores: dict[str, np.ndarray],
+    truncated: int,
+) -> Tuned:
+    """A run's scores and its model folder, whose classifier answers in the labels' unit."""
+    metrics = {name: score_rows(data.task, rows, scores[name]) for name, rows in data.dev.items()}
+    info = TaskInfo(data.task.name, data.task.label_names, metrics[task_split(data)])
+    out = params["classifier"]["out"]
+    out = {"kernel": out["kernel"] * target.spread, "bias": out["bias"] * target.spread + target.mean}
+    base = replace(model, params={"encoder": params.get("encoder", model.params["encoder"])})
+    return Tuned(run, with_task(base, {**params["classifier"], "out": out}, info), metrics, curve, scores, truncated)
+
+
 def format_metrics(metrics: dict[str, float]) -> str:
     """`accuracy 81.4, f1 85.0`, in points of a hundred."""
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
 
 
-def build_predict(config: ModelConfig) -> Callable[..., Any]:
-    """Jitted (params, batch) -> classifier scores (rows, outputs), without dropout."""
-
-    def predict(params: Any, batch: Any) -> Any:
-        hidden, _ = nn.encode(params, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
-        return nn.classify(params, config, hidden, batch.segment_ids)
-
-    return jax.jit(predict)
-
-
-def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded) -> np.ndarray:
-    """Classifier scores of every row, in order; rows of like length share a batch."""
-    order = np.argsort([len(ids) for ids in rows.ids], kind="stable")
-    scores: list[np.ndarray | None] = [None] * len(order)
-    for start in range(0, len(order), EVAL_ROWS):
-        picks = order[start : start + EVAL_ROWS]
-        padded = np.concatenate([picks, np.repeat(picks[-1:], EVAL_ROWS - len(picks))])
-        found = np.asarray(predict(params, rows.pad(padded)))
-        for i, row in zip(picks, found, strict=False):
-            scores[i] = row
-    return np.stack([row for row in scores if row is not None])
-
-
-def _epoch_batches(rows: Encoded, batch_rows: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffled batches. Rows are sorted by length within pools of 50 batches, so padding is small and order random."""
-    order = rng.permutation(len(rows.ids))
-    lengths = np.array([len(ids) for ids in rows.ids])
-    batches = []
-    for start in range(0, len(order), 50 * batch_rows):
-        pool = order[start : start + 50 * batch_rows]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_rows] for i in range(0, len(pool) - batch_rows + 1, batch_rows)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay),
-    )
-
-
-def _build_update(config: ModelConfig, task: Task, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Jitted (state, batch, targets, key, lr) -> (state, mean loss). The state is donated."""
-
-    def loss_of(params: Any, batch: Any, targets: Any, key: Any) -> Any:
-        encoder_key, head_key = jax.random.split(key)
-        hidden, aux = nn.encode(
-            params, config, batch.ids, batch.segment_ids, key=encoder_key, deterministic=False, type_ids=batch.type_ids
-        )
-        scores = nn.classify(params, config, hidden, batch.segment_ids, head_key)
-        weights = jnp.ones(targets.shape)
-        if task.is_regression:
-            sums = squared_error(scores[:, 0], targets, weights)
-        else:
-            sums = cross_entropy(scores, targets.astype(jnp.int32), weights)
-        return sums.loss / sums.count + nn.aux_loss(aux)
-
-    def update(state: _State, batch: Any, targets: Any, key: Any, lr: Any) -> tuple[_State, Any]:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, targets, key)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, direction)
-        return _State(params, opt_state), loss
-
-    return jax.jit(update, donate_argnums=0)
+def _points(values: np.ndarray) -> str:
+    return " ".join(f"{100 * value:.1f}" for value in values)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from ufbert.config import ModelConfig
 from ufbert.nn.encoder import Encoder
 from ufbert.nn.feedforward import tree_backend
-from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
+from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler, pooled_input
 from ufbert.nn.layers import Aux, compute_dtype
 
 Params = Mapping[str, Any]
@@ -31,6 +31,7 @@ __all__ = [
     "init_classifier",
     "masked_lm_logits",
     "pool",
+    "pooled_input",
     "shapes",
     "tree_backend",
 ]

@@ -31,12 +31,20 @@ class MaskedLMHead(nn.Module):
         return logits
 
 
-class Pooler(nn.Module):
-    """What a classifier sees: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT.
+def pooled_input(
+    config: ModelConfig, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
+) -> Float[Array, "b d"]:
+    """The first token's hidden state, or the mean over the tokens whose segment is not 0 (padding; without `segment_ids`
+    all tokens are real)."""
+    if config.pooling == "first":
+        return hidden[:, 0]
+    real = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+    return jnp.einsum("bt,btd->bd", real, hidden) / jnp.maximum(real.sum(axis=1, keepdims=True), 1.0)
 
-    h is the first token's hidden state, or the mean over the tokens whose segment is not 0 (padding; without `segment_ids`
-    all tokens are real).
-    """
+
+class Pooler(nn.Module):
+    """What a classifier sees: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT, h the pooled
+    input."""
 
     config: ModelConfig
 
@@ -44,12 +52,7 @@ class Pooler(nn.Module):
     def __call__(
         self, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b p"]:
-        cfg = self.config
-        if cfg.pooling == "first":
-            h = hidden[:, 0]
-        else:
-            real = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-            h = jnp.einsum("bt,btd->bd", real, hidden) / jnp.maximum(real.sum(axis=1, keepdims=True), 1.0)
+        cfg, h = self.config, pooled_input(self.config, hidden, segment_ids)
         if cfg.pooler == "transform":
             return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(h)))
         return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(h).astype(jnp.float32))

@@ -26,6 +26,16 @@ def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], 
     return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum((picked >= highest) * weights), jnp.zeros(()))
 
 
+def distillation(
+    logits: Float[Array, "*rows v"], teacher: Float[Array, "*rows v"], weights: Float[Array, "*rows"], temperature: float
+) -> Float[Array, ""]:
+    """Weighted total of T^2 KL(softmax(teacher / T) || softmax(logits / T)) in nats (Hinton et al. 2015, section 2): the
+    factor keeps its gradient as large as that of the labels' loss."""
+    soft = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    found = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    return temperature**2 * jnp.sum(jnp.sum(jnp.exp(soft) * (soft - found), axis=-1) * weights)
+
+
 def squared_error(
     predicted: Float[Array, "*rows"], target: Float[Array, "*rows"], weights: Float[Array, "*rows"]
 ) -> Sums:

@@ -1,0 +1,94 @@
+"""Protocols: everything about fine-tuning that makes two scores comparable, under a name."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from ufbert.config import FinetuneConfig, ModelConfig
+
+ProtocolName = Literal["auto", "crammed", "small", "bert", "mnli-first"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every task is fine-tuned and what is reported."""
+
+    name: str
+    source: str
+    """Where it comes from, and what it is for."""
+    tune: FinetuneConfig
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Runs; their median is reported."""
+    rates: tuple[float, ...] = ()
+    """Peak learning rates that are all tried, the best on dev kept; none for the one of `tune`."""
+    mnli_first: tuple[str, ...] = ()
+    """Tasks that start from the model fine-tuned on MNLI."""
+
+    def text(self, config: ModelConfig) -> str:
+        """All of it in one line, for the table."""
+        tune = self.tune
+        rates = " or ".join(f"{rate:g}" for rate in self.rates) or f"{tune.peak_lr(config):.2g}"
+        best = " (the best on dev, per task)" if self.rates else ""
+        parts = [
+            f"{tune.epochs} epochs, batch {tune.batch_rows}, learning rate {rates}{best}, {tune.warmup:.0%} warm-up then "
+            f"{tune.schedule}, AdamW ({tune.adam_b1}, {tune.adam_b2}), decay {tune.weight_decay:g}, dropout {tune.dropout:g}, "
+            f"at most {tune.max_len} tokens, the same for every task, dev set, median of {len(self.seeds)} seed(s)"
+        ]
+        if tune.clip_norm:
+            parts.append(f"gradients clipped at {tune.clip_norm:g}")
+        if tune.early_stop:
+            parts.append(f"stopped after {tune.early_stop} epochs without a better dev score")
+        if self.mnli_first:
+            parts.append(f"{', '.join(self.mnli_first)} from the model fine-tuned on MNLI")
+        return "; ".join(parts)
+
+    def with_overrides(self, tune: FinetuneConfig, seeds: tuple[int, ...]) -> "Protocol":
+        """This protocol with hyper-parameters and seeds changed by hand, which its name then tells."""
+        changed = [
+            f"{f.name} {getattr(tune, f.name):g}" if isinstance(getattr(tune, f.name), float) else
+            f"{f.name} {getattr(tune, f.name)}"
+            for f in fields(tune)
+            if getattr(tune, f.name) != getattr(self.tune, f.name)
+        ]  # fmt: skip
+        if len(seeds) != len(self.seeds):
+            changed.append(f"{len(seeds)} seed(s)")
+        rates = () if tune.lr != self.tune.lr else self.rates
+        name = f"{self.name} with {', '.join(changed)}" if changed else self.name
+        return replace(self, name=name, tune=tune, seeds=seeds, rates=rates)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "crammed",
+            "Geiping and Goldstein 2022, section 5: one setting for all tasks",
+            FinetuneConfig(lr=4e-5),
+        ),
+        Protocol(
+            "small",
+            "crammed's with a learning rate of 0.2 / width, for models narrower than BERT",
+            FinetuneConfig(),
+        ),
+        Protocol(
+            "bert",
+            "Devlin et al. 2019, section 4.1: three epochs, the best of four learning rates on dev",
+            FinetuneConfig(
+                epochs=3, batch_rows=32, lr=5e-5, schedule="linear", adam_b2=0.999, weight_decay=0.01, clip_norm=1.0
+            ),
+            rates=(5e-5, 4e-5, 3e-5, 2e-5),
+        ),
+        Protocol(
+            "mnli-first",
+            "crammed's, with RTE, MRPC and STS-B started from the MNLI model, as RoBERTa and ALBERT report them",
+            FinetuneConfig(lr=4e-5),
+            mnli_first=("rte", "mrpc", "stsb"),
+        ),
+    )
+}
+
+
+def find_protocol(name: ProtocolName, config: ModelConfig) -> Protocol:
+    """The protocol of that name; `auto` is `crammed` from width 768 up and `small` below."""
+    if name == "auto":
+        name = "crammed" if config.d_model >= 768 else "small"
+    return PROTOCOLS[name]
