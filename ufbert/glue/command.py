@@ -42,8 +42,8 @@ class FinetuneOptions:
     label: str = ""
     """Its label column: classes, or numbers to predict."""
     protocol: ProtocolName = "auto"
-    """crammed, small (crammed with a learning rate by width), bert (best of four learning rates), mnli-first; auto takes crammed
-    from width 768 up and small below."""
+    """crammed, small (crammed with a learning rate by width), bert (best of four learning rates), mnli-first; auto takes
+    crammed from width 768 up and small below."""
     out: str = ""
     """Folder for the results; by default a new one under runs/."""
     resume: bool = False
@@ -121,7 +121,11 @@ def finetune_command(args: list[str]) -> dict[str, Any]:
     from ufbert.hub.folder import load_model
 
     model = load_model(named.model)
-    base = probing(find_protocol(named.protocol, model.config)) if named.probe else find_protocol(named.protocol, model.config)
+    base = (
+        probing(find_protocol(named.protocol, model.config))
+        if named.probe
+        else find_protocol(named.protocol, model.config)
+    )
     options = parse({"default": replace(named, tune=base.tune)})
     protocol = base.with_overrides(options.tune, options.seed_list or base.seeds)
     if not options.out:

@@ -37,6 +37,19 @@ class Run(NamedTuple):
     """Peak learning rate."""
 
 
+class Trace(NamedTuple):
+    """What a run left besides its weights."""
+
+    curve: list[dict[str, float]]
+    """Mean training loss of each epoch, and the metrics of the first dev split after it."""
+    losses: np.ndarray
+    """(updates,) training loss of each update."""
+    scores: dict[str, np.ndarray]
+    """By dev and test split, the classifier's scores (rows, outputs), in the labels' unit."""
+    truncated: int
+    """Rows of all splits that were cut to the longest row a model reads."""
+
+
 class Tuned(NamedTuple):
     """The outcome of one run."""
 
@@ -44,12 +57,7 @@ class Tuned(NamedTuple):
     model: ModelFolder
     metrics: dict[str, dict[str, float]]
     """By dev split, of the weights in `model`."""
-    curve: list[dict[str, float]]
-    """Training loss and the metrics of the first dev split after each epoch."""
-    scores: dict[str, np.ndarray]
-    """By dev and test split, the classifier's scores (rows, outputs), in the labels' unit."""
-    truncated: int
-    """Rows of all splits that were cut to the longest row a model reads."""
+    trace: Trace
 
 
 @dataclass(frozen=True)
@@ -140,16 +148,19 @@ def finetune_task(
     total = math.ceil(len(targets) / tune.batch_rows) * tune.epochs
     curves: list[list[dict[str, float]]] = [[] for _ in runs]
     best, best_score, stale, step = None, np.full(len(runs), -np.inf), 0, 0
+    losses: list[Any] = []
     for epoch in range(tune.epochs):
-        losses = []
+        before = len(losses)
         for batches in _epoch(rows, features, targets, taught, runs, epoch, tune.batch_rows):
             lr = peaks * np.float32(learning_rate(step, total, tune))
             state, loss = steps.update(state, batches, keys, np.int32(step), lr)
             losses.append(loss)
             step += 1
             progress(step, total, f"epoch {epoch + 1}/{tune.epochs}")
-        found = _dev_metrics(task, data.dev, steps, state.params, held, target)
-        mean = np.stack([np.asarray(loss) for loss in losses]).mean(axis=0)
+        scores = {name: _rescaled(predict_rows(steps.predict, state.params, held[name]), target) for name in data.dev}
+        found = [metrics_of(data, {name: of_runs[i] for name, of_runs in scores.items()}) for i in range(len(runs))]
+        losses[before:] = [np.asarray(loss) for loss in losses[before:]]
+        mean = np.mean(losses[before:], axis=0)
         for i, metrics in enumerate(found):
             curves[i].append({"epoch": epoch + 1, "loss": float(mean[i]), **metrics[task_split(data)]})
         score_now = np.array([metrics[task_split(data)][task.metrics[0]] for metrics in found])
@@ -157,15 +168,15 @@ def finetune_task(
         better = score_now > best_score
         best_score, stale = np.where(better, score_now, best_score), 0 if better.any() else stale + 1
         if keep_best:
-            best = state.params if best is None else _chosen(better, state.params, best)
+            best = _chosen(better, state.params, state.params if best is None else best)
         if tune.early_stop and stale >= tune.early_stop:
             break
     kept = state.params if best is None else best
     scores = {name: _rescaled(predict_rows(steps.predict, kept, part), target) for name, part in held.items()}
     return [
         _outcome(
-            run, data, model, jax.tree.map(lambda leaf, i=i: leaf[i], kept), target, curves[i],
-            {name: found[i] for name, found in scores.items()}, truncated,
+            run, data, model, jax.tree.map(lambda leaf, i=i: leaf[i], kept), target,
+            Trace(curves[i], np.stack(losses)[:, i], {name: found[i] for name, found in scores.items()}, truncated),
         )
         for i, run in enumerate(runs)
     ]  # fmt: skip
@@ -328,18 +339,12 @@ def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
     return scores * target.spread + target.mean
 
 
-def _dev_metrics(
-    task: Task, dev: dict[str, Rows], steps: _Steps, params: Any, held: dict[str, Any], target: _Target
-) -> list[dict[str, dict[str, float]]]:
-    """Of every run, the metrics of every dev split."""
-    scores = {name: _rescaled(predict_rows(steps.predict, params, held[name]), target) for name in dev}
-    runs = len(next(iter(scores.values())))
-    return [{name: score_rows(task, rows, scores[name][i]) for name, rows in dev.items()} for i in range(runs)]
-
-
-def score_rows(task: Task, rows: Rows, scores: np.ndarray) -> dict[str, float]:
-    """The task's metrics of scores (rows, outputs)."""
-    return score(task.metrics, decide(task, scores), np.asarray(rows.labels))
+def metrics_of(data: TaskData, scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """By dev split, the task's metrics of scores (rows, outputs)."""
+    return {
+        name: score(data.task.metrics, decide(data.task, scores[name]), np.asarray(rows.labels))
+        for name, rows in data.dev.items()
+    }
 
 
 def decide(task: Task, scores: np.ndarray) -> np.ndarray:
@@ -347,23 +352,14 @@ def decide(task: Task, scores: np.ndarray) -> np.ndarray:
     return scores[:, 0] if task.is_regression else scores.argmax(axis=-1)
 
 
-def _outcome(
-    run: Run,
-    data: TaskData,
-    model: ModelFolder,
-    params: Any,
-    target: _Target,
-    curve: list[dict[str, float]],
-    scores: dict[str, np.ndarray],
-    truncated: int,
-) -> Tuned:
+def _outcome(run: Run, data: TaskData, model: ModelFolder, params: Any, target: _Target, trace: Trace) -> Tuned:
     """A run's scores and its model folder, whose classifier answers in the labels' unit."""
-    metrics = {name: score_rows(data.task, rows, scores[name]) for name, rows in data.dev.items()}
+    metrics = metrics_of(data, trace.scores)
     info = TaskInfo(data.task.name, data.task.label_names, metrics[task_split(data)])
     out = params["classifier"]["out"]
     out = {"kernel": out["kernel"] * target.spread, "bias": out["bias"] * target.spread + target.mean}
     base = replace(model, params={"encoder": params.get("encoder", model.params["encoder"])})
-    return Tuned(run, with_task(base, {**params["classifier"], "out": out}, info), metrics, curve, scores, truncated)
+    return Tuned(run, with_task(base, {**params["classifier"], "out": out}, info), metrics, trace)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from ufbert.config import FORMAT_VERSION
 from ufbert.errors import UserError
 from ufbert.glue.command import FREE_ON_RESUME, FinetuneOptions
-from ufbert.glue.finetune import Run, Tuned, finetune_task, format_metrics, score_rows
+from ufbert.glue.finetune import Run, Trace, Tuned, finetune_task, format_metrics, metrics_of
 from ufbert.glue.outcome import averages, dev_outcome, write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
 from ufbert.glue.rows import Rows, TaskData
@@ -40,14 +40,18 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
             continue
         if options.train_rows:
             data = data._replace(train=subset(data.train, options.train_rows, protocol.seeds[0]))
-        runs = [Run(seed, lr) for lr in protocol.rates or (protocol.tune.peak_lr(model.config),) for seed in protocol.seeds]
+        runs = [
+            Run(seed, lr) for lr in protocol.rates or (protocol.tune.peak_lr(model.config),) for seed in protocol.seeds
+        ]
         live.say(
             f"[{number}/{len(sets)}] {task.name}: {len(data.train.texts):,} training and {len(_first(data.dev).texts):,} dev "
             f"rows, {len(runs)} run(s){_counted(data)}"
         )
         first = task.name in protocol.mnli_first
         start = load_model(folder / mnli) if first else model
-        done = _runs(options, protocol, start, data, runs, teachers.get(task.name), folder, live, eta, f"[{number}/{len(sets)}]")
+        done = _runs(
+            options, protocol, start, data, runs, teachers.get(task.name), folder, live, eta, f"[{number}/{len(sets)}]"
+        )
         entry = _finish_task(folder, data, done, protocol)
         entry |= {"starts_from": mnli if first else "model", "seconds": time.monotonic() - began}
         results["tasks"][task.name] = entry
@@ -56,7 +60,9 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
         write_json(folder / "glue.json", results)
         shutil.rmtree(folder / "partial", ignore_errors=True)
     table, page = write_glue_report(folder)
-    print(f"\n{table.read_text(encoding='utf-8')}\nresults {folder / 'glue.json'}, {table}, {page}; one model folder per task")
+    print(
+        f"\n{table.read_text(encoding='utf-8')}\nresults {folder / 'glue.json'}, {table}, {page}; one model folder per task"
+    )
     return results
 
 
@@ -72,7 +78,9 @@ def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: Mo
             raise UserError(f"There is no sweep in {folder} to resume.") from error
         for name, value in asked.items():
             if before.get(name) != value:
-                raise UserError(f"{folder} was started with {name}={before.get(name)}; it cannot go on with {name}={value}.")
+                raise UserError(
+                    f"{folder} was started with {name}={before.get(name)}; it cannot go on with {name}={value}."
+                )
         return found
     mode = "probe" if options.probe else "from scratch" if options.from_scratch else "fine-tuned"
     results = {
@@ -114,7 +122,7 @@ def _runs(
     eta: "_Eta",
     where: str,
 ) -> list[Tuned]:
-    """All runs of a task, as many at once as asked for. What earlier groups gave is kept in `partial/` until the task is done."""
+    """All runs of a task, as many at once as asked for. What groups gave is kept in `partial/` until the task is done."""
     size, done = options.runs_at_once or len(runs), []
     groups = [runs[i : i + size] for i in range(0, len(runs), size)]
     for number, group in enumerate(groups):
@@ -126,7 +134,9 @@ def _runs(
 
         def progress(step: int, total: int, what: str, number: int = number, group: list[Run] = group) -> None:
             left = eta.left((number + step / total) / len(groups))
-            live.show(f"{where} {data.task.name}, {_named(group)}: {what}, update {step:,}/{total:,}; {left} left in all")
+            live.show(
+                f"{where} {data.task.name}, {_named(group)}: {what}, update {step:,}/{total:,}; {left} left in all"
+            )
 
         found = finetune_task(
             model, data, protocol.tune, group, from_scratch=options.from_scratch, probe=options.probe, teacher=teacher,
@@ -149,8 +159,9 @@ def _store(folder: Path, data: TaskData, tuned: Tuned) -> None:
     """Keep a run until its task is done; the model folder comes last and marks it whole."""
     place = _place(folder, data, tuned.run)
     place.mkdir(parents=True, exist_ok=True)
-    np.savez(place / "scores.npz", **tuned.scores)  # ty: ignore[invalid-argument-type]
-    write_json(place / "curve.json", {"curve": tuned.curve, "truncated": tuned.truncated})
+    arrays: dict[str, Any] = {"losses": tuned.trace.losses, **tuned.trace.scores}
+    np.savez(place / "arrays.npz", **arrays)
+    write_json(place / "trace.json", {"curve": tuned.trace.curve, "truncated": tuned.trace.truncated})
     save_model(place / "model", tuned.model)
 
 
@@ -159,11 +170,11 @@ def _stored(folder: Path, data: TaskData, run: Run) -> Tuned | None:
     place = _place(folder, data, run)
     if not (place / "model").is_dir():
         return None
-    with np.load(place / "scores.npz") as found:
+    with np.load(place / "arrays.npz") as found:
         scores = {name: found[name] for name in found.files}
-    kept = json.loads((place / "curve.json").read_text(encoding="utf-8"))
-    metrics = {name: score_rows(data.task, rows, scores[name]) for name, rows in data.dev.items()}
-    return Tuned(run, load_model(place / "model"), metrics, kept["curve"], scores, kept["truncated"])
+    kept = json.loads((place / "trace.json").read_text(encoding="utf-8"))
+    trace = Trace(kept["curve"], scores.pop("losses"), scores, kept["truncated"])
+    return Tuned(run, load_model(place / "model"), metrics_of(data, scores), trace)
 
 
 def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Protocol) -> dict[str, Any]:
@@ -179,9 +190,9 @@ def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Prot
     saved = runs[int(order[(len(runs) - 1) // 2])]
     save_model(folder / task.name, saved.model)
     for split, rows in (data.dev | data.test).items():
-        write_predictions(folder, task, split, rows, {one.run.seed: one.scores[split] for one in runs})
+        write_predictions(folder, task, split, rows, {one.run.seed: one.trace.scores[split] for one in runs})
     for split in data.test:
-        write_submission(folder, task, split, saved.scores[split])
+        write_submission(folder, task, split, saved.trace.scores[split])
     return {
         "folder": task.folder,
         "cut_of": task.cut_of,
@@ -189,15 +200,15 @@ def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Prot
         "label_names": list(task.label_names),
         "train_rows": len(data.train.texts),
         "skipped_rows": sum(rows.skipped for rows in (data.train, *data.dev.values(), *data.test.values())),
-        "truncated_rows": saved.truncated,
+        "truncated_rows": saved.trace.truncated,
         "lr": lr,
         "rates": {f"{rate:g}": median for rate, median in medians.items()},
         "saved_seed": saved.run.seed,
         "dev": {
-            split: dev_outcome(task, split, data.train, rows, {one.run.seed: one.scores[split] for one in runs})
+            split: dev_outcome(task, split, data.train, rows, {one.run.seed: one.trace.scores[split] for one in runs})
             for split, rows in data.dev.items()
         },
-        "curves": {str(one.run.seed): one.curve for one in runs},
+        "curves": {str(one.run.seed): one.trace.curve for one in runs},
     }
 
 

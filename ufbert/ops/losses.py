@@ -27,7 +27,10 @@ def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], 
 
 
 def distillation(
-    logits: Float[Array, "*rows v"], teacher: Float[Array, "*rows v"], weights: Float[Array, "*rows"], temperature: float
+    logits: Float[Array, "*rows v"],
+    teacher: Float[Array, "*rows v"],
+    weights: Float[Array, "*rows"],
+    temperature: float,
 ) -> Float[Array, ""]:
     """Weighted total of T^2 KL(softmax(teacher / T) || softmax(logits / T)) in nats (Hinton et al. 2015, section 2): the
     factor keeps its gradient as large as that of the labels' loss."""
