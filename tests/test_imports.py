@@ -21,7 +21,7 @@ BELOW = {
     "listing": {"nn", "presets", "config", "cost"},
     "cost": {"config", "devices", "presets"},
     "writers": {"errors"},
-    "report": {"config"},
+    "report": {"config", "errors", "writers"},
     "checkpoint": {"errors", "processes"},
     "data": {"config", "errors", "places"},
     "hub": {"nn", "ops", "data", "config", "errors"},

@@ -9,6 +9,7 @@ VERBS = {
     "train": "pretrain a model from raw text within a budget (also: python train.py)",
     "plan": "say what a budget buys on a device: tokens, updates, memory, time, money",
     "finetune": "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
+    "glue-table": "put the GLUE scores of several models side by side, with intervals of their differences",
     "fill-mask": "guess the [MASK] of a sentence",
     "predict": "classify texts with a fine-tuned model folder",
     "presets": "list the presets, their sizes and their arithmetic",
@@ -64,6 +65,10 @@ def run_verb(verb: str, args: list[str]) -> None:
         from ufbert.glue.command import finetune_command
 
         finetune_command(args)
+    elif verb == "glue-table":
+        from ufbert.glue.table_command import glue_table_command
+
+        glue_table_command(args)
     elif verb in ("fill-mask", "predict"):
         from ufbert.inference import command
 

@@ -127,9 +127,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under its final name only when it is whole. Raises UserError if the disk refuses."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under its final name only when it is whole, with its line ends as they are.
+
+    Makes the folder where it is missing. Raises UserError if the disk refuses.
+    """
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8", newline="")
         os.replace(scratch, path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error

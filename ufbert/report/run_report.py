@@ -1,10 +1,12 @@
 """`report.html` of a pretraining run: self-contained, curves as pictures."""
 
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
+
+from ufbert.report.page import facts, grid, number, page, svg
+from ufbert.writers import write_text
 
 
 def write_report(folder: Path) -> Path:
@@ -15,32 +17,17 @@ def write_report(folder: Path) -> Path:
     updates = [r for r in records if "loss" in r and not r.get("skipped")]
     evals = [r for r in records if "heldout_loss" in r]
     pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
-    title = html.escape(f"{config['config']} at scale {config['scale']}, {config['budget']}")
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd }}
-td:last-child {{ font-variant-numeric: tabular-nums }} svg {{ width: 100%; height: auto }} pre {{ overflow-x: auto }}
-</style></head><body><h1>{title}</h1>
-{_table(_described(summary))}
+    body = f"""{facts(_described(summary))}
 {_cost(config, summary)}
 {"".join(pictures)}
 {_events([r for r in records if "event" in r])}
 <h2>Held-out evaluations</h2>{_evaluations(evals)}
 {_usage(evals)}
-<h2>Environment</h2>{_table(config.get("environment", {}))}
-<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre></body></html>
-"""
+<h2>Environment</h2>{facts(config.get("environment", {}))}
+<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>"""
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page(f"{config['config']} at scale {config['scale']}, {config['budget']}", body))
     return path
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_number(value))}</td></tr>"
-        for name, value in values.items()
-    )
-    return f"<table>{rows}</table>"
 
 
 def _described(summary: dict[str, Any]) -> dict[str, Any]:
@@ -69,25 +56,23 @@ def _events(events: list[dict[str, Any]]) -> str:
     """What interrupted the run, and what that cost."""
     if not events:
         return ""
-    rows = "".join(
-        f"<tr><td>{r['step']:,}</td><td>{html.escape(r['event'])}</td><td>"
-        + html.escape(
-            ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in r.items() if k not in ("step", "event"))
-        )
-        + "</td></tr>"
+    rows = [
+        [
+            f"{r['step']:,}",
+            r["event"],
+            ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in r.items() if k not in ("step", "event")),
+        ]
         for r in events
-    )
-    return f"<h2>Events</h2><table><tr><th>update</th><th>what</th><th></th></tr>{rows}</table>"
+    ]
+    return f"<h2>Events</h2>{grid(['update', 'what', ''], rows)}"
 
 
 def _evaluations(evals: list[dict[str, Any]]) -> str:
-    head = "<tr><th>update</th><th>seconds</th><th>loss, nats</th><th>accuracy</th></tr>"
-    rows = "".join(
-        f"<tr><td>{r['step']:,}</td><td>{r['spent']:.1f}</td><td>{r['heldout_loss']:.4f}</td>"
-        f"<td>{r['heldout_accuracy']:.2%}</td></tr>"
+    rows = [
+        [f"{r['step']:,}", f"{r['spent']:.1f}", f"{r['heldout_loss']:.4f}", f"{r['heldout_accuracy']:.2%}"]
         for r in evals
-    )
-    return f"<table>{head}{rows}</table>"
+    ]
+    return grid(["update", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
 
 
 def _usage(evals: list[dict[str, Any]]) -> str:
@@ -96,18 +81,9 @@ def _usage(evals: list[dict[str, Any]]) -> str:
     if not usage:
         return ""
     names = list(dict.fromkeys(name for found in usage.values() for name in found))
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
-    rows = "".join(
-        f"<tr><td>{layer}</td>" + "".join(f"<td>{found.get(name, float('nan')):.3f}</td>" for name in names) + "</tr>"
-        for layer, found in usage.items()
-    )
-    return f"<h2>In use on held-out text</h2><table><tr><th>layer</th>{head}</tr>{rows}</table>"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    rows = [[layer, *(f"{found.get(name, float('nan')):.3f}" for name in names)] for layer, found in usage.items()]
+    head = ["layer", *(name.replace("_", " ") for name in names)]
+    return f"<h2>In use on held-out text</h2>{grid(head, rows, numbers=range(1, len(head)))}"
 
 
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
@@ -125,13 +101,8 @@ def _svg(draw: Any, rows: int) -> str:
     figure = matplotlib.figure.Figure(figsize=(9, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     draw(axes)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("seconds of the budget")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return "<figure>" + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</figure>"
+    return svg(figure)
 
 
 def _thin(values: list[Any], most: int = 2000) -> list[Any]:

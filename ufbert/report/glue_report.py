@@ -1,0 +1,199 @@
+"""`glue.md` and `report.html` of a GLUE sweep: scores, learning curves, confusion tables, and how it all came about."""
+
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ufbert.report.glue_results import Average, DevResult, GlueResults, Scores, TaskResult, read_results
+from ufbert.report.page import facts, grid, markdown_grid, page, svg
+from ufbert.writers import write_text
+
+
+def write_glue_report(folder: Path) -> Path:
+    """Write `glue.md` and `report.html` beside a sweep's `glue.json` and return the path of the second.
+
+    Raises UserError for a `glue.json` that is missing or broken, and if the disk refuses.
+    """
+    results = read_results(folder)
+    write_text(folder / "glue.md", glue_markdown(results))
+    write_text(folder / "report.html", glue_page(results))
+    return folder / "report.html"
+
+
+def points(score: float) -> str:
+    """A score times 100, with one decimal."""
+    return f"{100 * score:.1f}"
+
+
+def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
+    """Every dev split of every task."""
+    return ((task, split, dev) for task in results.tasks.values() for split, dev in task.dev.items())
+
+
+def _score_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of scores, a row for each dev split and metric."""
+    head = ["task", "metric", "median", "lowest-highest", *(f"seed {seed}" for seed in results.seeds), "majority"]
+    rows = []
+    for task, split, dev in _devs(results):
+        for metric in task.metrics:
+            each = [points(dev.seeds[seed][metric]) if seed in dev.seeds else "" for seed in results.seeds]
+            spread = "-".join(points(value) for value in dev.spread[metric])
+            around = [points(dev.median[metric]), spread, *each, points(dev.majority[metric])]
+            rows.append([task.title(split), metric, *around, f"{dev.rows:,}", _standing(task, dev)])
+    return [*head, "dev rows", "which"], rows
+
+
+def _standing(task: TaskResult, dev: DevResult) -> str:
+    """Whether a score may be called by the task's name."""
+    if task.cut_of:
+        return f"a part of {task.cut_of}, not its dev set"
+    return "official dev set" if dev.official else "not all rows of the official dev set"
+
+
+def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of how each task was trained."""
+    head = ["task", "training rows", "cut to length", "broken, left out", "starts from", "learning rate", "seconds"]
+    rows = [
+        [
+            task.folder, f"{task.train_rows:,}", f"{task.truncated_rows:,}", f"{task.skipped_rows:,}", task.starts_from,
+            f"{task.lr:.2g}", f"{task.seconds:,.0f}", str(task.saved_seed),
+        ]
+        for task in results.tasks.values()
+    ]  # fmt: skip
+    return [*head, "seed kept"], rows
+
+
+def _average_grid(averages: list[Average]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the averages; what is missing stands in place of a number."""
+    rows = []
+    for average in averages:
+        value = f"missing: {'; '.join(average.missing)}" if average.value is None else points(average.value)
+        rows.append([average.name, value, average.sentence])
+    return ["average", "value", "of what"], rows
+
+
+def _protocol(results: GlueResults) -> str:
+    """A sentence that must stand with the numbers wherever they go."""
+    protocol = results.protocol
+    return f"{protocol.name} ({protocol.mode}): {protocol.text}"
+
+
+_KEY = (
+    "Scores are times 100. Median and lowest-highest are over seeds; majority is the score of always giving the training "
+    "rows' most frequent answer."
+)
+
+
+def glue_markdown(results: GlueResults) -> str:
+    """The tables of a sweep as Markdown."""
+    head, rows = _score_grid(results)
+    return "\n\n".join(
+        [
+            f"# GLUE: {results.model}",
+            f"Protocol: {_protocol(results)}\n\nRows from {results.source}. {_KEY}",
+            markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
+            markdown_grid(*_average_grid(list(results.averages.values()))),
+            markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",
+        ]
+    )
+
+
+def glue_page(results: GlueResults) -> str:
+    """The page of a sweep, self-contained HTML."""
+    head, rows = _score_grid(results)
+    pictures = [_overview(results)] if results.tasks else []
+    curves = [picture for task in results.tasks.values() if (picture := _curves(task))]
+    confusions = [_confusion(task, split, dev) for task, split, dev in _devs(results) if dev.confusion]
+    body = [
+        f"<p><b>{html.escape(results.protocol.name)}</b> ({html.escape(results.protocol.mode)}): "
+        f"{html.escape(results.protocol.text)}</p>",
+        *pictures,
+        grid(head, rows, numbers=range(2, len(head) - 1)),
+        f'<p class="note">{_KEY} Rows from {html.escape(results.source)}.</p>',
+        "<h2>Averages</h2>",
+        grid(*_average_grid(list(results.averages.values()))),
+        "<h2>Training</h2>",
+        grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)),
+        *(["<h2>Learning curves</h2>", *curves] if curves else []),
+        *(["<h2>Confusions</h2>", f'<div class="row">{"".join(confusions)}</div>'] if confusions else []),
+        f"<h2>Environment</h2>{facts(results.environment)}",
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(results.options, indent=2))}</pre>",
+    ]
+    return page(f"GLUE: {results.model}", "\n".join(body))
+
+
+def _overview(results: GlueResults) -> str:
+    """A picture of the first metric of every dev split: each seed, the median, and the majority's score."""
+    import matplotlib.figure
+
+    devs = list(_devs(results))
+    figure = matplotlib.figure.Figure(figsize=(9, 0.8 + 0.42 * len(devs)), layout="constrained")
+    axis = figure.subplots()
+    for y, (task, _, dev) in enumerate(devs):
+        metric = task.metrics[0]
+        median, base = 100 * dev.median[metric], 100 * dev.majority[metric]
+        seeds = [100 * scores[metric] for scores in dev.seeds.values()]
+        axis.plot([base, median], [y, y], color=_BLUE, lw=6, alpha=0.18, solid_capstyle="butt")
+        axis.plot(base, y, "|", color="gray", ms=14, mew=2, label="" if y else "majority")
+        axis.plot(seeds, [y] * len(seeds), "o", color=_BLUE, ms=5, alpha=0.5, mew=0, label="" if y else "a seed")
+        axis.plot(median, y, "|", color=_BLUE, ms=18, mew=2.5, label="" if y else "median")
+        axis.annotate(f"{median:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center")
+    axis.set_yticks(range(len(devs)), [f"{task.title(split)}, {task.metrics[0]}" for task, split, _ in devs])
+    axis.set_ylim(len(devs) - 0.5, -0.5)
+    axis.set_xlim(min(0, *axis.get_xlim()), 100)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return svg(figure)
+
+
+_BLUE, _ORANGE = "tab:blue", "tab:orange"
+
+
+def _curves(task: TaskResult) -> str:
+    """Training loss and the first metric over epochs, a line for each seed; "" where no curves were kept."""
+    import matplotlib.figure
+    import matplotlib.ticker
+
+    curves, metric = [curve for curve in task.curves.values() if curve], task.metrics[0]
+    if not curves:
+        return ""
+    figure = matplotlib.figure.Figure(figsize=(9, 2.6), layout="constrained")
+    loss, score = figure.subplots(1, 2)
+    for curve in curves:
+        _line(loss, curve, "loss", 1, _ORANGE)
+        _line(score, curve, metric, 100, _BLUE)
+    for dev in list(task.dev.values())[:1]:
+        score.axhline(100 * dev.majority[metric], color="gray", ls="--", lw=1, label="majority")
+        score.legend(frameon=False, loc="lower right")
+    loss.set_ylabel("training loss")
+    score.set_ylabel(f"dev {metric}")
+    for axis in (loss, score):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    return f"<h3>{html.escape(task.folder)}</h3>{svg(figure)}"
+
+
+def _line(axis: Any, curve: list[Scores], name: str, factor: float, color: str) -> None:
+    found = [(point["epoch"], factor * point[name]) for point in curve if name in point and "epoch" in point]
+    epochs, values = [x for x, _ in found], [y for _, y in found]
+    axis.plot(epochs, values, "o-", color=color, lw=1.2, ms=3, alpha=0.6)
+
+
+def _confusion(task: TaskResult, split: str, dev: DevResult) -> str:
+    """Counts by true class (down) and predicted class (across) of the seed that was kept, darker for a larger share."""
+    seed = task.saved_seed if task.saved_seed in dev.confusion else min(dev.confusion)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in task.label_names)
+    lines = []
+    for name, counts in zip(task.label_names, dev.confusion[seed], strict=True):
+        shares = [count / max(1, sum(counts)) for count in counts]
+        cells = "".join(
+            f'<td class="number" style="background: rgb(31 119 180 / {0.75 * share:.2f})">{count:,} '
+            f'<span class="note">{share:.0%}</span></td>'
+            for count, share in zip(counts, shares, strict=True)
+        )
+        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    return (
+        f"<div><h3>{html.escape(task.title(split))}, seed {seed}</h3>"
+        f"<table><tr><td class=note>true, given</td>{head}</tr>{''.join(lines)}</table></div>"
+    )

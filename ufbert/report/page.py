@@ -1,0 +1,69 @@
+"""What the report pages share: the frame, tables and pictures."""
+
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { margin-top: 2.5rem } figure { margin: 1rem 0 } .note { color: #555 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
+th { text-align: left; font-weight: 600 } td { font-variant-numeric: tabular-nums }
+td.number, th.number { text-align: right } svg { width: 100%; height: auto } pre { overflow-x: auto }
+.wide { overflow-x: auto } .row { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole self-contained HTML page; `body` is HTML, `title` text."""
+    title = html.escape(title)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def facts(values: dict[str, Any]) -> str:
+    """A table of names and values."""
+    return grid([], ([name.replace("_", " "), number(value)] for name, value in values.items()))
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A table of texts; the columns at the positions `numbers` are set flush right. No head if it is empty."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = (f'{tag} class="number"' if i in numbers else tag for i in range(len(cells)))
+        return (
+            "<tr>"
+            + "".join(f"<{kind}>{html.escape(x)}</{tag}>" for kind, x in zip(kinds, cells, strict=True))
+            + "</tr>"
+        )
+
+    top = line(head, "th") if head else ""
+    return f'<div class="wide"><table>{top}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+
+def number(value: Any) -> str:
+    """A value for a reader: thousands apart, four decimals of a float."""
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as an inline picture, with a light grid and open axes."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return "<figure>" + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</figure>"
+
+
+def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """The same table in Markdown, without a line end after it."""
+    rule = ["--:" if i in numbers else "---" for i in range(len(head))]
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
