@@ -1,72 +1,78 @@
-"""Task rows from the official TSV files: tab separated, UTF-8 (with or without a BOM), no quoting."""
+"""Where task rows come from: one interface, three kinds of source, and the choice of tasks.
 
+`hf[:NAME]`  datasets of the Hugging Face hub, by default nyu-mll/glue, or a local folder of them (`datasets_source.py`)
+`tfds:PATH`  a data directory of tensorflow_datasets (`tfds_source.py`)
+`dir:PATH`   a folder of the official TSV files, and of cuts of them (`tsv_source.py`)
+"""
+
+import difflib
 from pathlib import Path
 
 from ufbert.errors import UserError
-from ufbert.glue.rows import Rows
-from ufbert.glue.tasks import Task
+from ufbert.glue.datasets_source import HUB_NAME, FolderSource, HubSource
+from ufbert.glue.rows import Source, TaskData
+from ufbert.glue.tasks import TASKS, Task, find_task
+from ufbert.glue.tfds_source import TfdsSource
+from ufbert.glue.tsv_source import TsvSource
 
 
-def open_source(spec: str) -> Path:
-    """The folder of `dir:PATH`. Raises UserError for another kind of source or a missing folder."""
-    kind, _, rest = spec.partition(":")
-    if kind != "dir" or not rest:
-        raise UserError(f"There is no GLUE source {spec!r}; take dir:PATH, a folder of the official TSV files.")
-    path = Path(rest)
-    if not path.is_dir():
-        raise UserError(f"The GLUE folder {path} does not exist.")
-    return path
+def open_source(spec: str, skip_bad_rows: bool = False) -> Source:
+    """The source that `spec` names; with `skip_bad_rows` it leaves broken rows out and counts them.
 
-
-def read_split(root: Path, task: Task, split: str) -> Rows:
-    """The rows of `root/<task folder>/<split>.tsv`.
-
-    Raises UserError, with file and line, for a missing file, a missing column, a row with too few columns, or a label
-    the task does not have.
+    Raises UserError for another kind of source or a missing folder; a name on the hub is only asked for when it is used.
     """
-    path = root / task.folder / f"{split}.tsv"
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"The GLUE folder lacks {path}.") from error
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    rows = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip("\r\n")]
-    width, text_columns, label_column = _columns(path, task, rows)
-    rows = rows[1:] if task.header else rows
-    if not rows:
-        raise UserError(f"{path} has no rows.")
-    texts: list[list[str]] = [[] for _ in text_columns]
-    labels = []
-    for number, fields in rows:
-        if len(fields) < width:
-            raise UserError(f"{path}, line {number}: {len(fields)} columns, expected {width}.")
-        for column, found in zip(text_columns, texts, strict=True):
-            found.append(fields[column].strip())
-        labels.append(_label(path, number, task, fields[label_column].strip()))
-    return Rows(texts[0], texts[1] if len(texts) > 1 else None, labels)
+    kind, _, rest = spec.partition(":")
+    if kind == "hf" and (rest or spec == "hf"):
+        name = rest or HUB_NAME
+        return (FolderSource if Path(name).is_dir() else HubSource)(name, skip_bad_rows)
+    if kind == "tfds" and rest:
+        return TfdsSource(Path(rest), skip_bad_rows)
+    if kind == "dir" and rest:
+        return TsvSource(Path(rest), skip_bad_rows)
+    raise UserError(f"There is no GLUE source {spec!r}; take hf, hf:NAME, hf:PATH, tfds:PATH or dir:PATH.")
 
 
-def _columns(path: Path, task: Task, rows: list[tuple[int, list[str]]]) -> tuple[int, list[int], int]:
-    """Columns a row must have, positions of the texts, position of the label."""
-    if not task.header:
-        return task.columns, [int(column) for column in task.text], int(task.label)
-    header = rows[0][1] if rows else []
-    missing = [str(name) for name in (*task.text, task.label) if name not in header]
-    if missing:
-        raise UserError(f"{path}, line 1: no column {', '.join(missing)} in the header.")
-    return len(header), [header.index(str(name)) for name in task.text], header.index(str(task.label))
+def choose_tasks(source: Source, names: str) -> tuple[list[Task], list[str]]:
+    """Tasks of `names`, in its order and each once, and the names of official tasks that are left out.
+
+    `names` is `all`, which leaves out what the source does not have complete, or a comma-separated list, of which all must be
+    complete: official tasks, and cuts by their folders' names, in any case. Raises UserError if one is not, or if none is left.
+    """
+    if names.strip().lower() == "all":
+        tasks = source.tasks()
+        if not tasks:
+            needs = source.missing(TASKS["cola"])
+            raise UserError(
+                f"The GLUE source has no complete task; {' and '.join(source.missing(TASKS['cola']))} would be one."
+            )
+        return tasks, [task.folder for task in TASKS.values() if task not in tasks]
+    chosen = {task.name: task for task in (_named(source, name.strip()) for name in names.split(",") if name.strip())}
+    if not chosen:
+        raise UserError("No task is named; take `all` or a list such as `cola,sst2`.")
+    for task in chosen.values():
+        if missing := source.missing(task):
+            raise UserError(
+                f"The GLUE source does not have all of {task.folder}: there is no {' and no '.join(missing)}."
+            )
+    return list(chosen.values()), []
 
 
-def _label(path: Path, number: int, task: Task, text: str) -> float:
-    if task.is_regression:
-        try:
-            return float(text)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {text!r} is not a number.") from error
-    if text not in task.labels:
-        raise UserError(f"{path}, line {number}: {text!r} is not one of the labels {', '.join(task.labels)}.")
-    return float(task.labels.index(text))
+def _named(source: Source, name: str) -> Task:
+    """The cut or the official task of that name. Raises UserError, with the nearest known name."""
+    cuts = {cut.name: cut for cut in source.cuts()}
+    if name.lower() in cuts:
+        return cuts[name.lower()]
+    near = difflib.get_close_matches(name.lower(), [*cuts, *TASKS], n=1, cutoff=0.6)
+    if near and near[0] in cuts:
+        raise UserError(f"There is no task {name!r}; did you mean {cuts[near[0]].folder}?")
+    return find_task(name)
+
+
+def load_task(source: Source, task: Task) -> TaskData:
+    """All rows of a task. Raises UserError if its training rows or the dev set that decides are not there, or are broken."""
+    if missing := source.missing(task):
+        raise UserError(f"The GLUE source does not have all of {task.folder}: there is no {' and no '.join(missing)}.")
+    splits = {split: source.read(task, split) for split in ("train", *task.dev, *task.test)}
+    there = {split: rows for split, rows in splits.items() if rows is not None}
+    dev, test = ({split: there[split] for split in part if split in there} for part in (task.dev, task.test))
+    return TaskData(task, there["train"], dev, test)

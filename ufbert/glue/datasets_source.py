@@ -1,0 +1,157 @@
+"""`hf[:NAME]`: datasets of the Hugging Face hub, or a local folder of them, one configuration a task."""
+
+from collections.abc import Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ufbert.errors import UserError
+from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns
+from ufbert.glue.rows import Rows, Source
+from ufbert.glue.tables import read_table
+from ufbert.glue.tasks import Task
+
+HUB_NAME = "nyu-mll/glue"
+_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
+
+
+def dataset_split(task: Task, split: str) -> tuple[str, str]:
+    """The configuration and the split in which `datasets` and `tensorflow_datasets` keep a split of a task."""
+    return ("ax", "test") if split == "ax" else (task.name, _SPLITS.get(split, split))
+
+
+def dataset_columns(task: Task, split: str, names: list[str] | None = None) -> Columns:
+    """The columns of a split. `names` are those that the dataset itself gives its class numbers: where they are the task's
+    labels, they decide which class a number is."""
+    if split in task.test:
+        return Columns(task.hub_text)
+    if task.is_regression:
+        return Columns(task.hub_text, "label", number)
+    in_order = names is None or set(names) != set(task.labels)
+    return Columns(task.hub_text, "label", partial(_class, task.labels, task.labels if in_order else tuple(names)))
+
+
+def _class(labels: tuple[str, ...], names: tuple[str, ...], value: Any) -> float:
+    """The class of a label's text, or of its place in `names`. Raises ValueError for another."""
+    text = str(value).strip()
+    if text in labels:
+        return class_number(labels, text)
+    if not text.isdecimal() or int(text) >= len(names):
+        raise ValueError(f"{value!r} is not a class number below {len(names)}, nor one of {', '.join(labels)}")
+    return class_number(labels, names[int(text)])
+
+
+class _DatasetsSource(Source):
+    """What the hub and a local folder have in common: Arrow tables, and Features that may name the classes."""
+
+    def __init__(self, name: str, skip_bad_rows: bool = False) -> None:
+        self.name, self.skip_bad_rows = name, skip_bad_rows
+
+    def place(self, task: Task, split: str) -> str:
+        config, name = dataset_split(task, split)
+        return f"{self.name} {config}, split {name}"
+
+    def _rows(self, task: Task, split: str, dataset: Any) -> Rows:
+        names = getattr(dataset.features.get("label"), "names", None)
+        columns = dataset_columns(task, split, names)
+        place = self.place(task, split)
+        require_columns(place, columns, dataset.column_names)
+        used = [name for name in (*columns.text, columns.label) if name]
+        table = dataset.select_columns(used).with_format("arrow")[:]
+        values = zip(*(table[name].to_pylist() for name in used), strict=True)
+        records: Iterable[Record] = (Record(i, dict(zip(used, row, strict=True))) for i, row in enumerate(values))
+        return collect(place, records, columns, self.skip_bad_rows, unit="row")
+
+
+class HubSource(_DatasetsSource):
+    """A dataset of the hub. What has been fetched once stays in the cache of `datasets` and needs no network."""
+
+    def has(self, task: Task, split: str) -> bool:
+        config, name = dataset_split(task, split)
+        return config in self._configs and name in self._load(config)
+
+    def read(self, task: Task, split: str) -> Rows | None:
+        if not self.has(task, split):
+            return None
+        config, name = dataset_split(task, split)
+        return self._rows(task, split, self._load(config)[name])
+
+    @cached_property
+    def _configs(self) -> list[str]:
+        import datasets
+
+        try:
+            return datasets.get_dataset_config_names(self.name)
+        except Exception as error:  # the library raises many kinds; all mean that the dataset cannot be had
+            raise _unreachable(self.name, error) from error
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        return {}
+
+    def _load(self, config: str) -> Any:
+        """The splits of a configuration, by name."""
+        import datasets
+
+        if config not in self._loaded:
+            try:
+                self._loaded[config] = datasets.load_dataset(self.name, config)
+            except Exception as error:  # as above
+                raise _unreachable(f"{self.name} {config}", error) from error
+        return self._loaded[config]
+
+
+def _unreachable(what: str, error: Exception) -> UserError:
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return UserError(
+        f"The dataset {what} cannot be had from the hub ({cause}); give a local folder as hf:PATH, the official TSV files as "
+        "dir:PATH or prepared TFDS files as tfds:PATH."
+    )
+
+
+class FolderSource(_DatasetsSource):
+    """A folder with one folder a configuration, in which a split is one of
+
+    - a folder that `save_to_disk` wrote, alone or as one of a DatasetDict: `cola/train/`
+    - a Parquet file, or several: `cola/train.parquet`, `cola/train-00000-of-00002.parquet`, ...
+    - a CSV file with a header, plain or gzipped: `cola/train.csv`
+    """
+
+    def has(self, task: Task, split: str) -> bool:
+        return bool(self._files(task, split))
+
+    def read(self, task: Task, split: str) -> Rows | None:
+        import datasets
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        paths = self._files(task, split)
+        if not paths:
+            return None
+        if ".csv" in paths[0].suffixes:
+            return self._csv_rows(task, split, paths[0])
+        try:
+            if paths[0].is_dir():
+                dataset = datasets.load_from_disk(str(paths[0]))
+            else:
+                table = pa.concat_tables([pyarrow.parquet.read_table(path) for path in paths])
+                dataset = datasets.Dataset(table)
+        except Exception as error:  # either library raises many kinds for a damaged file
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"{paths[0]} cannot be read ({cause}).") from error
+        return self._rows(task, split, dataset)
+
+    def _files(self, task: Task, split: str) -> list[Path]:
+        config, name = dataset_split(task, split)
+        folder = Path(self.name) / config
+        if (folder / name / "state.json").is_file():
+            return [folder / name]
+        tables = (folder / f"{name}{suffix}" for suffix in (".parquet", ".csv", ".csv.gz"))
+        found = next((path for path in tables if path.is_file()), None)
+        return [found] if found else sorted(folder.glob(f"{name}-*-of-*.parquet"))
+
+    def _csv_rows(self, task: Task, split: str, path: Path) -> Rows:
+        table = read_table(path)
+        columns = dataset_columns(task, split)
+        require_columns(str(path), columns, table.columns or ())
+        return collect(str(path), table.records, columns, self.skip_bad_rows)

@@ -1,0 +1,122 @@
+"""From the records of a file or a dataset to the rows of a split: texts, labels, and what to do about broken ones."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ufbert.errors import UserError
+from ufbert.glue.rows import Rows
+
+
+class Record(NamedTuple):
+    """One row as it was found."""
+
+    number: int
+    """Line of the file at which it begins, the first being 1; or row of a dataset's split, the first being 0."""
+    values: dict[str, Any]
+    """By column."""
+    fault: str = ""
+    """What is wrong with the whole row, whose values are then empty."""
+
+
+class Columns(NamedTuple):
+    """Which columns become texts and labels."""
+
+    text: tuple[str, ...]
+    """One or two."""
+    label: str = ""
+    read_label: Callable[[Any], float] | None = None
+    """From what stands in the label column to a class number or a value, raising ValueError with what is wrong; None where
+    labels are not read."""
+
+
+def collect(place: str, records: Iterable[Record], columns: Columns, skip_bad_rows: bool, unit: str = "line") -> Rows:
+    """The rows of one split. `unit` is what a record's number counts.
+
+    Raises UserError for the first bad row, or counts and leaves out all of them with `skip_bad_rows`; raises it too if no row
+    is left.
+    """
+    texts: list[list[str]] = [[] for _ in columns.text]
+    labels: list[float] = []
+    skipped = 0
+    for record in records:
+        try:
+            found, label = _parse(record, columns)
+        except ValueError as error:
+            if not skip_bad_rows:
+                raise UserError(
+                    f"{place}, {unit} {record.number}: {error}; mend the row, or leave bad rows out with --skip-bad-rows."
+                ) from error
+            skipped += 1
+            continue
+        for column, text in zip(texts, found, strict=True):
+            column.append(text)
+        labels.append(label)
+    if not labels:
+        raise UserError(f"{place} has no rows" + (f"; all {skipped} were bad." if skipped else "."))
+    return Rows(texts[0], texts[1] if len(texts) > 1 else None, labels if columns.read_label else None, skipped)
+
+
+def _parse(record: Record, columns: Columns) -> tuple[list[str], float]:
+    """The texts and the label of a record, NaN where labels are not read. Raises ValueError with what is wrong."""
+    if record.fault:
+        raise ValueError(record.fault)
+    texts = [_text(column, record.values.get(column)) for column in columns.text]
+    if columns.read_label is None:
+        return texts, math.nan
+    label = record.values.get(columns.label)
+    if label is None:
+        raise ValueError(f"{columns.label} is missing")
+    return texts, columns.read_label(label)
+
+
+def _text(column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is missing" if value is None else f"{column} is {value!r}, not a text")
+    if not is_unicode(value):
+        raise ValueError(f"{column} holds half of a surrogate pair")
+    return value.strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: undecodable bytes and lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_columns(place: str, columns: Columns, there: Iterable[str]) -> None:
+    """Raises UserError if a file or a dataset that has the columns `there` lacks one that is read."""
+    there = list(there)
+    lacking = [name for name in (*columns.text, columns.label) if name and name not in there]
+    if lacking:
+        raise UserError(
+            f"{place} has no column {' and no column '.join(lacking)}; it has {', '.join(there) or 'none'}."
+        )
+
+
+def number(value: Any) -> float:
+    """A finite number. One stored in single precision is taken for the shortest decimal that it stands for, as it would be
+    written in a text file. Raises ValueError for anything else."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{value!r} is not a number") from error
+    if not math.isfinite(found):
+        raise ValueError(f"{value!r} is not a finite number")
+    if isinstance(value, str) or abs(found) > np.finfo(np.float32).max:
+        return found
+    single = np.float32(found)
+    return float(str(single)) if float(single) == found else found
+
+
+def class_number(labels: tuple[str, ...], value: Any) -> float:
+    """The place of a label's text in `labels`. Raises ValueError for another."""
+    text = str(value).strip()
+    if text not in labels:
+        raise ValueError(f"{text!r} is not one of the labels {', '.join(labels)}")
+    return float(labels.index(text))
