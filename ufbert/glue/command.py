@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ufbert.config import FinetuneConfig
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
 from ufbert.glue.own import OwnTask, read_own
 from ufbert.glue.protocols import PROTOCOLS, Protocol, ProtocolName, find_protocol
-from ufbert.glue.rows import TaskData
+from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.sources import choose_tasks, load_task, open_source
 
 
@@ -128,6 +130,9 @@ def finetune_command(args: list[str]) -> dict[str, Any]:
     )
     options = parse({"default": replace(named, tune=base.tune)})
     protocol = base.with_overrides(options.tune, options.seed_list or base.seeds)
+    if options.train_rows:
+        count, seed = options.train_rows, protocol.seeds[0]
+        sets = [data._replace(train=subset(data.train, count, seed)) for data in sets]
     if not options.out:
         options = replace(options, out=str(_free_folder(Path(options.model))))
     if absent:
@@ -154,6 +159,16 @@ def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
             raise UserError("The protocol mnli-first needs MNLI among the tasks, and its rows in the source.")
         chosen = [*first, *(task for task in chosen if task not in first)]
     return absent, [load_task(source, task) for task in chosen]
+
+
+def subset(rows: Rows, count: int, seed: int) -> Rows:
+    """`count` rows drawn without replacement. Raises UserError if there are fewer."""
+    assert rows.labels is not None
+    if count > len(rows.labels):
+        raise UserError(f"--train-rows {count} is more than the {len(rows.labels)} rows there are.")
+    picks = np.sort(np.random.default_rng(seed).permutation(len(rows.labels))[:count])
+    pairs = None if rows.pairs is None else [rows.pairs[i] for i in picks]
+    return Rows([rows.texts[i] for i in picks], pairs, [rows.labels[i] for i in picks], rows.skipped)
 
 
 def _free_folder(model: Path) -> Path:

@@ -30,7 +30,7 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
     results = _begin(folder, options, protocol, model)
     teachers = {data.task.name: _teacher(options.teacher, data.task) for data in sets} if options.teacher else {}
     print(f"protocol {protocol.name}: {protocol.text(model.config)}")
-    eta = _Eta([_work(data, protocol, options) for data in sets])
+    eta = _Eta([_work(data, protocol) for data in sets])
     mnli = next((data.task.name for data in sets if "mnli" in (data.task.name, data.task.cut_of)), "")
     for number, data in enumerate(sets, 1):
         task, began = data.task, time.monotonic()
@@ -38,8 +38,6 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
             live.say(f"[{number}/{len(sets)}] {task.name}: done before")
             eta.skip(number - 1)
             continue
-        if options.train_rows:
-            data = data._replace(train=subset(data.train, options.train_rows, protocol.seeds[0]))
         runs = [
             Run(seed, lr) for lr in protocol.rates or (protocol.tune.peak_lr(model.config),) for seed in protocol.seeds
         ]
@@ -212,16 +210,6 @@ def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Prot
     }
 
 
-def subset(rows: Rows, count: int, seed: int) -> Rows:
-    """`count` rows drawn without replacement. Raises UserError if there are fewer."""
-    assert rows.labels is not None
-    if count > len(rows.labels):
-        raise UserError(f"--train-rows {count} is more than the {len(rows.labels)} rows there are.")
-    picks = np.sort(np.random.default_rng(seed).permutation(len(rows.labels))[:count])
-    pairs = None if rows.pairs is None else [rows.pairs[i] for i in picks]
-    return Rows([rows.texts[i] for i in picks], pairs, [rows.labels[i] for i in picks], rows.skipped)
-
-
 def _teacher(place: str, task: Task) -> ModelFolder:
     """The model that teaches a task. Raises UserError if it was made for other labels."""
     folder = Path(place) / task.name if (Path(place) / task.name).is_dir() else Path(place)
@@ -252,18 +240,17 @@ class _Eta:
         return f"{hours}:{minutes:02d}:{seconds % 60:02d}"
 
 
-def _work(data: TaskData, protocol: Protocol, options: FinetuneOptions) -> float:
+def _work(data: TaskData, protocol: Protocol) -> float:
     """What a task costs, in characters read: three passes' worth for a training row, one for a dev row, of every run."""
 
     def characters(rows: Rows) -> int:
         return sum(map(len, rows.texts)) + sum(map(len, rows.pairs or []))
 
-    trained = characters(data.train)
-    if options.train_rows:
-        trained *= min(1.0, options.train_rows / len(data.train.texts))
     scored = sum(characters(rows) for rows in data.dev.values())
     runs = len(protocol.seeds) * max(1, len(protocol.rates))
-    return runs * protocol.tune.epochs * (3.0 * trained + scored) + runs * sum(map(characters, data.test.values()))
+    return runs * protocol.tune.epochs * (3.0 * characters(data.train) + scored) + runs * sum(
+        map(characters, data.test.values())
+    )
 
 
 def _first(splits: dict[str, Any]) -> Any:

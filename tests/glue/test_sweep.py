@@ -1,0 +1,228 @@
+"""The command: whole sweeps, what they leave, what they refuse, and how they go on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPO
+
+from ufbert.errors import UserError
+from ufbert.glue import sweep as sweeping
+from ufbert.glue.command import finetune_command, subset
+from ufbert.glue.finetune import finetune_task
+from ufbert.glue.rows import Rows
+from ufbert.hub.folder import load_model
+from ufbert.inference.predictor import Predictor
+from ufbert.pretrain.run import pretrain_command
+
+
+@pytest.fixture(scope="module")
+def toy_glue(tmp_path_factory):
+    """Tasks that a word decides, and a cut of MNLI."""
+    root, rng = tmp_path_factory.mktemp("glue"), random.Random(1)
+    words = ["cat", "dog", "king", "house", "bird"]
+
+    def sentence(flag=0):
+        return f"the {rng.choice(words)} sees the {rng.choice(words)}{' river' if flag else ''}"
+
+    def write(folder, split, lines):
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+
+    nli = ("entailment", "neutral", "contradiction")
+    for split, n in (("train", 160), ("dev", 64)):
+        flags = [i % 2 for i in range(n)]
+        write("SST-2", split, ["sentence\tlabel", *(f"{sentence(f)}\t{f}" for f in flags)])
+        write("CoLA", split, [f"x\t{f}\t\t{sentence(f)}" for f in flags])
+        rows = (f"{i}\t{sentence(f)}\t{sentence()}\t{5.0 * f}" for i, f in enumerate(flags))
+        write("STS-B", split, ["index\tsentence1\tsentence2\tscore", *rows])
+        rows = (f"{i}\t{sentence(f)}\t{sentence()}\t{'not_' * f}entailment" for i, f in enumerate(flags))
+        write("RTE", split, ["index\tsentence1\tsentence2\tlabel", *rows])
+        rows = (f"{i}\t{sentence(f)}\t{sentence()}\t{nli[f]}" for i, f in enumerate(flags))
+        write("MNLI-devsplit", split, ["index\tsentence1\tsentence2\tgold_label", *rows])
+    write("RTE", "test", ["index\tsentence1\tsentence2", *(f"{i}\t{sentence(i % 2)}\t{sentence()}" for i in range(10))])
+    return root
+
+
+def options(run_folder, toy_glue, out, *more):
+    return [f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", f"--out={out}", "--device=cpu", *more]
+
+
+def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, capsys, command):
+    out = tmp_path / "out"
+    found = finetune_command(options(run_folder, toy_glue, out, "--seeds=0,1,2", "--tune.lr=2e-3", "--tune.epochs=8"))
+    said = capsys.readouterr().out
+    assert "left out: MRPC, QQP, MNLI, QNLI, WNLI" in said
+    assert "protocol small with epochs 8, lr 0.002, 3 seed(s): 8 epochs, batch 16, learning rate 0.002" in said
+    assert "[5/5] mnli-devsplit" in said
+    assert "left in all" in said
+    assert list(found["tasks"]) == ["cola", "sst2", "stsb", "rte", "mnli-devsplit"]
+    assert json.loads((out / "glue.json").read_text()) == json.loads(json.dumps(found))
+    sst2 = found["tasks"]["sst2"]
+    dev = sst2["dev"]["dev"]
+    assert dev["median"]["accuracy"] > 0.9
+    assert dev["median"]["accuracy"] == np.median([one["accuracy"] for one in dev["seeds"].values()])
+    assert dev["majority"] == {"accuracy": 0.5}
+    assert found["tasks"]["mnli-devsplit"]["cut_of"] == "mnli"
+    saved = load_model(out / "sst2")
+    assert saved.task.labels == ("negative", "positive")
+    assert saved.task.metrics == dev["seeds"][str(sst2["saved_seed"])] == dev["median"]
+    lines = (out / "submission" / "RTE.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+    assert len(lines) == 11
+    predictions = (out / "predictions" / "sst2.dev.tsv").read_text().splitlines()
+    assert len(predictions) == 65
+    for name in ("glue.md", "report.html"):
+        assert "small with epochs 8" in (out / name).read_text()
+    assert not (out / "partial").exists()
+    answer = command("predict", f"--model={out / 'sst2'}", "the cat sees the dog river")
+    assert answer.stdout.startswith("positive")
+    value = command("predict", f"--model={out / 'stsb'}", "the cat sees the dog river", "the king sees")
+    assert float(value.stdout) > 2.0
+    wrong = command("fill-mask", f"--model={out / 'sst2'}", "the [MASK]")
+    assert wrong.returncode == 2
+    assert "no masked-LM head" in wrong.stderr
+
+
+def test_mnli_first_starts_the_small_tasks_from_mnli(run_folder, toy_glue, tmp_path):
+    args = ("--protocol=mnli-first", "--tasks=rte,sst2,mnli-devsplit", "--seeds=0", "--tune.epochs=1")
+    found = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))
+    assert list(found["tasks"]) == ["mnli-devsplit", "rte", "sst2"]
+    starts = {name: entry["starts_from"] for name, entry in found["tasks"].items()}
+    assert starts == {"mnli-devsplit": "model", "rte": "mnli-devsplit", "sst2": "model"}
+    with pytest.raises(UserError, match="needs MNLI among the tasks"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--protocol=mnli-first", "--tasks=rte"))
+
+
+def test_the_bert_protocol_keeps_the_best_of_its_rates(run_folder, toy_glue, tmp_path):
+    args = ("--protocol=bert", "--tasks=sst2", "--seeds=0,1", "--tune.epochs=2")
+    entry = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))["tasks"]["sst2"]
+    assert set(entry["rates"]) == {"5e-05", "4e-05", "3e-05", "2e-05"}
+    assert (
+        entry["rates"][f"{entry['lr']:g}"] == max(entry["rates"].values()) == entry["dev"]["dev"]["median"]["accuracy"]
+    )
+
+
+def test_a_teacher_can_be_a_sweep_and_must_fit(run_folder, toy_glue, tmp_path):
+    common = ("--seeds=0", "--tune.epochs=2", "--tasks=sst2,rte")
+    finetune_command(options(run_folder, toy_glue, tmp_path / "teacher", *common))
+    taught = options(run_folder, toy_glue, tmp_path / "out", *common, f"--teacher={tmp_path / 'teacher'}")
+    assert "taught by" in finetune_command(taught)["protocol"]["mode"]
+    wrong = f"--teacher={tmp_path / 'teacher' / 'sst2'}"
+    with pytest.raises(UserError, match="was not fine-tuned for rte's labels"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--tasks=rte", wrong))
+
+
+def test_a_sweep_goes_on_at_the_task_and_at_the_run(run_folder, toy_glue, tmp_path, monkeypatch, capsys):
+    args = ("--tasks=cola,rte", "--seeds=0,1", "--runs-at-once=1", "--tune.epochs=2")
+    whole = finetune_command(options(run_folder, toy_glue, tmp_path / "whole", *args))
+    calls = []
+
+    def dies_at_the_fourth(*given, **named):
+        calls.append(given[3])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return finetune_task(*given, **named)
+
+    monkeypatch.setattr(sweeping, "finetune_task", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args))
+    with pytest.raises(UserError, match="exists already; pass --resume"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args))
+    with pytest.raises(UserError, match="was started with seeds=0,1; it cannot go on with seeds=0"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume", "--seeds=0"))
+    capsys.readouterr()
+    found = finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume"))
+    said = capsys.readouterr().out
+    assert "[1/2] cola: done before" in said
+    assert "rte, seed 0" in said
+    assert len(calls) == 5  # the fourth run once more, and no other
+    for name, entry in whole["tasks"].items():
+        assert found["tasks"][name] | {"seconds": 0} == entry | {"seconds": 0}
+
+
+def test_a_killed_sweep_leaves_nothing_half_and_goes_on(run_folder, toy_glue, tmp_path, command):
+    out = tmp_path / "out"
+    args = options(run_folder, toy_glue, out, "--tasks=cola,sst2", "--seeds=0", "--tune.epochs=2")
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "finetune.py"), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ},
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (out / "cola").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = command(*args, "--resume", script="finetune.py")
+    assert again.returncode == 0, again.stderr
+    assert list(json.loads((out / "glue.json").read_text())["tasks"]) == ["cola", "sst2"]
+    assert not list(out.rglob(".*partial*"))
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(run_folder, toy_glue, tmp_path):
+    def refused(match, *more, source=toy_glue):
+        with pytest.raises(UserError, match=match):
+            finetune_command(options(run_folder, source, tmp_path / "out", *more))
+        assert not (tmp_path / "out").exists()
+
+    refused("not a list of whole numbers", "--seeds=a")
+    refused("names a seed twice", "--seeds=1,1")
+    refused("does not go with --from-scratch", "--probe", "--from-scratch")
+    refused("--train-rows 1000 is more than the 160 rows", "--tasks=sst2", "--train-rows=1000")
+    refused(r"did you mean sst2\?", "--tasks=sst3")
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_glue, broken)
+    (broken / "SST-2" / "train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\n")
+    refused(r"train\.tsv, line 3", "--tasks=sst2", source=broken)
+    with pytest.raises(UserError, match="There is no sweep in"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "none", "--resume"))
+
+
+def test_broken_rows_can_be_left_out_and_are_counted(run_folder, toy_glue, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_glue, broken)
+    with (broken / "SST-2" / "train.tsv").open("a") as file:
+        file.write("no label\nfine\t7\n")
+    args = ("--tasks=sst2", "--seeds=0", "--tune.epochs=1", "--skip-bad-rows")
+    entry = finetune_command(options(run_folder, broken, tmp_path / "out", *args))["tasks"]["sst2"]
+    assert (entry["skipped_rows"], entry["train_rows"]) == (2, 160)
+
+
+def test_subsets_are_seeded_and_keep_rows_together():
+    rows = Rows([str(i) for i in range(50)], [f"p{i}" for i in range(50)], [float(i) for i in range(50)])
+    one, other = subset(rows, 20, seed=3), subset(rows, 20, seed=3)
+    assert one == other != subset(rows, 20, seed=4)
+    assert all(f"p{t}" == p and float(t) == y for t, p, y in zip(one.texts, one.pairs, one.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("fnet_hybrid", ["--model.max-len=32", "--model.fixed-len=32"]),
+        ("switch_8e", ["--model.max-len=32", "--data.short-until=0"]),
+        ("original_fff", ["--model.max-len=32", "--data.short-until=0", "--model.tree-depth=2"]),
+    ],
+)
+def test_every_family_pretrains_fine_tunes_and_answers(preset, more, corpus_file, toy_glue, tmp_path):
+    sizes = ["--model.vocab-size=300", "--model.d-model=32", "--model.n-heads=2", "--model.d-hidden=32"]
+    sizes += ["--data.seq-len=32", "--data.eval-rows=8", "--train.batch-rows=8", "--train.micro-rows=8", "--device=cpu"]
+    run = tmp_path / "run"
+    where = [f"--config={preset}", "--scale=tiny", "--budget=12steps", f"--corpus=text:{corpus_file}", f"--out={run}"]
+    summary = pretrain_command([*where, *sizes, *more], 0.0)
+    assert np.isfinite(summary["heldout_loss"])
+    args = options(run, toy_glue, tmp_path / "out", "--tasks=sst2", "--tune.lr=1e-3", "--tune.epochs=4", "--seeds=0,1")
+    found = finetune_command(args)
+    assert found["tasks"]["sst2"]["dev"]["dev"]["median"]["accuracy"] > 0.4
+    predictor = Predictor.load(tmp_path / "out" / "sst2")
+    assert predictor.config.only_len == (32 if preset == "fnet_hybrid" else 0)
+    assert predictor.predict("the cat sees the dog river").label in ("negative", "positive")
