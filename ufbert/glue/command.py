@@ -1,6 +1,5 @@
 """`finetune.py` and `ufbert finetune`: options to a sweep of tasks."""
 
-import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +82,7 @@ class FinetuneOptions:
     @property
     def is_own(self) -> bool:
         """Whether the task is a person's own."""
-        return bool(self.task_file or self.train or self.dev or self.text or self.label)
+        return any(getattr(self, name) for name in OWN)
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -96,6 +95,9 @@ class FinetuneOptions:
             raise UserError(f"--seeds {self.seeds} names a seed twice.")
         return found
 
+
+OWN = ("task_file", "train", "dev", "test", "text", "pair", "label")
+"""Options that describe a task of one's own."""
 
 FREE_ON_RESUME = ("out", "resume", "device")
 """Options that say nothing about the numbers, so a resumed sweep may change them."""
@@ -149,7 +151,7 @@ def probing(protocol: Protocol) -> Protocol:
 def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
     """(Names of official tasks that the source lacks, rows of the tasks to run)."""
     if options.is_own:
-        own = OwnTask(*(getattr(options, f.name) for f in dataclasses.fields(OwnTask)))
+        own = OwnTask(**{name: getattr(options, name) for name in OWN})
         return [], [read_own(own, options.skip_bad_rows)]
     source = open_source(options.glue_source, options.skip_bad_rows)
     chosen, absent = choose_tasks(source, options.tasks)

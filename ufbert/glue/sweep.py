@@ -248,9 +248,8 @@ def _work(data: TaskData, protocol: Protocol) -> float:
 
     scored = sum(characters(rows) for rows in data.dev.values())
     runs = len(protocol.seeds) * max(1, len(protocol.rates))
-    return runs * protocol.tune.epochs * (3.0 * characters(data.train) + scored) + runs * sum(
-        map(characters, data.test.values())
-    )
+    epochs = protocol.tune.epochs * (3.0 * characters(data.train) + scored)
+    return runs * (epochs + sum(map(characters, data.test.values())))
 
 
 def _first(splits: dict[str, Any]) -> Any:
