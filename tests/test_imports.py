@@ -79,6 +79,7 @@ def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
         "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
+        "import ufbert.glue.table_command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -27,14 +27,15 @@ def decide(task: Task, scores: np.ndarray) -> np.ndarray:
 def dev_outcome(task: Task, split: str, train: Rows, dev: Rows, scores: Mapping[int, np.ndarray]) -> dict[str, Any]:
     """What `glue.json` says of one dev split, from the classifier scores (rows, outputs) of each seed's last epoch.
 
-    `official` is whether these are all rows of an official dev set; `confusion` is empty for regression.
+    `official_rows` is what the official dev set has, 0 for a part of a task and for a task of one's own; `confusion` is empty
+    for regression.
     """
     labels = np.asarray(dev.labels)
     decisions = {seed: decide(task, found) for seed, found in scores.items()}
     per_seed = {seed: score(task.metrics, found, labels) for seed, found in decisions.items()}
     return {
         "rows": len(labels),
-        "official": not task.cut_of and len(labels) == DEV_ROWS[task.name][split],
+        "official_rows": DEV_ROWS.get(task.name, {}).get(split, 0),
         **summarise(task, per_seed),
         "majority": majority(task, train, dev),
         "confusion": {}
@@ -55,13 +56,14 @@ def summarise(task: Task, per_seed: Mapping[int, Mapping[str, float]]) -> dict[s
 
 
 def majority(task: Task, train: Rows, dev: Rows) -> dict[str, float]:
-    """The metrics on dev of always answering the training rows' most frequent class, or their mean for regression.
+    """The metrics on dev of always answering the training rows' most frequent class, or one value for regression.
 
     Of classes equally frequent, the first is taken. This is the baseline that papers quote (SST-2 50.9, MRPC F1 81.2, RTE
     52.7, WNLI 56.3); a correlation with a constant counts as 0.
     """
-    targets, labels = np.asarray(train.labels), np.asarray(dev.labels)
-    answer = targets.mean() if task.is_regression else np.bincount(targets.astype(int)).argmax()
+    labels = np.asarray(dev.labels)
+    # All metrics of regression are correlations, to which one value is as good as another; the mean would leave rounding.
+    answer = 0 if task.is_regression else np.bincount(np.asarray(train.labels, int)).argmax()
     return {name: float(value) for name, value in score(task.metrics, np.full(len(labels), answer), labels).items()}
 
 
@@ -92,15 +94,19 @@ def averages(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     eight = [
         [_Part(task.name, split, metric) for split in task.dev for metric in _official_metrics(task)] for task in kept
     ]
-    first = (
-        "The mean of nine numbers, each task's first metric, with MNLI matched and mismatched apart and WNLI left out"
-    )
-    second = "The mean of eight tasks, each the mean of its metrics and of MNLI's two dev sets; WNLI is left out"
+    first, apart = "the first metric of every task but WNLI", "MNLI matched and mismatched apart"
+    second = "of each the mean of its metrics and of MNLI's two dev sets"
     return {
-        "nine": _average(tasks, "nine numbers", f"{first}.", nine),
-        "nine_without_cola": _average(tasks, "eight numbers", f"{first}, and CoLA too.", nine[1:]),
-        "eight": _average(tasks, "eight tasks", f"{second}.", eight),
-        "eight_without_cola": _average(tasks, "seven tasks", f"{second}, and CoLA too.", eight[1:]),
+        "nine": _average(tasks, "nine numbers", f"The mean of nine numbers: {first}, {apart}.", nine),
+        "nine_without_cola": _average(
+            tasks, "nine numbers without CoLA", f"The mean of eight numbers: {first} and CoLA, {apart}.", nine[1:]
+        ),
+        "eight": _average(
+            tasks, "eight tasks", f"The mean of eight tasks, all but WNLI: {second}; of CoLA, Matthews alone.", eight
+        ),
+        "eight_without_cola": _average(
+            tasks, "eight tasks without CoLA", f"The mean of seven tasks, all but WNLI and CoLA: {second}.", eight[1:]
+        ),
     }
 
 
@@ -128,7 +134,8 @@ def _absence(tasks: Mapping[str, Any], name: str, split: str) -> str:
     if found is None:
         cuts = [entry["folder"] for entry in tasks.values() if entry["cut_of"] == name]
         return f"{title} (only a part of it: {', '.join(cuts)})" if cuts else title
-    return "" if found["official"] else f"{title} ({found['rows']:,} of {DEV_ROWS[name][split]:,} dev rows)"
+    whole = DEV_ROWS[name][split]
+    return "" if found["rows"] == whole else f"{title} ({found['rows']:,} of {whole:,} dev rows)"
 
 
 def write_predictions(folder: Path, task: Task, split: str, rows: Rows, scores: Mapping[int, np.ndarray]) -> Path:

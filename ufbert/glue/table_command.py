@@ -11,6 +11,7 @@ from ufbert.errors import UserError
 from ufbert.glue.bootstrap import DRAWS, interval, resampled_scores
 from ufbert.glue.metrics import METRICS
 from ufbert.glue.outcome import Predictions, read_predictions
+from ufbert.glue.tasks import TASKS
 from ufbert.report.glue_results import DevResult, GlueResults, TaskResult, read_results
 from ufbert.report.glue_table import Difference, Line, side_by_side
 from ufbert.writers import write_text
@@ -63,7 +64,7 @@ def _line(sweeps: Sequence[GlueResults], name: str, split: str) -> Line:
     devs = [pair[1] if pair else None for pair in found]
     task = next(pair[0] for pair in found if pair and pair[1])
     metric = task.metrics[0]
-    title = f"{task.title(split)} (a part of {task.cut_of})" if task.cut_of else task.title(split)
+    title = f"{task.title(split)} (a part of {TASKS[task.cut_of].folder})" if task.cut_of else task.title(split)
     rows = " / ".join(dict.fromkeys(f"{dev.rows:,}" for dev in devs if dev))
     medians = [dev.median.get(metric) if dev else None for dev in devs]
     differences = [_compared(sweeps[0], sweep, name, split, metric) for sweep in sweeps[1:]]

@@ -1,1 +1,1 @@
-"""What a person looks at after a run. Reads run folders only."""
+"""What a person looks at after a run. Reads the folders of runs and sweeps only."""

@@ -11,20 +11,20 @@ from ufbert.report.page import facts, grid, markdown_grid, page, svg
 from ufbert.writers import write_text
 
 
-def write_glue_report(folder: Path) -> Path:
-    """Write `glue.md` and `report.html` beside a sweep's `glue.json` and return the path of the second.
+def write_glue_report(folder: Path) -> tuple[Path, Path]:
+    """Write `glue.md` and `report.html` beside a sweep's `glue.json` and return their paths.
 
     Raises UserError for a `glue.json` that is missing or broken, and if the disk refuses.
     """
-    results = read_results(folder)
-    write_text(folder / "glue.md", glue_markdown(results))
-    write_text(folder / "report.html", glue_page(results))
-    return folder / "report.html"
+    results, table, picture_page = read_results(folder), folder / "glue.md", folder / "report.html"
+    write_text(table, glue_markdown(results))
+    write_text(picture_page, glue_page(results))
+    return table, picture_page
 
 
 def points(score: float) -> str:
     """A score times 100, with one decimal."""
-    return f"{100 * score:.1f}"
+    return f"{round(100 * score, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
@@ -34,22 +34,24 @@ def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
 
 def _score_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of scores, a row for each dev split and metric."""
-    head = ["task", "metric", "median", "lowest-highest", *(f"seed {seed}" for seed in results.seeds), "majority"]
+    head = ["task", "metric", "median", "lowest to highest", *(f"seed {seed}" for seed in results.seeds), "majority"]
     rows = []
     for task, split, dev in _devs(results):
         for metric in task.metrics:
             each = [points(dev.seeds[seed][metric]) if seed in dev.seeds else "" for seed in results.seeds]
-            spread = "-".join(points(value) for value in dev.spread[metric])
+            spread = " to ".join(points(value) for value in dev.spread[metric])
             around = [points(dev.median[metric]), spread, *each, points(dev.majority[metric])]
-            rows.append([task.title(split), metric, *around, f"{dev.rows:,}", _standing(task, dev)])
-    return [*head, "dev rows", "which"], rows
+            rows.append([task.title(split), metric, *around, _standing(task, dev)])
+    return [*head, "dev rows"], rows
 
 
 def _standing(task: TaskResult, dev: DevResult) -> str:
-    """Whether a score may be called by the task's name."""
+    """How many rows were scored, and whether that makes it an official score."""
     if task.cut_of:
-        return f"a part of {task.cut_of}, not its dev set"
-    return "official dev set" if dev.official else "not all rows of the official dev set"
+        return f"{dev.rows:,}, a part of the task"
+    if dev.rows == dev.official_rows:
+        return f"{dev.rows:,}, official"
+    return f"{dev.rows:,} of {dev.official_rows:,}" if dev.official_rows else f"{dev.rows:,}, not GLUE's"
 
 
 def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
@@ -65,13 +67,17 @@ def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
     return [*head, "seed kept"], rows
 
 
-def _average_grid(averages: list[Average]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the averages; what is missing stands in place of a number."""
-    rows = []
-    for average in averages:
-        value = f"missing: {'; '.join(average.missing)}" if average.value is None else points(average.value)
-        rows.append([average.name, value, average.sentence])
-    return ["average", "value", "of what"], rows
+def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
+    """Each average's name, and its value or what is missing for it, with what it is the mean of."""
+    return [
+        (
+            average.name,
+            f"not computed for want of {', '.join(average.missing)}. {average.sentence}"
+            if average.value is None
+            else f"{points(average.value)}. {average.sentence}",
+        )
+        for average in averages.values()
+    ]
 
 
 def _protocol(results: GlueResults) -> str:
@@ -81,8 +87,8 @@ def _protocol(results: GlueResults) -> str:
 
 
 _KEY = (
-    "Scores are times 100. Median and lowest-highest are over seeds; majority is the score of always giving the training "
-    "rows' most frequent answer."
+    "Scores are times 100. Median, lowest and highest are over seeds; majority is the score of always giving the training "
+    "rows' most frequent answer. Only rows marked official are the whole dev set that papers score."
 )
 
 
@@ -94,7 +100,7 @@ def glue_markdown(results: GlueResults) -> str:
             f"# GLUE: {results.model}",
             f"Protocol: {_protocol(results)}\n\nRows from {results.source}. {_KEY}",
             markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
-            markdown_grid(*_average_grid(list(results.averages.values()))),
+            "\n".join(f"- **{name}**: {said}" for name, said in _averages(results.averages)),
             markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",
         ]
     )
@@ -113,7 +119,7 @@ def glue_page(results: GlueResults) -> str:
         grid(head, rows, numbers=range(2, len(head) - 1)),
         f'<p class="note">{_KEY} Rows from {html.escape(results.source)}.</p>',
         "<h2>Averages</h2>",
-        grid(*_average_grid(list(results.averages.values()))),
+        *(f"<p><b>{html.escape(name)}</b>: {html.escape(said)}</p>" for name, said in _averages(results.averages)),
         "<h2>Training</h2>",
         grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)),
         *(["<h2>Learning curves</h2>", *curves] if curves else []),
@@ -161,8 +167,8 @@ def _curves(task: TaskResult) -> str:
     figure = matplotlib.figure.Figure(figsize=(9, 2.6), layout="constrained")
     loss, score = figure.subplots(1, 2)
     for curve in curves:
-        _line(loss, curve, "loss", 1, _ORANGE)
-        _line(score, curve, metric, 100, _BLUE)
+        _line(loss, curve, "loss", 1.0, _ORANGE)
+        _line(score, curve, metric, 100.0, _BLUE)
     for dev in list(task.dev.values())[:1]:
         score.axhline(100 * dev.majority[metric], color="gray", ls="--", lw=1, label="majority")
         score.legend(frameon=False, loc="lower right")

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ufbert.config import FORMAT_VERSION
 from ufbert.errors import UserError
 
-FORMAT = {"format": "ufbert-glue", "format_version": 1}
+FORMAT = {"format": "ufbert-glue", "format_version": FORMAT_VERSION}
 """What `glue.json` begins with."""
 
 Scores = dict[str, float]
@@ -17,8 +18,8 @@ class DevResult(NamedTuple):
     """The scores on one dev split."""
 
     rows: int
-    official: bool
-    """Whether these are all rows of an official dev set."""
+    official_rows: int
+    """Rows of the official dev set; 0 for a part of a task and for a task of one's own."""
     seeds: dict[int, Scores]
     median: Scores
     spread: dict[str, tuple[float, float]]
@@ -106,7 +107,7 @@ def read_results(place: Path) -> GlueResults:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, dict) or {key: found.get(key) for key in FORMAT} != FORMAT:
-        raise UserError(f"{path} is not a glue.json of format version {FORMAT['format_version']}.")
+        raise UserError(f"{path} is not a glue.json of format version {FORMAT_VERSION}.")
     try:
         return GlueResults(
             path.parent,
@@ -154,7 +155,7 @@ def _dev(entry: dict[str, Any], metrics: tuple[str, ...], classes: int) -> DevRe
         raise ValueError(f"a confusion table that is not {classes} by {classes}")
     return DevResult(
         int(entry["rows"]),
-        bool(entry["official"]),
+        int(entry["official_rows"]),
         {int(seed): scores(found) for seed, found in entry["seeds"].items()},
         scores(entry["median"]),
         {name: (low, high) for name, (low, high) in spread.items()},

@@ -10,7 +10,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h2 { margin-top: 2.5rem } figure { margin: 1rem 0 } .note { color: #555 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
 th { text-align: left; font-weight: 600 } td { font-variant-numeric: tabular-nums }
-td.number, th.number { text-align: right } svg { width: 100%; height: auto } pre { overflow-x: auto }
+td.number, th.number { text-align: right } td.number { white-space: nowrap }
+svg { width: 100%; height: auto } pre { overflow-x: auto }
 .wide { overflow-x: auto } .row { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
 """
 
