@@ -42,18 +42,13 @@ def choose_tasks(source: Source, names: str) -> tuple[list[Task], list[str]]:
         tasks = source.tasks()
         if not tasks:
             needs = source.missing(TASKS["cola"])
-            raise UserError(
-                f"The GLUE source has no complete task; {' and '.join(source.missing(TASKS['cola']))} would be one."
-            )
+            raise UserError(f"The GLUE source has no complete task; there is no {' and no '.join(needs)}, for example.")
         return tasks, [task.folder for task in TASKS.values() if task not in tasks]
     chosen = {task.name: task for task in (_named(source, name.strip()) for name in names.split(",") if name.strip())}
     if not chosen:
         raise UserError("No task is named; take `all` or a list such as `cola,sst2`.")
     for task in chosen.values():
-        if missing := source.missing(task):
-            raise UserError(
-                f"The GLUE source does not have all of {task.folder}: there is no {' and no '.join(missing)}."
-            )
+        _require(source, task)
     return list(chosen.values()), []
 
 
@@ -68,10 +63,14 @@ def _named(source: Source, name: str) -> Task:
     return find_task(name)
 
 
-def load_task(source: Source, task: Task) -> TaskData:
-    """All rows of a task. Raises UserError if its training rows or the dev set that decides are not there, or are broken."""
+def _require(source: Source, task: Task) -> None:
     if missing := source.missing(task):
         raise UserError(f"The GLUE source does not have all of {task.folder}: there is no {' and no '.join(missing)}.")
+
+
+def load_task(source: Source, task: Task) -> TaskData:
+    """All rows of a task. Raises UserError if its training rows or the dev set that decides are not there, or are broken."""
+    _require(source, task)
     splits = {split: source.read(task, split) for split in ("train", *task.dev, *task.test)}
     there = {split: rows for split, rows in splits.items() if rows is not None}
     dev, test = ({split: there[split] for split in part if split in there} for part in (task.dev, task.test))
