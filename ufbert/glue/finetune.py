@@ -20,6 +20,7 @@ from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Batch, Encoded, encode_texts
 from ufbert.glue.batches import epoch_batches
 from ufbert.glue.metrics import score
+from ufbert.glue.outcome import decide
 from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.tasks import Task
 from ufbert.hub.folder import ModelFolder, TaskInfo, with_task
@@ -74,16 +75,16 @@ class Setting:
 
 
 class Batches(NamedTuple):
-    """One batch of every run."""
+    """One batch of every run: NumPy arrays, in jitted functions traced ones."""
 
     inputs: Any
     """Batch of (r, b, t) arrays; of a probe, features (r, b, d)."""
-    targets: np.ndarray
+    targets: Any
     """(r, b) class numbers or standardised values."""
-    weights: np.ndarray
+    weights: Any
     """(r, b), 0 for rows that only fill up a batch."""
-    teacher: np.ndarray | None
-    """(r, b, c) scores."""
+    teacher: Any
+    """(r, b, c) scores, or None."""
 
 
 class _State(NamedTuple):
@@ -320,7 +321,7 @@ def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded | np.nd
 def cached_features(config: ModelConfig, encoder: Any, rows: Encoded) -> np.ndarray:
     """(rows, d): what the classifier's pooler reads of each row."""
 
-    def features(params: Any, batch: Batch) -> Any:
+    def features(params: Any, batch: Any) -> Any:
         hidden, _ = nn.encode({"encoder": params[0]}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
         return nn.pooled_input(config, hidden, batch.segment_ids)[None]
 
@@ -345,11 +346,6 @@ def metrics_of(data: TaskData, scores: dict[str, np.ndarray]) -> dict[str, dict[
         name: score(data.task.metrics, decide(data.task, scores[name]), np.asarray(rows.labels))
         for name, rows in data.dev.items()
     }
-
-
-def decide(task: Task, scores: np.ndarray) -> np.ndarray:
-    """Class numbers, or values for regression, from classifier scores (rows, outputs)."""
-    return scores[:, 0] if task.is_regression else scores.argmax(axis=-1)
 
 
 def _outcome(run: Run, data: TaskData, model: ModelFolder, params: Any, target: _Target, trace: Trace) -> Tuned:
