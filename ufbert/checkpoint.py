@@ -4,9 +4,9 @@ A checkpoint is a folder `checkpoints/<step>`, written in the background under a
 The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is.
 """
 
-import gc
-import sys
+import json
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,9 @@ from ufbert.errors import UserError
 
 Identity = dict[str, str]
 """What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
+
+
+SIZES = "sizes.json"
 
 
 class Restored(NamedTuple):
@@ -46,7 +49,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(f"Cannot use the checkpoint folder {folder}: {error.strerror or error}.") from error
-        self._pending: Any = None
+        self._watcher = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(self, step: int, state: Any, heldout_loss: float, spent: float) -> None:
         """Start to write `state`, a tree of arrays, as checkpoint `step`; the arrays may be donated afterwards.
@@ -56,9 +60,17 @@ class Checkpoints:
         self.wait()
         about: Any = {"identity": self._identity, "spent": spent}
         with _refusal(self.folder):
-            self._pending = self._writer.save_async(
+            under_way = self._writer.save_async(
                 step, state, force=True, overwrite=True, metrics={"heldout_loss": heldout_loss}, custom_metadata=about
             )
+        self._pending = self._watcher.submit(self._settle, step, under_way)
+
+    def _settle(self, step: int, under_way: Any) -> None:
+        """When a checkpoint is on disk, note the sizes of its files beside them."""
+        under_way.result()
+        if processes.is_main():
+            folder = self.folder / str(step)
+            (folder / SIZES).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises UserError if it cannot be."""
@@ -72,6 +84,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._watcher.shutdown()
             with suppress(Exception):  # it raises once more what the save raised
                 self._writer.close()
 
@@ -95,7 +108,7 @@ class Checkpoints:
             except Exception:  # orbax and tensorstore raise many kinds for a damaged folder
                 about = {}
             other = [name for name, value in self._identity.items() if about.get("identity", {}).get(name) != value]
-            if not about:
+            if not about or not _whole(self.folder / str(step)):
                 refused.append(f"checkpoint {step} is damaged or cut short")
             elif other:
                 refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
@@ -112,16 +125,28 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any) -> Any:
         """The state of a checkpoint, or None if it cannot be read."""
-        with suppress(Exception):  # orbax and tensorstore raise many kinds
-            return self._writer.load(step, abstract)
-        # Of the reads that orbax began side by side, it drops unfinished those that did not fail; Python would print a
-        # complaint for each when it collects them, at any later time.
-        printed, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            gc.collect()
-        finally:
-            sys.unraisablehook = printed
-        return None
+            return self._writer.load(step, abstract)
+        except Exception:  # orbax and tensorstore raise many kinds
+            return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint, but for the list of them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a checkpoint's files have the sizes they were written with. Orbax would notice too, but of the reads it has begun
+    side by side it drops those that do not fail, and each complains on standard error when it ends. A checkpoint whose
+    writer was killed before it could note the sizes is left to Orbax."""
+    try:
+        return json.loads((folder / SIZES).read_text(encoding="utf-8")) == _sizes(folder)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
