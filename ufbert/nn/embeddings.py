@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
+from ufbert.nn.layers import compute_dtype, dense, layer_norm
+from ufbert.ops.dropout import dropout
 from ufbert.ops.positions import sinusoid
 
 
@@ -39,4 +40,4 @@ class Embeddings(nn.Module):
             x = layer_norm(cfg, "norm")(x)
         if cfg.embedding_projection:
             x = dense(cfg, cfg.d_model, "projection", use_bias=True)(x.astype(compute_dtype(cfg)))
-        return maybe_dropout(cfg, x.astype(jnp.float32), key)
+        return dropout(x.astype(jnp.float32), cfg.dropout, key)

@@ -10,8 +10,9 @@ from ufbert.errors import UserError
 from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.feedforward import FEEDFORWARDS
-from ufbert.nn.layers import Aux, Context, layer_norm, maybe_dropout
+from ufbert.nn.layers import Aux, Context, layer_norm
 from ufbert.ops.attention import visible_tokens
+from ufbert.ops.dropout import dropout
 
 
 class Block(nn.Module):
@@ -33,12 +34,12 @@ class Block(nn.Module):
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
         if cfg.norm == "pre":
             normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
-            x = x + maybe_dropout(cfg, mix(normed, context, weights_key), mixed_key)
+            x = x + dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
             y, aux = feed(feedforward_norm(x), context, noise_key)
-            return x + maybe_dropout(cfg, y, hidden_key), aux
-        x = layer_norm(cfg, "mixer_norm")(x + maybe_dropout(cfg, mix(x, context, weights_key), mixed_key))
+            return x + dropout(y, cfg.dropout, hidden_key), aux
+        x = layer_norm(cfg, "mixer_norm")(x + dropout(mix(x, context, weights_key), cfg.dropout, mixed_key))
         y, aux = feed(x, context, noise_key)
-        return feedforward_norm(x + maybe_dropout(cfg, y, hidden_key)), aux
+        return feedforward_norm(x + dropout(y, cfg.dropout, hidden_key)), aux
 
 
 class Encoder(nn.Module):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import compute_dtype, dense, layer_norm, maybe_dropout
+from ufbert.nn.layers import compute_dtype, dense, layer_norm
 from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dropout import dropout
 
 
 class MaskedLMHead(nn.Module):
@@ -71,5 +72,5 @@ class ClassifierHead(nn.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b c"]:
-        pooled = maybe_dropout(self.config, Pooler(self.config, name="pooler")(hidden, segment_ids), key)
+        pooled = dropout(Pooler(self.config, name="pooler")(hidden, segment_ids), self.config.dropout, key)
         return dense(self.config, self.n_outputs, "out", use_bias=True)(pooled).astype(jnp.float32)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
 from ufbert.ops import linear
@@ -59,11 +59,3 @@ def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=config.norm_eps, dtype=jnp.float32, use_bias=config.norm_bias, use_fast_variance=False, name=name
     )
-
-
-def maybe_dropout(config: ModelConfig, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Dropout at the config's rate if there is a key, else x."""
-    if key is None or config.dropout == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - config.dropout, x.shape)
-    return jnp.where(keep, x / (1.0 - config.dropout), 0.0)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ufbert.ops.dropout import dropout as drop
+
 
 def visible_tokens(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
     """[b, i, j] is true where token i may look at token j.
@@ -36,6 +38,5 @@ def attention(
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     weights = jax.nn.softmax(logits, axis=-1)
-    keep = jax.random.bernoulli(key, 1.0 - dropout, weights.shape)
-    weights = jnp.where(keep, weights / (1.0 - dropout), 0.0).astype(v.dtype)
+    weights = drop(weights, dropout, key).astype(v.dtype)
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
