@@ -39,7 +39,7 @@ class TfdsSource(Source):
             return None
         config, name = dataset_split(task, split)
         builder = self._builder(config)
-        features, place = builder.info.features, self.place(task, split)
+        features, place = dict(builder.info.features.items()), self.place(task, split)
         columns = dataset_columns(task, split, getattr(features.get("label"), "names", None))
         require_columns(place, columns, features)
         try:
