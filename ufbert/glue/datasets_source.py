@@ -92,7 +92,7 @@ class HubSource(_DatasetsSource):
             except Exception as error:  # the library raises many kinds; all but one mean that nothing can be had
                 if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
                     raise UserError(
-                        f"The dataset {self.name} {config} cannot be had from the hub ({_cause(error)}); give a local folder "
+                        f"The dataset {self.name} {config} cannot be had from the hub ({cause(error)}); give a local folder "
                         "as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
                     ) from error
                 self._fetched[config] = {}
@@ -127,7 +127,7 @@ class FolderSource(_DatasetsSource):
                 table = pa.concat_tables([pyarrow.parquet.read_table(path) for path in paths])
                 dataset = datasets.Dataset(table)
         except Exception as error:  # either library raises many kinds for a damaged file
-            raise UserError(f"{paths[0]} cannot be read ({_cause(error)}).") from error
+            raise UserError(f"{paths[0]} cannot be read ({cause(error)}).") from error
         return self._rows(task, split, dataset)
 
     def _files(self, task: Task, split: str) -> list[Path]:
@@ -146,5 +146,6 @@ class FolderSource(_DatasetsSource):
         return collect(str(path), table.records, columns, self.skip_bad_rows)
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """What a library's exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

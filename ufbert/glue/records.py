@@ -55,7 +55,7 @@ def collect(place: str, records: Iterable[Record], columns: Columns, skip_bad_ro
             column.append(text)
         labels.append(label)
     if not labels:
-        raise UserError(f"{place} has no rows" + (f"; all {skipped} were bad." if skipped else "."))
+        raise UserError(f"{place} has no rows" + (f"; {skipped} bad ones were left out." if skipped else "."))
     return Rows(texts[0], texts[1] if len(texts) > 1 else None, labels if columns.read_label else None, skipped)
 
 
