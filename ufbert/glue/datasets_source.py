@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.errors import UserError
-from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns
+from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tables import read_table
 from ufbert.glue.tasks import Task
@@ -26,7 +26,7 @@ def dataset_columns(task: Task, split: str, names: list[str] | None = None) -> C
     if split in task.test:
         return Columns(task.hub_text)
     if task.is_regression:
-        return Columns(task.hub_text, "label", number)
+        return Columns(task.hub_text, "label", single_number)
     in_order = names is None or set(names) != set(task.labels)
     return Columns(task.hub_text, "label", partial(_class, task.labels, task.labels if in_order else tuple(names)))
 
