@@ -1,4 +1,4 @@
-"""Metrics against closed forms and SciPy, readers against broken files, and a whole fine-tuning run."""
+"""The parts of fine-tuning, and whole runs."""
 
 import json
 import random
@@ -7,106 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import bucket, encode_texts
-from ufbert.errors import UserError
 from ufbert.glue.command import finetune_command, subset
 from ufbert.glue.finetune import learning_rate
-from ufbert.glue.metrics import score
-from ufbert.glue.sources import Rows, open_source, read_split
-from ufbert.glue.tasks import TASKS, find_task
+from ufbert.glue.rows import Rows
+from ufbert.glue.tasks import TASKS
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.pretrain.run import pretrain_command
-
-
-def test_binary_metrics_are_the_closed_forms():
-    predicted, labels = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 1, 0, 0])
-    tp, fp, fn, tn = 2, 2, 1, 3
-    found = score(("accuracy", "f1", "matthews"), predicted, labels)
-    assert found["accuracy"] == pytest.approx(5 / 8)
-    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
-    wanted = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert found["matthews"] == pytest.approx(wanted)
-
-
-def test_constant_predictions_score_zero_not_nan():
-    zeros, labels = np.zeros(4), np.array([0, 1, 0, 1])
-    assert score(("f1", "matthews", "pearson", "spearman"), zeros, labels) == {
-        "f1": 0.0, "matthews": 0.0, "pearson": 0.0, "spearman": 0.0,
-    }  # fmt: skip
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=40))
-def test_correlations_equal_scipy_with_ties(pairs):
-    a, b = np.array(pairs, float).T
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return
-    found = score(("pearson", "spearman"), a, b)
-    assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-9)
-    assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
 
 
 def write(root, task, split, text, encoding="utf-8"):
     folder = root / TASKS[task].folder
     folder.mkdir(exist_ok=True)
     (folder / f"{split}.tsv").write_bytes(text.encode(encoding))
-
-
-def test_official_quirks_are_read(tmp_path):
-    write(
-        tmp_path,
-        "mrpc",
-        "dev",
-        'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\tHe said "no.\tNo!\r\n',
-        "utf-8-sig",
-    )
-    assert read_split(tmp_path, TASKS["mrpc"], "dev") == Rows(['He said "no.'], ["No!"], [1.0])
-    write(tmp_path, "cola", "dev", "gj04\t0\t*\tThe cat sleep.\n")
-    assert read_split(tmp_path, TASKS["cola"], "dev") == Rows(["The cat sleep."], None, [0.0])
-    write(tmp_path, "sst2", "dev", "sentence\tlabel\ngood \t1\n")
-    assert read_split(tmp_path, TASKS["sst2"], "dev") == Rows(["good"], None, [1.0])
-    write(tmp_path, "stsb", "dev", "index\tsentence1\tsentence2\tscore\n0\ta\tb\t2.5\n")
-    assert read_split(tmp_path, TASKS["stsb"], "dev") == Rows(["a"], ["b"], [2.5])
-    write(tmp_path, "rte", "dev", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n")
-    assert read_split(tmp_path, TASKS["rte"], "dev") == Rows(["a"], ["b"], [1.0])
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("sentence\tlabel\ngood\t1\nbad\n", "line 3: 1 columns, expected 2"),
-        ("sentence\tlabel\ngood\t7\n", "line 2: '7' is not one of the labels"),
-        ("text\tlabel\ngood\t1\n", "no column sentence"),
-        ("sentence\tlabel\n", "no rows"),
-        ("", "no column"),
-    ],
-)
-def test_broken_rows_are_named_by_file_and_line(tmp_path, text, words):
-    write(tmp_path, "sst2", "train", text)
-    with pytest.raises(UserError, match=words) as caught:
-        read_split(tmp_path, TASKS["sst2"], "train")
-    assert "train.tsv" in str(caught.value)
-
-
-def test_wrong_encoding_missing_files_and_unknown_tasks(tmp_path):
-    (tmp_path / "SST-2").mkdir()
-    (tmp_path / "SST-2" / "dev.tsv").write_bytes(b"sentence\tlabel\nfine\t1\nb\xff\t0\n")
-    with pytest.raises(UserError, match=r"dev\.tsv, line 3: not UTF-8"):
-        read_split(tmp_path, TASKS["sst2"], "dev")
-    with pytest.raises(UserError, match="lacks"):
-        read_split(tmp_path, TASKS["cola"], "dev")
-    with pytest.raises(UserError, match="does not exist"):
-        open_source(f"dir:{tmp_path / 'none'}")
-    with pytest.raises(UserError, match=r"did you mean sst2\?"):
-        find_task("sst3")
-    assert find_task("SST-2") is TASKS["sst2"]
 
 
 def test_the_rate_rises_then_falls_to_zero():

@@ -1,12 +1,12 @@
 """`hf[:NAME]`: datasets of the Hugging Face hub, or a local folder of them, one configuration a task."""
 
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ufbert.errors import UserError
-from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns
+from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tables import read_table
 from ufbert.glue.tasks import Task
@@ -26,19 +26,22 @@ def dataset_columns(task: Task, split: str, names: list[str] | None = None) -> C
     if split in task.test:
         return Columns(task.hub_text)
     if task.is_regression:
-        return Columns(task.hub_text, "label", number)
+        return Columns(task.hub_text, "label", single_number)
     in_order = names is None or set(names) != set(task.labels)
     return Columns(task.hub_text, "label", partial(_class, task.labels, task.labels if in_order else tuple(names)))
 
 
 def _class(labels: tuple[str, ...], names: tuple[str, ...], value: Any) -> float:
     """The class of a label's text, or of its place in `names`. Raises ValueError for another."""
-    text = str(value).strip()
-    if text in labels:
-        return class_number(labels, text)
-    if not text.isdecimal() or int(text) >= len(names):
+    if isinstance(value, str) and value.strip() in labels:
+        return class_number(labels, value)
+    try:
+        place = number(value)
+    except ValueError:
+        place = -1.0
+    if place not in range(len(names)):
         raise ValueError(f"{value!r} is not a class number below {len(names)}, nor one of {', '.join(labels)}")
-    return class_number(labels, names[int(text)])
+    return class_number(labels, names[int(place)])
 
 
 class _DatasetsSource(Source):
@@ -66,47 +69,34 @@ class _DatasetsSource(Source):
 class HubSource(_DatasetsSource):
     """A dataset of the hub. What has been fetched once stays in the cache of `datasets` and needs no network."""
 
+    def __init__(self, name: str, skip_bad_rows: bool = False) -> None:
+        super().__init__(name, skip_bad_rows)
+        self._fetched: dict[str, Any] = {}
+
     def has(self, task: Task, split: str) -> bool:
         config, name = dataset_split(task, split)
-        return config in self._configs and name in self._load(config)
+        return name in self._splits(config)
 
     def read(self, task: Task, split: str) -> Rows | None:
-        if not self.has(task, split):
-            return None
         config, name = dataset_split(task, split)
-        return self._rows(task, split, self._load(config)[name])
+        splits = self._splits(config)
+        return self._rows(task, split, splits[name]) if name in splits else None
 
-    @cached_property
-    def _configs(self) -> list[str]:
+    def _splits(self, config: str) -> Any:
+        """The splits of a configuration by name, none if the dataset does not have it."""
         import datasets
 
-        try:
-            return datasets.get_dataset_config_names(self.name)
-        except Exception as error:  # the library raises many kinds; all mean that the dataset cannot be had
-            raise _unreachable(self.name, error) from error
-
-    @cached_property
-    def _loaded(self) -> dict[str, Any]:
-        return {}
-
-    def _load(self, config: str) -> Any:
-        """The splits of a configuration, by name."""
-        import datasets
-
-        if config not in self._loaded:
+        if config not in self._fetched:
             try:
-                self._loaded[config] = datasets.load_dataset(self.name, config)
-            except Exception as error:  # as above
-                raise _unreachable(f"{self.name} {config}", error) from error
-        return self._loaded[config]
-
-
-def _unreachable(what: str, error: Exception) -> UserError:
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return UserError(
-        f"The dataset {what} cannot be had from the hub ({cause}); give a local folder as hf:PATH, the official TSV files as "
-        "dir:PATH or prepared TFDS files as tfds:PATH."
-    )
+                self._fetched[config] = datasets.load_dataset(self.name, config)
+            except Exception as error:  # the library raises many kinds; all but one mean that nothing can be had
+                if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
+                    raise UserError(
+                        f"The dataset {self.name} {config} cannot be had from the hub ({cause(error)}); give a local folder "
+                        "as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
+                    ) from error
+                self._fetched[config] = {}
+        return self._fetched[config]
 
 
 class FolderSource(_DatasetsSource):
@@ -137,8 +127,7 @@ class FolderSource(_DatasetsSource):
                 table = pa.concat_tables([pyarrow.parquet.read_table(path) for path in paths])
                 dataset = datasets.Dataset(table)
         except Exception as error:  # either library raises many kinds for a damaged file
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"{paths[0]} cannot be read ({cause}).") from error
+            raise UserError(f"{paths[0]} cannot be read ({cause(error)}).") from error
         return self._rows(task, split, dataset)
 
     def _files(self, task: Task, split: str) -> list[Path]:
@@ -155,3 +144,8 @@ class FolderSource(_DatasetsSource):
         columns = dataset_columns(task, split)
         require_columns(str(path), columns, table.columns or ())
         return collect(str(path), table.records, columns, self.skip_bad_rows)
+
+
+def cause(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -135,12 +135,16 @@ def _task(own: OwnTask) -> Task:
 
 
 def _labels_in(own: OwnTask) -> set[str]:
-    """Every label of the training rows, those of broken rows left out: they are named when the rows are read."""
+    """Every label of the training rows, those of broken rows left out: they are named when the rows are read. Raises UserError
+    if there is none."""
     table = read_table(Path(own.train))
     if table.columns is not None:
         require_columns(own.train, Columns((own.text,), own.label), table.columns)
     values = (record.values.get(own.label) for record in table.records)
-    return {_label_text(value) for value in values if value is not None} - {""}
+    found = {_label_text(value) for value in values if value is not None} - {""}
+    if not found:
+        raise UserError(f"{own.train} has no rows with a label.")
+    return found
 
 
 def _check_metrics(metrics: Iterable[str], n_labels: int) -> None:

@@ -55,7 +55,7 @@ def collect(place: str, records: Iterable[Record], columns: Columns, skip_bad_ro
             column.append(text)
         labels.append(label)
     if not labels:
-        raise UserError(f"{place} has no rows" + (f"; all {skipped} were bad." if skipped else "."))
+        raise UserError(f"{place} has no rows" + (f"; {skipped} bad ones were left out." if skipped else "."))
     return Rows(texts[0], texts[1] if len(texts) > 1 else None, labels if columns.read_label else None, skipped)
 
 
@@ -100,18 +100,21 @@ def require_columns(place: str, columns: Columns, there: Iterable[str]) -> None:
 
 
 def number(value: Any) -> float:
-    """A finite number. One stored in single precision is taken for the shortest decimal that it stands for, as it would be
-    written in a text file. Raises ValueError for anything else."""
+    """A finite number. Raises ValueError for anything else."""
     try:
         found = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{value!r} is not a number") from error
     if not math.isfinite(found):
         raise ValueError(f"{value!r} is not a finite number")
-    if isinstance(value, str) or abs(found) > np.finfo(np.float32).max:
-        return found
-    single = np.float32(found)
-    return float(str(single)) if float(single) == found else found
+    return found
+
+
+def single_number(value: Any) -> float:
+    """A finite number in single precision, as its shortest decimal: what a text file, which may have more digits, and a
+    dataset of float32 have in common. Raises ValueError for anything else."""
+    with np.errstate(over="ignore"):
+        return number(str(np.float32(number(value))))
 
 
 def class_number(labels: tuple[str, ...], value: Any) -> float:

@@ -24,6 +24,8 @@ def open_source(spec: str, skip_bad_rows: bool = False) -> Source:
     kind, _, rest = spec.partition(":")
     if kind == "hf" and (rest or spec == "hf"):
         name = rest or HUB_NAME
+        if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+            raise UserError(f"The GLUE folder {name} does not exist.")
         return (FolderSource if Path(name).is_dir() else HubSource)(name, skip_bad_rows)
     if kind == "tfds" and rest:
         return TfdsSource(Path(rest), skip_bad_rows)

@@ -102,7 +102,7 @@ def _json_records(path: Path) -> Iterator[Record]:
             continue
         values, fault = {}, _encoding_fault(text)
         try:
-            values = {} if fault else json.loads(text)
+            values = {} if fault else json.loads(text.strip())
         except json.JSONDecodeError as error:
             fault = f"broken JSON ({error.msg} at column {error.colno})"
         if not isinstance(values, dict):

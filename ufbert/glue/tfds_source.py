@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.errors import UserError
-from ufbert.glue.datasets_source import dataset_columns, dataset_split
+from ufbert.glue.datasets_source import cause, dataset_columns, dataset_split
 from ufbert.glue.records import Record, collect, require_columns
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tasks import Task
@@ -39,14 +39,14 @@ class TfdsSource(Source):
             return None
         config, name = dataset_split(task, split)
         builder = self._builder(config)
-        features, place = builder.info.features, self.place(task, split)
+        features, place = dict(builder.info.features.items()), self.place(task, split)
         columns = dataset_columns(task, split, getattr(features.get("label"), "names", None))
         require_columns(place, columns, features)
         try:
             values = list(builder.as_data_source(name))
         except Exception as error:  # the library raises many kinds for a damaged or unsuitable file
             raise UserError(
-                f"{place}: cannot be read without TensorFlow ({_cause(error)}); it can if it was prepared with "
+                f"{place}: cannot be read without TensorFlow ({cause(error)}); it can if it was prepared with "
                 "file_format='array_record'."
             ) from error
         if "idx" in features:
@@ -70,7 +70,7 @@ def _newest(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(f"{newest} is not a dataset that tensorflow_datasets prepared ({_cause(error)}).") from error
+        raise UserError(f"{newest} is not a dataset that tensorflow_datasets prepared ({cause(error)}).") from error
 
 
 def _records(values: list[dict[str, Any]]) -> Iterator[Record]:
@@ -81,7 +81,3 @@ def _records(values: list[dict[str, Any]]) -> Iterator[Record]:
             yield Record(i, {}, "not UTF-8")
         else:
             yield Record(i, texts)
-
-
-def _cause(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

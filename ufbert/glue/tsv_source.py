@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from ufbert.errors import UserError
-from ufbert.glue.records import Columns, class_number, collect, number, require_columns
+from ufbert.glue.records import Columns, class_number, collect, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tables import read_tsv
 from ufbert.glue.tasks import Task, cut_of
@@ -40,7 +40,7 @@ class TsvSource(Source):
             # `datasets`.
             columns = Columns(tuple(map(str, task.text if task.header else task.hub_text)))
         else:
-            label = number if task.is_regression else partial(class_number, task.labels)
+            label = single_number if task.is_regression else partial(class_number, task.labels)
             columns = Columns(tuple(map(str, task.text)), str(task.label), label)
         has_header = task.header or split in task.test
         table = read_tsv(path, () if has_header else tuple(map(str, range(task.columns))))

@@ -1,0 +1,251 @@
+"""A person's own task: files of every kind, what is inferred, and what is refused."""
+
+import csv
+import gzip
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ufbert.errors import UserError
+from ufbert.glue.own import OwnTask, read_own
+from ufbert.glue.rows import Rows
+
+ROWS = [("a river", "x", "yes"), ('"quoted", twice', "y", "no"), (" é ", "z", "yes")]
+WANTED = Rows(["a river", '"quoted", twice', "é"], ["x", "y", "z"], [1.0, 0.0, 1.0])
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([("text", "pair", "label"), *rows])
+    return text.getvalue()
+
+
+def as_tsv(rows):
+    return "".join("\t".join(row) + "\r\n" for row in [("text", "pair", "label"), *rows])
+
+
+def as_jsonl(rows):
+    return "\n".join(json.dumps(dict(zip(("text", "pair", "label"), row, strict=True))) for row in rows)
+
+
+def put(folder, **texts):
+    """Files named after the keywords, `train_tsv` for `train.tsv`, and a task of their train and dev."""
+    for name, text in texts.items():
+        (folder / name.replace("_", ".")).write_bytes(text.encode("utf-8", "surrogateescape"))
+    files = {key: str(path) for key in ("train", "dev", "test") for path in folder.glob(f"{key}.*")}
+    return OwnTask(text="text", label="label", **files)
+
+
+@pytest.mark.parametrize(("suffix", "written"), [("csv", as_csv), ("tsv", as_tsv), ("jsonl", as_jsonl)])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tables_of_every_kind_give_the_same_rows(tmp_path, suffix, written, zipped):
+    for name in ("train", "dev", "test"):
+        data = ("\ufeff" + written(ROWS)).encode()
+        path = tmp_path / f"{name}.{suffix}{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(data) if zipped else data)
+    own = replace(put(tmp_path), pair="pair")
+    data = read_own(own)
+    assert data.train == data.dev["dev"] == WANTED
+    assert data.test == {"test": WANTED._replace(labels=None)}
+    task = data.task
+    assert (task.name, task.labels, task.label_names, task.metrics) == (
+        "own",
+        ("no", "yes"),
+        ("no", "yes"),
+        ("accuracy", "f1"),
+    )
+    assert (task.n_outputs, task.is_regression, task.dev, task.test) == (2, False, ("dev",), {"test": ""})
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(any_text, min_size=2, max_size=6), ascii_only=st.booleans())
+def test_any_text_comes_back_from_csv_and_json_lines(tmp_path_factory, texts, ascii_only):
+    folder = tmp_path_factory.mktemp("own")
+    rows = [(text, str(i % 2)) for i, text in enumerate(texts)]
+    with (folder / "train.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    lines = [json.dumps({"text": text, "label": label}, ensure_ascii=ascii_only) for text, label in rows]
+    (folder / "dev.jsonl").write_text("\n".join(lines), encoding="utf-8", newline="")
+    data = read_own(put(folder))
+    assert data.train == data.dev["dev"] == Rows([text.strip() for text in texts], None, [float(y) for _, y in rows])
+
+
+@pytest.mark.parametrize(
+    ("found", "regression", "labels", "metrics"),
+    [
+        (["b", "a", "b"], None, ("a", "b"), ("accuracy", "f1")),
+        (["10", "9", "2"], None, ("2", "9", "10"), ("accuracy",)),
+        (["10", "9", "x"], None, ("10", "9", "x"), ("accuracy",)),
+        ([True, False], None, ("False", "True"), ("accuracy", "f1")),
+        ([1, 0, 1.0, "1"], None, ("0", "1"), ("accuracy", "f1")),
+        (["nan", "inf"], None, ("inf", "nan"), ("accuracy", "f1")),
+        (["1", "0.5"], None, (), ("pearson", "spearman")),
+        (["1", "0.5"], False, ("0.5", "1"), ("accuracy", "f1")),
+        (range(20), None, tuple(map(str, range(20))), ("accuracy",)),
+        (range(21), None, (), ("pearson", "spearman")),
+        (range(21), False, tuple(map(str, range(21))), ("accuracy",)),
+        (["1", "0"], True, (), ("pearson", "spearman")),
+    ],
+)
+def test_labels_and_metrics_follow_from_the_training_rows(tmp_path, found, regression, labels, metrics):
+    rows = "\n".join(json.dumps({"text": "a", "label": label}) for label in found)
+    data = read_own(replace(put(tmp_path, train_jsonl=rows, dev_jsonl=rows), regression=regression))
+    assert (data.task.labels, data.task.metrics, data.task.is_regression) == (labels, metrics, not labels)
+    if not labels:
+        assert data.train.labels == [float(label) for label in found]
+
+
+SPEC = {"train": "train.tsv", "dev": "dev.tsv", "text": "text", "pair": "pair", "label": "label"}
+
+
+@pytest.mark.parametrize("suffix", ["json", "py"])
+def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix, monkeypatch):
+    put(tmp_path, train_tsv=as_tsv(ROWS), dev_tsv=as_tsv(ROWS))
+    spec = {**SPEC, "labels": ["yes", "no"], "label_names": ["Yes!", "No!"], "metrics": ["matthews"]}
+    path = tmp_path / f"toy.{suffix}"
+    path.write_text(json.dumps(spec) if suffix == "json" else f"BASE = {spec}\nTASK = {{**BASE, 'regression': None}}\n")
+    monkeypatch.chdir("/")
+    data = read_own(OwnTask(task_file=str(path)))
+    assert data.dev["dev"] == WANTED._replace(labels=[0.0, 1.0, 0.0])
+    task = data.task
+    assert (task.name, task.labels, task.label_names, task.metrics) == (
+        "toy", ("yes", "no"), ("Yes!", "No!"), ("matthews",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"lable": "x"}, "'lable' is unknown; did you mean label?"),
+        ({"zzz": 1}, "'zzz' is unknown; take name, train"),
+        ({"text": 3}, "text must be a text, not 3"),
+        ({"labels": "yes"}, "labels must be a list, not 'yes'"),
+        ({"regression": "no"}, "regression must be true or false, not 'no'"),
+        ({"text": "", "dev": ""}, "lacks dev and text; it needs train, dev, text and label"),
+        ({"name": "../x"}, "cannot be named '../x'"),
+        ({"name": "SST2"}, "no GLUE task's name"),
+        ({"labels": ["yes", "no"], "regression": True}, "names labels and asks for regression"),
+        ({"labels": ["1", "1.0"]}, "names a label twice: 1, 1"),
+        ({"label_names": ["a"]}, r"2 labels \(no, yes\) and 1 label_names"),
+        ({"metrics": ["auc"]}, "no metric 'auc'; take accuracy"),
+        ({"metrics": ["pearson"]}, "pearson does not fit a task with 2 labels; take accuracy or f1"),
+        ({"regression": True, "metrics": ["f1"]}, "f1 does not fit a task with values for labels"),
+        ({"label": "kind"}, r"train\.tsv has no column kind; it has text, pair, label"),
+        ({"train": "none.tsv"}, r"none\.tsv does not exist"),
+        ({"train": "toy.json"}, r"name must end in \.tsv, \.csv, \.jsonl or with \.gz"),
+        ({"labels": ["yes"]}, r"train\.tsv, line 3: the label 'no' is not one of the task's, yes"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
+    put(tmp_path, train_tsv=as_tsv(ROWS), dev_tsv=as_tsv(ROWS), toy_json=json.dumps(SPEC | spec))
+    with pytest.raises(UserError, match=words):
+        read_own(OwnTask(task_file=str(tmp_path / "toy.json")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json, line 2: broken JSON"),
+        ("toy.json", "[1]", "must be an object with name, train"),
+        ("toy.json", "\udcff", "is not UTF-8"),
+        ("toy.py", "TASKS = {}", "does not describe a task"),
+        ("toy.py", "1 / 0", "fails with ZeroDivisionError: division by zero"),
+        ("toy.py", "TASK = {", "fails with SyntaxError"),
+        ("toy.py", None, "Cannot read .*: No such file"),
+        ("toy.json", None, "Cannot read .*: No such file"),
+    ],
+)
+def test_a_broken_task_file_is_one_sentence(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=words):
+        read_own(OwnTask(task_file=str(tmp_path / name)))
+
+
+def test_a_task_file_stands_alone(tmp_path):
+    with pytest.raises(UserError, match="leave out the other options"):
+        read_own(OwnTask(task_file=str(tmp_path / "toy.json"), train="x.csv"))
+
+
+BROKEN = {
+    "csv": [
+        ("a,yes,1", "unequal columns, 3 instead of 2"),
+        ("a", "unequal columns, 1 instead of 2"),
+        ('"a" b,yes', r"broken CSV \("),
+        ("b\udcff,yes", "not UTF-8"),
+        ("a,maybe", "the label 'maybe' is not one of the task's, no, yes"),
+    ],
+    "tsv": [
+        ("a", "unequal columns, 1 instead of 2"),
+        ('"a\tb"\tyes', "unequal columns, 3"),
+        ("a\t", "the label '' is not"),
+    ],
+    "jsonl": [
+        ('{"text": "a"', r"broken JSON \(Expecting ',' delimiter at column 13\)"),
+        ('["a", "yes"]', "not a JSON object"),
+        ('{"text": "a"}', "label is missing"),
+        ('{"text": 5, "label": "yes"}', "text is 5, not a text"),
+        ('{"label": "yes"}', "text is missing"),
+        ('{"text": "\\ud83d", "label": "yes"}', "text holds half of a surrogate pair"),
+        ("\udcff", "not UTF-8"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("suffix", "bad", "words"), [(suffix, *case) for suffix in BROKEN for case in BROKEN[suffix]])
+def test_a_broken_row_is_named_by_file_and_line_or_left_out(tmp_path, suffix, bad, words):
+    lines = {
+        "csv": ['"two\nlines",yes', "b,no"],
+        "tsv": ["two lines\tyes", "", "b\tno"],
+        "jsonl": ['{"text": "two lines", "label": "yes"}', "", '{"text": "b", "label": "no"}'],
+    }[suffix]
+    header = {"csv": ["text,label"], "tsv": ["text\tlabel"], "jsonl": [""]}[suffix]
+    text = "\n".join([*header, lines[0], *lines[1:-1], bad, lines[-1]]) + "\n"
+    good = "\n".join(header + lines)
+    own = put(tmp_path, **{f"train_{suffix}": good, f"dev_{suffix}": text})
+    with pytest.raises(UserError, match=rf"dev\.{suffix}, line 4: {words}.*; mend the row"):
+        read_own(own)
+    found = read_own(own, skip_bad_rows=True)
+    assert found.dev["dev"].skipped == 1
+    assert (found.dev["dev"].labels, found.train.labels, found.train.skipped) == ([1.0, 0.0], [1.0, 0.0], 0)
+
+
+@pytest.mark.parametrize("value", ["much", "nan", "-inf"])
+def test_a_value_that_is_no_number_is_named(tmp_path, value):
+    own = put(tmp_path, train_csv="text,label\na,0.5\nb,1\n", dev_csv=f"text,label\na,{value}\nb,2\n")
+    with pytest.raises(UserError, match=rf"dev\.csv, line 2: '{value}' is not a (finite )?number"):
+        read_own(own)
+    assert read_own(own, skip_bad_rows=True).dev["dev"] == Rows(["b"], None, [2.0], 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "words"),
+    [
+        ("", "text,label\na,1\n", r"train\.csv is empty"),
+        ("text,label\n", "text,label\na,1\n", r"train\.csv has no rows with a label"),
+        ("text,label\na,1\nb,0\n", "text,label\n", r"dev\.csv has no rows\."),
+        ("text,label\na,1\nb,0\n", "text,label\na,2\n", r"dev\.csv has no rows; 1 bad ones were left out"),
+        ("text,label\na,1\nb,1\n", "text,label\na,1\n", "all rows have the label 1, so that there is nothing to learn"),
+        ("text,label\na,1\nb,0\n", "words,label\na,1\n", r"dev\.csv has no column text; it has words, label"),
+    ],
+)
+def test_sets_without_rows_or_columns_are_refused_however_rows_are_treated(tmp_path, train, dev, words):
+    with pytest.raises(UserError, match=words):
+        read_own(put(tmp_path, train_csv=train, dev_csv=dev), skip_bad_rows=True)
+
+
+def test_a_damaged_gzip_file_and_a_folder_are_named(tmp_path):
+    whole = gzip.compress(b"text,label\n" + b"a,1\nb,0\n" * 5000)
+    (tmp_path / "train.csv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train\.csv\.gz is damaged or cut short after line \d+"):
+        read_own(put(tmp_path, dev_csv="text,label\na,1\n"))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=r"Cannot read .*folder\.csv: Is a directory"):
+        read_own(replace(put(tmp_path), train=str(tmp_path / "folder.csv")))
