@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from ufbert.bench.command import parse
-from ufbert.bench.contest import Contestant, Ratio, paired_ratio
-from ufbert.bench.train import check_losses
+from ufbert.bench.contest import Contestant, Ratio, check_losses, paired_ratio
 from ufbert.errors import UserError
 
 SMALL = (

@@ -1,11 +1,13 @@
 """`ufbert bench`: options to a table."""
 
-import json
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from ufbert.bench.architectures import ENCODERS, find_difference
+from ufbert.bench.contest import Race
+from ufbert.bench.report import show
 from ufbert.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, Scale
 from ufbert.device import use_device
 from ufbert.errors import UserError
@@ -13,7 +15,8 @@ from ufbert.presets import load_preset, scaled
 
 USAGE = """usage: ufbert bench KIND [OPTIONS]; `ufbert bench KIND --help` lists the options
 
-  train  training speed on this CPU, against a peer that trains the same model"""
+  train     pretraining speed on this CPU, against a peer that trains the same model
+  finetune  fine-tuning speed on this CPU, against a peer that fine-tunes the same model"""
 
 PEER_SCRIPT = Path(__file__).parent / "torch_peer.py"
 
@@ -85,32 +88,37 @@ def parse(args: list[str]) -> BenchTrainOptions:
 
 def check_peer_is_equal(run: RunConfig) -> None:
     """Raises UserError unless `run` trains a dense crammed BERT with AdamW, which is all that the peer knows."""
-    layers = {
-        "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
-        "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "use_bias": False,
-        "embedding_norm": True, "embedding_projection": False, "final_norm": True, "head_transform": False,
-        "head_bias": False,
-    }  # fmt: skip
+    layers = ENCODERS["crammed"] | {"head_transform": False, "head_bias": False}
     recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": run.train.mask_rate[:1]}
-    wanted: dict[str, Any] = {f"model.{k}": v for k, v in layers.items()} | {f"train.{k}": v for k, v in recipe.items()}
-    for name, value in wanted.items():
-        part, field_name = name.split(".")
-        found = getattr(getattr(run, part), field_name)
-        same = set(found) == set(value) if isinstance(found, tuple) else found == value
-        if not same:
-            raise UserError(f"The peer is a crammed BERT trained with AdamW: it has {name} {value!r}, not {found!r}.")
+    for part, wanted in (("model", layers), ("train", recipe)):
+        found = getattr(run, part)
+        name = find_difference(found, wanted)
+        if name:
+            raise UserError(
+                f"The peer is a crammed BERT trained with AdamW: it has {part}.{name} {wanted[name]!r}, not "
+                f"{getattr(found, name)!r}."
+            )
 
 
 def bench_command(args: list[str]) -> None:
     """`ufbert bench`. Raises UserError if a peer fails or computes something else."""
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
-        return
-    if args[0] != "train":
-        raise UserError(f"There is no benchmark {args[0]!r}; there is train.")
-    options = parse(args[1:])
+    elif args[0] == "train":
+        train_command(args[1:])
+    elif args[0] == "finetune":
+        from ufbert.bench.finetune_command import finetune_command
+
+        finetune_command(args[1:])
+    else:
+        raise UserError(f"There is no benchmark {args[0]!r}; there are train and finetune.")
+
+
+def train_command(args: list[str]) -> None:
+    """`ufbert bench train`."""
+    options = parse(args)
     use_device("cpu")
-    from ufbert.bench.train import Race, race
+    from ufbert.bench.train import race
 
     command = (options.peer_python, options.peer_script or str(PEER_SCRIPT), "{folder}")
     known: dict[str, tuple[str, ...]] = {"torch": command, "torch-compile": (*command, "compile")}
@@ -118,19 +126,4 @@ def bench_command(args: list[str]) -> None:
     size = Race(options.rows, options.checked, options.updates, options.blocks, options.seed)
     with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as folder:
         report = race(Path(folder), options.run, peers, size)
-    print_report(report)
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The table: machine, speeds, ratios."""
-    print("{cpu}, {cores} cores, load {load:.1f} before and {load_after:.1f} after".format(**report["machine"]))
-    for one in report["contestants"]:
-        print(f"{one['name']:<14} {one['tokens_per_second']:>10,.0f} tokens/s  ({one['facts']})")
-    for name, ratio in report["ratios"].items():
-        print(
-            f"ufbert trains {ratio['median']:.2f} times as fast as {name}: median of {ratio['pairs']} pairs of blocks, "
-            f"quartiles {ratio['low']:.2f} and {ratio['high']:.2f}, fastest blocks {ratio['fastest']:.2f}; losses within "
-            f"{ratio['loss_difference']:.0e}"
-        )
+    show(report, "trains", lambda one: f"{one['tokens_per_second']:>10,.0f} tokens/s", options.json)

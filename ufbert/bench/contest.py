@@ -1,14 +1,35 @@
 """Contestants in processes of their own, and blocks of work that alternate between them."""
 
 import json
+import os
+import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ufbert.errors import UserError
+
+TOLERANCE = 1e-4
+"""Largest relative difference of a peer's losses from ours with which it is timed."""
+
+
+class Race(NamedTuple):
+    """How much is checked and timed."""
+
+    rows: int
+    """Rows of an update."""
+    checked: int
+    """Updates whose losses must agree before anything is timed."""
+    updates: int
+    """Updates in a block."""
+    blocks: int
+    """Rounds of blocks."""
+    seed: int
+    """Of everything random."""
 
 
 class Contestant:
@@ -92,11 +113,74 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def alternate(contestants: Sequence[Contestant], first: int, updates: int, blocks: int) -> dict[str, list[float]]:
-    """Seconds of each contestant's blocks. All train on the same batches in the same round, new ones in every round, and
-    who begins a round changes from round to round."""
+    """Seconds of each contestant's blocks. All train on batches of the same numbers in the same round, new ones in every
+    round, and who begins a round changes from round to round."""
     seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
     for block in range(blocks):
         turn = block % len(contestants)
         for one in (*contestants[turn:], *contestants[:turn]):
             seconds[one.name].append(one.train(first + block * updates, updates)[1])
     return seconds
+
+
+def compete(
+    folder: Path, worker: Sequence[str], peers: Mapping[str, Sequence[str]], size: Race, warm: int = 0
+) -> dict[str, Any]:
+    """Train in `worker`, our side, and in each peer, in turns: the report of it, in which callers name speeds.
+
+    Commands are lists in which `{folder}` stands for the job folder, whose first `size.checked` batches are the same for
+    all, followed by `warm` batches that are trained on before the first block. Raises UserError if a contestant fails, or
+    if a peer's losses say that it does not train the same model; then nothing has been timed.
+    """
+    machine = machine_facts()
+    with ExitStack() as running:
+        contestants = [
+            running.enter_context(Contestant(name, [part.format(folder=folder) for part in command], folder))
+            for name, command in {"ufbert": worker, **peers}.items()
+        ]
+        for one in contestants:
+            one.wait_ready()
+        losses = {one.name: one.train(0, size.checked)[0] for one in contestants}
+        differences = {name: check_losses(name, losses[name], losses["ufbert"]) for name in peers}
+        if warm:
+            for one in contestants:
+                one.train(size.checked, warm)
+        seconds = alternate(contestants, size.checked + warm, size.updates, size.blocks)
+    return {
+        "machine": machine | {"load_after": os.getloadavg()[0]},
+        "job": size._asdict(),
+        "contestants": [
+            {
+                "name": one.name,
+                "facts": one.facts,
+                "block_seconds": seconds[one.name],
+                "first_losses": losses[one.name],
+            }
+            for one in contestants
+        ],
+        "ratios": {
+            name: paired_ratio(seconds["ufbert"], seconds[name])._asdict() | {"loss_difference": differences[name]}
+            for name in peers
+        },
+    }
+
+
+def check_losses(name: str, theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """The largest relative difference. Raises UserError if one is above TOLERANCE or not a number."""
+    differences = [abs(their - our) / abs(our) for their, our in zip(theirs, ours, strict=True)]
+    for i, difference in enumerate(differences):
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{name} does not train the same model: its loss after {i} updates is {theirs[i]:.6f}, ours {ours[i]:.6f}. "
+                "Nothing was timed."
+            )
+    return max(differences)
+
+
+def machine_facts() -> dict[str, Any]:
+    """The processor's name, the cores that this process may use, and the load of the last minute."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def keep_freed_memory() -> None:
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + GeGLU(norm x); no biases outside the norms, no dropout."""
+    """x + attention(norm x), then x + GeGLU(norm x); no biases outside the norms."""
 
-    def __init__(self, d: int, heads: int, hidden: int, eps: float) -> None:
+    def __init__(self, d: int, heads: int, hidden: int, eps: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.mixer_norm = nn.LayerNorm(d, eps=eps)
         self.query_key_value = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
@@ -50,62 +51,77 @@ class Block(nn.Module):
         b, t, d = x.shape
         parts = self.query_key_value(self.mixer_norm(x)).view(b, t, 3, self.heads, d // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        rate = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        x = x + F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), rate)
         gate, value = self.gate_value(self.feedforward_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.gelu(gate) * value)
+        return x + F.dropout(self.down(F.gelu(gate) * value), rate)
+
+
+def put(arrays: dict[str, np.ndarray], to: Tensor, *names: str) -> None:
+    """Move arrays of those names, side by side, into a parameter; kernels are (in, out) in ufbert."""
+    joined = np.concatenate([arrays.pop(name) for name in names], axis=-1)
+    with torch.no_grad():
+        to.copy_(torch.from_numpy(joined.T if names[0].endswith("kernel") else joined))
+
+
+def put_norm(arrays: dict[str, np.ndarray], to: nn.LayerNorm, name: str) -> None:
+    """Move a LayerNorm's two arrays."""
+    put(arrays, to.weight, f"{name}.scale")
+    put(arrays, to.bias, f"{name}.bias")
+
+
+def check_empty(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError if something was not taken."""
+    if arrays:
+        raise ValueError(f"parameters that this model does not have: {', '.join(sorted(arrays))}")
 
 
 class CrammedBert(nn.Module):
     """Ids to the mean masked-LM loss, logits at the hidden positions only, through the token embedding."""
 
-    def __init__(self, model: dict[str, Any]) -> None:
+    def __init__(self, model: dict[str, Any], dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         d, eps = model["d_model"], model["norm_eps"]
         self.tokens = nn.Embedding(model["vocab_size"], d, padding_idx=model["pad_id"])
         self.position_scale = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(d, eps=eps)
-        size = (d, model["n_heads"], model["d_hidden"], eps)
+        size = (d, model["n_heads"], model["d_hidden"], eps, dropout)
         self.layers = nn.ModuleList(Block(*size) for _ in range(model["n_layers"]))
         self.final_norm = nn.LayerNorm(d, eps=eps)
         rate = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
         angle = torch.outer(torch.arange(model["max_len"]).float(), rate)
         self.register_buffer("sinusoid", torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d])
 
-    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
+    def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states of the last layer (b, t, d)."""
         x = self.norm(self.tokens(ids) + self.position_scale * self.sinusoid[: ids.shape[1]])
+        x = F.dropout(x, self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, mask)
-        picked = self.final_norm(x).flatten(0, 1)[positions]
+        return self.final_norm(x)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
+        picked = self.encode(ids, mask).flatten(0, 1)[positions]
         return F.cross_entropy(picked @ self.tokens.weight.T, labels)
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take parameters over from a flat dict of the names and layouts of ufbert (kernels are (in, out))."""
-
-        def put(to: Tensor, *names: str) -> None:
-            found = [arrays.pop(name) for name in names]
-            joined = found[0] if len(found) == 1 else np.concatenate(found, axis=1)
-            with torch.no_grad():
-                to.copy_(torch.from_numpy(joined.T if names[0].endswith("kernel") else joined))
-
-        def put_norm(to: nn.LayerNorm, name: str) -> None:
-            put(to.weight, f"{name}.scale")
-            put(to.bias, f"{name}.bias")
-
-        put(self.tokens.weight, "encoder.embeddings.tokens")
-        put(self.position_scale, "encoder.embeddings.position_scale")
-        put_norm(self.norm, "encoder.embeddings.norm")
-        put_norm(self.final_norm, "encoder.final_norm")
+        """Take parameters over from a flat dict of the names and layouts of ufbert."""
+        put(arrays, self.tokens.weight, "encoder.embeddings.tokens")
+        put(arrays, self.position_scale, "encoder.embeddings.position_scale")
+        put_norm(arrays, self.norm, "encoder.embeddings.norm")
+        put_norm(arrays, self.final_norm, "encoder.final_norm")
         for i, layer in enumerate(self.layers):
             at = f"encoder.layer_{i:02d}"
-            put_norm(layer.mixer_norm, f"{at}.mixer_norm")
-            put_norm(layer.feedforward_norm, f"{at}.feedforward_norm")
-            put(layer.query_key_value.weight, *(f"{at}.attention.{part}.kernel" for part in ("query", "key", "value")))
-            put(layer.out.weight, f"{at}.attention.out.kernel")
-            put(layer.gate_value.weight, f"{at}.glu.gate.kernel", f"{at}.glu.value.kernel")
-            put(layer.down.weight, f"{at}.glu.out.kernel")
-        if arrays:
-            raise ValueError(f"parameters that this model does not have: {', '.join(sorted(arrays))}")
+            put_norm(arrays, layer.mixer_norm, f"{at}.mixer_norm")
+            put_norm(arrays, layer.feedforward_norm, f"{at}.feedforward_norm")
+            inputs = [f"{at}.attention.{part}.kernel" for part in ("query", "key", "value")]
+            put(arrays, layer.query_key_value.weight, *inputs)
+            put(arrays, layer.out.weight, f"{at}.attention.out.kernel")
+            put(arrays, layer.gate_value.weight, f"{at}.glu.gate.kernel", f"{at}.glu.value.kernel")
+            put(arrays, layer.down.weight, f"{at}.glu.out.kernel")
+        check_empty(arrays)
 
 
 def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torch.optim.Optimizer:
@@ -152,22 +168,27 @@ class Trainer:
         return loss.detach()
 
 
-def main(folder: Path, compiled: bool) -> None:
-    """Answer requests until the input ends."""
+def set_up() -> None:
+    """Threads and memory as they serve torch best."""
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.set_flush_denormal(True)
-    trainer = Trainer(folder, compiled)
-    print(json.dumps({"ready": f"torch {torch.__version__}, {torch.get_num_threads()} threads"}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        losses = [trainer.update(i) for i in range(asked["first"], asked["first"] + asked["updates"])]
-        print(json.dumps({"losses": [float(loss) for loss in losses]}), flush=True)
 
 
-if __name__ == "__main__":
+def serve(make_update: Callable[[], Callable[[int], Tensor]]) -> None:
+    """Get ready and answer requests until the input ends; what goes wrong is answered too, and ends the process."""
     try:
-        main(Path(sys.argv[1]), sys.argv[2:] == ["compile"])
+        set_up()
+        update = make_update()
+        print(json.dumps({"ready": f"torch {torch.__version__}, {torch.get_num_threads()} threads"}), flush=True)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            losses = [update(i) for i in range(asked["first"], asked["first"] + asked["updates"])]
+            print(json.dumps({"losses": [float(loss) for loss in losses]}), flush=True)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}), flush=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    serve(lambda: Trainer(Path(sys.argv[1]), sys.argv[2:] == ["compile"]).update)

@@ -1,47 +1,26 @@
 """Training speed on this CPU against peers that train the same model: what they get, the check, and the report."""
 
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from ufbert import nn
-from ufbert.bench.contest import Contestant, alternate, paired_ratio
+from ufbert.bench.contest import Race, compete
 from ufbert.bench.worker import SPECIAL, masking_key
 from ufbert.config import RunConfig, to_json
-from ufbert.errors import UserError
 from ufbert.hub.folder import flatten
 from ufbert.pretrain.step import mask_rows
 
-TOLERANCE = 1e-4
-"""Largest relative difference of a peer's losses from ours with which it is timed."""
 LR_SHARE = 0.25
 """Constant learning rate of every contestant over the recipe's peak: where crammed BERT's schedule begins."""
 DOCUMENT_LEN = 32
 """Mean length of the random documents, in tokens."""
-
-
-class Race(NamedTuple):
-    """How much is checked and timed."""
-
-    rows: int
-    """Rows of an update."""
-    checked: int
-    """Updates whose losses must agree before anything is timed."""
-    updates: int
-    """Updates in a block."""
-    blocks: int
-    """Rounds of blocks."""
-    seed: int
-    """Of parameters, rows and masking."""
 
 
 def race(folder: Path, run: RunConfig, peers: Mapping[str, Sequence[str]], size: Race) -> dict[str, Any]:
@@ -51,37 +30,12 @@ def race(folder: Path, run: RunConfig, peers: Mapping[str, Sequence[str]], size:
     a peer fails, or if its losses say that it does not train the same model; then nothing has been timed.
     """
     write_job(folder, run, size)
-    commands = {"ufbert": (sys.executable, "-m", "ufbert.bench.worker", "{folder}"), **peers}
-    machine = machine_facts()
-    with ExitStack() as running:
-        contestants = [
-            running.enter_context(Contestant(name, [part.format(folder=folder) for part in command], folder))
-            for name, command in commands.items()
-        ]
-        for one in contestants:
-            one.wait_ready()
-        losses = {one.name: one.train(0, size.checked)[0] for one in contestants}
-        differences = {name: check_losses(name, losses[name], losses["ufbert"]) for name in peers}
-        seconds = alternate(contestants, size.checked, size.updates, size.blocks)
+    report = compete(folder, (sys.executable, "-m", "ufbert.bench.worker", "{folder}"), peers, size)
+    report["job"]["run"] = to_json(run)
     tokens = size.updates * size.rows * run.data.seq_len
-    return {
-        "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": {"run": to_json(run), **size._asdict()},
-        "contestants": [
-            {
-                "name": one.name,
-                "facts": one.facts,
-                "tokens_per_second": tokens / statistics.median(seconds[one.name]),
-                "block_seconds": seconds[one.name],
-                "first_losses": losses[one.name],
-            }
-            for one in contestants
-        ],
-        "ratios": {
-            name: paired_ratio(seconds["ufbert"], seconds[name])._asdict() | {"loss_difference": differences[name]}
-            for name in peers
-        },
-    }
+    for one in report["contestants"]:
+        one["tokens_per_second"] = tokens / statistics.median(one["block_seconds"])
+    return report
 
 
 def random_rows(run: RunConfig, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -115,24 +69,3 @@ def write_job(folder: Path, run: RunConfig, size: Race) -> None:
     np.savez(folder / "params.npz", **params)
     job = {"run": to_json(run), "lr": LR_SHARE * run.train.peak_lr, "seed": size.seed}
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
-
-
-def check_losses(name: str, theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """The largest relative difference. Raises UserError if one is above TOLERANCE or not a number."""
-    differences = [abs(their - our) / abs(our) for their, our in zip(theirs, ours, strict=True)]
-    for i, difference in enumerate(differences):
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"{name} does not train the same model: its loss after {i} updates is {theirs[i]:.6f}, ours {ours[i]:.6f}. "
-                "Nothing was timed."
-            )
-    return max(differences)
-
-
-def machine_facts() -> dict[str, Any]:
-    """The processor's name, the cores that this process may use, and the load of the last minute."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}

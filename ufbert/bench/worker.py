@@ -71,9 +71,8 @@ def answer(folder: Path) -> Callable[[int, int], list[float]]:
     return train
 
 
-def main(folder: Path) -> None:
+def serve(train: Callable[[int, int], list[float]]) -> None:
     """Answer requests until the input ends."""
-    train = answer(folder)
     print(json.dumps({"ready": f"jax {importlib.metadata.version('jax')}"}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -81,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve(answer(Path(sys.argv[1])))
