@@ -138,7 +138,13 @@ for split, count in (("train", 480), ("dev", 120)):
     (work / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
 
 results = ufbert.finetune(
-    work / "run" / "model", "sst2", f"dir:{work / 'glue'}", work / "tuned", seeds="0,1", device="cpu", tune={"epochs": 2, "lr": 1e-3}
+    work / "run" / "model",
+    "sst2",
+    f"dir:{work / 'glue'}",
+    work / "tuned",
+    seeds="0,1",
+    device="cpu",
+    tune={"epochs": 2, "lr": 1e-3},
 )
 
 # %%

@@ -4,13 +4,15 @@ import random
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
-from ufbert.data.encode import Encoded, bucket
+from ufbert.data.encode import Encoded, bucket, encode_texts
 from ufbert.glue.batches import epoch_batches
 from ufbert.glue.finetune import Run, finetune_task, learning_rate
 from ufbert.glue.protocols import PROTOCOLS, find_protocol
@@ -22,7 +24,7 @@ QUICK = FinetuneConfig(epochs=3, lr=2e-3, dropout=0.0)
 
 
 def sentence(rng):
-    return "the " + " ".join(rng.choice(["cat", "dog", "king", "house", "bird"]) for _ in range(rng.randint(1, 25)))
+    return "the " + " ".join(rng.choice(["cat", "dog", "king", "house", "bird"]) for _ in range(rng.randint(1, 9)))
 
 
 def toy(task, train=120, dev=64, seed=1):
@@ -191,3 +193,33 @@ def test_protocols_are_as_published_and_changes_show_in_the_name():
     assert changed.rates == ()
     assert "learning rate 0.0001" in changed.text(wide)
     assert "5e-05 or 4e-05 or 3e-05 or 2e-05 (the best on dev, per task)" in bert.text(wide)
+
+
+def test_padding_goes_to_the_smallest_bucket(model):
+    tokenizer = model.tokenizer
+    rows = encode_texts(tokenizer, ["the cat", "the " * 30], ["a dog", "b"], ModelConfig(max_len=64))
+    batch = rows.pad([0])
+    assert batch.ids.shape == (1, bucket(len(rows.ids[0]), 64))
+    assert batch.segment_ids.sum() == len(rows.ids[0])
+    assert batch.type_ids.sum() < batch.segment_ids.sum()
+    assert max(map(len, rows.ids)) <= 64
+    assert [bucket(n, 64) for n in (1, 8, 9, 17, 49, 64)] == [8, 8, 16, 24, 64, 64]
+    assert bucket(40, 44) == 44
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_pooling_reads_the_first_token_or_the_mean_of_the_real_ones(pooling):
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1, pooling=pooling, pooler_width=5, init_std=0.3)
+    hidden = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    segments = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    params = {"classifier": nn.init_classifier(config, jax.random.key(1), 3)}
+    read = hidden[:, 0] if pooling == "first" else jnp.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
+    pooler, out = params["classifier"]["pooler"]["dense"], params["classifier"]["out"]
+    wanted = jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]) @ out["kernel"] + out["bias"][None]
+    found = nn.classify(params, config, hidden, segments)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    padded = nn.classify(params, config, hidden.at[0, 3:].set(9.0), segments)
+    np.testing.assert_allclose(padded[0], found[0], atol=1e-6)
+    np.testing.assert_allclose(nn.classify(params, config, hidden[1:]), found[1:], atol=1e-6)
+    pooled = nn.pool({"pooler": params["classifier"]["pooler"]}, config, hidden, segments)
+    np.testing.assert_allclose(pooled, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)
