@@ -80,7 +80,9 @@ def test_wrong_fine_tuning_options(command, run_folder, tmp_path):
     (tmp_path / "SST-2").mkdir()
     for split in ("train", "dev"):
         (tmp_path / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\nbroken\n")
-    assert "train.tsv, line 3: unequal columns, 1 instead of 2" in sentence(command("finetune", model, source, "--tasks=sst2"))
+    assert "train.tsv, line 3: unequal columns, 1 instead of 2" in sentence(
+        command("finetune", model, source, "--tasks=sst2")
+    )
     (tmp_path / "SST-2" / "train.tsv").write_text("sentence\tlabel\nfine\t1\n")
     (tmp_path / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n")
     absent = command("finetune", f"--model={tmp_path}", source, "--tasks=sst2")

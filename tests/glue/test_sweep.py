@@ -37,7 +37,7 @@ def toy_glue(tmp_path_factory):
         (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
     nli = ("entailment", "neutral", "contradiction")
-    for split, n in (("train", 160), ("dev", 64)):
+    for split, n in (("train", 160), ("dev", 48)):
         flags = [i % 2 for i in range(n)]
         write("SST-2", split, ["sentence\tlabel", *(f"{sentence(f)}\t{f}" for f in flags)])
         write("CoLA", split, [f"x\t{f}\t\t{sentence(f)}" for f in flags])
@@ -57,10 +57,10 @@ def options(run_folder, toy_glue, out, *more):
 
 def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, capsys, command):
     out = tmp_path / "out"
-    found = finetune_command(options(run_folder, toy_glue, out, "--seeds=0,1,2", "--tune.lr=2e-3", "--tune.epochs=8"))
+    found = finetune_command(options(run_folder, toy_glue, out, "--seeds=0,1", "--tune.lr=4e-3", "--tune.epochs=6"))
     said = capsys.readouterr().out
     assert "left out: MRPC, QQP, MNLI, QNLI, WNLI" in said
-    assert "protocol small with epochs 8, lr 0.002, 3 seed(s): 8 epochs, batch 16, learning rate 0.002" in said
+    assert "protocol small with epochs 6, lr 0.004, 2 seed(s): 6 epochs, batch 16, learning rate 0.004" in said
     assert "[5/5] mnli-devsplit" in said
     assert "left in all" in said
     assert list(found["tasks"]) == ["cola", "sst2", "stsb", "rte", "mnli-devsplit"]
@@ -73,15 +73,15 @@ def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, ca
     assert found["tasks"]["mnli-devsplit"]["cut_of"] == "mnli"
     saved = load_model(out / "sst2")
     assert saved.task.labels == ("negative", "positive")
-    assert saved.task.metrics == dev["seeds"][str(sst2["saved_seed"])] == dev["median"]
+    assert saved.task.metrics == dev["seeds"][str(sst2["saved_seed"])]
     lines = (out / "submission" / "RTE.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
     assert len(lines) == 11
     predictions = (out / "predictions" / "sst2.dev.tsv").read_text().splitlines()
-    assert len(predictions) == 65
+    assert len(predictions) == 49
     for name in ("glue.md", "report.html"):
-        assert "small with epochs 8" in (out / name).read_text()
+        assert "small with epochs 6" in (out / name).read_text()
     assert not (out / "partial").exists()
     answer = command("predict", f"--model={out / 'sst2'}", "the cat sees the dog river")
     assert answer.stdout.startswith("positive")
@@ -93,17 +93,17 @@ def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, ca
 
 
 def test_mnli_first_starts_the_small_tasks_from_mnli(run_folder, toy_glue, tmp_path):
-    args = ("--protocol=mnli-first", "--tasks=rte,sst2,mnli-devsplit", "--seeds=0", "--tune.epochs=1")
+    args = ("--protocol=mnli-first", "--tasks=rte,mnli-devsplit", "--seeds=0,1", "--tune.epochs=1")
     found = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))
-    assert list(found["tasks"]) == ["mnli-devsplit", "rte", "sst2"]
+    assert list(found["tasks"]) == ["mnli-devsplit", "rte"]
     starts = {name: entry["starts_from"] for name, entry in found["tasks"].items()}
-    assert starts == {"mnli-devsplit": "model", "rte": "mnli-devsplit", "sst2": "model"}
+    assert starts == {"mnli-devsplit": "model", "rte": "mnli-devsplit"}
     with pytest.raises(UserError, match="needs MNLI among the tasks"):
         finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--protocol=mnli-first", "--tasks=rte"))
 
 
 def test_the_bert_protocol_keeps_the_best_of_its_rates(run_folder, toy_glue, tmp_path):
-    args = ("--protocol=bert", "--tasks=sst2", "--seeds=0,1", "--tune.epochs=2")
+    args = ("--protocol=bert", "--tasks=sst2", "--seeds=0", "--tune.epochs=1")
     entry = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))["tasks"]["sst2"]
     assert set(entry["rates"]) == {"5e-05", "4e-05", "3e-05", "2e-05"}
     assert (
@@ -112,7 +112,7 @@ def test_the_bert_protocol_keeps_the_best_of_its_rates(run_folder, toy_glue, tmp
 
 
 def test_a_teacher_can_be_a_sweep_and_must_fit(run_folder, toy_glue, tmp_path):
-    common = ("--seeds=0", "--tune.epochs=2", "--tasks=sst2,rte")
+    common = ("--seeds=0,1", "--tune.epochs=2", "--tasks=sst2")
     finetune_command(options(run_folder, toy_glue, tmp_path / "teacher", *common))
     taught = options(run_folder, toy_glue, tmp_path / "out", *common, f"--teacher={tmp_path / 'teacher'}")
     assert "taught by" in finetune_command(taught)["protocol"]["mode"]
