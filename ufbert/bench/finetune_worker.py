@@ -27,14 +27,13 @@ def make_update(config: ModelConfig, tune: FinetuneConfig, params: Any, seed: in
     import jax
     import jax.numpy as jnp
 
-    # Private: fine-tuning has no public entry yet that trains a single update.
-    from ufbert.glue.finetune import Batches, Setting, _optimizer, _State, _steps
+    from ufbert.glue.finetune import Batches, Setting, start_state, steps_of
 
     stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
-    state = _State(stacked, jax.vmap(_optimizer(tune).init)(stacked))
+    state = start_state(stacked, tune)
     keys, lr = jax.random.split(jax.random.key(seed), 1), np.array([tune.lr], np.float32)
     without, with_dropout = (
-        _steps(Setting(replace(config, dropout=rate), replace(tune, dropout=rate), False, False, False))
+        steps_of(Setting(replace(config, dropout=rate), replace(tune, dropout=rate), False, False, False))
         for rate in (0.0, tune.dropout)
     )
 

@@ -87,7 +87,9 @@ class Batches(NamedTuple):
     """(r, b, c) scores, or None."""
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """Parameters and optimizer state of every run."""
+
     params: Any
     opt_state: Any
 
@@ -130,7 +132,7 @@ def finetune_task(
     task = data.task
     config = replace(model.config, dropout=tune.dropout)
     setting = Setting(config, tune, task.is_regression, probe, teacher is not None)
-    steps = _steps(setting)
+    steps = steps_of(setting)
     rows = encode_texts(model.tokenizer, data.train.texts, data.train.pairs, config, tune.max_len)
     held = {name: _encoded(model, part, tune) for name, part in (data.dev | data.test).items()}
     target = _target_of(task, data.train)
@@ -143,7 +145,7 @@ def finetune_task(
         features = cached_features(config, encoder, rows)
         held = {name: cached_features(config, encoder, part) for name, part in held.items()}
         params = {"classifier": params["classifier"]}
-    state = _State(params, jax.vmap(_optimizer(tune).init)(params))
+    state = start_state(params, tune)
     keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
     peaks = np.array([run.lr for run in runs], np.float32)
     total = math.ceil(len(targets) / tune.batch_rows) * tune.epochs
@@ -236,7 +238,7 @@ def _epoch(
         yield Batches(inputs, targets[picks], weights, None if teacher is None else teacher[picks])
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """Jitted functions of one setting, over all runs."""
 
     update: Callable[..., Any]
@@ -246,7 +248,8 @@ class _Steps(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _steps(setting: Setting) -> _Steps:
+def steps_of(setting: Setting) -> Steps:
+    """The jitted functions of a setting, made once."""
     optimizer = _optimizer(setting.tune)
 
     def loss_of(params: Any, batch: Batches, key: Any) -> Any:
@@ -265,16 +268,16 @@ def _steps(setting: Setting) -> _Steps:
             loss = (1.0 - share) * loss + share * taught
         return loss / jnp.maximum(sums.count, 1.0) + extra
 
-    def update_one(state: _State, batch: Batches, key: Any, step: Any, lr: Any) -> tuple[_State, Any]:
+    def update_one(state: State, batch: Batches, key: Any, step: Any, lr: Any) -> tuple[State, Any]:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch, jax.random.fold_in(key, step))
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, direction)
-        return _State(params, opt_state), loss
+        return State(params, opt_state), loss
 
     def predict_one(params: Any, inputs: Any) -> Any:
         return classifier_scores(setting, params, inputs, None)[0]
 
-    return _Steps(
+    return Steps(
         jax.jit(jax.vmap(update_one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
         jax.jit(jax.vmap(predict_one, in_axes=(0, None))),
     )
@@ -290,6 +293,11 @@ def classifier_scores(setting: Setting, params: Any, inputs: Any, key: Any) -> t
         type_ids=inputs.type_ids,
     )  # fmt: skip
     return nn.classify(params, setting.config, hidden, inputs.segment_ids, head_key), nn.aux_loss(aux)
+
+
+def start_state(params: Any, tune: FinetuneConfig) -> State:
+    """The state of runs whose parameters are stacked along a first axis."""
+    return State(params, jax.vmap(_optimizer(tune).init)(params))
 
 
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
@@ -333,7 +341,7 @@ def teach(teacher: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarray:
     setting = Setting(teacher.config, tune, False, False, False)
     encoded = _encoded(teacher, rows, tune)
     stacked = jax.tree.map(lambda leaf: leaf[None], teacher.params)
-    return predict_rows(_steps(setting).predict, stacked, encoded)[0].astype(np.float32)
+    return predict_rows(steps_of(setting).predict, stacked, encoded)[0].astype(np.float32)
 
 
 def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
