@@ -162,37 +162,45 @@ def test_checkpoints_of_another_run_are_refused(whole, corpus_file, tmp_path):
     )
 
 
-def test_a_run_moves_between_eight_devices_and_one(whole, corpus_file, tmp_path):
+@pytest.fixture(scope="module")
+def short(corpus_file, tmp_path_factory):
+    """A run of 120 updates on one device."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    pretrain_command(["--budget=120steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"], 0.0)
+    return folder
+
+
+def test_a_run_moves_between_eight_devices_and_one(short, corpus_file, tmp_path):
     for name, first, second in (("narrowed", "8", "1"), ("widened", "1", "8")):
         folder = tmp_path / name
-        args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"]
+        args = ["--budget=120steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}"]
         process = start(args, JAX_NUM_CPU_DEVICES=first)
-        signal_when(process, lambda folder=folder: (folder / "checkpoints" / "40").is_dir())
+        signal_when(process, lambda folder=folder: (folder / "checkpoints" / "24").is_dir())
         output = finish(start(["--resume", f"--out={folder}"], JAX_NUM_CPU_DEVICES=second))
         assert "resumed from the checkpoint" in output
         assert json.loads((folder / "summary.json").read_text())["devices"] == int(second)
-        np.testing.assert_allclose(losses(folder)[:60], losses(whole)[:60], atol=1e-3)
+        np.testing.assert_allclose(losses(folder)[:60], losses(short)[:60], atol=1e-3)
 
 
-def test_two_processes_train_one_model(whole, corpus_file, tmp_path):
+def test_two_processes_train_one_model(short, corpus_file, tmp_path):
     """The same losses as alone, one set of files; a signal to one stops both; and one can go on without the other."""
     folder = tmp_path / "run"
-    args = ["--budget=400steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}", "--train.shard-params"]
+    args = ["--budget=120steps", f"--corpus=text:{corpus_file}", *SMALL, f"--out={folder}", "--train.shard-params"]
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"
     main, other = (start([*args, f"--distributed={address},{i},2"]) for i in range(2))
-    signal_when(other, lambda: len(losses(folder)) > 50, signal.SIGTERM)
+    signal_when(other, lambda: len(losses(folder)) > 25, signal.SIGTERM)
     finish(main, 128 + signal.SIGTERM)
     assert other.returncode == 128 + signal.SIGTERM
     assert len(events(folder, "interrupted")) == 1
     finish(start(["--resume", f"--out={folder}"]))
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["steps"] == 400
-    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 401))
-    np.testing.assert_allclose(losses(folder)[:20], losses(whole)[:20], atol=1e-4)
+    assert summary["steps"] == 120
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 121))
+    np.testing.assert_allclose(losses(folder)[:20], losses(short)[:20], atol=1e-4)
     assert summary["heldout_loss"] == pytest.approx(
-        json.loads((whole / "summary.json").read_text())["heldout_loss"], abs=0.05
+        json.loads((short / "summary.json").read_text())["heldout_loss"], abs=0.05
     )
 
 

@@ -137,7 +137,7 @@ def finetune_task(
     held = {name: _encoded(model, part, tune) for name, part in (data.dev | data.test).items()}
     target = _target_of(task, data.train)
     targets = ((np.asarray(data.train.labels) - target.mean) / target.spread).astype(np.float32)
-    taught = None if teacher is None else (teach(teacher, data.train, tune) - target.mean) / target.spread
+    taught = None if teacher is None else (scores_of(teacher, data.train, tune) - target.mean) / target.spread
     params = _start(model, config, task, runs, from_scratch)
     features, truncated = None, rows.truncated + sum(part.truncated for part in held.values())
     if probe:
@@ -336,11 +336,11 @@ def cached_features(config: ModelConfig, encoder: Any, rows: Encoded) -> np.ndar
     return predict_rows(jax.jit(features), [encoder], rows)[0]
 
 
-def teach(teacher: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarray:
+def scores_of(model: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarray:
     """The scores (rows, outputs) of a fine-tuned model folder."""
-    setting = Setting(teacher.config, tune, False, False, False)
-    encoded = _encoded(teacher, rows, tune)
-    stacked = jax.tree.map(lambda leaf: leaf[None], teacher.params)
+    setting = Setting(model.config, tune, False, False, False)
+    encoded = _encoded(model, rows, tune)
+    stacked = jax.tree.map(lambda leaf: leaf[None], model.params)
     return predict_rows(steps_of(setting).predict, stacked, encoded)[0].astype(np.float32)
 
 
