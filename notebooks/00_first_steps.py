@@ -142,7 +142,7 @@ results = ufbert.finetune(
     "sst2",
     f"dir:{work / 'glue'}",
     work / "tuned",
-    seeds="0,1",
+    seeds="0",
     device="cpu",
     tune={"epochs": 2, "lr": 1e-3},
 )
