@@ -81,7 +81,7 @@ else:
 # %%
 summary = ufbert.pretrain(
     work / "run",
-    budget="120steps",
+    budget="60steps",
     config="tiny",
     scale="base",
     corpus=corpus,
@@ -105,7 +105,7 @@ plt.show()
 # %% [markdown]
 # ## Ask it
 #
-# After 120 updates it has learnt little more than which words are frequent; after `--budget=5m` it has learnt a good deal.
+# After 60 updates it has learnt little more than which words are frequent; after `--budget=5m` it has learnt a good deal.
 
 # %%
 from ufbert.inference.predictor import Predictor
@@ -133,7 +133,7 @@ print(hidden.shape, token_logits.shape)
 
 # %%
 (work / "glue" / "SST-2").mkdir(parents=True)
-for split, count in (("train", 480), ("dev", 120)):
+for split, count in (("train", 160), ("dev", 40)):
     rows = [f"the film is {'good' if i % 2 else 'bad'} in part {i % 7}\t{i % 2}" for i in range(count)]
     (work / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
 

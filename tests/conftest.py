@@ -27,8 +27,6 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["UFBERT_CACHE"], "compiled"))  # for both workers
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 REPO = Path(__file__).parents[1]
 SMALL = [

@@ -19,7 +19,7 @@ def draw(seed: int, r: int, e: int, d: int = 5, f: int = 3):
     return [jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 9), st.booleans())
 def test_grouped_networks_equal_a_loop(seed, r, g, biased):
     x, _, w_in, w_out = draw(seed, r, g)

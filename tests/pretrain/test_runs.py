@@ -412,7 +412,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(whole,
 def test_a_short_fault_drill_loses_nothing(tmp_path):
     """Two kills, in preparation and in a checkpoint; the drill itself (`fault_drill.py`) does twenty, ten times."""
     drill = [sys.executable, str(REPO / "tests" / "pretrain" / "fault_drill.py"), f"--folder={tmp_path / 'drill'}"]
-    options = ["--runs=1", "--kills=2", "--steps=600", "--seconds=0", "--longest=6"]
+    options = ["--runs=1", "--kills=2", "--steps=300", "--seconds=0", "--longest=4"]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     found = subprocess.run([*drill, *options], capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr
