@@ -94,3 +94,11 @@ def test_a_disk_that_refuses_is_a_sentence_and_costs_nothing(checkpoints, shapes
     ):
         checkpoints.save(9, state_of(9), 1.0, 90.0)
     assert checkpoints.restore(shapes, print).step == 4
+
+
+def test_a_kill_before_the_sizes_were_noted_costs_nothing(checkpoints, shapes):
+    sizes = checkpoints.folder / "4" / "sizes.json"
+    sizes.rename(sizes.with_name(".sizes.json.partial"))
+    said = []
+    assert checkpoints.restore(shapes, said.append).step == 4
+    assert said == []

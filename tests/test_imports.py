@@ -22,7 +22,7 @@ BELOW = {
     "cost": {"config", "devices", "presets"},
     "writers": {"errors"},
     "report": {"config", "errors", "writers"},
-    "checkpoint": {"errors", "processes"},
+    "checkpoint": {"errors", "processes", "writers"},
     "data": {"config", "errors", "places"},
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {

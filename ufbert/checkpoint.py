@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ufbert import processes
 from ufbert.errors import UserError
+from ufbert.writers import write_json
 
 Identity = dict[str, str]
 """What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
@@ -70,7 +71,7 @@ class Checkpoints:
         under_way.result()
         if processes.is_main():
             folder = self.folder / str(step)
-            (folder / SIZES).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+            write_json(folder / SIZES, _sizes(folder))
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises UserError if it cannot be."""
