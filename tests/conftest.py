@@ -12,6 +12,8 @@ os.environ.setdefault("NPROC", "1")  # one XLA thread per pytest worker
 if "UFBERT_CACHE" not in os.environ:  # shared by the workers, which inherit it
     os.environ["UFBERT_CACHE"] = tempfile.mkdtemp(prefix="ufbert-tests-")
     atexit.register(shutil.rmtree, os.environ["UFBERT_CACHE"], ignore_errors=True)
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # the many processes of the tests compile their modules once
+    os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.environ["UFBERT_CACHE"], "bytecode")
 
 from jaxtyping import install_import_hook
 

@@ -40,6 +40,9 @@ def load_case(name: str, backend: str = "masked") -> tuple[Weights, dict[str, np
     return weights._replace(config=config, params=params), load_file(GOLDEN / name / "golden.safetensors")
 
 
+encode = jax.jit(nn.encode, static_argnames="config")
+
+
 def close(found, wanted):
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
 
@@ -51,7 +54,7 @@ def test_values_and_gradients_equal_the_reference(name, backend):
     types = jnp.asarray(golden.get("token_type_ids", np.zeros_like(ids)), jnp.int32)
     real = jnp.asarray(golden["attention_mask"], jnp.int32) if "attention_mask" in golden else None
     crammed = "hidden_masked" in golden
-    hidden, aux = nn.encode(params, config, ids, real, type_ids=types)
+    hidden, aux = encode(params, config, ids, real, type_ids=types)
     assert aux == {}
     shown = (
         np.ones(ids.shape, bool) if real is None or crammed else np.asarray(real, bool)
@@ -59,7 +62,7 @@ def test_values_and_gradients_equal_the_reference(name, backend):
     last = hidden
     if name == "hf_modernbert":  # its list of hidden states ends before the final norm
         encoder = {part: value for part, value in params["encoder"].items() if part != "final_norm"}
-        last, _ = nn.encode({"encoder": encoder}, replace(config, final_norm=False), ids, real)
+        last, _ = encode({"encoder": encoder}, replace(config, final_norm=False), ids, real)
     close(np.asarray(last)[shown], golden["hidden_masked" if crammed else "hidden_last"][shown])
     logits = nn.masked_lm_logits(params, config, hidden)
     close(np.asarray(logits)[shown], golden["logits_masked" if crammed else "logits"][shown])
@@ -72,7 +75,7 @@ def test_values_and_gradients_equal_the_reference(name, backend):
         sums = cross_entropy(logits, jnp.maximum(labels, 0), weights)
         return sums.loss / sums.count, logits
 
-    (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    (loss, logits), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     if crammed:
         close(logits, golden["logits_nomask"])
     close(loss, golden["mlm_loss_nomask" if crammed else "loss"][0])
@@ -137,7 +140,7 @@ def test_the_original_layer_equals_the_reference():
     close(leaf_fff.descend(x, tree, gelu)[0], golden["y_hard_with_output_bias"])
     swapped = leaf_fff.leaf_weights(leaf_fff.leaked(leaf_fff.right_shares(x, tree), 1.0, jax.random.key(0)))
     close(leaf_fff.mixture(x, tree, swapped, gelu), golden["y_soft_leak1"])
-    loss, grads = jax.value_and_grad(loss_of)(tree)
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(tree)
     close(loss, golden["loss_soft"][0])
     names = {"node_w": "node_weights", "node_b": "node_biases"}
     names |= {"w_in": "w1s", "b_in": "b1s", "w_out": "w2s", "b_out": "b2s"}

@@ -42,7 +42,7 @@ def test_imported_encoders_equal_pytorch(name):
         sums = cross_entropy(logits, jnp.maximum(labels, 0), (labels >= 0).astype(jnp.float32))
         return sums.loss / sums.count, logits
 
-    (loss, logits), found = jax.value_and_grad(loss_of, has_aux=True)(params)
+    (loss, logits), found = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     shown = np.ones(ids.shape, bool) if name == "hf_fnet" else np.asarray(mask, bool)
     np.testing.assert_allclose(np.asarray(logits)[shown], golden["logits"][shown], atol=1e-5, rtol=0)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
@@ -61,7 +61,7 @@ def test_an_imported_classifier_equals_pytorch():
         sums = cross_entropy(logits, labels, jnp.ones(len(ids)))
         return sums.loss / sums.count, logits
 
-    (loss, logits), found = jax.value_and_grad(loss_of, has_aux=True)(params)
+    (loss, logits), found = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
     gradients_close(flatten(found), split_all(weights.format.layout(config, weights.heads), grads), zero=1e-7)
@@ -78,7 +78,7 @@ def test_switch_with_full_experts_equals_pytorch():
         return jnp.mean(y**2) + routing.balance_loss + routing.z_loss, (y, kept, routing)
 
     x = jnp.asarray(golden["x"])
-    (_, (y, kept, routing)), (found, dx) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(w, x)
+    (_, (y, kept, routing)), (found, dx) = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(w, x)
     np.testing.assert_allclose(y, golden["y"], atol=1e-5)
     assert int((~kept).sum()) == np.maximum(golden["taken"] - limit, 0).sum()
     np.testing.assert_allclose(routing.balance_loss, golden["balance"], rtol=1e-5)
@@ -95,7 +95,7 @@ def test_the_leaf_tree_equals_pytorch():
         y, entropy = leaf_fff.mixture(x, tree, leaf_fff.leaf_weights(shares), RELU), leaf_fff.node_entropies(shares)
         return jnp.mean(y**2) + 0.3 * jnp.mean(entropy), (y, entropy)
 
-    (loss, (y, entropy)), found = jax.value_and_grad(run, has_aux=True)(tree)
+    (loss, (y, entropy)), found = jax.jit(jax.value_and_grad(run, has_aux=True))(tree)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5)
     np.testing.assert_allclose(y, golden["soft"], atol=1e-5)
     np.testing.assert_allclose(entropy, golden["entropy"], atol=1e-5)

@@ -43,7 +43,7 @@ def test_values_and_gradients_equal_pytorch(name, backend):
     flat = to_ours(layout, tensors, flat_shapes(config, ("masked_lm",), 0), name)
     params = jax.tree.map(jnp.asarray, unflatten(flat) | {"masked_lm": {}})
     ids, mask, labels = (jnp.asarray(golden[key], jnp.int32) for key in ("ids", "mask", "labels"))
-    hidden, _ = nn.encode(params, config, ids, mask)
+    hidden, _ = jax.jit(nn.encode, static_argnames="config")(params, config, ids, mask)
     np.testing.assert_allclose(hidden, golden["hidden"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(nn.masked_lm_logits(params, config, hidden), golden["logits"], atol=1e-5, rtol=0)
 
@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_pytorch(name, backend):
         sums = cross_entropy(logits, jnp.maximum(labels, 0), (labels >= 0).astype(jnp.float32))
         return sums.loss / sums.count
 
-    loss, grads = jax.value_and_grad(loss_of)(params)
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, golden["loss"], atol=1e-5, rtol=0)
     wanted = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
     wanted, found = split_all(layout, wanted), flatten(grads)

@@ -68,7 +68,7 @@ def use_device(device: Device, distributed: str = "") -> str:
     processes.join(distributed)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
         platform = jax.default_backend()
     except RuntimeError as error:

@@ -25,9 +25,12 @@ def config(**changes) -> ModelConfig:
     return replace(SMALL, dropout=0.0, **changes)
 
 
+encode = jax.jit(nn.encode, static_argnames=("config", "deterministic", "statistics"))
+
+
 def run(cfg: ModelConfig, params=None, ids=IDS, **options):
     params = nn.init(cfg, jax.random.key(0)) if params is None else params
-    hidden, aux = nn.encode(params, cfg, ids, **options)
+    hidden, aux = encode(params, cfg, ids, **options)
     return np.asarray(hidden), {name: float(value) for name, value in aux.items() if value.ndim == 0}
 
 

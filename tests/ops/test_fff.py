@@ -7,9 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ufbert.ops.fff import fast_feedforward, gelu, path_mask, path_nodes, tree_depth
+from ufbert.ops import fff
+from ufbert.ops.fff import gelu, path_mask, tree_depth
 
 BACKENDS = ["masked", "gather"]
+fast_feedforward = jax.jit(
+    fff.fast_feedforward, static_argnames=("backend", "dtype")
+)  # one compilation a shape, not one an operation
+path_nodes = jax.jit(fff.path_nodes)
 
 
 def draw(seed: int, b: int, m: int, depth: int, d: int):
@@ -65,7 +70,8 @@ def test_gradients_are_equal_and_touch_visited_rows_only(shape):
     def loss(x, *weights, backend):
         return jnp.sum(fast_feedforward(x, *weights, backend=backend) * target)
 
-    grads = {b: jax.grad(loss, argnums=(0, 1, 2, 3))(x, *weights, backend=b) for b in BACKENDS}
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnames="backend")
+    grads = {b: gradient(x, *weights, backend=b) for b in BACKENDS}
     for one, other in zip(grads["masked"], grads["gather"], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(one).max()))
     _, visited, _ = naive(x, *weights)

@@ -1,5 +1,7 @@
 """The original tree of leaf networks: sums, descents, annealing, usage and balance."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,11 @@ def draw(seed: int, b: int, depth: int, width: int, d: int = 6, o: int = 4) -> t
     return LeafTree(*weights), x
 
 
+right_shares, leaf_weights = jax.jit(leaf_fff.right_shares), jax.jit(leaf_fff.leaf_weights)
+descend = jax.jit(partial(leaf_fff.descend, activation=gelu))
+
+
+@jax.jit
 def soft(x, tree, temperature=1.0):
     return leaf_fff.mixture(x, tree, leaf_fff.leaf_weights(leaf_fff.right_shares(x, tree, temperature)), gelu)
 
@@ -32,8 +39,8 @@ def soft(x, tree, temperature=1.0):
 def test_leaf_weights_sum_to_one_and_follow_the_path(shape):
     tree, x = draw(*shape)
     depth = leaf_fff.depth_of(tree)
-    shares = np.asarray(leaf_fff.right_shares(x, tree))
-    weights = np.asarray(leaf_fff.leaf_weights(jnp.asarray(shares)))
+    shares = np.asarray(right_shares(x, tree))
+    weights = np.asarray(leaf_weights(jnp.asarray(shares)))
     np.testing.assert_allclose(weights.sum(1), 1.0, rtol=1e-5)
     for leaf in range(2**depth):
         wanted, node = np.ones(len(x)), 0
@@ -48,9 +55,9 @@ def test_leaf_weights_sum_to_one_and_follow_the_path(shape):
 @given(shapes)
 def test_hard_descent_is_the_mixture_at_temperature_zero(shape):
     tree, x = draw(*shape)
-    y, leaf = leaf_fff.descend(x, tree, gelu)
+    y, leaf = descend(x, tree)
     np.testing.assert_allclose(y, soft(x, tree, 1e-9), atol=2e-5)
-    chosen = leaf_fff.leaf_weights(leaf_fff.right_shares(x, tree, 1e-9)).argmax(axis=1)
+    chosen = leaf_weights(right_shares(x, tree, 1e-9)).argmax(axis=1)
     np.testing.assert_array_equal(leaf, chosen)
 
 

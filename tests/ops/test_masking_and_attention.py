@@ -1,6 +1,7 @@
 """Masking hides exactly what it promises; attention sees exactly what it may."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,14 @@ from ufbert.presets import load_preset, preset_names
 SPECIAL = (0, 2, 3)
 
 
+mask = jax.jit(
+    partial(mask_tokens, vocab_size=100, mask_id=4, special_ids=SPECIAL),
+    static_argnames=("max_rate",),
+)
+
+
 def masked(ids, seed=0, rate=0.25, max_rate=None):
-    ids, key = jnp.asarray(ids, jnp.int32), jax.random.key(seed)
-    options = {"vocab_size": 100, "mask_id": 4, "special_ids": SPECIAL}
-    return mask_tokens(ids, key, rate=rate, max_rate=max_rate or rate, **options)
+    return mask(jnp.asarray(ids, jnp.int32), jax.random.key(seed), rate=rate, max_rate=max_rate or rate)
 
 
 @settings(max_examples=15, deadline=None)

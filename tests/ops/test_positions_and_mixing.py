@@ -12,14 +12,18 @@ from ufbert.ops.fourier import fourier_mix
 from ufbert.ops.rotary import rotate
 
 
+@jax.jit
+def rotated_product(query, key, p, q):
+    return jnp.einsum("bthk,bthk->h", rotate(query, p, 1e4), rotate(key, q, 1e4))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 400), st.integers(0, 400), st.integers(0, 200))
 def test_rotated_products_depend_on_the_offset_only(seed, p, q, shift):
     query, key = jax.random.normal(jax.random.key(seed), (2, 1, 1, 2, 16))
 
     def product(p, q):
-        turned = rotate(query, jnp.array([[p]]), 1e4), rotate(key, jnp.array([[q]]), 1e4)
-        return np.asarray(jnp.einsum("bthk,bthk->h", *turned))
+        return np.asarray(rotated_product(query, key, jnp.array([[p]]), jnp.array([[q]])))
 
     np.testing.assert_allclose(product(p, q), product(p + shift, q + shift), atol=5e-3)
     assert np.abs(product(p, q) - product(p, q + 1)).max() > 1e-6  # it does rotate
@@ -84,9 +88,9 @@ def test_balance_is_one_for_even_turns_and_its_gradient_evens_them():
     before = float(loss_of(skewed))
     assert 1.3 < before < 2.0
     assert 0.98 < float(loss_of(bias)) < 1.15
-    stepped = skewed
+    stepped, slope = skewed, jax.jit(jax.grad(loss_of))
     for _ in range(200):
-        stepped = stepped - 0.5 * jax.grad(loss_of)(stepped)
+        stepped = stepped - 0.5 * slope(stepped)
     assert float(loss_of(stepped)) < before - 0.2
     right = np.asarray(fff.path_nodes(x, w_in, stepped)[1][..., 0] > 0).mean()
     assert 0.35 < right < 0.65

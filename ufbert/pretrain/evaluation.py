@@ -47,9 +47,10 @@ def heldout_of(run: RunConfig, data: PreparedData) -> Heldout:
     size = min(len(rows), run.train.micro_rows)
     batches = rows[: len(rows) // size * size].reshape(-1, size, rows.shape[1])
     log_p, special = data.unigram_log_probs(), special_ids(data.tokenizer)
+    mask = jax.jit(lambda rows, key: mask_rows(run, special, rows, key))
     total = count = 0.0
     for i, batch in enumerate(batches):
-        masked = mask_rows(run, special, jnp.asarray(batch), evaluation_key(i))
+        masked = mask(jnp.asarray(batch), evaluation_key(i))
         weights = np.asarray(masked.weights, np.float64)
         total += float(-(log_p[np.asarray(masked.labels)] * weights).sum())
         count += float(weights.sum())
