@@ -16,7 +16,7 @@ BELOW = {
     "places": set(),
     "devices": {"errors"},
     "presets": {"config", "errors"},
-    "ops": set(),
+    "ops": {"places"},
     "nn": {"ops", "config", "errors"},
     "listing": {"nn", "presets", "config", "cost"},
     "cost": {"config", "devices", "presets"},

@@ -1,0 +1,158 @@
+"""C++ kernels of the tree layers for CPUs, called from inside jitted functions through `jax.ffi`.
+
+`tree.h` says what they compute, `kernels.cpp` how; they are compiled on first use (`build`). The kernels for AVX-512, AVX2
+and any other processor come from one text; the best that the processor has is taken, or the one that the environment
+variable UFBERT_ISA names (avx512, avx2, plain). Rows of a large batch are grouped by subtree, and shared among XLA's
+threads; a row's answer depends neither on the batch nor on the number of threads.
+
+Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
+"""
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from ufbert.ops.native.build import CannotBuild, load
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "symmetric_gelu")
+"""Names by the kernels' numbers."""
+
+
+@functools.cache
+def unavailable() -> str:
+    """ "" if the kernels can be used by this process, else why not. Compiles them if need be."""
+    if jax.default_backend() != "cpu":
+        return f"they are for CPUs, and this process computes on a {jax.default_backend()}"
+    try:
+        _register(load())
+    except CannotBuild as error:
+        return str(error)
+    return ""
+
+
+def instruction_set() -> str:
+    """The kernels in use: avx512, avx2 or plain. Raises CannotBuild if there are none."""
+    return load().ufbert_isa().decode()
+
+
+def _register(library: ctypes.CDLL) -> None:
+    for name in ("forward", "forward_saving", "backward", "leaf_forward"):
+        symbol = getattr(library, f"ufbert_xla_{name}")
+        jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
+
+
+class Quantized(NamedTuple):
+    """int8 rows, each with the float32 factor that its numbers stand for."""
+
+    rows: Num[Array, "*rows d"]
+    scale: Float[Array, "*rows"]
+
+
+def quantize(weights: Float[Array, "*rows d"]) -> Quantized:
+    """Rows rounded to 255 even steps between minus and plus their largest absolute value."""
+    scale = jnp.maximum(jnp.abs(weights).max(axis=-1), jnp.finfo(jnp.float32).tiny * 127) / 127
+    return Quantized(jnp.round(weights / scale[..., None]).astype(jnp.int8), scale)
+
+
+Weights = Any
+"""Float32 or bfloat16 arrays, or `Quantized`."""
+
+
+def _parts(weights: Weights) -> tuple[Array, Array]:
+    return weights if isinstance(weights, Quantized) else (weights, jnp.zeros((0,), jnp.float32))
+
+
+def _call(name: str, out: Any, *args: Array, activation: str, threads: int) -> Any:
+    if unavailable():
+        raise CannotBuild(unavailable())
+    number = np.int32(ACTIVATIONS.index(activation))
+    call = jax.ffi.ffi_call(f"ufbert_{name}", out, vmap_method="sequential")
+    return call(*args, activation=number, threads=np.int64(threads))
+
+
+def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _inputs(x: Array, w_in: Weights, bias: Array, w_out: Weights, residual: Array | None) -> tuple[Array, ...]:
+    residual = jnp.zeros((0, x.shape[1]), jnp.float32) if residual is None else residual
+    return x, *_parts(w_in), bias, *_parts(w_out), residual
+
+
+def tree_forward(
+    x: Float[Array, "b d"],
+    w_in: Weights,
+    bias: Float[Array, "m n"],
+    w_out: Weights,
+    *,
+    activation: str = "gelu",
+    residual: Float[Array, "b d"] | None = None,
+    threads: int = 0,
+) -> Float[Array, "b d"]:
+    """`ufbert.ops.fff.fast_feedforward`, plus `residual` where given, on at most `threads` threads (0: all of XLA's).
+
+    `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing).
+    """
+    args = _inputs(x, w_in, bias, w_out, residual)
+    return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads)
+
+
+def tree_forward_saving(
+    x: Float[Array, "b d"],
+    w_in: Weights,
+    bias: Float[Array, "m n"],
+    w_out: Weights,
+    *,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
+    """The output, the nodes of every path, root first, and their logits."""
+    path = (x.shape[0], bias.shape[0], (bias.shape[1] + 1).bit_length() - 1)
+    out = (_shape(*x.shape), _shape(*path, dtype=jnp.int32), _shape(*path))
+    args = _inputs(x, w_in, bias, w_out, None)
+    return tuple(_call("forward_saving", out, *args, activation=activation, threads=threads))
+
+
+def tree_backward(
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    w_out: Float[Array, "m n d"],
+    nodes: Int[Array, "b m s"],
+    z: Float[Array, "b m s"],
+    g: Float[Array, "b d"],
+    *,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> tuple[Float[Array, "b d"], Float[Array, "m n d"], Float[Array, "m n"], Float[Array, "m n d"]]:
+    """Gradients of x, w_in, bias and w_out from that of the output, along the paths that `tree_forward_saving` took.
+
+    Rows of nodes that no row visited are exactly zero.
+    """
+    out = (_shape(*x.shape), _shape(*w_in.shape), _shape(*w_in.shape[:2]), _shape(*w_out.shape))
+    return tuple(_call("backward", out, x, w_in, w_out, nodes, z, g, activation=activation, threads=threads))
+
+
+def leaf_forward(
+    x: Float[Array, "b d"],
+    node_w: Float[Array, "n d"],
+    node_b: Float[Array, " n"],
+    w_in: Weights,
+    b_in: Float[Array, "g w"],
+    w_out: Weights,
+    b_out: Float[Array, "g o"],
+    *,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> tuple[Float[Array, "b o"], Int[Array, " b"]]:
+    """`ufbert.ops.leaf_fff.descend`: each row's output from its own leaf, and which leaf that was.
+
+    `w_in` (g, d, w) and `w_out` (g, w, o) are of one type; with int8 the scales, (g, w) each, belong to the hidden units.
+    """
+    out = (_shape(x.shape[0], b_out.shape[1]), _shape(x.shape[0], dtype=jnp.int32))
+    args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
+    return tuple(_call("leaf_forward", out, *args, activation=activation, threads=threads))

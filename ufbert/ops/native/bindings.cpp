@@ -1,0 +1,243 @@
+// The kernels as XLA custom calls (jax.ffi), and as plain C functions for tests without XLA.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tree.h"
+
+#ifndef UFBERT_WITHOUT_XLA
+#include "xla/ffi/api/ffi.h"
+#endif
+
+namespace ufbert {
+
+// Tasks that any number of threads take by turns. The caller takes them too, and waits only for those that another thread
+// has begun: a helper that never got a processor costs nothing.
+struct Turns {
+  std::atomic<int64_t> next{0}, done{0};
+  int64_t count;
+  void (*task)(void*, int64_t);
+  void* self;
+  std::mutex lock;
+  std::condition_variable all_done;
+
+  Turns(int64_t count, void (*task)(void*, int64_t), void* self) : count(count), task(task), self(self) {}
+
+  void work() {
+    for (int64_t i = next++; i < count; i = next++) {
+      task(self, i);
+      if (++done == count) {
+        std::lock_guard<std::mutex> held(lock);
+        all_done.notify_one();
+      }
+    }
+  }
+
+  void wait() {
+    for (int spin = 0; spin < 2000 && done < count; ++spin) {
+    }
+    if (done < count) {
+      std::unique_lock<std::mutex> held(lock);
+      all_done.wait(held, [&] { return done >= count; });
+    }
+  }
+};
+
+// The set of kernels to use: the best that this processor has, or the one that UFBERT_ISA names. Null: it has not got that one.
+static const Kernels* chosen() {
+  static const Kernels* const all[] = {
+#if defined(__x86_64__)
+      &kernels_avx512, &kernels_avx2,
+#endif
+      &kernels_plain};
+  const char* name = std::getenv("UFBERT_ISA");
+  for (const Kernels* kernels : all)
+    if (name && *name ? !std::strcmp(name, kernels->name) : kernels->supported()) return kernels->supported() ? kernels : nullptr;
+  return nullptr;
+}
+
+// Threads made for one call: for the C functions, which have no pool to borrow from.
+struct OwnPool : Pool {
+  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
+    Turns turns(count, task, self);
+    std::vector<std::thread> helpers;
+    for (int64_t i = 1; i < std::min(threads, count); ++i) helpers.emplace_back([&] { turns.work(); });
+    turns.work();
+    for (auto& helper : helpers) helper.join();
+  }
+};
+
+}  // namespace ufbert
+
+using namespace ufbert;
+
+// Each returns 0, or 1 if this processor lacks the instruction set that UFBERT_ISA names.
+extern "C" const char* ufbert_isa() {
+  const Kernels* kernels = chosen();
+  return kernels ? kernels->name : "";
+}
+extern "C" int ufbert_forward(const Forward* f, int64_t threads) {
+  const Kernels* kernels = chosen();
+  OwnPool pool;
+  pool.threads = threads;
+  if (kernels) kernels->forward(*f, pool);
+  return !kernels;
+}
+extern "C" int ufbert_backward(const Backward* g, int64_t threads) {
+  const Kernels* kernels = chosen();
+  OwnPool pool;
+  pool.threads = threads;
+  if (kernels) kernels->backward(*g, pool);
+  return !kernels;
+}
+extern "C" int ufbert_leaf_forward(const LeafForward* f, int64_t threads) {
+  const Kernels* kernels = chosen();
+  OwnPool pool;
+  pool.threads = threads;
+  if (kernels) kernels->leaf_forward(*f, pool);
+  return !kernels;
+}
+
+#ifndef UFBERT_WITHOUT_XLA
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// The threads of XLA.
+struct XlaPool : Pool {
+  ffi::ThreadPool& pool;
+  XlaPool(ffi::ThreadPool& pool, int64_t limit) : pool(pool) {
+    threads = std::max<int64_t>(1, pool.num_threads());
+    if (limit > 0) threads = std::min(threads, limit);
+  }
+  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
+    auto turns = std::make_shared<Turns>(count, task, self);
+    for (int64_t i = 1; i < std::min(threads, count); ++i) pool.Schedule([turns] { turns->work(); });
+    turns->work();
+    turns->wait();
+  }
+};
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// An array without elements stands for one that is left out.
+float* data_or_null(const F32& buffer) { return buffer.element_count() ? buffer.typed_data() : nullptr; }
+
+bool read_type(const ffi::AnyBuffer& buffer, Type& type) {
+  switch (buffer.element_type()) {
+    case ffi::F32: type = kFloat32; return true;
+    case ffi::BF16: type = kBfloat16; return true;
+    case ffi::S8: type = kInt8; return true;
+    default: return false;
+  }
+}
+
+ffi::Error no_kernels() {
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "this processor lacks the instruction set that UFBERT_ISA names");
+}
+ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+ffi::Error run_forward(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
+                       F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int32_t activation, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  Forward f{};
+  const auto shape = w_in.dimensions();
+  if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
+  f.b = x.dimensions()[0], f.m = shape[0], f.n = shape[1], f.d = shape[2];
+  const int64_t trees = f.m * f.n;
+  if (!read_type(w_in, f.in_type) || !read_type(w_out, f.out_type)) return wrong("weights are float32, bfloat16 or int8");
+  if (f.in_type != f.out_type && f.in_type != kFloat32) return wrong("input weights have the type of the others, or float32");
+  if (x.dimensions()[1] != f.d || int64_t(w_out.element_count()) != trees * f.d || int64_t(bias.element_count()) != trees ||
+      int64_t(in_scale.element_count()) != (f.in_type == kInt8 ? trees : 0) ||
+      int64_t(out_scale.element_count()) != (f.out_type == kInt8 ? trees : 0))
+    return wrong("the weights' shapes do not fit each other");
+  f.x = x.typed_data(), f.w_in = w_in.untyped_data(), f.bias = bias.typed_data(), f.w_out = w_out.untyped_data();
+  f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
+  f.residual = data_or_null(residual);
+  f.y = y->typed_data();
+  if (nodes) f.nodes = nodes->typed_data(), f.z = z->typed_data();
+  f.activation = Activation(activation);
+  XlaPool own(pool, threads);
+  kernels->forward(f, own);
+  return ffi::Error::Success();
+}
+
+ffi::Error forward(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
+                   F32 residual, ffi::Result<F32> y, int32_t activation, int64_t threads) {
+  return run_forward(pool, x, w_in, in_scale, bias, w_out, out_scale, residual, y, nullptr, nullptr, activation, threads);
+}
+
+ffi::Error forward_saving(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
+                          F32 out_scale, F32 residual, ffi::Result<F32> y, ffi::Result<S32> nodes, ffi::Result<F32> z,
+                          int32_t activation, int64_t threads) {
+  return run_forward(pool, x, w_in, in_scale, bias, w_out, out_scale, residual, y, &*nodes, &*z, activation, threads);
+}
+
+ffi::Error backward(ffi::ThreadPool pool, F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Result<F32> dx,
+                    ffi::Result<F32> d_in, ffi::Result<F32> d_bias, ffi::Result<F32> d_out, int32_t activation, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  const auto shape = w_in.dimensions();
+  Backward gradient{};
+  gradient.b = x.dimensions()[0], gradient.m = shape[0], gradient.n = shape[1], gradient.d = shape[2];
+  gradient.x = x.typed_data(), gradient.w_in = w_in.typed_data(), gradient.w_out = w_out.typed_data();
+  gradient.g = g.typed_data(), gradient.nodes = nodes.typed_data(), gradient.z = z.typed_data();
+  gradient.dx = dx->typed_data(), gradient.d_in = d_in->typed_data();
+  gradient.d_bias = d_bias->typed_data(), gradient.d_out = d_out->typed_data();
+  gradient.activation = Activation(activation);
+  XlaPool own(pool, threads);
+  kernels->backward(gradient, own);
+  return ffi::Error::Success();
+}
+
+ffi::Error leaf_forward(ffi::ThreadPool pool, F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in,
+                        ffi::AnyBuffer w_out, F32 out_scale, F32 b_out, ffi::Result<F32> y, ffi::Result<S32> leaf,
+                        int32_t activation, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  LeafForward f{};
+  const auto in = w_in.dimensions(), out = w_out.dimensions();
+  if (in.size() != 3 || out.size() != 3) return wrong("leaves are (g, d, w) and (g, w, o)");
+  f.b = x.dimensions()[0], f.g = in[0], f.d = in[1], f.w = in[2], f.o = out[2];
+  if (!read_type(w_in, f.type) || w_out.element_type() != w_in.element_type()) return wrong("leaves are of one type");
+  f.x = x.typed_data(), f.node_w = node_w.typed_data(), f.node_b = node_b.typed_data();
+  f.w_in = w_in.untyped_data(), f.w_out = w_out.untyped_data(), f.b_in = b_in.typed_data(), f.b_out = b_out.typed_data();
+  f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
+  f.y = y->typed_data(), f.leaf = leaf->typed_data();
+  f.activation = Activation(activation);
+  XlaPool own(pool, threads);
+  kernels->leaf_forward(f, own);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define ROWS_AND_TREES()                                                                                              \
+  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>() \
+      .Arg<F32>().Arg<F32>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_forward, forward,
+                              ROWS_AND_TREES().Ret<F32>().Attr<int32_t>("activation").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ufbert_xla_forward_saving, forward_saving,
+    ROWS_AND_TREES().Ret<F32>().Ret<S32>().Ret<F32>().Attr<int32_t>("activation").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_backward, backward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<F32>()
+                                  .Arg<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>()
+                                  .Attr<int32_t>("activation").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
+                                  .Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<S32>()
+                                  .Attr<int32_t>("activation").Attr<int64_t>("threads"));
+
+#endif

@@ -1,0 +1,538 @@
+// The kernels, compiled once for each instruction set: UFBERT_ISA is the name, UFBERT_LANES the floats in a vector.
+//
+// Everything is written with the compiler's vector types, so one text serves all. Sums run in the same order for any
+// number of rows and threads: a row's answer does not depend on the batch it came in.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "tree.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+namespace ufbert {
+namespace JOIN(isa_, UFBERT_ISA) {
+
+constexpr int64_t kLanes = UFBERT_LANES;
+constexpr int64_t kMaxSteps = 32;
+
+typedef float Vector __attribute__((vector_size(4 * UFBERT_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * UFBERT_LANES)));
+typedef float UnalignedVector __attribute__((vector_size(4 * UFBERT_LANES), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * UFBERT_LANES), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(UFBERT_LANES), aligned(1), may_alias));
+
+// One element, and one vector, of stored weights as float32.
+INLINE float one(const float* p) { return *p; }
+INLINE float one(const uint16_t* p) {
+  uint32_t bits = uint32_t(*p) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+INLINE float one(const int8_t* p) { return float(*p); }
+INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+INLINE Vector load(const uint16_t* p) {
+  typedef uint32_t Words __attribute__((vector_size(4 * UFBERT_LANES)));
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+INLINE Vector load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Ints), Vector);
+}
+INLINE void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
+INLINE Vector fill(float value) { return value - Vector{}; }
+
+INLINE float sum(Vector v) {
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+template <typename W>
+INLINE float dot(const float* x, const W* w, int64_t d) {
+  Vector a = {}, b = {}, c = {}, e = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+    a += load(x + i) * load(w + i);
+    b += load(x + i + kLanes) * load(w + i + kLanes);
+    c += load(x + i + 2 * kLanes) * load(w + i + 2 * kLanes);
+    e += load(x + i + 3 * kLanes) * load(w + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= d; i += kLanes) a += load(x + i) * load(w + i);
+  float total = sum((a + b) + (c + e));
+  for (; i < d; ++i) total += x[i] * one(w + i);
+  return total;
+}
+
+// out = base (or zero) + sum over s of weight[s] * row[s].
+template <typename W>
+INLINE void combine(float* out, const float* base, const float* weight, const W* const* row, int64_t steps, int64_t d) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+    Vector y[4] = {};
+    if (base)
+      for (int k = 0; k < 4; ++k) y[k] = load(base + i + k * kLanes);
+    for (int64_t s = 0; s < steps; ++s) {
+      const Vector a = fill(weight[s]);
+      for (int k = 0; k < 4; ++k) y[k] += a * load(row[s] + i + k * kLanes);
+    }
+    for (int k = 0; k < 4; ++k) store(out + i + k * kLanes, y[k]);
+  }
+  for (; i < d; ++i) {
+    float y = base ? base[i] : 0.0f;
+    for (int64_t s = 0; s < steps; ++s) y += weight[s] * one(row[s] + i);
+    out[i] = y;
+  }
+}
+
+template <typename W>
+INLINE void prefetch(const W* row, int64_t d) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < d * int64_t(sizeof(W)); i += 64) __builtin_prefetch(p + i);
+}
+
+// erf to 2e-7 of float32: the rational approximation of Eigen and XLA inside (-4, 4), one outside.
+INLINE Vector erf(Vector v) {
+  const Vector four = fill(4.0f);
+  const Vector x = v > four ? four : (v < -four ? -four : v);
+  const Vector q = x * x;
+  Vector p = fill(-2.72614225801306e-10f);
+  p = p * q + fill(2.77068142495902e-08f);
+  p = p * q + fill(-2.10102402082508e-06f);
+  p = p * q + fill(-5.69250639462346e-05f);
+  p = p * q + fill(-7.34990630326855e-04f);
+  p = p * q + fill(-2.95459980854025e-03f);
+  p = p * q + fill(-1.60960333262415e-02f);
+  Vector r = fill(-1.45660718464996e-05f);
+  r = r * q + fill(-2.13374055278905e-04f);
+  r = r * q + fill(-1.68282697438203e-03f);
+  r = r * q + fill(-7.37332916720468e-03f);
+  r = r * q + fill(-1.42647390514189e-02f);
+  const Vector found = x * p / r;
+  return v >= four ? fill(1.0f) : (v <= -four ? fill(-1.0f) : found);
+}
+
+constexpr float kRootHalf = 0.70710678118654752f, kRootTwoOverPi = 0.79788456080286536f, kCubic = 0.044715f;
+
+// value[s] = activation(z[s]) for s < steps; both have room up to a full vector.
+INLINE void activate(Activation activation, const float* z, float* value, int64_t steps) {
+  for (int64_t s = 0; s < steps; s += kLanes) {
+    const Vector v = load(z + s);
+    Vector a = {};
+    if (activation == kGelu) {
+      a = fill(0.5f) * v * (fill(1.0f) + erf(v * fill(kRootHalf)));
+    } else if (activation == kSymmetricGelu) {
+      a = v * erf(v * fill(kRootHalf));
+    } else if (activation == kRelu) {
+      a = v > Vector{} ? v : (v == v ? Vector{} : v);
+    } else {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const float u = v[k];
+        a[k] = 0.5f * u * (1.0f + std::tanh(kRootTwoOverPi * (u + kCubic * u * u * u)));
+      }
+    }
+    store(value + s, a);
+  }
+}
+
+// The derivative of the activation.
+INLINE float slope(Activation activation, float z) {
+  switch (activation) {
+    case kRelu:
+      return z > 0.0f ? 1.0f : (z == z ? 0.0f : z);
+    case kGeluTanh: {
+      const float inner = kRootTwoOverPi * (z + kCubic * z * z * z), t = std::tanh(inner);
+      return 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * kRootTwoOverPi * (1.0f + 3.0f * kCubic * z * z);
+    }
+    case kSymmetricGelu:
+      return std::erf(z * kRootHalf) + 2.0f * z * 0.3989422804f * std::exp(-0.5f * z * z);
+    default:
+      return 0.5f * (1.0f + std::erf(z * kRootHalf)) + z * 0.3989422804f * std::exp(-0.5f * z * z);
+  }
+}
+
+INLINE int64_t steps_of(int64_t n) {
+  int64_t steps = 0;
+  while (n > 0) ++steps, n >>= 1;
+  return steps;
+}
+
+template <typename F>
+void for_each(Pool& pool, int64_t count, F& task) {
+  if (count == 1) return task(0);
+  pool.run(count, [](void* self, int64_t i) { (*static_cast<F*>(self))(i); }, &task);
+}
+
+// Where parts begin: `parts` ranges of [0, count).
+INLINE int64_t edge(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
+
+// Order of rows by key, stable (a counting sort); start[k] is where key k begins.
+INLINE void sort_rows(const int32_t* key, int64_t b, int64_t keys, std::vector<int32_t>& order, std::vector<int32_t>& start) {
+  start.assign(keys + 1, 0);
+  for (int64_t i = 0; i < b; ++i) ++start[key[i] + 1];
+  for (int64_t k = 0; k < keys; ++k) start[k + 1] += start[k];
+  std::vector<int32_t> next(start.begin(), start.end() - 1);
+  order.resize(b);
+  for (int64_t i = 0; i < b; ++i) order[next[key[i]]++] = int32_t(i);
+}
+
+// ---- forward of the uniform-node tree ----
+
+constexpr int64_t kGroup = 16;        // rows that go down together, so that one's memory waits hide behind the others' sums
+constexpr int64_t kManyRows = 384;    // from here on rows are grouped by subtree
+constexpr int64_t kTopLevels = 7;     // 127 nodes stay in the second-level cache while rows are grouped
+constexpr int64_t kRowsAThread = 16;  // fewer are not worth waking a thread
+
+struct Path {
+  float z[kMaxSteps + 16];
+  int32_t node[kMaxSteps];
+};
+
+// One tree's weights.
+template <typename In, typename Out>
+struct Tree {
+  const In* w_in;
+  const Out* w_out;
+  const float *in_scale, *out_scale, *bias;
+  int64_t d, steps;
+
+  Tree(const Forward& f, int64_t k)
+      : w_in(static_cast<const In*>(f.w_in) + k * f.n * f.d),
+        w_out(static_cast<const Out*>(f.w_out) + k * f.n * f.d),
+        in_scale(f.in_scale ? f.in_scale + k * f.n : nullptr),
+        out_scale(f.out_scale ? f.out_scale + k * f.n : nullptr),
+        bias(f.bias + k * f.n),
+        d(f.d),
+        steps(steps_of(f.n)) {}
+
+  INLINE float logit(const Tree& t, const float* x, int64_t node) {
+    float z = dot(x, t.w_in + node * t.d, t.d);
+    if (t.in_scale) z *= t.in_scale[node];
+    return z + t.bias[node];
+  }
+};
+
+// Rows go from level `from` to before level `to`; path[i].node[from] is set already.
+template <typename In, typename Out>
+INLINE void descend(const Tree<In, Out>& t, const float* const* x, Path* path, int64_t rows, int64_t from, int64_t to,
+                    bool fetch) {
+  for (int64_t s = from; s < to; ++s)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t node = path[i].node[s];
+      const float z = t.logit(t, x[i], node);
+      path[i].z[s] = z;
+      const int64_t next = 2 * node + 1 + (z > 0.0f);
+      if (s + 1 < t.steps) {
+        path[i].node[s + 1] = int32_t(next);
+        if (fetch && s + 1 < to) prefetch(t.w_in + next * t.d, t.d);
+      }
+      if (fetch) prefetch(t.w_out + node * t.d, t.d);
+    }
+}
+
+template <typename In, typename Out>
+INLINE void emit(const Forward& f, const Tree<In, Out>& t, int64_t k, int64_t row, const Path& path) {
+  float value[kMaxSteps + 16];
+  const Out* rows[kMaxSteps];
+  activate(f.activation, path.z, value, t.steps);
+  for (int64_t s = 0; s < t.steps; ++s) {
+    rows[s] = t.w_out + path.node[s] * t.d;
+    if (t.out_scale) value[s] *= t.out_scale[path.node[s]];
+  }
+  float* y = f.y + row * f.d;
+  const float* base = k > 0 ? y : (f.residual ? f.residual + row * f.d : nullptr);
+  combine(y, base, value, rows, t.steps, f.d);
+  const int64_t place = (row * f.m + k) * t.steps;
+  if (f.nodes) std::memcpy(f.nodes + place, path.node, 4 * t.steps);
+  if (f.z) std::memcpy(f.z + place, path.z, 4 * t.steps);
+}
+
+// Few rows: each thread takes its share, in groups, through all trees.
+template <typename In, typename Out>
+void forward_few(const Forward& f, Pool& pool) {
+  const int64_t parts = std::max<int64_t>(1, std::min(pool.threads, f.b / kRowsAThread));
+  auto part = [&](int64_t p) {
+    Path path[kGroup];
+    const float* x[kGroup];
+    const int64_t end = edge(f.b, parts, p + 1);
+    for (int64_t first = edge(f.b, parts, p); first < end; first += kGroup) {
+      const int64_t rows = std::min(kGroup, end - first);
+      for (int64_t k = 0; k < f.m; ++k) {
+        const Tree<In, Out> t(f, k);
+        for (int64_t i = 0; i < rows; ++i) {
+          x[i] = f.x + (first + i) * f.d;
+          path[i].node[0] = 0;
+        }
+        descend(t, x, path, rows, 0, t.steps, true);
+        for (int64_t i = 0; i < rows; ++i) emit(f, t, k, first + i, path[i]);
+      }
+    }
+  };
+  for_each(pool, parts, part);
+}
+
+// Many rows: down the top levels, sorted by the subtree they reach, and on from there, so that a subtree's weights are read
+// once and stay in the cache while its rows use them.
+template <typename In, typename Out>
+void forward_many(const Forward& f, Pool& pool) {
+  const int64_t steps = steps_of(f.n), top = std::min(kTopLevels, steps - 1), subtrees = int64_t(1) << top;
+  std::vector<Path> path(f.b);
+  std::vector<int32_t> key(f.b), order, start;
+  for (int64_t k = 0; k < f.m; ++k) {
+    const Tree<In, Out> t(f, k);
+    const int64_t parts = std::min(4 * pool.threads, f.b / 64);
+    auto route = [&](int64_t p) {
+      for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
+        const float* x = f.x + i * f.d;
+        path[i].node[0] = 0;
+        descend(t, &x, &path[i], 1, 0, top, false);
+        key[i] = path[i].node[top] - int32_t(subtrees - 1);
+      }
+    };
+    for_each(pool, parts, route);
+    sort_rows(key.data(), f.b, subtrees, order, start);
+    const int64_t pieces = pool.threads == 1 ? 1 : std::min<int64_t>(subtrees, 8 * pool.threads);
+    auto finish = [&](int64_t p) {
+      // Whole subtrees: the piece begins with the first one that starts inside it.
+      const int32_t from = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p)));
+      const int32_t to = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p + 1)));
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t row = order[i];
+        if (i + 1 < to) prefetch(f.x + order[i + 1] * f.d, f.d);
+        const float* x = f.x + row * f.d;
+        descend(t, &x, &path[row], 1, top, steps, false);
+        emit(f, t, k, row, path[row]);
+      }
+    };
+    for_each(pool, pieces, finish);
+  }
+}
+
+template <typename In, typename Out>
+void forward_as(const Forward& f, Pool& pool) {
+  if (f.b < kManyRows || steps_of(f.n) < 4)
+    forward_few<In, Out>(f, pool);
+  else
+    forward_many<In, Out>(f, pool);
+}
+
+void forward(const Forward& f, Pool& pool) {
+  if (f.in_type == kFloat32 && f.out_type == kFloat32) return forward_as<float, float>(f, pool);
+  if (f.in_type == kBfloat16 && f.out_type == kBfloat16) return forward_as<uint16_t, uint16_t>(f, pool);
+  if (f.in_type == kInt8 && f.out_type == kInt8) return forward_as<int8_t, int8_t>(f, pool);
+  if (f.in_type == kFloat32 && f.out_type == kBfloat16) return forward_as<float, uint16_t>(f, pool);
+  if (f.in_type == kFloat32 && f.out_type == kInt8) return forward_as<float, int8_t>(f, pool);
+}
+
+// ---- backward ----
+
+constexpr int64_t kTokens = 64;  // rows of x and g that stay in the second-level cache while all their columns are summed
+constexpr int kLevels = 6;       // levels whose sums are held in registers together
+
+// Columns [first, last) of d_in and d_out for levels [level, level + L): one pass over the rows in the order of their leaves.
+// A node's visitors are neighbours in that order, so its sum stays in a register from its first visitor to its last.
+template <int L>
+void sum_columns(const Backward& g, const int32_t* order, const int32_t* node, const int8_t* change, const float* dz,
+                 const float* value, float* d_in, float* d_out, int64_t steps, int64_t level, int64_t first, int64_t last) {
+  for (int64_t begin = 0; begin < g.b; begin += kTokens) {
+    const int64_t end = std::min(begin + kTokens, g.b);
+    for (int64_t c = first; c < last; c += kLanes) {
+      const bool whole = c + kLanes <= last;
+      const int64_t width = whole ? kLanes : last - c;
+      auto get = [&](const float* p) {
+        if (whole) return load(p);
+        Vector v = {};
+        std::memcpy(&v, p, 4 * width);
+        return v;
+      };
+      auto put = [&](float* p, Vector v) { whole ? store(p, v) : (void)std::memcpy(p, &v, 4 * width); };
+      Vector in[L] = {}, out[L] = {};
+      const int32_t* at = node + begin * steps + level;
+      if (begin > 0)
+        for (int l = 0; l < L; ++l)
+          if (change[begin] > level + l) {  // goes on from the block before
+            in[l] = get(d_in + at[l] * g.d + c);
+            out[l] = get(d_out + at[l] * g.d + c);
+          }
+      for (int64_t i = begin; i < end; ++i) {
+        const int32_t* here = node + i * steps + level;
+        if (i > begin && change[i] < level + L) {
+          const int32_t* past = here - steps;
+          for (int l = 0; l < L; ++l)
+            if (change[i] <= level + l) {
+              put(d_in + past[l] * g.d + c, in[l]);
+              put(d_out + past[l] * g.d + c, out[l]);
+              in[l] = out[l] = Vector{};
+            }
+        }
+        const Vector xv = get(g.x + order[i] * g.d + c), gv = get(g.g + order[i] * g.d + c);
+        const float *a = dz + i * steps + level, *v = value + i * steps + level;
+        for (int l = 0; l < L; ++l) {
+          in[l] += fill(a[l]) * xv;
+          out[l] += fill(v[l]) * gv;
+        }
+      }
+      const int32_t* past = node + (end - 1) * steps + level;
+      for (int l = 0; l < L; ++l) {
+        put(d_in + past[l] * g.d + c, in[l]);
+        put(d_out + past[l] * g.d + c, out[l]);
+      }
+    }
+  }
+}
+
+void backward(const Backward& g, Pool& pool) {
+  const int64_t steps = steps_of(g.n), leaves = (g.n + 1) / 2, b = g.b, d = g.d;
+  std::vector<int32_t> key(b), order, start, node(b * steps);
+  std::vector<float> dz(b * steps + 16), value(b * steps + 16);
+  std::vector<int8_t> change(b);
+  for (int64_t k = 0; k < g.m; ++k) {
+    const float *w_in = g.w_in + k * g.n * d, *w_out = g.w_out + k * g.n * d;
+    float *d_in = g.d_in + k * g.n * d, *d_out = g.d_out + k * g.n * d, *d_bias = g.d_bias + k * g.n;
+    for (int64_t i = 0; i < b; ++i) key[i] = g.nodes[(i * g.m + k) * steps + steps - 1] - int32_t(leaves - 1);
+    sort_rows(key.data(), b, leaves, order, start);
+
+    // dz and dx, row by row in the order of leaves, so that neighbours share their nodes.
+    const int64_t parts = std::max<int64_t>(1, std::min(4 * pool.threads, b / 64));
+    auto by_row = [&](int64_t p) {
+      for (int64_t i = edge(b, parts, p); i < edge(b, parts, p + 1); ++i) {
+        const int64_t row = order[i];
+        const int32_t* path = g.nodes + (row * g.m + k) * steps;
+        const float* z = g.z + (row * g.m + k) * steps;
+        const float* rows[kMaxSteps];
+        float padded[kMaxSteps + 16], active[kMaxSteps + 16];
+        std::memcpy(padded, z, 4 * steps);
+        std::memset(padded + steps, 0, 4 * kLanes);
+        activate(g.activation, padded, active, steps);
+        for (int64_t s = 0; s < steps; ++s) {
+          node[i * steps + s] = path[s];
+          value[i * steps + s] = active[s];
+          dz[i * steps + s] = slope(g.activation, z[s]) * dot(g.g + row * d, w_out + path[s] * d, d);
+          rows[s] = w_in + path[s] * d;
+        }
+        float* dx = g.dx + row * d;
+        combine(dx, k > 0 ? dx : nullptr, &dz[i * steps], rows, steps, d);
+        if (i + 1 < edge(b, parts, p + 1)) prefetch(g.g + order[i + 1] * d, d);
+      }
+    };
+    if (b > 0) for_each(pool, parts, by_row);
+
+    // Where each row's path leaves that of the row before.
+    std::memset(d_bias, 0, 4 * g.n);
+    std::vector<uint8_t> visited(g.n, 0);
+    for (int64_t i = 0; i < b; ++i) {
+      int64_t s = 0;
+      if (i > 0)
+        while (s < steps && node[i * steps + s] == node[(i - 1) * steps + s]) ++s;
+      change[i] = int8_t(s);
+      for (int64_t l = 0; l < steps; ++l) {
+        visited[node[i * steps + l]] = 1;
+        d_bias[node[i * steps + l]] += dz[i * steps + l];
+      }
+    }
+
+    // d_in and d_out, each thread its own columns.
+    const int64_t blocks = (d + kLanes - 1) / kLanes, pieces = std::min<int64_t>(blocks, 2 * pool.threads);
+    auto by_column = [&](int64_t p) {
+      const int64_t first = edge(blocks, pieces, p) * kLanes, last = std::min(d, edge(blocks, pieces, p + 1) * kLanes);
+      for (int64_t v = 0; v < g.n; ++v)
+        if (!visited[v]) {
+          std::memset(d_in + v * d + first, 0, 4 * (last - first));
+          std::memset(d_out + v * d + first, 0, 4 * (last - first));
+        }
+      for (int64_t level = 0; level < steps; level += kLevels) {
+        auto sum = sum_columns<kLevels>;
+        switch (std::min<int64_t>(kLevels, steps - level)) {
+          case 1: sum = sum_columns<1>; break;
+          case 2: sum = sum_columns<2>; break;
+          case 3: sum = sum_columns<3>; break;
+          case 4: sum = sum_columns<4>; break;
+          case 5: sum = sum_columns<5>; break;
+          default: break;
+        }
+        sum(g, order.data(), node.data(), change.data(), dz.data(), value.data(), d_in, d_out, steps, level, first, last);
+      }
+    };
+    for_each(pool, pieces, by_column);
+  }
+}
+
+// ---- the original tree ----
+
+template <typename W>
+void leaf_forward_as(const LeafForward& f, Pool& pool) {
+  const int64_t depth = steps_of(f.g - 1);
+  const int64_t parts = std::max<int64_t>(1, std::min(4 * pool.threads, f.b / kRowsAThread));
+  auto route = [&](int64_t p) {
+    for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
+      int64_t node = 0;
+      for (int64_t s = 0; s < depth; ++s)
+        node = 2 * node + 1 + (dot(f.x + i * f.d, f.node_w + node * f.d, f.d) + f.node_b[node] >= 0.0f);
+      f.leaf[i] = int32_t(node - (f.g - 1));
+    }
+  };
+  for_each(pool, parts, route);
+  std::vector<int32_t> order, start;
+  sort_rows(f.leaf, f.b, f.g, order, start);
+  auto leaves = [&](int64_t p) {
+    std::vector<float> hidden(f.w + 16), active(f.w + 16);
+    std::vector<const W*> rows(f.w);
+    for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
+      const int64_t row = order[i], leaf = f.leaf[row];
+      const W *w_in = static_cast<const W*>(f.w_in) + leaf * f.d * f.w, *w_out = static_cast<const W*>(f.w_out) + leaf * f.w * f.o;
+      const float* x = f.x + row * f.d;
+      std::fill(hidden.begin(), hidden.end(), 0.0f);
+      if (f.w == 1) {
+        hidden[0] = dot(x, w_in, f.d);
+      } else {
+        for (int64_t c = 0; c < f.d; ++c) {
+          int64_t j = 0;
+          for (; j + kLanes <= f.w; j += kLanes) store(&hidden[j], load(&hidden[j]) + fill(x[c]) * load(w_in + c * f.w + j));
+          for (; j < f.w; ++j) hidden[j] += x[c] * one(w_in + c * f.w + j);
+        }
+      }
+      for (int64_t j = 0; j < f.w; ++j) {
+        if (f.in_scale) hidden[j] *= f.in_scale[leaf * f.w + j];
+        hidden[j] += f.b_in[leaf * f.w + j];
+        rows[j] = w_out + j * f.o;
+      }
+      activate(f.activation, hidden.data(), active.data(), f.w);
+      if (f.out_scale)
+        for (int64_t j = 0; j < f.w; ++j) active[j] *= f.out_scale[leaf * f.w + j];
+      combine(f.y + row * f.o, f.b_out + leaf * f.o, active.data(), rows.data(), f.w, f.o);
+    }
+  };
+  for_each(pool, parts, leaves);
+}
+
+void leaf_forward(const LeafForward& f, Pool& pool) {
+  if (f.type == kFloat32) return leaf_forward_as<float>(f, pool);
+  if (f.type == kBfloat16) return leaf_forward_as<uint16_t>(f, pool);
+  leaf_forward_as<int8_t>(f, pool);
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+const Kernels JOIN(kernels_, UFBERT_ISA) = {TEXT(UFBERT_ISA), JOIN(isa_, UFBERT_ISA)::supported, JOIN(isa_, UFBERT_ISA)::forward,
+                                            JOIN(isa_, UFBERT_ISA)::backward, JOIN(isa_, UFBERT_ISA)::leaf_forward};
+
+}  // namespace ufbert
