@@ -2,8 +2,8 @@
 
 `tree.h` says what they compute, `kernels.cpp` how; they are compiled on first use (`build`). The kernels for AVX-512, AVX2
 and any other processor come from one text; the best that the processor has is taken, or the one that the environment
-variable UFBERT_ISA names (avx512, avx2, plain). Rows of a large batch are grouped by subtree, and shared among XLA's
-threads; a row's answer depends neither on the batch nor on the number of threads.
+variable UFBERT_ISA names (avx512, avx2, plain). Rows of a large batch are grouped by subtree, and shared among this process's
+helper threads; a row's answer depends neither on the batch nor on the number of threads.
 
 Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
 """

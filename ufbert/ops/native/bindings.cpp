@@ -1,14 +1,15 @@
 // The kernels as XLA custom calls (jax.ffi), and as plain C functions for tests without XLA.
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
-#include <vector>
 
 #include "tree.h"
 
@@ -50,6 +51,87 @@ struct Turns {
   }
 };
 
+// The process's helper threads, one fewer than the processors it may use (or than $NPROC, which limits XLA, too). XLA's own
+// pool would do, but has a thread a processor beside the caller's, and waking one costs as much as a whole small layer. A
+// helper looks out for work for 50 microseconds after its last and then sleeps.
+class Helpers {
+ public:
+  static Helpers& all() {
+    static Helpers* helpers = new Helpers;  // never destroyed: threads may outlive the statics
+    return *helpers;
+  }
+
+  int64_t count() const { return count_; }
+
+  void help(std::shared_ptr<Turns> turns, int64_t helpers) {
+    bool asleep;
+    {
+      std::lock_guard<std::mutex> held(lock_);
+      for (; started_ < std::min(helpers, count_); ++started_) std::thread([this] { live(); }).detach();
+      for (int64_t i = 0; i < helpers; ++i) waiting_.push_back(turns);
+      ++posted_;
+      asleep = sleeping_ > 0;
+    }
+    if (asleep) helpers > 1 ? woken_.notify_all() : woken_.notify_one();
+  }
+
+ private:
+  Helpers() {
+    int64_t processors = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const char* limit = std::getenv("NPROC");
+    if (limit && std::atoi(limit) > 0) processors = std::min<int64_t>(processors, std::atoi(limit));
+    count_ = processors - 1;
+  }
+
+  std::shared_ptr<Turns> take() {
+    std::lock_guard<std::mutex> held(lock_);
+    if (waiting_.empty()) return nullptr;
+    auto turns = waiting_.front();
+    waiting_.pop_front();
+    return turns;
+  }
+
+  void live() {
+    using Clock = std::chrono::steady_clock;
+    for (;;) {
+      int64_t seen = posted_;
+      while (auto turns = take()) turns->work();
+      const auto until = Clock::now() + std::chrono::microseconds(50);
+      while (posted_ == seen && Clock::now() < until) {
+      }
+      if (posted_ != seen) continue;
+      std::unique_lock<std::mutex> held(lock_);
+      ++sleeping_;
+      woken_.wait(held, [&] { return posted_ != seen; });
+      --sleeping_;
+    }
+  }
+
+  std::mutex lock_;
+  std::condition_variable woken_;
+  std::deque<std::shared_ptr<Turns>> waiting_;
+  std::atomic<int64_t> posted_{0};
+  int64_t count_, started_ = 0, sleeping_ = 0;
+};
+
+// The caller and up to `limit` - 1 helpers; 0: as many as there are.
+struct SharedPool : Pool {
+  explicit SharedPool(int64_t limit) {
+    threads = 1 + Helpers::all().count();
+    if (limit > 0) threads = std::min(threads, limit);
+  }
+  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
+    if (threads == 1) {
+      for (int64_t i = 0; i < count; ++i) task(self, i);
+      return;
+    }
+    auto turns = std::make_shared<Turns>(count, task, self);
+    Helpers::all().help(turns, std::min(threads, count) - 1);
+    turns->work();
+    turns->wait();
+  }
+};
+
 // The set of kernels to use: the best that this processor has, or the one that UFBERT_ISA names. Null: it has not got that one.
 static const Kernels* chosen() {
   static const Kernels* const all[] = {
@@ -63,17 +145,6 @@ static const Kernels* chosen() {
   return nullptr;
 }
 
-// Threads made for one call: for the C functions, which have no pool to borrow from.
-struct OwnPool : Pool {
-  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
-    Turns turns(count, task, self);
-    std::vector<std::thread> helpers;
-    for (int64_t i = 1; i < std::min(threads, count); ++i) helpers.emplace_back([&] { turns.work(); });
-    turns.work();
-    for (auto& helper : helpers) helper.join();
-  }
-};
-
 }  // namespace ufbert
 
 using namespace ufbert;
@@ -85,22 +156,19 @@ extern "C" const char* ufbert_isa() {
 }
 extern "C" int ufbert_forward(const Forward* f, int64_t threads) {
   const Kernels* kernels = chosen();
-  OwnPool pool;
-  pool.threads = threads;
+  SharedPool pool(threads);
   if (kernels) kernels->forward(*f, pool);
   return !kernels;
 }
 extern "C" int ufbert_backward(const Backward* g, int64_t threads) {
   const Kernels* kernels = chosen();
-  OwnPool pool;
-  pool.threads = threads;
+  SharedPool pool(threads);
   if (kernels) kernels->backward(*g, pool);
   return !kernels;
 }
 extern "C" int ufbert_leaf_forward(const LeafForward* f, int64_t threads) {
   const Kernels* kernels = chosen();
-  OwnPool pool;
-  pool.threads = threads;
+  SharedPool pool(threads);
   if (kernels) kernels->leaf_forward(*f, pool);
   return !kernels;
 }
@@ -110,21 +178,6 @@ extern "C" int ufbert_leaf_forward(const LeafForward* f, int64_t threads) {
 namespace ffi = xla::ffi;
 
 namespace {
-
-// The threads of XLA.
-struct XlaPool : Pool {
-  ffi::ThreadPool& pool;
-  XlaPool(ffi::ThreadPool& pool, int64_t limit) : pool(pool) {
-    threads = std::max<int64_t>(1, pool.num_threads());
-    if (limit > 0) threads = std::min(threads, limit);
-  }
-  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
-    auto turns = std::make_shared<Turns>(count, task, self);
-    for (int64_t i = 1; i < std::min(threads, count); ++i) pool.Schedule([turns] { turns->work(); });
-    turns->work();
-    turns->wait();
-  }
-};
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
@@ -146,7 +199,7 @@ ffi::Error no_kernels() {
 }
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
-ffi::Error run_forward(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
+ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
                        F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int32_t activation, int64_t threads) {
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
@@ -167,23 +220,23 @@ ffi::Error run_forward(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_
   f.y = y->typed_data();
   if (nodes) f.nodes = nodes->typed_data(), f.z = z->typed_data();
   f.activation = Activation(activation);
-  XlaPool own(pool, threads);
-  kernels->forward(f, own);
+  SharedPool pool(threads);
+  kernels->forward(f, pool);
   return ffi::Error::Success();
 }
 
-ffi::Error forward(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
+ffi::Error forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
                    F32 residual, ffi::Result<F32> y, int32_t activation, int64_t threads) {
-  return run_forward(pool, x, w_in, in_scale, bias, w_out, out_scale, residual, y, nullptr, nullptr, activation, threads);
+  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, nullptr, nullptr, activation, threads);
 }
 
-ffi::Error forward_saving(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
+ffi::Error forward_saving(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
                           F32 out_scale, F32 residual, ffi::Result<F32> y, ffi::Result<S32> nodes, ffi::Result<F32> z,
                           int32_t activation, int64_t threads) {
-  return run_forward(pool, x, w_in, in_scale, bias, w_out, out_scale, residual, y, &*nodes, &*z, activation, threads);
+  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, &*nodes, &*z, activation, threads);
 }
 
-ffi::Error backward(ffi::ThreadPool pool, F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Result<F32> dx,
+ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Result<F32> dx,
                     ffi::Result<F32> d_in, ffi::Result<F32> d_bias, ffi::Result<F32> d_out, int32_t activation, int64_t threads) {
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
@@ -195,12 +248,12 @@ ffi::Error backward(ffi::ThreadPool pool, F32 x, F32 w_in, F32 w_out, S32 nodes,
   gradient.dx = dx->typed_data(), gradient.d_in = d_in->typed_data();
   gradient.d_bias = d_bias->typed_data(), gradient.d_out = d_out->typed_data();
   gradient.activation = Activation(activation);
-  XlaPool own(pool, threads);
-  kernels->backward(gradient, own);
+  SharedPool pool(threads);
+  kernels->backward(gradient, pool);
   return ffi::Error::Success();
 }
 
-ffi::Error leaf_forward(ffi::ThreadPool pool, F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in,
+ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in,
                         ffi::AnyBuffer w_out, F32 out_scale, F32 b_out, ffi::Result<F32> y, ffi::Result<S32> leaf,
                         int32_t activation, int64_t threads) {
   const Kernels* kernels = chosen();
@@ -215,15 +268,15 @@ ffi::Error leaf_forward(ffi::ThreadPool pool, F32 x, F32 node_w, F32 node_b, ffi
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
   f.y = y->typed_data(), f.leaf = leaf->typed_data();
   f.activation = Activation(activation);
-  XlaPool own(pool, threads);
-  kernels->leaf_forward(f, own);
+  SharedPool pool(threads);
+  kernels->leaf_forward(f, pool);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 #define ROWS_AND_TREES()                                                                                              \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>() \
+  ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>() \
       .Arg<F32>().Arg<F32>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_forward, forward,
@@ -232,11 +285,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ufbert_xla_forward_saving, forward_saving,
     ROWS_AND_TREES().Ret<F32>().Ret<S32>().Ret<F32>().Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_backward, backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<F32>()
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<F32>()
                                   .Arg<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>()
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<S32>()
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 

@@ -10,6 +10,10 @@
 
 #include "tree.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -41,17 +45,29 @@ INLINE Vector load(const uint16_t* p) {
   return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
 }
 INLINE Vector load(const int8_t* p) {
+#if defined(__AVX512F__)  // compilers turn the portable line into sixteen moves of one byte
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Ints), Vector);
+#endif
 }
 INLINE void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 INLINE Vector fill(float value) { return value - Vector{}; }
 
 INLINE float sum(Vector v) {
-  float lane[kLanes];
-  std::memcpy(lane, &v, sizeof v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  typedef float Four __attribute__((vector_size(16)));
+#if UFBERT_LANES == 16
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Four q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif UFBERT_LANES == 8
+  const Four q = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  const Four q = v;
+#endif
+  return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 template <typename W>
@@ -70,25 +86,39 @@ INLINE float dot(const float* x, const W* w, int64_t d) {
   return total;
 }
 
-// out = base (or zero) + sum over s of weight[s] * row[s].
-template <typename W>
-INLINE void combine(float* out, const float* base, const float* weight, const W* const* row, int64_t steps, int64_t d) {
+// out[r] = base[r] (or zero) + sum over s of weight[r][s] * row[r][s], for R rows whose first `common` rows are the same.
+template <int R, typename W>
+INLINE void combine(float* const* out, const float* const* base, const float* const* weight, const W* const (*row)[kMaxSteps],
+                    int64_t common, int64_t steps, int64_t d) {
+  constexpr int kWide = kLanes == 16 ? 4 : 2;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
-    Vector y[4] = {};
-    if (base)
-      for (int k = 0; k < 4; ++k) y[k] = load(base + i + k * kLanes);
-    for (int64_t s = 0; s < steps; ++s) {
-      const Vector a = fill(weight[s]);
-      for (int k = 0; k < 4; ++k) y[k] += a * load(row[s] + i + k * kLanes);
+  for (; i + kWide * kLanes <= d; i += kWide * kLanes) {
+    Vector y[R][kWide] = {};
+    for (int r = 0; r < R; ++r)
+      if (base[r])
+        for (int k = 0; k < kWide; ++k) y[r][k] = load(base[r] + i + k * kLanes);
+    for (int64_t s = 0; s < common; ++s) {
+      Vector w[kWide];
+      for (int k = 0; k < kWide; ++k) w[k] = load(row[0][s] + i + k * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vector a = fill(weight[r][s]);
+        for (int k = 0; k < kWide; ++k) y[r][k] += a * w[k];
+      }
     }
-    for (int k = 0; k < 4; ++k) store(out + i + k * kLanes, y[k]);
+    for (int64_t s = common; s < steps; ++s)
+      for (int r = 0; r < R; ++r) {
+        const Vector a = fill(weight[r][s]);
+        for (int k = 0; k < kWide; ++k) y[r][k] += a * load(row[r][s] + i + k * kLanes);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < kWide; ++k) store(out[r] + i + k * kLanes, y[r][k]);
   }
-  for (; i < d; ++i) {
-    float y = base ? base[i] : 0.0f;
-    for (int64_t s = 0; s < steps; ++s) y += weight[s] * one(row[s] + i);
-    out[i] = y;
-  }
+  for (; i < d; ++i)
+    for (int r = 0; r < R; ++r) {
+      float y = base[r] ? base[r][i] : 0.0f;
+      for (int64_t s = 0; s < steps; ++s) y += weight[r][s] * one(row[r][s] + i);
+      out[r][i] = y;
+    }
 }
 
 template <typename W>
@@ -184,13 +214,18 @@ INLINE void sort_rows(const int32_t* key, int64_t b, int64_t keys, std::vector<i
 
 // ---- forward of the uniform-node tree ----
 
-constexpr int64_t kGroup = 16;        // rows that go down together, so that one's memory waits hide behind the others' sums
-constexpr int64_t kManyRows = 384;    // from here on rows are grouped by subtree
-constexpr int64_t kTopLevels = 7;     // 127 nodes stay in the second-level cache while rows are grouped
-constexpr int64_t kRowsAThread = 16;  // fewer are not worth waking a thread
+constexpr int64_t kGroup = 16;         // rows that go down together, so that one's memory waits hide behind the others' sums
+constexpr int64_t kManyRows = 96;      // from here on rows are grouped by subtree
+constexpr int64_t kTopLevels = 8;      // most levels before they are: the nodes above stay in the second-level cache
+constexpr int64_t kRowsASubtree = 8;   // or as many levels as leave this many rows to a subtree
+constexpr int64_t kRoute = 8;          // rows that go down the top levels together
+constexpr int64_t kRowsAThread = 16;   // fewer are not worth waking a thread
+constexpr int64_t kSmallTree = 127;    // nodes of a tree that stays in the cache as a whole
+constexpr int kTile = 4;               // rows that share what is loaded of the output weights
 
+// A row on its way down a tree: the nodes, and their logits.
 struct Path {
-  float z[kMaxSteps + 16];
+  float z[kMaxSteps];
   int32_t node[kMaxSteps];
 };
 
@@ -211,66 +246,85 @@ struct Tree {
         d(f.d),
         steps(steps_of(f.n)) {}
 
-  INLINE float logit(const Tree& t, const float* x, int64_t node) {
-    float z = dot(x, t.w_in + node * t.d, t.d);
-    if (t.in_scale) z *= t.in_scale[node];
-    return z + t.bias[node];
+  inline __attribute__((always_inline)) float logit(const float* x, int64_t node) const {
+    const float product = dot(x, w_in + node * d, d);
+    return (in_scale ? product * in_scale[node] : product) + bias[node];
   }
 };
 
-// Rows go from level `from` to before level `to`; path[i].node[from] is set already.
-template <typename In, typename Out>
-INLINE void descend(const Tree<In, Out>& t, const float* const* x, Path* path, int64_t rows, int64_t from, int64_t to,
-                    bool fetch) {
+// Rows go from level `from` to before level `to`, one level at a time for all; path[i].node[from] is set already.
+template <bool kFetch, typename In, typename Out>
+INLINE void descend(const Tree<In, Out>& t, const float* const* x, Path* path, int64_t rows, int64_t from, int64_t to) {
   for (int64_t s = from; s < to; ++s)
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t node = path[i].node[s];
-      const float z = t.logit(t, x[i], node);
+      const float z = t.logit(x[i], node);
       path[i].z[s] = z;
-      const int64_t next = 2 * node + 1 + (z > 0.0f);
       if (s + 1 < t.steps) {
+        const int64_t next = 2 * node + 1 + (z > 0.0f);
         path[i].node[s + 1] = int32_t(next);
-        if (fetch && s + 1 < to) prefetch(t.w_in + next * t.d, t.d);
+        if (kFetch && s + 1 < to) prefetch(t.w_in + next * t.d, t.d);
       }
-      if (fetch) prefetch(t.w_out + node * t.d, t.d);
+      if (kFetch) prefetch(t.w_out + node * t.d, t.d);
     }
 }
 
-template <typename In, typename Out>
-INLINE void emit(const Forward& f, const Tree<In, Out>& t, int64_t k, int64_t row, const Path& path) {
-  float value[kMaxSteps + 16];
-  const Out* rows[kMaxSteps];
-  activate(f.activation, path.z, value, t.steps);
-  for (int64_t s = 0; s < t.steps; ++s) {
-    rows[s] = t.w_out + path.node[s] * t.d;
-    if (t.out_scale) value[s] *= t.out_scale[path.node[s]];
+// The outputs of R rows that have reached the last level.
+template <int R, typename In, typename Out>
+INLINE void emit(const Forward& f, const Tree<In, Out>& t, int64_t k, const int32_t* row, const Path* path) {
+  float value[R][kMaxSteps];
+  const Out* w[R][kMaxSteps];
+  float* y[R];
+  const float *base[R], *weight[R];
+  for (int r = 0; r < R; ++r) {
+    activate(f.activation, path[r].z, value[r], t.steps);
+    for (int64_t s = 0; s < t.steps; ++s) {
+      const int64_t node = path[r].node[s];
+      w[r][s] = t.w_out + node * t.d;
+      if (t.out_scale) value[r][s] *= t.out_scale[node];
+    }
+    y[r] = f.y + row[r] * f.d;
+    base[r] = k > 0 ? y[r] : (f.residual ? f.residual + row[r] * f.d : nullptr);
+    weight[r] = value[r];
+    const int64_t place = (row[r] * f.m + k) * t.steps;
+    if (f.nodes) std::memcpy(f.nodes + place, path[r].node, 4 * t.steps);
+    if (f.z) std::memcpy(f.z + place, path[r].z, 4 * t.steps);
   }
-  float* y = f.y + row * f.d;
-  const float* base = k > 0 ? y : (f.residual ? f.residual + row * f.d : nullptr);
-  combine(y, base, value, rows, t.steps, f.d);
-  const int64_t place = (row * f.m + k) * t.steps;
-  if (f.nodes) std::memcpy(f.nodes + place, path.node, 4 * t.steps);
-  if (f.z) std::memcpy(f.z + place, path.z, 4 * t.steps);
+  int64_t common = 0;
+  auto shared = [&](int64_t s) {
+    for (int r = 1; r < R; ++r)
+      if (path[r].node[s] != path[0].node[s]) return false;
+    return true;
+  };
+  while (common < t.steps && shared(common)) ++common;
+  combine<R>(y, base, weight, w, common, t.steps, f.d);
 }
 
-// Few rows: each thread takes its share, in groups, through all trees.
+// Rows row[0 .. rows), all of whose paths are set up to level `from`, through the rest of tree k.
+template <typename In, typename Out>
+INLINE void finish(const Forward& f, const Tree<In, Out>& t, int64_t k, const int32_t* row, Path* path, int64_t rows, int64_t from) {
+  const float* x[kGroup];
+  for (int64_t i = 0; i < rows; ++i) x[i] = f.x + row[i] * f.d;
+  descend<true>(t, x, path, rows, from, t.steps);
+  int64_t i = 0;
+  for (; i + kTile <= rows; i += kTile) emit<kTile>(f, t, k, row + i, path + i);
+  for (; i < rows; ++i) emit<1>(f, t, k, row + i, path + i);
+}
+
+// Few rows, or small trees: each thread takes its share of the rows, in groups, through all trees.
 template <typename In, typename Out>
 void forward_few(const Forward& f, Pool& pool) {
-  const int64_t parts = std::max<int64_t>(1, std::min(pool.threads, f.b / kRowsAThread));
+  const int64_t parts = std::max<int64_t>(1, std::min(4 * pool.threads, f.b / kRowsAThread));
   auto part = [&](int64_t p) {
     Path path[kGroup];
-    const float* x[kGroup];
+    int32_t row[kGroup];
     const int64_t end = edge(f.b, parts, p + 1);
-    for (int64_t first = edge(f.b, parts, p); first < end; first += kGroup) {
-      const int64_t rows = std::min(kGroup, end - first);
-      for (int64_t k = 0; k < f.m; ++k) {
-        const Tree<In, Out> t(f, k);
-        for (int64_t i = 0; i < rows; ++i) {
-          x[i] = f.x + (first + i) * f.d;
-          path[i].node[0] = 0;
-        }
-        descend(t, x, path, rows, 0, t.steps, true);
-        for (int64_t i = 0; i < rows; ++i) emit(f, t, k, first + i, path[i]);
+    for (int64_t k = 0; k < f.m; ++k) {
+      const Tree<In, Out> t(f, k);
+      for (int64_t first = edge(f.b, parts, p); first < end; first += kGroup) {
+        const int64_t rows = std::min(kGroup, end - first);
+        for (int64_t i = 0; i < rows; ++i) row[i] = int32_t(first + i), path[i].node[0] = 0;
+        finish(f, t, k, row, path, rows, 0);
       }
     }
   };
@@ -281,42 +335,49 @@ void forward_few(const Forward& f, Pool& pool) {
 // once and stay in the cache while its rows use them.
 template <typename In, typename Out>
 void forward_many(const Forward& f, Pool& pool) {
-  const int64_t steps = steps_of(f.n), top = std::min(kTopLevels, steps - 1), subtrees = int64_t(1) << top;
+  const int64_t steps = steps_of(f.n);
+  int64_t top = 4;
+  while (top < kTopLevels && top + 2 < steps && (f.b >> top) > kRowsASubtree) ++top;
+  const int64_t subtrees = int64_t(1) << top, parts = std::min(4 * pool.threads, f.b / kRowsAThread);
   std::vector<Path> path(f.b);
   std::vector<int32_t> key(f.b), order, start;
   for (int64_t k = 0; k < f.m; ++k) {
     const Tree<In, Out> t(f, k);
-    const int64_t parts = std::min(4 * pool.threads, f.b / 64);
     auto route = [&](int64_t p) {
-      for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
-        const float* x = f.x + i * f.d;
-        path[i].node[0] = 0;
-        descend(t, &x, &path[i], 1, 0, top, false);
-        key[i] = path[i].node[top] - int32_t(subtrees - 1);
+      const float* x[kRoute];
+      const int64_t end = edge(f.b, parts, p + 1);
+      for (int64_t first = edge(f.b, parts, p); first < end; first += kRoute) {
+        const int64_t rows = std::min<int64_t>(kRoute, end - first);
+        for (int64_t i = 0; i < rows; ++i) {
+          x[i] = f.x + (first + i) * f.d;
+          path[first + i].node[0] = 0;
+          if (first + kRoute + i < end) prefetch(x[i] + kRoute * f.d, f.d);
+        }
+        descend<false>(t, x, &path[first], rows, 0, top);
+        for (int64_t i = 0; i < rows; ++i) key[first + i] = path[first + i].node[top] - int32_t(subtrees - 1);
       }
     };
     for_each(pool, parts, route);
     sort_rows(key.data(), f.b, subtrees, order, start);
     const int64_t pieces = pool.threads == 1 ? 1 : std::min<int64_t>(subtrees, 8 * pool.threads);
-    auto finish = [&](int64_t p) {
-      // Whole subtrees: the piece begins with the first one that starts inside it.
-      const int32_t from = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p)));
-      const int32_t to = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p + 1)));
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t row = order[i];
-        if (i + 1 < to) prefetch(f.x + order[i + 1] * f.d, f.d);
-        const float* x = f.x + row * f.d;
-        descend(t, &x, &path[row], 1, top, steps, false);
-        emit(f, t, k, row, path[row]);
+    auto piece = [&](int64_t p) {
+      // Whole subtrees: those that begin inside the piece.
+      const int64_t from = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p)));
+      const int64_t to = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p + 1)));
+      Path group[kGroup];
+      for (int64_t first = from; first < to; first += kGroup) {
+        const int64_t rows = std::min<int64_t>(kGroup, to - first);
+        for (int64_t i = 0; i < rows; ++i) group[i] = path[order[first + i]];
+        finish(f, t, k, &order[first], group, rows, top);
       }
     };
-    for_each(pool, pieces, finish);
+    for_each(pool, pieces, piece);
   }
 }
 
 template <typename In, typename Out>
 void forward_as(const Forward& f, Pool& pool) {
-  if (f.b < kManyRows || steps_of(f.n) < 4)
+  if (f.b < kManyRows || f.n <= kSmallTree)
     forward_few<In, Out>(f, pool);
   else
     forward_many<In, Out>(f, pool);
@@ -405,7 +466,7 @@ void backward(const Backward& g, Pool& pool) {
         const int64_t row = order[i];
         const int32_t* path = g.nodes + (row * g.m + k) * steps;
         const float* z = g.z + (row * g.m + k) * steps;
-        const float* rows[kMaxSteps];
+        const float* rows[1][kMaxSteps];
         float padded[kMaxSteps + 16], active[kMaxSteps + 16];
         std::memcpy(padded, z, 4 * steps);
         std::memset(padded + steps, 0, 4 * kLanes);
@@ -414,10 +475,11 @@ void backward(const Backward& g, Pool& pool) {
           node[i * steps + s] = path[s];
           value[i * steps + s] = active[s];
           dz[i * steps + s] = slope(g.activation, z[s]) * dot(g.g + row * d, w_out + path[s] * d, d);
-          rows[s] = w_in + path[s] * d;
+          rows[0][s] = w_in + path[s] * d;
         }
         float* dx = g.dx + row * d;
-        combine(dx, k > 0 ? dx : nullptr, &dz[i * steps], rows, steps, d);
+        const float *base = k > 0 ? dx : nullptr, *weight = &dz[i * steps];
+        combine<1>(&dx, &base, &weight, rows, 0, steps, d);
         if (i + 1 < edge(b, parts, p + 1)) prefetch(g.g + order[i + 1] * d, d);
       }
     };
@@ -482,7 +544,6 @@ void leaf_forward_as(const LeafForward& f, Pool& pool) {
   sort_rows(f.leaf, f.b, f.g, order, start);
   auto leaves = [&](int64_t p) {
     std::vector<float> hidden(f.w + 16), active(f.w + 16);
-    std::vector<const W*> rows(f.w);
     for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
       const int64_t row = order[i], leaf = f.leaf[row];
       const W *w_in = static_cast<const W*>(f.w_in) + leaf * f.d * f.w, *w_out = static_cast<const W*>(f.w_out) + leaf * f.w * f.o;
@@ -500,12 +561,20 @@ void leaf_forward_as(const LeafForward& f, Pool& pool) {
       for (int64_t j = 0; j < f.w; ++j) {
         if (f.in_scale) hidden[j] *= f.in_scale[leaf * f.w + j];
         hidden[j] += f.b_in[leaf * f.w + j];
-        rows[j] = w_out + j * f.o;
       }
       activate(f.activation, hidden.data(), active.data(), f.w);
       if (f.out_scale)
         for (int64_t j = 0; j < f.w; ++j) active[j] *= f.out_scale[leaf * f.w + j];
-      combine(f.y + row * f.o, f.b_out + leaf * f.o, active.data(), rows.data(), f.w, f.o);
+      float* y = f.y + row * f.o;
+      const float* base = f.b_out + leaf * f.o;
+      for (int64_t j = 0; j < f.w; j += kMaxSteps) {
+        const W* some[1][kMaxSteps];
+        const int64_t count = std::min<int64_t>(kMaxSteps, f.w - j);
+        for (int64_t i = 0; i < count; ++i) some[0][i] = w_out + (j + i) * f.o;
+        const float* weight = &active[j];
+        combine<1>(&y, &base, &weight, some, 0, count, f.o);
+        base = y;
+      }
     }
   };
   for_each(pool, parts, leaves);
