@@ -9,11 +9,12 @@ Nothing else is computed: with D = 11, 12 of 4095 neurons.
 Training uses the same hard path. The decision itself has no gradient; a node learns because its activation takes part
 in the output, so a batch gives gradient to the visited nodes alone.
 
-Two backends compute this, equal up to float32 rounding, in value and in gradient:
+Three backends compute this, equal up to float32 rounding, in value and in gradient:
 
 - `masked` multiplies by all the weights and zeroes the activations off the path. Wasteful and regular: the oracle, and
   what an accelerator likes.
 - `gather` reads only the rows on the path, forward and backward.
+- `native` does so in C++ (`ufbert.ops.native`), on CPUs.
 
 Routing is float32 arithmetic whatever the type of the other products, and turns right on `z > 0` (strictly).
 """
@@ -26,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ufbert.ops.activations import Activation, gelu
+from ufbert.ops import native
+from ufbert.ops.activations import ACTIVATIONS, Activation, gelu
 
-Backend = Literal["masked", "gather"]
+Backend = Literal["masked", "gather", "native"]
 
 GEMM_LEVELS = 7
 """In `gather`'s backward, gradients of this many top levels (127 nodes, which most tokens share) are summed by one
@@ -57,6 +59,8 @@ def fast_feedforward(
     flat = x.reshape(-1, x.shape[-1])
     if backend == "gather":
         y = _gather(activation, flat, w_in, bias, w_out)
+    elif backend == "native":
+        y = _native(activation_name(activation), flat, w_in, bias, w_out)
     else:
         y = _masked(flat, w_in, bias, w_out, activation, dtype)
     return y.reshape(x.shape)
@@ -174,6 +178,45 @@ def _sum_by_node(
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def activation_name(activation: Activation) -> str:
+    """The name in ACTIVATIONS. Raises ValueError for a function that is not there, which the native kernels do not know."""
+    for name, known in ACTIVATIONS.items():
+        if known is activation:
+            return name
+    raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _native(
+    activation: str,
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+) -> Float[Array, "b d"]:
+    return native.tree_forward(x, w_in, bias, w_out, activation=activation)
+
+
+def _native_forward(
+    activation: str,
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+) -> tuple[Float[Array, "b d"], tuple[Array, ...]]:
+    y, nodes, z = native.tree_forward_saving(x, w_in, bias, w_out, activation=activation)
+    return y, (x, w_in, w_out, nodes, z)
+
+
+def _native_backward(
+    activation: str, saved: tuple[Array, ...], g: Float[Array, "b d"]
+) -> tuple[Array, Array, Array, Array]:
+    return native.tree_backward(*saved, g, activation=activation)
+
+
+_native.defvjp(_native_forward, _native_backward)
 
 
 def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None) -> Float[Array, "m n"]:
