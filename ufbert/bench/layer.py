@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,8 @@ def race(folder: Path, options: BenchLayerOptions, zeros: bool) -> dict[str, Any
     with ExitStack() as running:
         field = line_up(folder, options, running)
         everyone = [*field.ours, *field.peers]
-        machine |= field.ours[0][0].ask({"do": "machine"})
         checked = {} if zeros else check_everything(folder, options.shape, options.rows, field.ours, field.peers)
+        machine |= field.ours[0][0].ask({"do": "machine"})
         times = {rows: time_rows(everyone, rows, options) for rows in options.rows}
     our_names, peer_names = [name for _, name in field.ours], [name for _, name in field.peers]
     return {
@@ -78,15 +79,24 @@ def line_up(folder: Path, options: BenchLayerOptions, running: ExitStack) -> Fie
             missing[name] = "no interpreter that has torch was named (--peer-python)"
         else:
             commands[name] = (*(torch if name.startswith("torch") else here), name, threads)
-    there: list[Contestant] = []
+    started, there = [], []
     for name, command in commands.items():
-        try:
-            contestant = running.enter_context(Contestant(name, command, folder, environment))
+        with note_missing(name, missing):
+            started.append(running.enter_context(Contestant(name, command, folder, environment)))
+    for contestant in started:
+        with note_missing(contestant.name, missing):
             contestant.wait_ready()
             there.append(contestant)
-        except Missing as error:
-            missing[name] = str(error).rstrip(".")
     return Field([(there[0], path) for path in paths], [(one, one.name) for one in there[1:]], missing)
+
+
+@contextmanager
+def note_missing(name: str, missing: dict[str, str]) -> Generator[None]:
+    """Put down why a contestant is not there, if it is not."""
+    try:
+        yield
+    except Missing as error:
+        missing[name] = str(error).rstrip(".")
 
 
 def time_rows(everyone: list[Ask], rows: int, options: BenchLayerOptions) -> dict[str, dict[str, Any]]:
