@@ -61,8 +61,10 @@ def test_right_contestants_are_timed_and_reported(fake_peer, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "best dense float32: torch" in said
     assert "best dense int8: torch-int8" in said
+    assert "best dense layer of any type: torch" in said
     report = json.loads(to.read_text())
     assert report["missing"] == {}
+    assert ("OTHER WORK RAN HERE" in said) == (report["machine"]["load"] > 0.5)
     assert [one["rows"] for one in report["rows"]] == [1, 64]
     for one in report["rows"]:
         assert list(one["contestants"]) == [*paths, *peers]

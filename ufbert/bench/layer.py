@@ -26,6 +26,10 @@ SINGLE_SHARE = 0.25
 """Time for calls of a single layer over that for calls of the chain."""
 
 
+PLACES = ("peer_python", "peer_script", "json", "plot")
+"""Options that say where something lies, which a report need not tell."""
+
+
 class Field(NamedTuple):
     """Who takes part."""
 
@@ -48,10 +52,11 @@ def race(folder: Path, options: BenchLayerOptions, zeros: bool) -> dict[str, Any
         checked = {} if zeros else check_everything(folder, options.shape, options.rows, field.ours, field.peers)
         machine |= field.ours[0][0].ask({"do": "machine"})
         times = {rows: time_rows(everyone, rows, options) for rows in options.rows}
+    job = {name: value for name, value in asdict(options).items() if name not in PLACES}
     our_names, peer_names = [name for _, name in field.ours], [name for _, name in field.peers]
     return {
         "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": asdict(options) | {"used_threads": options.used_threads, "zeros": zeros},
+        "job": job | {"used_threads": options.used_threads, "zeros": zeros},
         "facts": {one.name: one.facts for one, _ in everyone},
         "missing": field.missing,
         "checked": checked,

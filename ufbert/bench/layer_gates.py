@@ -17,8 +17,9 @@ MARGIN = 1e-5
 TREE_TOLERANCE = 1e-4
 """Largest relative error of our answers: float32 rounding, also with narrow weights, as the right answer uses those."""
 
-DENSE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.05}
-"""Largest relative error of a peer, by its type; a bfloat16 or int8 peer rounds, and its error is printed."""
+DENSE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.1}
+"""Largest relative error of a peer, by its type; a bfloat16 or int8 peer rounds, and its error is printed. torch's dynamic
+int8 layers, which round rows too, are off by 4 to 5 %."""
 
 LEAVES = 0.5
 """Share of a tree's leaves that rows must end in."""
