@@ -130,7 +130,12 @@ class InThisProcess(Contestant):
     """A contestant without a process."""
 
     def __init__(self, worker) -> None:
-        self.ask = worker.answer
+        self.worker = worker
+
+    def ask(self, message, wanted):
+        found = self.worker.answer(message)
+        assert wanted in found
+        return found
 
 
 @pytest.fixture
@@ -265,6 +270,11 @@ def test_the_limit_counts_distinct_nodes_once():
 def test_wrong_options_are_a_sentence(args, said):
     with pytest.raises(UserError, match=said):
         parse([*args])
+
+
+def test_a_report_without_a_folder_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere to write"):
+        layer_command(["--json", str(tmp_path / "nowhere" / "report.json")])
 
 
 def test_exact_routing_adds_its_paths_once():

@@ -67,17 +67,17 @@ class Contestant:
     def wait_ready(self) -> None:
         """Return when the process has loaded its job; `facts` then says what it is. Raises UserError if it fails, and Missing
         if it says that it lacks what it needs."""
-        self.facts = str(self._answer()["ready"])
+        self.facts = str(self._answer("ready")["ready"])
 
-    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Its answer to a message. Raises UserError if it fails."""
+    def ask(self, message: Mapping[str, Any], wanted: str) -> dict[str, Any]:
+        """Its answer to a message, in which there is `wanted`. Raises UserError if it fails or answers something else."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except OSError:
             pass  # It is gone; reading its answer says why.
-        return self._answer()
+        return self._answer(wanted)
 
     def train(self, first: int, updates: int) -> tuple[list[float], float]:
         """The losses of `updates` updates from batch `first` on, and the seconds that they took by this process's clock.
@@ -85,23 +85,23 @@ class Contestant:
         Raises UserError if the contestant fails, or answers another number of losses.
         """
         start = time.perf_counter()
-        losses = self.ask({"first": first, "updates": updates})["losses"]
+        losses = self.ask({"first": first, "updates": updates}, "losses")["losses"]
         seconds = time.perf_counter() - start
         if len(losses) != updates:
             raise UserError(f"{self.name} answered {len(losses)} losses for {updates} updates.")
         return losses, seconds
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, wanted: str) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         try:
             answer = json.loads(line) if line else {}
         except json.JSONDecodeError:
             raise UserError(f"{self.name} answered {line.strip()[:80]!r}, which is not JSON.") from None
+        if wanted in answer:
+            return answer
         if "missing" in answer:
             raise Missing(f"{self.name} is not there: {str(answer['missing']).rstrip('.')}.")
-        if answer and "error" not in answer:
-            return answer
         said = answer.get("error") or self._last_note() or "it ended without a word"
         raise UserError(f"{self.name} failed: {said.rstrip('.')}.")
 

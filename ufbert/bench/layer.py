@@ -50,7 +50,7 @@ def race(folder: Path, options: BenchLayerOptions, zeros: bool) -> dict[str, Any
         field = line_up(folder, options, running)
         everyone = [*field.ours, *field.peers]
         checked = {} if zeros else check_everything(folder, options.shape, options.rows, field.ours, field.peers)
-        machine |= field.ours[0][0].ask({"do": "machine"})
+        machine |= field.ours[0][0].ask({"do": "machine"}, "read")
         times = {rows: time_rows(everyone, rows, options) for rows in options.rows}
     job = {name: value for name, value in asdict(options).items() if name not in PLACES}
     our_names, peer_names = [name for _, name in field.ours], [name for _, name in field.peers]
@@ -109,8 +109,9 @@ def time_rows(everyone: list[Ask], rows: int, options: BenchLayerOptions) -> dic
 
     Every block begins with batches that the one before has not had, and who begins a round changes from round to round.
     """
+    print(f"timing {rows} rows a call", file=sys.stderr, flush=True)
     for contestant in {id(one): one for one, _ in everyone}.values():
-        contestant.ask({"do": "load", "rows": rows})
+        contestant.ask({"do": "load", "rows": rows}, "batches")
     seconds = {"chain": options.seconds_a_block, "layer": SINGLE_SHARE * options.seconds_a_block}
     calls = {(one[1], what): calls_for(one, what, wanted) for one in everyone for what, wanted in seconds.items()}
     found: dict[str, dict[str, Any]] = {name: {"chain": [], "layer": []} for _, name in everyone}
@@ -130,8 +131,8 @@ def time_rows(everyone: list[Ask], rows: int, options: BenchLayerOptions) -> dic
 def run_block(one: Ask, what: str, first: int, calls: int) -> float:
     """Seconds of calls, by the clock of the process itself: the pipe to it is not timed."""
     contestant, name = one
-    answer = contestant.ask({"do": "time", "name": name, "what": what, "first": first, "calls": calls})
-    return float(answer["seconds"])
+    asked = {"do": "time", "name": name, "what": what, "first": first, "calls": calls}
+    return float(contestant.ask(asked, "seconds")["seconds"])
 
 
 def calls_for(one: Ask, what: str, seconds: float) -> int:

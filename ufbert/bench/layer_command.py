@@ -7,6 +7,7 @@ from typing import Any
 
 from ufbert.bench.layer_options import BenchLayerOptions, parse
 from ufbert.device import use_device
+from ufbert.errors import UserError
 
 CLAIMS = """Published, or implied by what was published, of one tree layer of UltraFastBERT 1x11 (12 of 4,095 neurons):
 
@@ -29,6 +30,9 @@ def layer_command(args: list[str]) -> None:
     if options.claims:
         print(CLAIMS)
         return
+    for name in (options.json, options.plot):
+        if name and not Path(name).parent.is_dir():
+            raise UserError(f"There is no folder {Path(name).parent} to write {Path(name).name} in.")
     use_device("cpu")
     report = run(options, zeros=False)
     from ufbert.bench.layer_report import text

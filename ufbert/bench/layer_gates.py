@@ -53,10 +53,10 @@ def check_everything(
         x = np.array(inputs[sample])
         dense = dense_chain(x, arrays) if peers else None
         for contestant in {id(one): one for one, _ in (*ours, *peers)}.values():
-            contestant.ask({"do": "load", "rows": b})
+            contestant.ask({"do": "load", "rows": b}, "batches")
         for contestant, name in (*ours, *peers):
-            answer = contestant.ask({"do": "check", "name": name, "batches": batches, "sample": sample})
-            y = np.load(folder / answer["file"])
+            asked = {"do": "check", "name": name, "batches": batches, "sample": sample}
+            y = np.load(folder / contestant.ask(asked, "file")["file"])
             wanted = tree_chain(x, stored[name]) if name in stored else dense
             assert wanted is not None
             tolerance = TREE_TOLERANCE if name in stored else DENSE_TOLERANCE[type_of(name)]
@@ -85,7 +85,7 @@ def check_answers(name: str, rows: int, y: np.ndarray, x: np.ndarray, wanted: An
 def check_routes(folder: Path, ours: Sequence[Ask], stored: Mapping[str, list[Any]], rows: int) -> dict[str, Any]:
     """Our process's answer about routes. Raises UserError if one is wrong, or if too few leaves are reached."""
     sample = samples(rows)
-    found = ours[0][0].ask({"do": "routes", "rows": rows, "sample": sample})
+    found = ours[0][0].ask({"do": "routes", "rows": rows, "sample": sample}, "file")
     kept = np.load(folder / found["file"])
     for name, layers in stored.items():
         for i, weights in enumerate(layers):
