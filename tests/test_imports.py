@@ -33,6 +33,7 @@ BELOW = {
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
     "bench": {
         "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "pretrain", "glue", "inference",
+        "report",
     },
 }  # fmt: skip
 LAUNCHERS = {"api", "__main__", "__init__"}
@@ -68,7 +69,7 @@ def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
 
 def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_package():
     peers = sorted((ROOT / "bench").glob("torch_*peer.py"))
-    assert len(peers) == 2
+    assert len(peers) == 3
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
         assert not any(name.endswith("peer") for name in imports_of(path)), path
@@ -81,7 +82,7 @@ def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
         "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
-        "import ufbert.glue.table_command\n"
+        "import ufbert.glue.table_command, ufbert.bench.layer_command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -32,19 +32,30 @@ class Race(NamedTuple):
     """Of everything random."""
 
 
-class Contestant:
-    """A process that trains on request (protocol: `ufbert.bench.worker`). Use it as a context manager, which ends it."""
+class Missing(UserError):
+    """A contestant that this machine has not got, as its interpreter or a library is not there; the sentence says what."""
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
-        """Start `command`; what it says on stderr goes to a file in `folder`. Raises UserError if it cannot start."""
+
+class Contestant:
+    """A process that works on request (protocols: `ufbert.bench.worker`, `ufbert.bench.layer_worker`). Use it as a context
+    manager, which ends it."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start `command`, with `environment` on top of this process's; what it says on stderr goes to a file in `folder`.
+
+        Raises Missing if it cannot start.
+        """
         self.name, self.notes, self.facts = name, folder / f"{name}.txt", ""
         try:
             with self.notes.open("w", encoding="utf-8") as errors:
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
-                )
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+                    env={**os.environ, **(environment or {})},
+                )  # fmt: skip
         except OSError as error:
-            raise UserError(f"Cannot start {name} with {command[0]}: {error.strerror}.") from error
+            raise Missing(f"Cannot start {name} with {command[0]}: {error.strerror}.") from error
 
     def __enter__(self) -> "Contestant":
         return self
@@ -54,28 +65,33 @@ class Contestant:
         self.process.communicate()
 
     def wait_ready(self) -> None:
-        """Return when the process has loaded its job; `facts` then says what it is. Raises UserError if it fails."""
-        self.facts = str(self._answer("ready"))
+        """Return when the process has loaded its job; `facts` then says what it is. Raises UserError if it fails, and Missing
+        if it says that it lacks what it needs."""
+        self.facts = str(self._answer("ready")["ready"])
+
+    def ask(self, message: Mapping[str, Any], wanted: str) -> dict[str, Any]:
+        """Its answer to a message, in which there is `wanted`. Raises UserError if it fails or answers something else."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # It is gone; reading its answer says why.
+        return self._answer(wanted)
 
     def train(self, first: int, updates: int) -> tuple[list[float], float]:
         """The losses of `updates` updates from batch `first` on, and the seconds that they took by this process's clock.
 
         Raises UserError if the contestant fails, or answers another number of losses.
         """
-        assert self.process.stdin is not None
         start = time.perf_counter()
-        try:
-            self.process.stdin.write(json.dumps({"first": first, "updates": updates}) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # It is gone; reading its answer says why.
-        losses = self._answer("losses")
+        losses = self.ask({"first": first, "updates": updates}, "losses")["losses"]
         seconds = time.perf_counter() - start
         if len(losses) != updates:
             raise UserError(f"{self.name} answered {len(losses)} losses for {updates} updates.")
         return losses, seconds
 
-    def _answer(self, wanted: str) -> Any:
+    def _answer(self, wanted: str) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         try:
@@ -83,7 +99,9 @@ class Contestant:
         except json.JSONDecodeError:
             raise UserError(f"{self.name} answered {line.strip()[:80]!r}, which is not JSON.") from None
         if wanted in answer:
-            return answer[wanted]
+            return answer
+        if "missing" in answer:
+            raise Missing(f"{self.name} is not there: {str(answer['missing']).rstrip('.')}.")
         said = answer.get("error") or self._last_note() or "it ended without a word"
         raise UserError(f"{self.name} failed: {said.rstrip('.')}.")
 

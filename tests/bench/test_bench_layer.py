@@ -1,0 +1,294 @@
+"""`ufbert bench layer`: it times nothing that is wrong or walks few paths, and says what is missing. No speed is tested."""
+
+import json
+import sys
+from math import erf
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ufbert.bench import layer, layer_ours
+from ufbert.bench.contest import Contestant, Missing
+from ufbert.bench.layer_command import layer_command
+from ufbert.bench.layer_gates import check_answers, check_everything, type_of
+from ufbert.bench.layer_job import Answers, Layers, Stored, dense_chain, samples, tree_chain, write_job
+from ufbert.bench.layer_numpy import NumpyDense, gelu_in_place
+from ufbert.bench.layer_options import BenchLayerOptions, parse
+from ufbert.bench.layer_paths import as_stored, narrowed, weight_types
+from ufbert.bench.layer_process import make
+from ufbert.bench.layer_report import distinct_nodes, limit, work
+from ufbert.errors import UserError
+
+SMALL = (
+    "--rows", "1", "64", "--d-model", "32", "--tree-depth", "3", "--dense", "15", "--layers", "2", "--blocks", "1",
+    "--seconds-a-block", "0.001", "--threads", "1",
+)  # fmt: skip
+SHAPE = Layers(d=32, depth=3, trees=2, dense=15, layers=2)
+
+FAKE = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np
+from pathlib import Path
+from ufbert.bench import layer_process
+folder, kind, threads = sys.argv[1:]
+_, worker = layer_process.make(Path(folder), "numpy", int(threads), [])
+right = worker.runners.pop("numpy")
+worker.runners[kind] = right._replace(chain=lambda x: right.chain(x) * np.float32({factor}))
+layer_process.serve("a fake", worker.answer)
+"""
+"""A torch peer without torch: NumPy's answers times a factor."""
+
+
+@pytest.fixture
+def fake_peer(tmp_path):
+    """(factor) -> options that run peers whose answers are right but for the factor."""
+
+    def write(factor: float) -> tuple[str, ...]:
+        script = tmp_path / "fake.py"
+        script.write_text(FAKE.format(path=sys.path, factor=factor), encoding="utf-8")
+        return ("--peer-python", sys.executable, "--peer-script", str(script))
+
+    return write
+
+
+def test_right_contestants_are_timed_and_reported(fake_peer, tmp_path, capsys):
+    to = tmp_path / "report.json"
+    paths = ["native", "native-int8-exact"]
+    peers = ["torch", "torch-int8"]
+    layer_command([*SMALL, *fake_peer(1.0), "--paths", *paths, "--peers", *peers, "--json", str(to)])
+    said = capsys.readouterr().out
+    assert "best dense float32: torch" in said
+    assert "best dense int8: torch-int8" in said
+    assert "best dense layer of any type: torch" in said
+    report = json.loads(to.read_text())
+    assert report["missing"] == {}
+    assert ("OTHER WORK RAN HERE" in said) == (report["machine"]["load"] > 0.5)
+    assert [one["rows"] for one in report["rows"]] == [1, 64]
+    for one in report["rows"]:
+        assert list(one["contestants"]) == [*paths, *peers]
+        assert list(one["ratios"]) == paths
+        assert one["ratios"]["native"]["torch"]["pairs"] == 1
+        assert all(
+            found["blocks"]["chain"][0] > 0 < found["blocks"]["layer"][0] for found in one["contestants"].values()
+        )
+    assert max(report["checked"]["errors"][path] for path in paths) < 1e-5
+    assert report["checked"]["changed"] == dict.fromkeys(paths, 0)
+    assert (tmp_path / "report.svg").read_text().startswith("<?xml")
+
+
+def test_a_peer_that_answers_something_else_is_not_timed(command, fake_peer, tmp_path):
+    done = command(
+        "bench", "layer", *SMALL, *fake_peer(1.01), "--paths", "gather", "--peers", "torch", "--json",
+        str(tmp_path / "report.json"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "torch computes something else" in done.stderr
+    assert "Nothing was timed" in done.stderr
+    assert "µs" not in done.stdout
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_zeros_are_labelled_and_what_is_missing_is_named(capsys):
+    layer_command(["--rows", "8", *SMALL[3:], "--paths", "gather", "--peers", "numpy", "torch", "--zeros"])
+    said = capsys.readouterr().out
+    assert "torch: missing: no interpreter that has torch was named (--peer-python)" in said
+    true, false = said.split("### NOT A RESULT: weights and rows of zeros")
+    assert "zeros" not in true
+    wrong = [line for line in false.splitlines() if line.startswith("- ")]
+    assert len(wrong) == 1
+    assert "gather over numpy" in wrong[0]
+    assert "NOT A RESULT" in wrong[0]
+
+
+def test_claims_come_with_what_they_were_measured_against(capsys):
+    layer_command(["--claims"])
+    said = capsys.readouterr().out
+    for words in (
+        "48x and 78x",
+        "against its own dense layer",
+        "one path",
+        "38x, 34x and 32x",
+        "None is of a whole model",
+    ):
+        assert words in said
+
+
+def test_the_torch_peer_says_that_its_interpreter_has_no_torch(tmp_path):
+    # This environment has no torch, on purpose.
+    with (
+        Contestant("torch", [sys.executable, str(layer.PEER_SCRIPT), "x", "torch", "1"], tmp_path) as peer,
+        pytest.raises(Missing, match=r"torch is not there: .* cannot import torch"),
+    ):
+        peer.wait_ready()
+    with pytest.raises(Missing, match="Cannot start torch"):
+        Contestant("torch", [str(tmp_path / "nowhere")], tmp_path)
+
+
+class InThisProcess(Contestant):
+    """A contestant without a process."""
+
+    def __init__(self, worker) -> None:
+        self.worker = worker
+
+    def ask(self, message, wanted):
+        found = self.worker.answer(message)
+        assert wanted in found
+        return found
+
+
+@pytest.fixture
+def check(tmp_path):
+    """(shape, change of the worker) -> what the gates find of the gathered and the int8 path."""
+
+    def run(shape=SHAPE, change=lambda worker: None, seed=0):
+        write_job(tmp_path, shape, (1, 64), seed, False)
+        _, worker = make(tmp_path, "ufbert", 1, ["gather", "native-int8"])
+        change(worker)
+        ours = [(InThisProcess(worker), name) for name in ("gather", "native-int8")]
+        return check_everything(tmp_path, shape, (1, 64), ours, [])
+
+    return run
+
+
+def test_right_paths_pass_the_gates(check):
+    found = check()
+    assert max(found["errors"].values()) < 1e-5
+    assert found["changed"]["gather"] == 0
+    assert found["leaves"] == 1.0
+
+
+def test_a_kernel_with_wrong_answers_is_refused(check):
+    def break_answers(worker):
+        right = worker.runners["native-int8"]
+        worker.runners["native-int8"] = right._replace(chain=lambda x: right.chain(x) + 0.001)
+
+    with pytest.raises(UserError, match=r"native-int8 computes something else: with 1 rows .* Nothing was timed"):
+        check(change=break_answers)
+
+
+def test_a_kernel_that_takes_wrong_turns_is_refused(check, monkeypatch):
+    right = layer_ours.tree_nodes
+
+    def turned(path, threads):
+        def nodes(x, weights):
+            found = right(path, threads)(x, weights)
+            return found.at[0, 0, -1].add(1) if path == "native-int8" else found
+
+        return nodes
+
+    monkeypatch.setattr(layer_ours, "tree_nodes", turned)
+    with pytest.raises(UserError, match=r"native-int8 takes wrong turns in layer 0\. Nothing was timed"):
+        check()
+
+
+def test_rows_that_walk_few_paths_are_refused(check):
+    def make_alike(worker):
+        worker.inputs = np.broadcast_to(worker.inputs[:1], worker.inputs.shape)
+
+    with pytest.raises(UserError, match=r"end in only 12% of a tree's leaves.*Nothing was timed"):
+        check(change=make_alike)
+
+
+def test_rows_near_a_turn_are_not_compared_and_too_few_others_are_refused():
+    x, y = np.zeros((4, 2)), np.ones((4, 2))
+    found = y.copy()
+    found[0] = 7
+    margin = np.array([1e-6, 1.0, 1.0, 1.0])
+    assert check_answers("it", 4, found, x, Answers(y, margin), 1e-4) == 0
+    for wrong in (found + 1e-3, np.full_like(found, np.nan), found[:, :1]):
+        with pytest.raises(UserError, match="it computes something else"):
+            check_answers("it", 4, wrong, x, Answers(y, margin), 1e-4)
+    with pytest.raises(UserError, match="only 1 are clear of a turn"):
+        check_answers("it", 4, found, x, Answers(y, margin * [1, 0, 0, 1]), 1e-4)
+
+
+def test_the_oracle_is_a_walk_down_the_tree(tmp_path):
+    write_job(tmp_path, SHAPE, (4,), 1, False)
+    arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")[:4]
+    parts = (arrays[name] for name in ("tree_in", "tree_bias", "tree_out"))
+    layers = [(Stored(w_in), bias, Stored(w_out)) for w_in, bias, w_out in zip(*parts, strict=True)]
+    for row, found in zip(x, tree_chain(x, layers).y, strict=True):
+        y = row.astype(float)
+        for w_in, bias, w_out in layers:
+            added = np.zeros(32)
+            for tree in range(2):
+                node = 0
+                for _ in range(4):
+                    z = float(w_in.rows[tree, node].astype(float) @ y + bias[tree, node])
+                    added += 0.5 * z * (1 + erf(z / 2**0.5)) * w_out.rows[tree, node].astype(float)
+                    node = 2 * node + (2 if z > 0 else 1)
+            y = y + added
+        np.testing.assert_allclose(found, y, atol=1e-12)
+
+
+def test_numpys_gelu_and_layer_are_near_the_exact_ones(tmp_path):
+    z = np.linspace(-50, 50, 100001, dtype=np.float32)
+    found, wanted = z.copy(), np.array([0.5 * v * (1 + erf(v / 2**0.5)) for v in z.tolist()])
+    gelu_in_place(found)
+    np.testing.assert_allclose(found, wanted, atol=4e-5)
+    write_job(tmp_path, SHAPE, (64,), 0, False)
+    arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")
+    for threads in (1, 2):
+        np.testing.assert_allclose(NumpyDense(arrays, threads).chain(x), dense_chain(x, arrays).y, atol=2e-4)
+
+
+def test_narrow_weights_are_near_the_float32_ones_and_exact_paths_keep_their_input_weights():
+    w = np.random.default_rng(0).standard_normal((3, 32), np.float32)
+    every = (np.arange(3),)
+    assert np.array_equal(as_stored(narrowed(w, "float32")).take(every), w)
+    np.testing.assert_allclose(as_stored(narrowed(w, "bfloat16")).take(every), w, rtol=2**-8)
+    np.testing.assert_allclose(as_stored(narrowed(w, "int8")).take(every), w, atol=np.abs(w).max() / 253)
+    assert weight_types("native-int8-exact") == ("float32", "int8")
+    assert weight_types("native-bf16") == ("bfloat16", "bfloat16")
+    assert weight_types("gather") == ("float32", "float32")
+
+
+def test_the_limit_counts_distinct_nodes_once():
+    assert distinct_nodes(1, 11) == pytest.approx(12)
+    assert distinct_nodes(128, 11) == pytest.approx(658, abs=1)  # as in the notes of the prototypes
+    assert distinct_nodes(10**9, 3) == pytest.approx(15)
+    shape, machine = Layers(768, 11, 1, 4095, 12), {"read": 1e10, "float32": 1e11, "bfloat16": 2e11}
+    assert work("native", 1, shape) == pytest.approx((12 * 2 * 768 * 4 + 2 * 768 * 4, 48 * 768))
+    assert work("native-int8-exact", 1, shape)[0] == pytest.approx(12 * 768 * 5 + 2 * 768 * 4)
+    assert work("torch-bf16", 1, shape) == (2 * 4095 * 768 * 2 + 2 * 768 * 4, 4 * 4095 * 768)
+    assert limit("jax", 4096, shape, machine) == 4096 * 4 * 4095 * 768 / 1e11
+    assert limit("torch-int8", 1, shape, machine) is None
+    assert [type_of(name) for name in ("jax", "jax-bf16", "torch-int8")] == ["float32", "bfloat16", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--rows", "0"), "rows are numbers from 1 on"),
+        (("--layers", "0"), "layers is 0"),
+        (("--seconds-a-block", "0"), "seconds_a_block must be above 0"),
+        (("--plot", "a.gif"), "must end in .svg or .png"),
+    ],
+)
+def test_wrong_options_are_a_sentence(args, said):
+    with pytest.raises(UserError, match=said):
+        parse([*args])
+
+
+def test_a_report_without_a_folder_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere to write"):
+        layer_command(["--json", str(tmp_path / "nowhere" / "report.json")])
+
+
+def test_exact_routing_adds_its_paths_once():
+    assert BenchLayerOptions(paths=("gather", "native-int8-exact"), exact_routing=True).our_paths == (
+        "gather", "native-int8-exact", "native-bf16-exact",
+    )  # fmt: skip
+    assert samples(1) == [0]
+    assert samples(64)[0] == 0
+    assert samples(64)[-1] == 63
+
+
+def test_without_kernels_the_rest_is_timed_and_none_at_all_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(layer.native, "unavailable", lambda: "there is no compiler")
+    with pytest.raises(
+        UserError, match="None of the paths can be used; there are no native kernels: there is no compiler"
+    ):
+        layer.race(Path(tmp_path), parse([*SMALL, "--paths", "native"]), False)
