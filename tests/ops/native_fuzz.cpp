@@ -193,8 +193,10 @@ double active(Activation activation, double z) {
     default: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
   }
 }
-// erf comes to 2e-7.
-double active_off(Activation activation, double z) { return activation == kRelu || !std::isfinite(z) ? 0 : 4e-7 * std::fabs(z); }
+// erf comes to 2e-7; half of the smallest number is zero.
+double active_off(Activation activation, double z) {
+  return activation == kRelu || z == 0 || !std::isfinite(z) ? 0 : 4e-7 * std::fabs(z) + kTiny;
+}
 
 double slope(Activation activation, double z) {
   const double bell = z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI), error = std::erf(z * std::sqrt(0.5));

@@ -1,6 +1,5 @@
 """The native tree kernels: random calls against loops in double, against JAX, and whatever may be wrong with the cache."""
 
-import functools
 import os
 import shutil
 import subprocess
@@ -31,6 +30,12 @@ LEAVES = [(1, 0, 6, 3, 5), (20, 3, 17, 1, 4), (50, 2, 32, 20, 16), (64, 4, 9, 5,
 """b, depth, d, w, o."""
 SEEDS = 25
 TYPES = ["float32", "bfloat16", "int8", "exact bfloat16", "exact int8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    """The kernels, compiled and known to XLA before a test spoils the environment."""
+    assert not native.unavailable(), native.unavailable()
 
 
 def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -311,10 +316,8 @@ def test_a_spoilt_library_is_a_reason(monkeypatch, tmp_path, what):
         shutil.copy(sys.modules["_ctypes"].__file__, spoilt)
     else:
         spoilt.write_bytes({"garbage": b"garbage" * 999, "empty": b"", "half": whole[: len(whole) // 2]}[what])
-    done = python("from ufbert.ops import native; print(native.unavailable())", UFBERT_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert str(spoilt) in done.stdout
-    assert "cut short" in done.stdout if what == "half" else "cannot be loaded" in done.stdout
+    monkeypatch.setenv("UFBERT_CACHE", str(tmp_path))
+    assert reason().startswith(f"{spoilt} {'is cut short' if what == 'half' else 'cannot be loaded'}")
 
 
 def test_two_processes_build_one_library(tmp_path):
@@ -398,14 +401,8 @@ def call(name: str, args: list[jax.Array], activation: int = 0):
     return function(*args, activation=np.int32(activation), threads=np.int64(0))
 
 
-@functools.cache
-def registered() -> None:
-    assert not native.unavailable()
-
-
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_a_wrong_shape_is_a_sentence(case):
-    registered()
     name, place, array, sentence = WRONG[case]
     args = list({"forward": FORWARD, "backward": BACKWARD, "leaf_forward": LEAF}[name])
     args[place] = array
@@ -415,7 +412,6 @@ def test_a_wrong_shape_is_a_sentence(case):
 
 @pytest.mark.parametrize(("name", "args"), [("forward", FORWARD), ("backward", BACKWARD), ("leaf_forward", LEAF)])
 def test_right_shapes_pass_and_unknown_activations_do_not(name, args):
-    registered()
     jax.block_until_ready(call(name, args))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such activation"):
         jax.block_until_ready(call(name, args, activation=4))
