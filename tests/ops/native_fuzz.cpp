@@ -113,7 +113,9 @@ struct Weights {
     }
   }
   const void* data() const {
-    return type == kFloat32 ? static_cast<const void*>(full.data) : type == kBfloat16 ? half.data : static_cast<const void*>(byte.data);
+    if (type == kFloat32) return full.data;
+    if (type == kBfloat16) return half.data;
+    return byte.data;
   }
   const float* scale_data() const { return type == kInt8 ? scale.data : nullptr; }
   double scale_of(int64_t i) const { return type == kInt8 ? scale[i] : 1.0; }
@@ -174,7 +176,7 @@ struct Sum {
       if (std::isinf(exact) && std::fabs(factor) <= off) open = true;
     }
   }
-  double rounding(double steps) const { return slack + steps * (kEpsilon * size + kTiny); }
+  double rounding(double steps) const { return slack + (size > 0 ? steps * (kEpsilon * size + kTiny) : 0); }  // zeros are exact
 };
 
 // The dot product, which the kernels compute in at least sixteen parts but for a rest.
@@ -424,7 +426,7 @@ struct LeafTree {
       const int64_t node = below / 2 - 1;
       Sum sum = dot(&x[row * d], std::vector<double>(&node_w[node * d], &node_w[node * d] + d).data(), d);
       sum.add(1, 0, node_b[node]);
-      if ((below % 2 == 1) != (sum.value >= 0) && !(std::fabs(sum.value) <= sum.rounding(dot_steps(d))))
+      if ((below % 2 == 1) != (sum.value >= 0) && !(std::fabs(sum.value) < sum.rounding(dot_steps(d))))
         mismatch("row %lld turned %s at node %lld, where z is %.9g", (long long)row, below % 2 ? "right" : "left",
                  (long long)node, sum.value);
     }
@@ -471,7 +473,10 @@ void fuzz_leaf(Random& random, LeafTree& t) {
 char described[400];
 long long seed = 1, number = 0;
 
-void say_where() { std::printf("--seed %lld --first %lld (%s, %s)\n", seed, number, ufbert_isa(), described), std::fflush(stdout); }
+void say_where() {
+  std::printf("--seed %lld --first %lld (%s, %s)\n", seed, number, ufbert_isa(), described);
+  std::fflush(stdout);
+}
 
 // The sanitizers' (null without them): what to call before they end the process.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*)());
