@@ -119,6 +119,8 @@ struct Weights {
   }
   const float* scale_data() const { return type == kInt8 ? scale.data : nullptr; }
   double scale_of(int64_t i) const { return type == kInt8 ? scale[i] : 1.0; }
+  // What a finite factor may lose when it is multiplied by a scale.
+  double lost(double factor) const { return type == kInt8 && factor != 0 && std::isfinite(factor) ? kTiny : 0; }
 };
 
 int64_t draw_rows(Random& random) {
@@ -292,7 +294,8 @@ struct Tree {
       for (int64_t place = row * m * steps; place < (row + 1) * m * steps; ++place) {
         const int64_t at = place / steps % m * n + nodes[place];
         const double value = active(activation, z[place]), off = active_off(activation, z[place]);
-        for (int64_t j = 0; j < d; ++j) wanted[j].add(value, off, w_out.value[at * d + j] * w_out.scale_of(at));
+        const double scale = w_out.scale_of(at), lost = w_out.lost(value);
+        for (int64_t j = 0; j < d; ++j) wanted[j].add(value * scale, off * std::fabs(scale) + lost, w_out.value[at * d + j]);
       }
       expect_row("y", &y[row * d], wanted, row, double(m * steps + 4));
     }
@@ -442,7 +445,8 @@ struct LeafTree {
       hidden.add(1, 0, b_in[h]);
       const double z = hidden.value, steepest = 1.2;
       const double off = active_off(activation, z) + (std::isfinite(z) ? steepest * hidden.rounding(double(d) + 20) : 0);
-      for (int64_t j = 0; j < o; ++j) wanted[j].add(active(activation, z), off, w_out.value[h * o + j] * w_out.scale_of(h));
+      const double value = active(activation, z), scale = w_out.scale_of(h), lost = w_out.lost(value);
+      for (int64_t j = 0; j < o; ++j) wanted[j].add(value * scale, off * std::fabs(scale) + lost, w_out.value[h * o + j]);
     }
     expect_row("y", &y[row * o], wanted, row, double(w + 4));
   }
