@@ -199,6 +199,25 @@ ffi::Error no_kernels() {
 }
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
+template <typename B>
+bool has(const B& buffer, int64_t count) {
+  return int64_t(buffer.element_count()) == count;
+}
+bool full_tree(int64_t n) { return n > 0 && !(n & (n + 1)); }
+bool known(int32_t activation) { return activation >= kGelu && activation <= kSymmetricGelu; }
+bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
+  for (const int32_t* end = node + count * steps; node < end; node += steps) {
+    bool right = node[0] == 0;
+    for (int64_t s = 1; s < steps; ++s) right &= (int64_t(node[s]) + 1) >> 1 == int64_t(node[s - 1]) + 1;
+    if (!right) return false;
+  }
+  return true;
+}
+constexpr char kNodes[] = "a tree has 2^(D+1) - 1 nodes";
+constexpr char kUnfit[] = "the weights' shapes do not fit each other";
+constexpr char kUnfitRows[] = "the rows' shapes do not fit each other and the weights";
+constexpr char kUnknown[] = "there is no such activation";
+
 ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
                        F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int32_t activation, int64_t threads) {
   const Kernels* kernels = chosen();
@@ -210,10 +229,16 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
   const int64_t trees = f.m * f.n;
   if (!read_type(w_in, f.in_type) || !read_type(w_out, f.out_type)) return wrong("weights are float32, bfloat16 or int8");
   if (f.in_type != f.out_type && f.in_type != kFloat32) return wrong("input weights have the type of the others, or float32");
-  if (x.dimensions()[1] != f.d || int64_t(w_out.element_count()) != trees * f.d || int64_t(bias.element_count()) != trees ||
-      int64_t(in_scale.element_count()) != (f.in_type == kInt8 ? trees : 0) ||
-      int64_t(out_scale.element_count()) != (f.out_type == kInt8 ? trees : 0))
-    return wrong("the weights' shapes do not fit each other");
+  if (!full_tree(f.n)) return wrong(kNodes);
+  if (!has(w_out, trees * f.d) || !has(bias, trees) || !has(in_scale, f.in_type == kInt8 ? trees : 0) ||
+      !has(out_scale, f.out_type == kInt8 ? trees : 0))
+    return wrong(kUnfit);
+  int64_t steps = 0;
+  while (f.n >> steps) ++steps;
+  if (x.dimensions()[1] != f.d || !(has(residual, 0) || has(residual, f.b * f.d)) || !has(*y, f.b * f.d) ||
+      (nodes && !(has(*nodes, f.b * f.m * steps) && has(*z, f.b * f.m * steps))))
+    return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
   f.x = x.typed_data(), f.w_in = w_in.untyped_data(), f.bias = bias.typed_data(), f.w_out = w_out.untyped_data();
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
   f.residual = data_or_null(residual);
@@ -241,8 +266,20 @@ ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Re
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
   const auto shape = w_in.dimensions();
+  if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
   Backward gradient{};
   gradient.b = x.dimensions()[0], gradient.m = shape[0], gradient.n = shape[1], gradient.d = shape[2];
+  const int64_t rows = gradient.b * gradient.d, trees = gradient.m * gradient.n;
+  if (!full_tree(gradient.n)) return wrong(kNodes);
+  if (!has(w_out, trees * gradient.d) || !has(*d_in, trees * gradient.d) || !has(*d_out, trees * gradient.d) ||
+      !has(*d_bias, trees))
+    return wrong(kUnfit);
+  int64_t path = gradient.b * gradient.m, steps = 0;
+  while (gradient.n >> steps) ++steps;
+  if (x.dimensions()[1] != gradient.d || !has(g, rows) || !has(*dx, rows) || !has(nodes, path * steps) || !has(z, path * steps))
+    return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
+  if (!are_paths(nodes.typed_data(), path, steps)) return wrong("the nodes are not paths from the root to a leaf");
   gradient.x = x.typed_data(), gradient.w_in = w_in.typed_data(), gradient.w_out = w_out.typed_data();
   gradient.g = g.typed_data(), gradient.nodes = nodes.typed_data(), gradient.z = z.typed_data();
   gradient.dx = dx->typed_data(), gradient.d_in = d_in->typed_data();
@@ -260,9 +297,17 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   if (!kernels) return no_kernels();
   LeafForward f{};
   const auto in = w_in.dimensions(), out = w_out.dimensions();
-  if (in.size() != 3 || out.size() != 3) return wrong("leaves are (g, d, w) and (g, w, o)");
+  if (in.size() != 3 || out.size() != 3 || x.dimensions().size() != 2)
+    return wrong("rows are (b, d), leaves (g, d, w) and (g, w, o)");
   f.b = x.dimensions()[0], f.g = in[0], f.d = in[1], f.w = in[2], f.o = out[2];
   if (!read_type(w_in, f.type) || w_out.element_type() != w_in.element_type()) return wrong("leaves are of one type");
+  if (f.g < 1 || (f.g & (f.g - 1)) || !has(node_b, f.g - 1)) return wrong("a tree has 2^D leaves and 2^D - 1 nodes");
+  const int64_t scales = f.type == kInt8 ? f.g * f.w : 0;
+  if (!has(node_w, (f.g - 1) * f.d) || out[0] != f.g || out[1] != f.w || !has(b_in, f.g * f.w) || !has(b_out, f.g * f.o) ||
+      !has(in_scale, scales) || !has(out_scale, scales))
+    return wrong(kUnfit);
+  if (x.dimensions()[1] != f.d || !has(*y, f.b * f.o) || !has(*leaf, f.b)) return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
   f.x = x.typed_data(), f.node_w = node_w.typed_data(), f.node_b = node_b.typed_data();
   f.w_in = w_in.untyped_data(), f.w_out = w_out.untyped_data(), f.b_in = b_in.typed_data(), f.b_out = b_out.typed_data();
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -94,14 +95,26 @@ def compile_to(target: Path, command: str, extra: tuple[str, ...] = (), xla: boo
 def load() -> ctypes.CDLL:
     """The compiled kernels in this process. Raises CannotBuild, also if $UFBERT_ISA names what this processor lacks."""
     path = library()
+    if not _is_whole(path):
+        raise CannotBuild(f"{path} is cut short (delete it, and it will be made again)")
     try:
         found = ctypes.CDLL(str(path))
-    except OSError as error:
+        found.ufbert_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
         raise CannotBuild(f"{path} cannot be loaded: {error}") from error
-    found.ufbert_isa.restype = ctypes.c_char_p
     if not found.ufbert_isa():
         raise CannotBuild(f"UFBERT_ISA is {os.environ['UFBERT_ISA']!r}, which this processor or this build has not got")
     return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF library reaches to the end of its section table, its last part. Half of one kills who loads it."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return True  # not for us to say; the loader says what is wrong
+    (table,), (size, count) = struct.unpack_from("=Q", header, 40), struct.unpack_from("=HH", header, 58)
+    return path.stat().st_size >= table + size * count
 
 
 def _said(command: list[str]) -> str:

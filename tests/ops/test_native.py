@@ -1,0 +1,424 @@
+"""The native tree kernels: random calls against loops in double, against JAX, and whatever may be wrong with the cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ufbert.ops import fff, leaf_fff, native
+from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.native import build
+
+try:
+    COMPILER = build.compiler()
+except build.CannotBuild as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+HERE = Path(__file__).parent
+REPO = HERE.parents[1]
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all")
+"""Not null: the address sanitizer finds those, too, and without it the kernels compile in half the time."""
+TREES = [(1, 1, 0, 5), (7, 2, 3, 20), (33, 1, 5, 64), (40, 3, 2, 17), (16, 1, 8, 33), (0, 1, 2, 8), (400, 2, 4, 12)]
+"""b, m, depth, d."""
+LEAVES = [(1, 0, 6, 3, 5), (20, 3, 17, 1, 4), (50, 2, 32, 20, 16), (64, 4, 9, 5, 33), (0, 1, 4, 2, 2)]
+"""b, depth, d, w, o."""
+SEEDS = 25
+TYPES = ["float32", "bfloat16", "int8", "exact bfloat16", "exact int8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    """The kernels, compiled and known to XLA before a test spoils the environment."""
+    assert not native.unavailable(), native.unavailable()
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a fresh process."""
+    env = {**os.environ, "PYTHONPATH": str(REPO), **environment}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+
+
+# ---- random calls in C++ ----
+
+
+def fuzz(program: Path, calls: int, *link: str) -> None:
+    """Build the fuzzer with these libraries and flags, and let it run."""
+    make = [COMPILER, "-std=c++17", "-O2", f"-I{build.SOURCES}", str(HERE / "native_fuzz.cpp"), *link, "-pthread"]
+    made = subprocess.run([*make, "-o", str(program)], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([program, "--calls", str(calls)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{calls} calls, 0 mismatches" in done.stdout
+
+
+def test_random_calls_under_the_sanitizers(tmp_path):
+    (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
+    probe = [COMPILER, *SANITIZERS, str(tmp_path / "probe.cpp"), "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, capture_output=True).returncode or subprocess.run([tmp_path / "probe"]).returncode:
+        pytest.skip("this compiler has no address and undefined-behaviour sanitizers")
+    build.compile_to(tmp_path / "kernels.so", COMPILER, SANITIZERS, xla=False)
+    fuzz(tmp_path / "fuzz", 2000, str(tmp_path / "kernels.so"), *SANITIZERS[2:])
+
+
+def test_random_calls_of_the_kernels_as_they_are_used(tmp_path):
+    """Optimized, a row has many more chances to be summed in another order in a batch than alone."""
+    fuzz(tmp_path / "fuzz", 3000, str(build.library()))
+
+
+# ---- random calls through jax.ffi ----
+
+
+def draw_tree(seed: int, b: int, m: int, depth: int, d: int) -> list[np.ndarray]:
+    """x, w_in, bias, w_out."""
+    rng, n = np.random.default_rng([seed, b, d]), 2 ** (depth + 1) - 1
+    shapes = [(b, d), (m, n, d), (m, n), (m, n, d)]
+    scales = [1.0, d**-0.5, 0.3, (depth + 1) ** -0.5]
+    return [(rng.normal(size=s) * scale).astype(np.float32) for s, scale in zip(shapes, scales, strict=True)]
+
+
+quantize = jax.jit(native.quantize)
+
+
+def stored(weights, kind: str):
+    if kind == "int8":
+        return quantize(weights)
+    return jnp.asarray(weights, jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+
+
+def restored(weights) -> np.ndarray:
+    if isinstance(weights, native.Quantized):
+        return np.asarray(weights.rows, np.float32) * np.asarray(weights.scale)[..., None]
+    return np.asarray(weights, np.float32)
+
+
+def assert_close(found, wanted) -> None:
+    """Within 1e-5 of the largest value, or of one."""
+    scale = max(1.0, float(np.abs(wanted).max(initial=0)))
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, rtol=0)
+
+
+tree_forward = jax.jit(native.tree_forward, static_argnames="activation")
+tree_forward_saving = jax.jit(native.tree_forward_saving, static_argnames="activation")
+tree_backward = jax.jit(native.tree_backward, static_argnames="activation")
+leaf_forward = jax.jit(native.leaf_forward, static_argnames="activation")
+
+
+@pytest.mark.parametrize(("shape", "activation"), list(zip(TREES, 2 * list(ACTIVATIONS), strict=False)))
+def test_random_trees_equal_the_gathered_path(shape, activation):
+    def layer(x, w_in, bias, w_out):
+        return fff.fast_feedforward(x, w_in, bias, w_out, backend="gather", activation=ACTIVATIONS[activation])
+
+    @jax.jit
+    def oracle(g, *args):
+        y, pull = jax.vjp(layer, *args)
+        return y, pull(g), *fff.path_nodes(*args[:3])
+
+    for seed in range(SEEDS):
+        x, w_in, bias, w_out = draw_tree(seed, *shape)
+        g = np.random.default_rng(seed).normal(size=x.shape).astype(np.float32)
+        kind = TYPES[seed % len(TYPES)]
+        own_in = stored(w_in, "float32" if "exact" in kind else kind)
+        own_out = stored(w_out, kind.removeprefix("exact "))
+        w_in, w_out = restored(own_in), restored(own_out)
+        *_, wanted_nodes, wanted_z = oracle(g, x, w_in, bias, w_out)
+        clear = np.abs(wanted_z).min((1, 2)) > 1e-5  # nearer to a turn, two orders of one sum may rightly disagree
+        assert clear.sum() >= 0.9 * len(x) - 1
+        g[~clear] = 0
+        wanted, gradients, _, _ = oracle(g, x, w_in, bias, w_out)
+        y, nodes, z = tree_forward_saving(x, own_in, bias, own_out, activation=activation)
+        np.testing.assert_array_equal(nodes[clear], wanted_nodes[clear])
+        assert_close(z[clear], wanted_z[clear])
+        assert_close(y[clear], wanted[clear])
+        np.testing.assert_array_equal(tree_forward(x, own_in, bias, own_out, activation=activation), y)
+        added = tree_forward(x, own_in, bias, own_out, activation=activation, residual=g)
+        assert_close(added[clear], (wanted + g)[clear])
+        if kind == "float32":
+            found = tree_backward(x, w_in, w_out, nodes, z, g, activation=activation)
+            for one, other in zip(found, gradients, strict=True):
+                assert_close(one, other)
+
+
+@pytest.mark.parametrize(("shape", "activation"), list(zip(LEAVES, 2 * list(ACTIVATIONS), strict=False)))
+def test_random_leaves_equal_the_hard_descent(shape, activation):
+    b, depth, d, w, o = shape
+    g = 2**depth
+    shapes = [(b, d), (g - 1, d), (g - 1,), (g, d, w), (g, w), (g, w, o), (g, o)]
+    scales = [1.0, d**-0.5, 0.3, d**-0.5, 0.3, w**-0.5, 0.3]
+
+    @jax.jit
+    def oracle(x, tree):
+        return *leaf_fff.descend(x, tree, ACTIVATIONS[activation]), leaf_fff.right_shares(x, tree)
+
+    for seed in range(SEEDS):
+        rng = np.random.default_rng([seed, b, d])
+        x, node_w, node_b, w_in, b_in, w_out, b_out = (
+            (rng.normal(size=s) * scale).astype(np.float32) for s, scale in zip(shapes, scales, strict=True)
+        )
+        kind = TYPES[seed % 3]
+        own_out = stored(w_out, kind)
+        columns = stored(w_in.swapaxes(1, 2), kind)
+        if isinstance(columns, native.Quantized):
+            own_in = native.Quantized(columns.rows.swapaxes(1, 2), columns.scale)
+        else:
+            own_in = columns.swapaxes(1, 2)
+        tree = leaf_fff.LeafTree(node_w, node_b, restored(columns).swapaxes(1, 2), b_in, restored(own_out), b_out)
+        wanted, wanted_leaf, shares = oracle(x, tree)
+        clear = np.abs(shares - 0.5).min(1, initial=1) > 1e-5
+        y, leaf = leaf_forward(x, node_w, node_b, own_in, b_in, own_out, b_out, activation=activation)
+        np.testing.assert_array_equal(leaf[clear], wanted_leaf[clear])
+        assert_close(y[clear], wanted[clear])
+
+
+# ---- narrow weights ----
+
+
+def test_quantized_rows_come_back_within_half_a_step():
+    weights = np.random.default_rng(0).normal(size=(5, 7, 33)).astype(np.float32) * 0.02
+    weights[2, 3] = 0
+    found = quantize(weights)
+    assert found.rows.dtype == jnp.int8
+    assert found.scale.shape == (5, 7)
+    assert np.abs(found.rows).max(-1).min(where=weights.any(-1), initial=127) == 127
+    step = np.asarray(found.scale)[..., None]
+    assert np.all(np.abs(restored(found) - weights) <= 0.5001 * step)
+    assert not restored(found)[2, 3].any()
+    np.testing.assert_array_equal(quantize(restored(found)).rows, found.rows)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_narrow_weights_route_by_their_own_rounding_and_exact_ones_do_not(kind):
+    x, w_in, bias, w_out = draw_tree(1, 400, 2, 7, 24)
+    full = tree_forward_saving(x, w_in, bias, w_out)[1]
+    narrow = tree_forward_saving(x, stored(w_in, kind), bias, stored(w_out, kind))[1]
+    exact = tree_forward_saving(x, w_in, bias, stored(w_out, kind))[1]
+    np.testing.assert_array_equal(exact, full)
+    own, z = jax.jit(fff.path_nodes)(x, restored(stored(w_in, kind)), bias)
+    clear = np.abs(z).min((1, 2)) > 1e-5
+    np.testing.assert_array_equal(narrow[clear], own[clear])
+    assert np.any(np.asarray(narrow) != np.asarray(full))
+
+
+# ---- instruction sets and threads ----
+
+ANSWERS = """
+import sys, jax, numpy as np
+from ufbert.ops import native
+if native.unavailable():
+    sys.exit(f"no kernels: {native.unavailable()}")
+rng = np.random.default_rng(3)
+draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+x, w_in, bias, w_out, g = draw(90, 50), draw(2, 31, 50) / 7, draw(2, 31), draw(2, 31, 50), draw(90, 50)
+small = native.quantize(w_in), native.quantize(w_out)
+y, nodes, z = native.tree_forward_saving(x, w_in, bias, w_out)
+made = {"y": y, "nodes": nodes, "z": z, "int8": native.tree_forward(x, small[0], bias, small[1], residual=g)}
+made |= dict(zip("abcd", native.tree_backward(x, w_in, w_out, nodes, z, g)))
+made |= dict(zip(("leaf y", "leaf"), native.leaf_forward(x, w_in[0, :7], bias[0, :7], draw(8, 50, 5) / 7, draw(8, 5),
+                                                         draw(8, 5, 11), draw(8, 11))))
+np.savez(OUT, **made)
+print(native.instruction_set())
+"""
+
+
+def test_every_instruction_set_gives_the_same_answers(tmp_path):
+    answers = {}
+    for name in build.INSTRUCTION_SETS:
+        done = python(ANSWERS.replace("OUT", repr(str(tmp_path / f"{name}.npz"))), UFBERT_ISA=name)
+        if "no kernels: UFBERT_ISA is" in done.stderr:
+            continue  # this processor has not got it
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == name
+        answers[name] = dict(np.load(tmp_path / f"{name}.npz"))
+    for found in answers.values():
+        for key, wanted in answers["plain"].items():
+            np.testing.assert_allclose(found[key], wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0, err_msg=key)
+
+
+THREADS = """
+import jax, numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from ufbert.ops import native
+rng = np.random.default_rng(0)
+draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+weights = draw(2, 127, 40), draw(2, 127), draw(2, 127, 40)
+call = jax.jit(lambda x: native.tree_forward(x, *weights))
+alone = jax.jit(lambda x: native.tree_forward(x, *weights, threads=1))
+for b in (9, 100, 600):
+    inputs = [draw(b, 40) for _ in range(64)]
+    serial = [np.asarray(alone(x)) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            for one, other in zip(serial, pool.map(lambda x: np.asarray(call(x)), inputs), strict=True):
+                np.testing.assert_array_equal(one, other)
+print("equal")
+"""
+
+
+def test_calls_from_eight_threads_equal_serial_ones():
+    done = python(THREADS, NPROC="4")
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+# ---- what may be wrong ----
+
+
+def reason() -> str:
+    """Why this process, as its environment is now, has no kernels."""
+    return native.unavailable.__wrapped__()
+
+
+def test_an_unknown_instruction_set_is_a_reason(monkeypatch):
+    monkeypatch.setenv("UFBERT_ISA", "avx1024")
+    assert "'avx1024'" in reason()
+    done = python("from ufbert.ops import native; print(native.unavailable())", UFBERT_ISA="avx1024")
+    assert done.stdout.startswith("UFBERT_ISA is 'avx1024'"), done.stderr
+    x, *weights = draw_tree(0, 2, 1, 1, 4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lacks the instruction set that UFBERT_ISA names"):
+        tree_forward(x, *weights)
+
+
+def test_no_compiler_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "nonexistent")
+    monkeypatch.setenv("UFBERT_CACHE", str(tmp_path))
+    assert "no C++ compiler" in reason()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_compiler_is_a_reason(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\necho "error: no" >&2; exit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("UFBERT_CACHE", str(tmp_path / "cache"))
+    assert reason().startswith(f"{compiler} does not compile ")
+    assert [p.name for p in (tmp_path / "cache" / "native").iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UFBERT_CACHE", str(tmp_path / "file"))
+    assert "cannot be written" in reason()
+
+
+@pytest.mark.parametrize("what", ["garbage", "empty", "half", "another"])
+def test_a_spoilt_library_is_a_reason(monkeypatch, tmp_path, what):
+    made = build.library()
+    whole = made.read_bytes()
+    spoilt = tmp_path / "native" / made.name
+    spoilt.parent.mkdir()
+    if what == "another":
+        shutil.copy(sys.modules["_ctypes"].__file__, spoilt)
+    else:
+        spoilt.write_bytes({"garbage": b"garbage" * 999, "empty": b"", "half": whole[: len(whole) // 2]}[what])
+    monkeypatch.setenv("UFBERT_CACHE", str(tmp_path))
+    assert reason().startswith(f"{spoilt} {'is cut short' if what == 'half' else 'cannot be loaded'}")
+
+
+def test_two_processes_build_one_library(tmp_path):
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {COMPILER} "$@" -O0\n')
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    script = (
+        "import jax.numpy as jnp; from ufbert.ops import native; one = jnp.ones((1, 1, 4)); "
+        "print(native.tree_forward(one[0], one, one[0, :, :1], one, activation='relu')[0, 0])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPO), "CXX": str(compiler), "UFBERT_CACHE": str(cache)}
+    command = [sys.executable, "-c", script]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in "ab"]
+    said = [process.communicate() for process in both]
+    assert [out.split() for out, _ in said] == [["5.0"], ["5.0"]], said
+    assert sorted(p.suffix for p in (cache / "native").iterdir()) == ["", ".so"]
+    assert log.read_text().count("kernels.cpp") == len(build.INSTRUCTION_SETS)
+
+
+# ---- shapes ----
+
+
+def zeros(*shape: int, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+NONE = zeros(0)
+PATH = np.array([[[0, 1, 4]]], np.int32)
+FORWARD = [zeros(5, 4), zeros(2, 7, 4), NONE, zeros(2, 7), zeros(2, 7, 4), NONE, zeros(0, 4)]
+BACKWARD = [
+    zeros(5, 4),
+    zeros(2, 7, 4),
+    zeros(2, 7, 4),
+    zeros(5, 2, 3, dtype=jnp.int32) + PATH,
+    zeros(5, 2, 3),
+    zeros(5, 4),
+]
+LEAF = [zeros(5, 4), zeros(3, 4), zeros(3), zeros(4, 4, 2), NONE, zeros(4, 2), zeros(4, 2, 6), NONE, zeros(4, 6)]
+WRONG = [
+    ("forward", 0, zeros(5, 3), "the rows' shapes do not fit"),
+    ("forward", 0, zeros(20), r"rows are \(b, d\)"),
+    ("forward", 1, zeros(14, 4), r"weights \(m, n, d\)"),
+    ("forward", 1, zeros(2, 6, 4), r"2\^\(D\+1\) - 1 nodes"),
+    ("forward", 1, zeros(2, 0, 4), r"2\^\(D\+1\) - 1 nodes"),
+    ("forward", 1, zeros(2, 7, 4, dtype=jnp.float16), "weights are float32, bfloat16 or int8"),
+    ("forward", 1, zeros(2, 7, 4, dtype=jnp.bfloat16), "input weights have the type of the others, or float32"),
+    ("forward", 2, zeros(14), "the weights' shapes do not fit"),
+    ("forward", 3, zeros(2, 3), "the weights' shapes do not fit"),
+    ("forward", 4, zeros(2, 3, 4), "the weights' shapes do not fit"),
+    ("forward", 4, zeros(2, 7, 4, dtype=jnp.int8), "the weights' shapes do not fit"),
+    ("forward", 6, zeros(4, 4), "the rows' shapes do not fit"),
+    ("backward", 0, zeros(5), r"rows are \(b, d\)"),
+    ("backward", 0, zeros(6, 4), "the rows' shapes do not fit"),
+    ("backward", 1, zeros(2, 6, 4), r"2\^\(D\+1\) - 1 nodes"),
+    ("backward", 2, zeros(2, 3, 4), "the weights' shapes do not fit"),
+    ("backward", 3, zeros(5, 2, 2, dtype=jnp.int32), "the rows' shapes do not fit"),
+    ("backward", 3, zeros(5, 2, 3, dtype=jnp.int32), "the nodes are not paths from the root to a leaf"),
+    ("backward", 3, zeros(5, 2, 3, dtype=jnp.int32) + PATH + 2, "the nodes are not paths from the root to a leaf"),
+    ("backward", 4, zeros(5, 1, 3), "the rows' shapes do not fit"),
+    ("backward", 5, zeros(4, 4), "the rows' shapes do not fit"),
+    ("leaf_forward", 0, zeros(5, 3), "the rows' shapes do not fit"),
+    ("leaf_forward", 1, zeros(3, 3), "the weights' shapes do not fit"),
+    ("leaf_forward", 2, zeros(4), r"2\^D leaves"),
+    ("leaf_forward", 3, zeros(3, 4, 2), r"2\^D leaves"),
+    ("leaf_forward", 3, zeros(4, 4), r"leaves \(g, d, w\)"),
+    ("leaf_forward", 3, zeros(4, 4, 2, dtype=jnp.int8), "leaves are of one type"),
+    ("leaf_forward", 4, zeros(8), "the weights' shapes do not fit"),
+    ("leaf_forward", 5, zeros(4, 3), "the weights' shapes do not fit"),
+    ("leaf_forward", 6, zeros(4, 3, 6), "the weights' shapes do not fit"),
+    ("leaf_forward", 8, zeros(3, 6), "the weights' shapes do not fit"),
+]
+
+
+def call(name: str, args: list[jax.Array], activation: int = 0):
+    """A kernel without the Python function around it, whose own checks of shapes would come first."""
+    rows, trees = (5, 4), (2, 7, 4)
+    shapes = {"forward": [rows], "backward": [rows, trees, trees[:2], trees], "leaf_forward": [(5, 6), (5,)]}[name]
+    out = [jax.ShapeDtypeStruct(s, jnp.int32 if s == (5,) else jnp.float32) for s in shapes]
+    function = jax.ffi.ffi_call(f"ufbert_{name}", out[0] if name == "forward" else out)
+    return function(*args, activation=np.int32(activation), threads=np.int64(0))
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_a_wrong_shape_is_a_sentence(case):
+    name, place, array, sentence = WRONG[case]
+    args = list({"forward": FORWARD, "backward": BACKWARD, "leaf_forward": LEAF}[name])
+    args[place] = array
+    with pytest.raises(jax.errors.JaxRuntimeError, match=sentence):
+        jax.block_until_ready(call(name, args))
+
+
+@pytest.mark.parametrize(("name", "args"), [("forward", FORWARD), ("backward", BACKWARD), ("leaf_forward", LEAF)])
+def test_right_shapes_pass_and_unknown_activations_do_not(name, args):
+    jax.block_until_ready(call(name, args))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such activation"):
+        jax.block_until_ready(call(name, args, activation=4))
+
+
+def test_a_call_without_kernels_says_why(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    x, *weights = draw_tree(0, 2, 1, 1, 4)
+    with pytest.raises(build.CannotBuild, match="there is no compiler"):
+        native.tree_forward(*map(jnp.asarray, (x, *weights)))
