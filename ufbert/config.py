@@ -47,8 +47,9 @@ class ModelConfig:
     tree_depth: int = 11
     """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
     above its 2^D leaves."""
-    tree_backend: Literal["auto", "masked", "gather"] = "auto"
-    """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked."""
+    tree_backend: Literal["auto", "masked", "gather", "native"] = "auto"
+    """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked. native: C++
+    kernels for CPUs, compiled when first used by the system's compiler."""
     tree_activation: ActivationName = "gelu"
     """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
     subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ufbert.ops import fff
+from ufbert.ops import fff, native
 from ufbert.ops.fff import gelu, path_mask, tree_depth
 
-BACKENDS = ["masked", "gather"]
+BACKENDS = ["masked", "gather"] + ["native"] * (not native.unavailable())
 fast_feedforward = jax.jit(
     fff.fast_feedforward, static_argnames=("backend", "dtype")
 )  # one compilation a shape, not one an operation
@@ -72,13 +72,14 @@ def test_gradients_are_equal_and_touch_visited_rows_only(shape):
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnames="backend")
     grads = {b: gradient(x, *weights, backend=b) for b in BACKENDS}
-    for one, other in zip(grads["masked"], grads["gather"], strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(one).max()))
     _, visited, _ = naive(x, *weights)
-    for gradient in (grads["gather"][1], grads["gather"][2], grads["gather"][3]):
-        for tree, node in np.ndindex(gradient.shape[:2]):
-            if (tree, node) not in visited:
-                assert not np.any(gradient[tree, node])
+    for backend in BACKENDS[1:]:
+        for one, other in zip(grads["masked"], grads[backend], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(one).max()))
+        for gradient in grads[backend][1:]:
+            for tree, node in np.ndindex(gradient.shape[:2]):
+                if (tree, node) not in visited:
+                    assert not np.any(gradient[tree, node])
 
 
 @settings(max_examples=5, deadline=None)

@@ -5,7 +5,7 @@ Each takes hidden states, the layer's `Context` and a key for its noise (None: n
 it has to report (`Aux`): weighted losses under names ending in `_loss`, and counts where statistics are asked for.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
+from ufbert.errors import UserError
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
-from ufbert.ops import fff, leaf_fff, switch
+from ufbert.ops import fff, leaf_fff, native, switch
 from ufbert.ops.activations import ACTIVATIONS
 
 Found = tuple[Float[Array, "b t d"], Aux]
@@ -183,10 +184,15 @@ def _uniform(fan: int) -> nn.initializers.Initializer:
     return start
 
 
-def tree_backend(config: ModelConfig) -> Literal["masked", "gather"]:
-    """`config.tree_backend`, with auto resolved for the default device: gather on a CPU, else masked."""
+def tree_backend(config: ModelConfig) -> fff.Backend:
+    """`config.tree_backend`, with auto resolved for the default device: gather on a CPU, else masked.
+
+    Raises UserError if native kernels are asked for and cannot be had.
+    """
     if config.tree_backend == "auto":
         return "gather" if jax.default_backend() == "cpu" else "masked"
+    if config.tree_backend == "native" and native.unavailable():
+        raise UserError(f"There are no native tree kernels: {native.unavailable()}. tree_backend gather needs none.")
     return config.tree_backend
 
 
