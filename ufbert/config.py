@@ -352,6 +352,9 @@ class FinetuneConfig:
     """Share of the updates over which the rate rises before it falls."""
     dropout: float = 0.1
     """Share of activations dropped in training."""
+    pooling: Literal["model", "first", "mean"] = "model"
+    """What the classifier reads of a row: what the model's configuration says, its first token, or the mean of its tokens
+    (which models of sentence-transformers were trained to use)."""
     adam_b1: float = 0.9
     """AdamW's first-moment decay."""
     adam_b2: float = 0.98

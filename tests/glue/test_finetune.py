@@ -88,9 +88,12 @@ def test_runs_side_by_side_are_the_same_runs_alone(model, task):
     assert np.abs(together[0].trace.losses - together[1].trace.losses).max() > 1e-3
 
 
-def test_scores_are_those_of_the_saved_model_and_every_row_counts(model):
+@pytest.mark.parametrize("pooling", ["model", "first"])
+def test_scores_are_those_of_the_saved_model_and_every_row_counts(model, pooling):
     data = toy("stsb", train=150)  # not a multiple of the batch
-    (found,) = finetune_task(model, data, replace(QUICK, epochs=15), [Run(0, 4e-3)])
+    (found,) = finetune_task(model, data, replace(QUICK, epochs=15, pooling=pooling), [Run(0, 4e-3)])
+    assert model.config.pooling == "mean"
+    assert found.model.config.pooling == {"model": "mean"}.get(pooling, pooling)
     assert len(found.trace.losses) == 15 * 10
     assert found.metrics["dev"]["pearson"] > 0.7
     assert found.trace.scores["test"].shape == (20, 1)

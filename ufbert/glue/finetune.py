@@ -130,6 +130,8 @@ def finetune_task(
     the best one on dev. `progress` is told (updates done, updates in all, what happens).
     """
     task = data.task
+    if tune.pooling != "model":
+        model = replace(model, config=replace(model.config, pooling=tune.pooling))
     config = replace(model.config, dropout=tune.dropout)
     setting = Setting(config, tune, task.is_regression, probe, teacher is not None)
     steps = steps_of(setting)

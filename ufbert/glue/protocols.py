@@ -33,6 +33,10 @@ class Protocol:
             f"{tune.schedule}, AdamW ({tune.adam_b1}, {tune.adam_b2}), decay {tune.weight_decay:g}, dropout {tune.dropout:g}, "
             f"at most {tune.max_len} tokens, the same for every task, dev set, median of {len(self.seeds)} seed(s)"
         ]
+        if tune.pooling != "model":
+            parts.append(
+                f"the classifier reads {'the mean of all tokens' if tune.pooling == 'mean' else 'the first token'}"
+            )
         if tune.clip_norm:
             parts.append(f"gradients clipped at {tune.clip_norm:g}")
         if tune.early_stop:
