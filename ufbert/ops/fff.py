@@ -57,12 +57,10 @@ def fast_feedforward(
 ) -> Float[Array, "*rows d"]:
     """Sum over m trees of the activations on each row's path. `dtype` is the type of `masked`'s output product."""
     flat = x.reshape(-1, x.shape[-1])
-    if backend == "gather":
-        y = _gather(activation, flat, w_in, bias, w_out)
-    elif backend == "native":
-        y = _native(activation_name(activation), flat, w_in, bias, w_out)
-    else:
+    if backend == "masked":
         y = _masked(flat, w_in, bias, w_out, activation, dtype)
+    else:
+        y = _on_path(backend == "native", activation, flat, w_in, bias, w_out)
     return y.reshape(x.shape)
 
 
@@ -109,15 +107,48 @@ def _masked(
     return y.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _on_path(
+    native_kernels: bool,
     activation: Activation,
     x: Float[Array, "b d"],
     w_in: Float[Array, "m n d"],
     bias: Float[Array, "m n"],
     w_out: Float[Array, "m n d"],
 ) -> Float[Array, "b d"]:
+    if native_kernels:
+        return native.tree_forward(x, w_in, bias, w_out, activation=activation_name(activation))
     return _gather_forward(activation, x, w_in, bias, w_out)[0]
+
+
+def _on_path_forward(
+    native_kernels: bool, activation: Activation, x: Array, w_in: Array, bias: Array, w_out: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    if native_kernels:
+        y, *path = native.tree_forward_saving(x, w_in, bias, w_out, activation=activation_name(activation))
+    else:
+        y, *path = _gather_forward(activation, x, w_in, bias, w_out)
+    return y, (x, w_in, w_out, *path)
+
+
+def _on_path_backward(
+    native_kernels: bool, activation: Activation, saved: tuple[Array, ...], g: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of x, w_in, bias, w_out. Rows of w_in and w_out that no token visited stay exactly zero."""
+    if native_kernels:
+        return native.tree_backward(*saved, g, activation=activation_name(activation))
+    return _gather_backward(activation, *saved, g)
+
+
+_on_path.defvjp(_on_path_forward, _on_path_backward)
+
+
+def activation_name(activation: Activation) -> str:
+    """The name in ACTIVATIONS. Raises ValueError for a function that is not there, which the native kernels do not know."""
+    for name, known in ACTIVATIONS.items():
+        if known is activation:
+            return name
+    raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
 
 
 def _gather_forward(
@@ -126,7 +157,8 @@ def _gather_forward(
     w_in: Float[Array, "m n d"],
     bias: Float[Array, "m n"],
     w_out: Float[Array, "m n d"],
-) -> tuple[Float[Array, "b d"], tuple[Array, ...]]:
+) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
+    """The output, the nodes of every path and their logits."""
     m, n, d = w_in.shape
     nodes, z = path_nodes(x, w_in, bias)
     active = activation(z)
@@ -135,14 +167,18 @@ def _gather_forward(
     y = jnp.zeros_like(x)
     for step in range(nodes.shape[-1]):
         y = y + jnp.einsum("bm,bmd->bd", active[..., step], rows[flat[..., step]])
-    return y, (x, w_in, w_out, nodes, z)
+    return y, nodes, z
 
 
 def _gather_backward(
-    activation: Activation, saved: tuple[Array, ...], g: Float[Array, "b d"]
+    activation: Activation,
+    x: Float[Array, "b d"],
+    w_in: Float[Array, "m n d"],
+    w_out: Float[Array, "m n d"],
+    nodes: Int[Array, "b m s"],
+    z: Float[Array, "b m s"],
+    g: Float[Array, "b d"],
 ) -> tuple[Array, Array, Array, Array]:
-    """Gradients of x, w_in, bias, w_out. Rows of w_in and w_out that no token visited stay exactly zero."""
-    x, w_in, w_out, nodes, z = saved
     m, n, d = w_in.shape
     flat = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n
     in_rows, out_rows = w_in.reshape(m * n, d), w_out.reshape(m * n, d)
@@ -175,48 +211,6 @@ def _sum_by_node(
         tree = jnp.broadcast_to(jnp.arange(m)[None, :, None], (b, m, n_steps - top))
         out = out.at[tree, nodes[..., top:]].add(weight[..., top:, None] * row[:, None, None, :])
     return out
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def activation_name(activation: Activation) -> str:
-    """The name in ACTIVATIONS. Raises ValueError for a function that is not there, which the native kernels do not know."""
-    for name, known in ACTIVATIONS.items():
-        if known is activation:
-            return name
-    raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native(
-    activation: str,
-    x: Float[Array, "b d"],
-    w_in: Float[Array, "m n d"],
-    bias: Float[Array, "m n"],
-    w_out: Float[Array, "m n d"],
-) -> Float[Array, "b d"]:
-    return native.tree_forward(x, w_in, bias, w_out, activation=activation)
-
-
-def _native_forward(
-    activation: str,
-    x: Float[Array, "b d"],
-    w_in: Float[Array, "m n d"],
-    bias: Float[Array, "m n"],
-    w_out: Float[Array, "m n d"],
-) -> tuple[Float[Array, "b d"], tuple[Array, ...]]:
-    y, nodes, z = native.tree_forward_saving(x, w_in, bias, w_out, activation=activation)
-    return y, (x, w_in, w_out, nodes, z)
-
-
-def _native_backward(
-    activation: str, saved: tuple[Array, ...], g: Float[Array, "b d"]
-) -> tuple[Array, Array, Array, Array]:
-    return native.tree_backward(*saved, g, activation=activation)
-
-
-_native.defvjp(_native_forward, _native_backward)
 
 
 def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None) -> Float[Array, "m n"]:

@@ -219,7 +219,7 @@ constexpr int64_t kManyRows = 96;      // from here on rows are grouped by subtr
 constexpr int64_t kTopLevels = 8;      // most levels before they are: the nodes above stay in the second-level cache
 constexpr int64_t kRowsASubtree = 8;   // or as many levels as leave this many rows to a subtree
 constexpr int64_t kRoute = 8;          // rows that go down the top levels together
-constexpr int64_t kRowsAThread = 4;      // fewer are not worth waking a thread
+constexpr int64_t kRowsAThread = 4;    // fewer are not worth waking a thread
 constexpr int64_t kSmallTree = 127;    // nodes of a tree that stays in the cache as a whole
 constexpr int kTile = 4;               // rows that share what is loaded of the output weights
 
