@@ -49,7 +49,7 @@ class ModelConfig:
     above its 2^D leaves."""
     tree_backend: Literal["auto", "masked", "gather", "native"] = "auto"
     """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked. native: C++
-    kernels for CPUs, compiled when first used by the system's compiler."""
+    kernels for CPUs, compiled when first used by the system's compiler; where they cannot be had, as auto."""
     tree_activation: ActivationName = "gelu"
     """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
     subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""

@@ -14,6 +14,7 @@ from ufbert.glue.finetune import scores_of
 from ufbert.glue.rows import Rows
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.predictor import Predictor
+from ufbert.ops import native
 
 SMALL = ModelConfig(
     vocab_size=60, max_len=16, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2
@@ -167,3 +168,34 @@ def test_a_fourier_model_has_one_length_and_one_answer(fourier_model):
         assert answer.label == ("no", "yes")[int(scores.argmax())]
         assert answer.probability is not None
         np.testing.assert_allclose(answer.probability, odds.max() / odds.sum(), atol=1e-5)
+
+
+def test_native_trees_train_as_gathered_ones_alone_and_several_at_once():
+    """Also under the `vmap` of fine-tuning, whose runs have weights of their own."""
+    if native.unavailable():
+        pytest.skip(f"this machine has no native kernels ({native.unavailable()}); gather is used instead, and tested")
+    cfg = config(feedforward=("tree",), tree_depth=4)
+    params = jax.vmap(lambda key: nn.init(cfg, key))(jax.random.split(jax.random.key(0), 2))
+
+    def slopes(params, backend):
+        def loss(params):
+            return jnp.sum(jnp.sin(nn.encode(params, replace(cfg, tree_backend=backend), IDS)[0]))
+
+        return jax.grad(loss)(params)
+
+    found, wanted = (jax.jit(jax.vmap(lambda p, b=b: slopes(p, b)))(params) for b in ("native", "gather"))
+    alone = jax.jit(lambda p: slopes(p, "native"))(jax.tree.map(lambda leaf: leaf[1], params))
+    assert float(jnp.abs(wanted["encoder"]["layer_00"]["tree"]["w_in"]).max()) > 1e-4
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), found, wanted)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other[1], atol=2e-5), alone, found)
+
+
+def test_a_model_for_native_kernels_runs_without_them_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler in this test")
+    cfg = config(feedforward=("tree",), tree_depth=3, tree_backend="native")
+    assert [nn.tree_backend(cfg), nn.tree_backend(cfg)] == ["gather", "gather"]
+    assert (
+        capsys.readouterr().err
+        == "no native tree kernels: no compiler in this test; gather computes the trees instead\n"
+    )
+    np.testing.assert_array_equal(run(cfg)[0], run(replace(cfg, tree_backend="gather"))[0])

@@ -5,6 +5,8 @@ Each takes hidden states, the layer's `Context` and a key for its noise (None: n
 it has to report (`Aux`): weighted losses under names ending in `_loss`, and counts where statistics are asked for.
 """
 
+import functools
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
-from ufbert.errors import UserError
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
 from ufbert.ops import fff, leaf_fff, native, switch
 from ufbert.ops.activations import ACTIVATIONS
@@ -185,15 +186,21 @@ def _uniform(fan: int) -> nn.initializers.Initializer:
 
 
 def tree_backend(config: ModelConfig) -> fff.Backend:
-    """`config.tree_backend`, with auto resolved for the default device: gather on a CPU, else masked.
+    """`config.tree_backend`, with auto resolved for the default device: gather on a CPU, else masked. Native kernels that
+    cannot be had here (a model may come from another machine) are replaced as by auto, and one line says why."""
+    if config.tree_backend == "native" and not native.unavailable():
+        return "native"
+    if config.tree_backend in ("masked", "gather"):
+        return config.tree_backend
+    usual = "gather" if jax.default_backend() == "cpu" else "masked"
+    if config.tree_backend == "native":
+        _say_once(f"no native tree kernels: {native.unavailable()}; {usual} computes the trees instead")
+    return usual
 
-    Raises UserError if native kernels are asked for and cannot be had.
-    """
-    if config.tree_backend == "auto":
-        return "gather" if jax.default_backend() == "cpu" else "masked"
-    if config.tree_backend == "native" and native.unavailable():
-        raise UserError(f"There are no native tree kernels: {native.unavailable()}. tree_backend gather needs none.")
-    return config.tree_backend
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 FEEDFORWARDS: dict[str, type[nn.Module]] = {
