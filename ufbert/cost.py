@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, Scale
 from ufbert.devices import DevicePeaks, device_of_kind
@@ -176,13 +177,18 @@ def measured_flops(seconds: float = 0.4, dtype: str = "auto") -> float:
     a = jax.random.normal(jax.random.key(0), (n, n), kind if dtype == "auto" else jnp.dtype(dtype))
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=precision) * (1 / n))
-    multiply(a).block_until_ready()
+    return 2 * n**3 / least_seconds(multiply, a, seconds)
+
+
+def least_seconds(function: Callable[[Any], Any], argument: Any, seconds: float) -> float:
+    """The shortest time of a call of a jitted function, of those that fit into `seconds` after one that compiles."""
+    function(argument).block_until_ready()
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        multiply(a).block_until_ready()
+        function(argument).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best
 
 
 SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")

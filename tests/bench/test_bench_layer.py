@@ -19,6 +19,7 @@ from ufbert.bench.layer_paths import as_stored, narrowed, weight_types
 from ufbert.bench.layer_process import make
 from ufbert.bench.layer_report import distinct_nodes, limit, work
 from ufbert.errors import UserError
+from ufbert.ops import native
 
 SMALL = (
     "--rows", "1", "64", "--d-model", "32", "--tree-depth", "3", "--dense", "15", "--layers", "2", "--blocks", "1",
@@ -42,6 +43,13 @@ layer_process.serve("a fake", worker.answer)
 
 
 @pytest.fixture
+def compiled():
+    """For tests of paths by the native kernels."""
+    if native.unavailable():
+        pytest.skip(f"this machine cannot have what is timed here, the native kernels: {native.unavailable()}")
+
+
+@pytest.fixture
 def fake_peer(tmp_path):
     """(factor) -> options that run peers whose answers are right but for the factor."""
 
@@ -53,7 +61,7 @@ def fake_peer(tmp_path):
     return write
 
 
-def test_right_contestants_are_timed_and_reported(fake_peer, tmp_path, capsys):
+def test_right_contestants_are_timed_and_reported(compiled, fake_peer, tmp_path, capsys):
     to = tmp_path / "report.json"
     paths = ["native", "native-int8-exact"]
     peers = ["torch", "torch-int8"]
@@ -139,7 +147,7 @@ class InThisProcess(Contestant):
 
 
 @pytest.fixture
-def check(tmp_path):
+def check(compiled, tmp_path):
     """(shape, change of the worker) -> what the gates find of the gathered and the int8 path."""
 
     def run(shape=SHAPE, change=lambda worker: None, seed=0):

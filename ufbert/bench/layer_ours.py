@@ -1,7 +1,6 @@
 """Our side of `ufbert bench layer`: the tree layers' paths, the routes that they take, and what the machine can do."""
 
 import importlib.metadata
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from ufbert.bench.layer_paths import Tree, tree_layer, tree_layers, tree_nodes
 from ufbert.bench.layer_worker import Runner, Worker, jax_runner
-from ufbert.cost import measured_flops
+from ufbert.cost import least_seconds, measured_flops
 from ufbert.ops import native
 
 READ_BYTES = 1 << 28
@@ -22,14 +21,7 @@ READ_BYTES = 1 << 28
 def read_bandwidth(seconds: float = 0.5) -> float:
     """Bytes/s of summing an array that does not fit in the caches, on all of XLA's threads: the best of some reads."""
     array = jnp.ones(READ_BYTES // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        total(array).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return READ_BYTES / best
+    return READ_BYTES / least_seconds(jax.jit(jnp.sum), array, seconds)
 
 
 class OurWorker(Worker):
