@@ -30,7 +30,7 @@ PRESET = load_preset("ultrafastbert_1x11")
 )
 def test_auto_takes_the_largest_scale_that_is_fed(seconds, speeds, on_cpu, scale):
     speeds = Speeds(*speeds, overlap=not on_cpu, source="a test")
-    found = plan(PRESET, "auto", float(seconds), speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
+    found = plan(PRESET, "auto", float(seconds), speeds, trees="native" if on_cpu else "masked", bfloat16=not on_cpu)
     assert found.scale == scale
     weights = forward_flops_per_token(found.run.model, 0, masked_trees=not on_cpu) / 2
     assert scale == "tiny" or found.tokens >= TOKENS_PER_WEIGHT * weights

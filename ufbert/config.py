@@ -12,6 +12,7 @@ FORMAT_VERSION = 1
 Mixer = Literal["attention", "fourier"]
 FeedForwardKind = Literal["dense", "glu", "tree", "leaf_tree", "switch"]
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
+TreeBackend = Literal["masked", "gather", "native"]
 Scale = Literal["auto", "tiny", "mini", "small", "base"]
 Recipe = Literal["crammed", "modern"]
 
@@ -47,9 +48,10 @@ class ModelConfig:
     tree_depth: int = 11
     """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
     above its 2^D leaves."""
-    tree_backend: Literal["auto", "masked", "gather", "native"] = "auto"
-    """How tree layers are computed; every backend gives the same numbers. auto: gather on a CPU, else masked. native: C++
-    kernels for CPUs, compiled when first used by the system's compiler; where they cannot be had, as auto."""
+    tree_backend: TreeBackend | Literal["auto"] = "auto"
+    """How tree layers are computed; every backend gives the same numbers. native: C++ kernels for CPUs, compiled by the
+    system's compiler when first used. auto: native on a CPU; without a compiler gather, or masked if the trees are shallow;
+    masked on accelerators."""
     tree_activation: ActivationName = "gelu"
     """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
     subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""
@@ -323,6 +325,11 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: PretrainConfig = field(default_factory=PretrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.train.micro_rows * self.data.seq_len
 
     def __post_init__(self) -> None:
         if self.data.seq_len > self.model.max_len:

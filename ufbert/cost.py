@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, Scale
+from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, Scale, TreeBackend
 from ufbert.devices import DevicePeaks, device_of_kind
 from ufbert.presets import scaled
 
@@ -95,7 +95,7 @@ def routing_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
     return total
 
 
-def train_bytes_per_token(run: RunConfig, *, masked_trees: bool, bfloat16: bool) -> float:
+def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool) -> float:
     """Bytes that forward and backward move per token of a packed row, about; weights and the optimizer's not counted.
 
     The factors were fitted to XLA's count of the compiled step on a CPU, of the presets at the scales below `base`, and
@@ -105,7 +105,6 @@ def train_bytes_per_token(run: RunConfig, *, masked_trees: bool, bfloat16: bool)
     short, routed = 0.0, 0.0
     for mixer, kind in model.layers:
         short += 91 * d + (50 * model.n_heads * t + 10 * d if mixer == "attention" else 0)
-        nodes = model.nodes_per_tree if masked_trees else model.tree_depth + 1
         short += {
             "dense": 20 * model.d_hidden,
             "glu": 48 * model.d_hidden,
@@ -114,7 +113,11 @@ def train_bytes_per_token(run: RunConfig, *, masked_trees: bool, bfloat16: bool)
             "switch": 50 * model.d_hidden,
         }[kind]
         if kind == "tree":
-            routed += 45 * model.n_trees * nodes if masked_trees else d * (60 + 7.4 * model.n_trees * nodes)
+            routed += {
+                "masked": 45 * model.n_trees * model.nodes_per_tree,
+                "gather": d * (60 + 7.4 * model.n_trees * (model.tree_depth + 1)),
+                "native": 0,
+            }[trees]
     head = 24 * max(run.train.mask_rate) * model.vocab_size
     return 4 * ((short + head) * (0.65 if bfloat16 else 1.0) + routed)
 
@@ -204,7 +207,7 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, on_cpu: bool, bfloat16: bool) -> Plan:
+def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool) -> Plan:
     """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
 
     `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
@@ -213,11 +216,11 @@ def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, on_cpu
 
     def at(name: Scale) -> Plan:
         config = scaled(run, name)
-        flops = train_flops_per_token(config, masked_trees=not on_cpu)
-        routing = routing_flops_per_token(config, masked_trees=not on_cpu)
-        moved = train_bytes_per_token(config, masked_trees=not on_cpu, bfloat16=bfloat16)
+        flops = train_flops_per_token(config, masked_trees=trees == "masked")
+        routing = routing_flops_per_token(config, masked_trees=trees == "masked")
+        moved = train_bytes_per_token(config, trees=trees, bfloat16=bfloat16)
         speed = 1 / speeds.seconds(flops, routing, moved)
-        ratio = speed * seconds / _weights(config, on_cpu)
+        ratio = speed * seconds / _weights(config, trees)
         reason = (
             f"about {speed:,.0f} tokens/s expected ({speeds.source}): "
             f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
@@ -227,9 +230,9 @@ def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, on_cpu
     if scale != "auto":
         return at(scale)
     plans = [at(name) for name in SCALES]
-    fitting = [p for p in plans if p.tokens >= TOKENS_PER_WEIGHT * _weights(p.run, on_cpu)]
+    fitting = [p for p in plans if p.tokens >= TOKENS_PER_WEIGHT * _weights(p.run, trees)]
     return fitting[-1] if fitting else plans[0]
 
 
-def _weights(run: RunConfig, on_cpu: bool) -> float:
-    return forward_flops_per_token(run.model, 0, masked_trees=not on_cpu) / 2
+def _weights(run: RunConfig, trees: TreeBackend) -> float:
+    return forward_flops_per_token(run.model, 0, masked_trees=trees == "masked") / 2

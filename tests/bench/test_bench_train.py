@@ -58,6 +58,20 @@ def test_a_peer_that_trains_the_same_is_timed_and_reported(fake_peer, tmp_path):
     assert report["ratios"]["torch"]["pairs"] == 2
 
 
+def test_trees_are_timed_beside_other_ways_to_compute_them_and_a_dense_layer(tmp_path):
+    trees = ("--config", "ultrafastbert_1x11", "--model.tree-depth", "3")
+    done = bench(
+        "train", *trees, *SMALL, "--beside", "gather", "masked", "dense", "--json", str(tmp_path / "report.json")
+    )
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads((tmp_path / "report.json").read_text())["ratios"]
+    assert {name: ratio["loss_difference"] is None for name, ratio in ratios.items()} == {
+        "our gather": False, "our masked": False, "our dense": True,
+    }  # fmt: skip
+    assert "as fast as our dense: median of 2 pairs" in done.stdout
+    assert "another model" in done.stdout
+
+
 def test_a_peer_that_answers_a_wrong_loss_is_not_timed(fake_peer, tmp_path):
     done = bench("train", *SMALL, *fake_peer(1.001), "--json", str(tmp_path / "report.json"))
     assert done.returncode == 2
@@ -104,8 +118,9 @@ def test_an_interpreter_that_is_not_there_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--config", "ultrafastbert_1x11"), "model.feedforward"),
-        (("--config", "bert_base"), "model.feedforward"),
+        (("--config", "original_fff"), "model.feedforward"),
+        (("--config", "ultrafastbert_symmetric"), "model.tree_activation"),
+        (("--config", "bert_base"), "model.norm"),
         (("--config", "crammed_rope"), "model.positions"),
         (("--train.optimizer", "muon"), "train.optimizer"),
         (("--train.mask-rate", "0.3", "0.15"), "train.mask_rate"),
@@ -117,9 +132,11 @@ def test_a_model_that_the_peer_is_not_is_refused(args, said):
         parse([*args, "--peer-python", "python"])
 
 
-def test_the_peer_needs_an_interpreter():
+def test_there_must_be_something_to_time_beside():
     with pytest.raises(UserError, match="--peer-python"):
         parse([])
+    with pytest.raises(UserError, match="crammed_bert has none"):
+        parse(["--beside", "gather"])
 
 
 def test_sizes_come_from_the_scale_and_single_fields_win():

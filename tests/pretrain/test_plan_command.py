@@ -25,8 +25,8 @@ from ufbert.pretrain.plan_command import plan_command
 from ufbert.pretrain.speeds import PartSpeeds, local_speeds
 
 
-def on_cpu(name, scale="tiny"):
-    run = planned_model(scaled(load_preset(name), scale), dtype="float32", masked_trees=False)
+def on_cpu(name, scale="tiny", trees="gather"):
+    run = planned_model(scaled(load_preset(name), scale), dtype="float32", trees=trees)
     train, data = replace(run.train, batch_rows=8, micro_rows=8), replace(run.data, short_until=0.0)
     return replace(run, train=train, data=data)
 
@@ -51,10 +51,11 @@ def test_memory_between_compiled_sizes_is_that_of_the_compiled_step(dense_counts
 
 
 @pytest.mark.parametrize("name", ["crammed_bert", "ultrafastbert_1x11", "fnet"])
-def test_analytic_bytes_are_near_those_of_the_compiled_step(name):
-    run = on_cpu(name)
+@pytest.mark.parametrize("trees", ["gather", "native"])
+def test_analytic_bytes_are_near_those_of_the_compiled_step(name, trees):
+    run = on_cpu(name, trees=trees)
     count = count_step(run, "gradient", 8, 128)
-    assert train_bytes_per_token(run, masked_trees=False, bfloat16=False) == pytest.approx(count.bytes / 1024, rel=0.2)
+    assert train_bytes_per_token(run, trees=trees, bfloat16=False) == pytest.approx(count.bytes / 1024, rel=0.2)
 
 
 def made_up(gradient=(1e9, 1e6), finish=(1e6, 1e6)) -> RunCounts:
@@ -116,7 +117,7 @@ def test_published_speed_of_crammed_bert_on_an_a6000_is_met():
     """About 105 thousand tokens a second (crammed BERT's issue #45), from analytic counts."""
     run = load_preset("crammed_bert")
     flops = train_flops_per_token(run, masked_trees=True)
-    moved = train_bytes_per_token(run, masked_trees=True, bfloat16=True)
+    moved = train_bytes_per_token(run, trees="masked", bfloat16=True)
     speed = 1 / peak_speeds(find_device("a6000"), "bfloat16").seconds(flops, 0.0, moved)
     assert speed == pytest.approx(105e3, rel=0.25)
 

@@ -25,18 +25,22 @@ PEER_SCRIPT = Path(__file__).parent / "torch_peer.py"
 @dataclass(frozen=True)
 class BenchTrainOptions:
     """Time training on this CPU against the same model in PyTorch: equal parameters, batches, optimizer, float32, cores.
+    PyTorch trains trees as UltraFastBERT's authors do, by computing every neuron and masking.
 
     The losses of the first updates must agree with the peer's to 1e-4 before anything is timed. Then blocks of updates
     alternate between the processes, on new random rows in every round. Printed are median speeds, and the median and
-    quartiles of the ratios of neighbouring blocks. The model must be like crammed_bert, trained with AdamW.
+    quartiles of the ratios of neighbouring blocks. The model must be like crammed_bert or ultrafastbert, trained with AdamW.
     """
 
     peer_python: str = ""
-    """Interpreter of an environment with torch and numpy (torch 2.13 was tried); needed."""
+    """Interpreter of an environment with torch and numpy (torch 2.13 was tried); without it only `beside` is timed."""
     peer: Literal["torch", "torch-compile", "both"] = "torch"
     """Eager PyTorch, the same through torch.compile (which needs a C++ compiler), or both, each in a process of its own."""
     peer_script: str = ""
     """Script to run instead of the packaged peer; `ufbert/bench/worker.py` describes what it must answer."""
+    beside: tuple[Literal["masked", "gather", "native", "dense"], ...] = ()
+    """What of ours is timed, too: the same trees computed otherwise, or the same model with a GELU layer of 4 x width
+    neurons (3,072 at base) for its feedforward."""
     config: str = "crammed_bert"
     """Preset name (see `ufbert presets`) or the path of a preset file."""
     scale: Scale = "mini"
@@ -81,24 +85,41 @@ def parse(args: list[str]) -> BenchTrainOptions:
     named = read(BenchTrainOptions())
     run = scaled(load_preset(named.config), "base" if named.scale == "auto" else named.scale)
     options = read(replace(named, model=run.model, train=run.train, data=run.data))
-    if not options.peer_python:
-        raise UserError("Name the interpreter that has torch, with --peer-python PATH.")
-    check_peer_is_equal(options.run)
+    if not options.peer_python and not options.beside:
+        raise UserError(
+            "Name the interpreter that has torch, with --peer-python PATH, or something of ours, with --beside."
+        )
+    if options.peer_python:
+        check_peer_is_equal(options.run)
+    trees = sorted({"masked", "gather", "native"} & set(options.beside))
+    if trees and "tree" not in options.model.feedforward:
+        raise UserError(f"--beside {trees[0]} is another way to compute trees, and {options.config} has none.")
     return options
 
 
 def check_peer_is_equal(run: RunConfig) -> None:
-    """Raises UserError unless `run` trains a dense crammed BERT with AdamW, which is all that the peer knows."""
+    """Raises UserError unless `run` trains a crammed BERT or an UltraFastBERT with AdamW, which is all that the peer knows."""
+    kind = run.model.feedforward[0]
     layers = ENCODERS["crammed"] | {"head_transform": False, "head_bias": False}
+    if kind in ("dense", "tree"):
+        layers |= {"feedforward": (kind,), "tree_activation": "gelu", "tree_balance": 0.0}
     recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": run.train.mask_rate[:1]}
     for part, wanted in (("model", layers), ("train", recipe)):
         found = getattr(run, part)
         name = find_difference(found, wanted)
         if name:
             raise UserError(
-                f"The peer is a crammed BERT trained with AdamW: it has {part}.{name} {wanted[name]!r}, not "
+                f"The peer is a crammed BERT or UltraFastBERT trained with AdamW: it has {part}.{name} {wanted[name]!r}, not "
                 f"{getattr(found, name)!r}."
             )
+
+
+def beside_run(run: RunConfig, what: Literal["masked", "gather", "native", "dense"]) -> RunConfig:
+    """`run` with its trees computed in that way, or with dense layers for its feedforward."""
+    model = run.model
+    if what == "dense":
+        return replace(run, model=replace(model, feedforward=("dense",), d_hidden=4 * model.d_model))
+    return replace(run, model=replace(model, tree_backend=what))
 
 
 def bench_command(args: list[str]) -> None:
@@ -127,8 +148,10 @@ def train_command(args: list[str]) -> None:
 
     command = (options.peer_python, options.peer_script or str(PEER_SCRIPT), "{folder}")
     known: dict[str, tuple[str, ...]] = {"torch": command, "torch-compile": (*command, "compile")}
-    peers = {name: known[name] for name in (known if options.peer == "both" else [options.peer])}
+    wanted = list(known) if options.peer == "both" else [options.peer]
+    peers = {name: known[name] for name in (wanted if options.peer_python else [])}
+    beside = {f"our {name}": beside_run(options.run, name) for name in options.beside}
     size = Race(options.rows, options.checked, options.updates, options.blocks, options.seed)
     with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as folder:
-        report = race(Path(folder), options.run, peers, size)
+        report = race(Path(folder), options.run, peers, size, beside)
     show(report, "trains", lambda one: f"{one['tokens_per_second']:>10,.0f} tokens/s", options.json)

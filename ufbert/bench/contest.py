@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,12 +142,18 @@ def alternate(contestants: Sequence[Contestant], first: int, updates: int, block
 
 
 def compete(
-    folder: Path, worker: Sequence[str], peers: Mapping[str, Sequence[str]], size: Race, warm: int = 0
+    folder: Path,
+    worker: Sequence[str],
+    peers: Mapping[str, Sequence[str]],
+    size: Race,
+    warm: int = 0,
+    unchecked: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train in `worker`, our side, and in each peer, in turns: the report of it, in which callers name speeds.
 
     Commands are lists in which `{folder}` stands for the job folder, whose first `size.checked` batches are the same for
-    all, followed by `warm` batches that are trained on before the first block. Raises UserError if a contestant fails, or
+    all, followed by `warm` batches that are trained on before the first block. Peers named in `unchecked` train another model,
+    on which the report says nothing but their speed. Raises UserError if a contestant fails, or
     if a peer's losses say that it does not train the same model; then nothing has been timed.
     """
     machine = machine_facts()
@@ -159,7 +165,9 @@ def compete(
         for one in contestants:
             one.wait_ready()
         losses = {one.name: one.train(0, size.checked)[0] for one in contestants}
-        differences = {name: check_losses(name, losses[name], losses["ufbert"]) for name in peers}
+        differences = {
+            name: None if name in unchecked else check_losses(name, losses[name], losses["ufbert"]) for name in peers
+        }
         if warm:
             for one in contestants:
                 one.train(size.checked, warm)

@@ -1,4 +1,4 @@
-"""The peer of `ufbert bench train`: the dense crammed BERT in PyTorch, run by an interpreter that has torch and numpy.
+"""The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, run by an interpreter that has torch and numpy.
 
 Stands alone: it imports nothing of ufbert and ufbert never imports it. It speaks the protocol of `ufbert.bench.worker`: the
 job folder as argument, one JSON line a message. A second argument `compile` puts the loss through `torch.compile`.
@@ -34,30 +34,6 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-class Block(nn.Module):
-    """x + attention(norm x), then x + GeGLU(norm x); no biases outside the norms."""
-
-    def __init__(self, d: int, heads: int, hidden: int, eps: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.mixer_norm = nn.LayerNorm(d, eps=eps)
-        self.query_key_value = nn.Linear(d, 3 * d, bias=False)
-        self.out = nn.Linear(d, d, bias=False)
-        self.feedforward_norm = nn.LayerNorm(d, eps=eps)
-        self.gate_value = nn.Linear(d, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, d, bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        b, t, d = x.shape
-        parts = self.query_key_value(self.mixer_norm(x)).view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        rate = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        x = x + F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), rate)
-        gate, value = self.gate_value(self.feedforward_norm(x)).chunk(2, dim=-1)
-        return x + F.dropout(self.down(F.gelu(gate) * value), rate)
-
-
 def put(arrays: dict[str, np.ndarray], to: Tensor, *names: str) -> None:
     """Move arrays of those names, side by side, into a parameter; kernels are (in, out) in ufbert."""
     joined = np.concatenate([arrays.pop(name) for name in names], axis=-1)
@@ -77,6 +53,101 @@ def check_empty(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"parameters that this model does not have: {', '.join(sorted(arrays))}")
 
 
+class Glu(nn.Module):
+    """(GELU(x W_gate) * x W_value) W_out."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        d, hidden = model["d_model"], model["d_hidden"]
+        self.gate_value, self.down = nn.Linear(d, 2 * hidden, bias=False), nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        return self.down(F.gelu(gate) * value)
+
+    def load(self, arrays: dict[str, np.ndarray], at: str) -> None:
+        """Take parameters over from a flat dict of the names and layouts of ufbert."""
+        put(arrays, self.gate_value.weight, f"{at}.glu.gate.kernel", f"{at}.glu.value.kernel")
+        put(arrays, self.down.weight, f"{at}.glu.out.kernel")
+
+
+class Dense(nn.Module):
+    """GELU(x W_in) W_out."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        d, hidden = model["d_model"], model["d_hidden"]
+        self.up, self.down = nn.Linear(d, hidden, bias=False), nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def load(self, arrays: dict[str, np.ndarray], at: str) -> None:
+        """Take parameters over."""
+        put(arrays, self.up.weight, f"{at}.dense.in.kernel")
+        put(arrays, self.down.weight, f"{at}.dense.out.kernel")
+
+
+class MaskedTrees(nn.Module):
+    """UltraFastBERT's layer as its authors train it: every neuron's activation, times a mask of the path.
+
+    The mask is made as theirs, level by level from the signs of all logits, by gather and scatter, without gradient.
+    """
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.trees, self.depth = model["n_trees"], model["tree_depth"]
+        self.nodes = 2 ** (self.depth + 1) - 1
+        d, neurons = model["d_model"], self.trees * self.nodes
+        self.up, self.down = nn.Linear(d, neurons), nn.Linear(neurons, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.up(x).flatten(0, -2)
+        return self.down(F.gelu(logits) * self.mask(logits)).view_as(x)
+
+    @torch.no_grad()
+    def mask(self, logits: Tensor) -> Tensor:
+        """One where a neuron is on the row's path, else zero."""
+        right = logits.view(-1, self.trees, self.nodes) > 0
+        mask = torch.zeros(right.shape)
+        node = torch.zeros(*right.shape[:2], 1, dtype=torch.long)
+        mask.scatter_(2, node, 1.0)
+        for _ in range(self.depth):
+            node = 2 * node + 1 + right.gather(2, node)
+            mask.scatter_(2, node, 1.0)
+        return mask.view_as(logits)
+
+    def load(self, arrays: dict[str, np.ndarray], at: str) -> None:
+        """Take parameters over; trees are (m, n, d) in ufbert."""
+        with torch.no_grad():
+            self.up.weight.copy_(torch.from_numpy(arrays.pop(f"{at}.tree.w_in")).flatten(0, 1))
+            self.up.bias.copy_(torch.from_numpy(arrays.pop(f"{at}.tree.bias")).flatten())
+            self.down.weight.copy_(torch.from_numpy(arrays.pop(f"{at}.tree.w_out")).flatten(0, 1).T)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feedforward(norm x)."""
+
+    def __init__(self, model: dict[str, Any], dropout: float = 0.0) -> None:
+        super().__init__()
+        d, eps = model["d_model"], model["norm_eps"]
+        self.heads, self.dropout = model["n_heads"], dropout
+        self.mixer_norm = nn.LayerNorm(d, eps=eps)
+        self.query_key_value = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.feedforward_norm = nn.LayerNorm(d, eps=eps)
+        self.feedforward = {"glu": Glu, "dense": Dense, "tree": MaskedTrees}[model["feedforward"][0]](model)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        b, t, d = x.shape
+        parts = self.query_key_value(self.mixer_norm(x)).view(b, t, 3, self.heads, d // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        rate = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        x = x + F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), rate)
+        return x + F.dropout(self.feedforward(self.feedforward_norm(x)), rate)
+
+
 class CrammedBert(nn.Module):
     """Ids to the mean masked-LM loss, logits at the hidden positions only, through the token embedding."""
 
@@ -87,8 +158,7 @@ class CrammedBert(nn.Module):
         self.tokens = nn.Embedding(model["vocab_size"], d, padding_idx=model["pad_id"])
         self.position_scale = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(d, eps=eps)
-        size = (d, model["n_heads"], model["d_hidden"], eps, dropout)
-        self.layers = nn.ModuleList(Block(*size) for _ in range(model["n_layers"]))
+        self.layers = nn.ModuleList(Block(model, dropout) for _ in range(model["n_layers"]))
         self.final_norm = nn.LayerNorm(d, eps=eps)
         rate = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
         angle = torch.outer(torch.arange(model["max_len"]).float(), rate)
@@ -119,8 +189,7 @@ class CrammedBert(nn.Module):
             inputs = [f"{at}.attention.{part}.kernel" for part in ("query", "key", "value")]
             put(arrays, layer.query_key_value.weight, *inputs)
             put(arrays, layer.out.weight, f"{at}.attention.out.kernel")
-            put(arrays, layer.gate_value.weight, f"{at}.glu.gate.kernel", f"{at}.glu.value.kernel")
-            put(arrays, layer.down.weight, f"{at}.glu.out.kernel")
+            layer.feedforward.load(arrays, at)
         check_empty(arrays)
 
 

@@ -23,14 +23,30 @@ DOCUMENT_LEN = 32
 """Mean length of the random documents, in tokens."""
 
 
-def race(folder: Path, run: RunConfig, peers: Mapping[str, Sequence[str]], size: Race) -> dict[str, Any]:
+OURS = (sys.executable, "-m", "ufbert.bench.worker")
+
+
+def race(
+    folder: Path,
+    run: RunConfig,
+    peers: Mapping[str, Sequence[str]],
+    size: Race,
+    beside: Mapping[str, RunConfig] | None = None,
+) -> dict[str, Any]:
     """Train `run` here and in each peer, in turns, and report speeds and ratios.
 
-    `peers` maps a name to the command that starts it, in which `{folder}` stands for the job folder. Raises UserError if
-    a peer fails, or if its losses say that it does not train the same model; then nothing has been timed.
+    `peers` maps a name to the command that starts it, in which `{folder}` stands for the job folder; `beside` a name to
+    something else that we train. Raises UserError if a peer fails, or if its losses say that it does not train the same
+    model; then nothing has been timed. (What is `beside` may have another feedforward, and only then is not checked.)
     """
     write_job(folder, run, size)
-    report = compete(folder, (sys.executable, "-m", "ufbert.bench.worker", "{folder}"), peers, size)
+    beside = beside or {}
+    for name, other in beside.items():
+        (folder / name).mkdir()
+        write_job(folder / name, other, size)
+    ours = {name: (*OURS, str(folder / name)) for name in beside}
+    unchecked = [name for name, other in beside.items() if other.model.feedforward != run.model.feedforward]
+    report = compete(folder, (*OURS, "{folder}"), {**peers, **ours}, size, unchecked=unchecked)
     report["job"]["run"] = to_json(run)
     tokens = size.updates * size.rows * run.data.seq_len
     for one in report["contestants"]:

@@ -37,7 +37,7 @@ class Predictor:
         on_cpu = jax.default_backend() == "cpu"
         self.config = replace(
             model.config,
-            tree_backend="gather" if on_cpu else model.config.tree_backend,
+            tree_backend="auto" if on_cpu else model.config.tree_backend,
             dtype="float32" if on_cpu else model.config.dtype,
         )
         self.model = model

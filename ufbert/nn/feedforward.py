@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ufbert.config import ModelConfig
+from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
 from ufbert.ops import fff, leaf_fff, native, switch
 from ufbert.ops.activations import ACTIVATIONS
@@ -70,9 +70,8 @@ class TreeFeedForward(nn.Module):
         bias = self.param("bias", start_bias, shape[:2])
         w_out = self.param("w_out", start_out, shape)
         activation = ACTIVATIONS[cfg.tree_activation]
-        y = fff.fast_feedforward(
-            x, w_in, bias, w_out, backend=tree_backend(cfg), activation=activation, dtype=compute_dtype(cfg)
-        )
+        backend = tree_backend(cfg, x.size // cfg.d_model)
+        y = fff.fast_feedforward(x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg))
         aux: Aux = {}
         balanced = context.training and cfg.tree_balance > 0
         if balanced or context.statistics:
@@ -185,16 +184,22 @@ def _uniform(fan: int) -> nn.initializers.Initializer:
     return start
 
 
-def tree_backend(config: ModelConfig) -> fff.Backend:
-    """`config.tree_backend`, with auto resolved for the default device: gather on a CPU, else masked. Native kernels that
-    cannot be had here (a model may come from another machine) are replaced as by auto, and one line says why."""
-    if config.tree_backend == "native" and not native.unavailable():
+def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
+    """`config.tree_backend`, with auto resolved for the default device and calls of so many rows (tokens).
+
+    Native kernels that cannot be had here are replaced, and one line says why. `auto` does not take them where a CPU stands
+    for several devices: XLA, which knows nothing of them, would have every device compute all rows.
+    """
+    wanted, platform = config.tree_backend, jax.default_backend()
+    if wanted in ("masked", "gather"):
+        return wanted
+    tried = wanted == "native" or (platform == "cpu" and jax.device_count() == 1)
+    why = native.unavailable() if tried else ""
+    if wanted == "native" and not why:
         return "native"
-    if config.tree_backend in ("masked", "gather"):
-        return config.tree_backend
-    usual = "gather" if jax.default_backend() == "cpu" else "masked"
-    if config.tree_backend == "native":
-        _say_once(f"no native tree kernels: {native.unavailable()}; {usual} computes the trees instead")
+    usual = fff.usual_backend(platform, rows, config.tree_depth, native_kernels=tried and not why)
+    if why:
+        _say_once(f"no native tree kernels: {why}; {usual} computes the trees instead")
     return usual
 
 

@@ -108,12 +108,14 @@ def resolve(args: list[str], platform: str) -> Resolved:
         options = _shaped(args, options, preset, scale)
         options = replace(options, train=with_batch(options.train, scale, None))
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
+    from ufbert import nn
     from ufbert.cost import plan
     from ufbert.pretrain.speeds import local_speeds
 
     assert budget.seconds is not None
     speeds = local_speeds(scaled(preset, SPEED_SCALE))
-    found = plan(preset, options.scale, budget.seconds, speeds, on_cpu=on_cpu, bfloat16=not on_cpu)
+    trees = nn.tree_backend(options.model, preset.micro_tokens)
+    found = plan(preset, options.scale, budget.seconds, speeds, trees=trees, bfloat16=not on_cpu)
     options = _shaped(args, options, preset, found.scale)
     options = replace(options, train=with_batch(options.train, found.scale, found.tokens / options.data.seq_len))
     return Resolved(options, found.tokens, found.reason)

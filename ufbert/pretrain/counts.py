@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ufbert.config import RunConfig
+from ufbert.config import RunConfig, TreeBackend
 
 
 class StepCount(NamedTuple):
@@ -141,16 +141,15 @@ def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
     return update
 
 
-def planned_model(run: RunConfig, *, dtype: str, masked_trees: bool) -> RunConfig:
+def planned_model(run: RunConfig, *, dtype: str, trees: TreeBackend) -> RunConfig:
     """`run` with every `auto` of its model decided for the planned device, which may not be the one that compiles."""
     model = run.model
-    backend = "masked" if masked_trees else "gather"
     return replace(
         run,
         model=replace(
             model,
             dtype=dtype if model.dtype == "auto" else model.dtype,
-            tree_backend=backend if model.tree_backend == "auto" else model.tree_backend,
+            tree_backend=trees if model.tree_backend == "auto" else model.tree_backend,
         ),
     )
 

@@ -121,7 +121,7 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
     with StopSignals() as signals:
         session = _Session(
             run, data, around, clock, layout, steps, heldout, checkpoints, signals, shapes, state, metrics, live,
-            flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model) == "masked"),
+            flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model, run.micro_tokens) == "masked"),
             save_seconds=0.5 + size / 200e6,
         )  # fmt: skip
         try:
@@ -366,7 +366,7 @@ def _finish(session: _Session) -> dict[str, Any]:
         "flops_per_token": session.flops_per_token,
         "peak_flops": around.peak_flops,
         "memory_bytes": memory_bytes(),
-        "tree_backend": nn.tree_backend(run.model),
+        "tree_backend": nn.tree_backend(run.model, run.micro_tokens),
         "device": str(jax.devices()[0].device_kind),
         "devices": len(session.layout.devices),
         "processes": jax.process_count(),

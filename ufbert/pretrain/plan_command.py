@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ufbert.config import DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale
+from ufbert.config import DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale, TreeBackend
 from ufbert.device import use_device
 from ufbert.devices import DevicePeaks, device_of_kind, find_device
 from ufbert.errors import UserError
@@ -90,7 +90,7 @@ def plan_command(args: list[str]) -> None:
     from ufbert.pretrain.plan_tables import plan_facts, show_plan
     from ufbert.pretrain.speeds import PartSpeeds, local_speeds
 
-    run = planned_model(options.run, dtype=target.dtype, masked_trees=not target.on_cpu)
+    run = planned_model(options.run, dtype=target.dtype, trees=_trees(options.run, target))
     print(
         f"{options.config} at scale {options.scale} on {target.name}, {options.budget}\n  scale: {reason}", flush=True
     )
@@ -142,6 +142,13 @@ def _target(name: str) -> Target:
     return Target(kind, peaks, on_cpu=False, local=True, dtype=peaks.dtype if peaks else "bfloat16")
 
 
+def _trees(run: RunConfig, target: Target) -> TreeBackend:
+    """What computes trees on the planned device, which for an accelerator is not the one that jax runs on."""
+    from ufbert import nn
+
+    return nn.tree_backend(run.model, run.micro_tokens) if target.on_cpu else "masked"
+
+
 def _rescaled(args: list[str], preset: RunConfig, budget: Budget, target: Target) -> tuple[PlanOptions, str]:
     """Options with preset and scale decided, as training decides them, and why; fields on the command line win."""
 
@@ -160,6 +167,6 @@ def _rescaled(args: list[str], preset: RunConfig, budget: Budget, target: Target
         peaks, sample = target.peaks, scaled(preset, SPEED_SCALE)
         speeds = peak_speeds(peaks, target.dtype) if peaks else local_speeds(sample)
         bfloat16 = target.dtype == "bfloat16"
-        found = plan(preset, "auto", budget.seconds, speeds, on_cpu=target.on_cpu, bfloat16=bfloat16)
+        found = plan(preset, "auto", budget.seconds, speeds, trees=_trees(over(preset).run, target), bfloat16=bfloat16)
         scale, reason = found.scale, found.reason
     return replace(over(with_recipe(scaled(preset, scale), options.recipe, scale)), scale=scale), reason

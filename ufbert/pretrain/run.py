@@ -295,7 +295,11 @@ def _headline(options: TrainOptions) -> str:
 
     model = options.model
     mixers, kinds = (list(dict.fromkeys(layer[part] for layer in model.layers)) for part in (0, 1))
-    tree = f" {model.n_trees}x{model.tree_depth} ({nn.tree_backend(model)})" if "tree" in kinds else ""
+    tree = (
+        f" {model.n_trees}x{model.tree_depth} ({nn.tree_backend(model, options.run.micro_tokens)})"
+        if "tree" in kinds
+        else ""
+    )
     mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
     return (
         f"{options.config}: {model.n_layers} layers x {model.d_model}, {mixing}{'+'.join(kinds)}{tree} feedforward, "

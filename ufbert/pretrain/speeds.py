@@ -25,6 +25,7 @@ from ufbert.cost import (
     peak_speeds,
 )
 from ufbert.devices import device_of_kind
+from ufbert.nn import tree_backend
 from ufbert.ops.activations import ACTIVATIONS
 from ufbert.ops.attention import attention
 from ufbert.ops.fff import fast_feedforward
@@ -169,7 +170,8 @@ def _feedforward_part(model: ModelConfig, kind: FeedForwardKind, tokens: int, ti
     if kind == "tree":
         x, shape = _random(tokens, model.d_model), (model.n_trees, model.nodes_per_tree)
         w = _random(*shape, model.d_model)
-        walk = _derivative(lambda x, w: fast_feedforward(x, w, jnp.zeros(shape), w, backend="gather"))
+        backend = tree_backend(model, tokens)
+        walk = _derivative(lambda x, w: fast_feedforward(x, w, jnp.zeros(shape), w, backend=backend))
         return _part(walk, (x, w), times)
     activation, width = ACTIVATIONS[model.activation], model.d_hidden
     if kind == "leaf_tree":
