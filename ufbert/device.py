@@ -27,10 +27,10 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # from malloc.h
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # from malloc.h
     mallopt(arena_max, 1)
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)  # a step's buffer may be larger than any threshold
+    mallopt(trim_threshold, -1)
 
 
 def visible_accelerator() -> str | None:

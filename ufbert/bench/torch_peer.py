@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((-8, 1), (-3, 1 << 30), (-1, 2**31 - 1)):  # arenas, mmap threshold, trim threshold
+    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # arenas, mmap, trim threshold
         mallopt(option, value)
 
 
