@@ -53,14 +53,18 @@ def _nvidia_smi_lists_one() -> bool:
     return found.returncode == 0 and "GPU " in found.stdout
 
 
-def use_device(device: Device, distributed: str = "") -> str:
+def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     """Start jax on `device` and return its platform (cpu, gpu or tpu), after joining the other processes of a `distributed`
     run. What it compiles is kept in the user's cache, so that a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set,
-    is obeyed instead).
+    is obeyed instead). `threads` limits what a CPU computes with; 0 for all cores.
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
     keep_freed_memory()
+    if threads < 0:
+        raise UserError(f"--threads is {threads}; it must be 0, for all cores, or more.")
+    if threads:
+        os.environ["NPROC"] = str(threads)  # what XLA and the native kernels go by
     if device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax

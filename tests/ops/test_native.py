@@ -103,7 +103,7 @@ def assert_close(found, wanted) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, rtol=0)
 
 
-tree_forward = jax.jit(native.tree_forward, static_argnames="activation")
+tree_forward = jax.jit(native.tree_forward, static_argnames=("activation", "layer", "layers"))
 tree_forward_saving = jax.jit(native.tree_forward_saving, static_argnames="activation")
 tree_backward = jax.jit(native.tree_backward, static_argnames="activation")
 leaf_forward = jax.jit(native.leaf_forward, static_argnames="activation")
@@ -173,6 +173,19 @@ def test_random_leaves_equal_the_hard_descent(shape, activation):
         y, leaf = leaf_forward(x, node_w, node_b, own_in, b_in, own_out, b_out, activation=activation)
         np.testing.assert_array_equal(leaf[clear], wanted_leaf[clear])
         assert_close(y[clear], wanted[clear])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_layer_of_many_in_one_array_is_that_layer_alone(kind):
+    x, w_in, bias, w_out = draw_tree(3, 120, 6, 4, 20)
+    own_in, own_out = stored(w_in, "float32" if "exact" in kind else kind), stored(w_out, kind.removeprefix("exact "))
+    for layer in range(3):
+        two = slice(2 * layer, 2 * layer + 2)
+        alone = tree_forward(x, *(jax.tree.map(lambda a, two=two: a[two], part) for part in (own_in, bias, own_out)))
+        np.testing.assert_array_equal(tree_forward(x, own_in, bias, own_out, layer=layer, layers=3), alone)
+    for layer, layers in [(3, 3), (-1, 3), (0, 4), (0, 0)]:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no such layer"):
+            tree_forward(x, own_in, bias, own_out, layer=layer, layers=layers)
 
 
 # ---- narrow weights ----

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ufbert.bench.layer_paths import Tree, tree_layer, tree_layers, tree_nodes
+from ufbert.bench.layer_paths import Tree, gather_layer, native_layer, stacked, tree_layers, tree_nodes
 from ufbert.bench.layer_worker import Runner, Worker, jax_runner
 from ufbert.cost import least_seconds, measured_flops
 from ufbert.ops import native
@@ -46,7 +46,7 @@ class OurWorker(Worker):
         input `x` (l, k, d) and of the nodes by path (l, k, m, s).
         """
         x = jnp.asarray(self.inputs[:rows])
-        layer, reference = jax.jit(tree_layer("gather", self.threads)), jax.jit(tree_nodes("gather", self.threads))
+        layer, reference = jax.jit(gather_layer), jax.jit(tree_nodes("gather", self.threads))
         nodes_of = {path: jax.jit(tree_nodes(path, self.threads)) for path in self.weights}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in ("x", *self.weights)}
         changed: dict[str, list[float]] = {path: [] for path in self.weights}
@@ -80,13 +80,33 @@ class OurWorker(Worker):
         return own[message["do"]]() if message["do"] in own else super().answer(message)
 
 
+def native_runner(layers: list[Tree], threads: int) -> Runner:
+    """The kernels on these weights, as an engine would keep them: every argument of a call costs jax time, so all layers lie
+    in one array of each kind."""
+    weights, one = stacked(layers), native_layer(threads, len(layers))
+    single = jax.jit(one, static_argnums=2)
+
+    def all_layers(x: jax.Array, weights: Tree) -> jax.Array:
+        for i in range(len(layers)):
+            x = one(x, weights, i)
+        return x
+
+    whole = jax.jit(all_layers)
+    return Runner(
+        lambda x: whole(x, weights).block_until_ready(), lambda i, x: single(x, weights, i).block_until_ready()
+    )
+
+
 def make_ours(
     folder: Path, arrays: dict[str, np.ndarray], paths: list[str], threads: int, facts: str
 ) -> tuple[str, Worker]:
     """What our process is, and what answers for it."""
     exact = tree_layers(arrays, "native")
     weights = {path: exact if path in ("gather", "native") else tree_layers(arrays, path) for path in paths}
-    runners = {path: jax_runner(tree_layer(path, threads), weights[path]) for path in paths}
+    runners = {
+        path: jax_runner(gather_layer, exact) if path == "gather" else native_runner(weights[path], threads)
+        for path in paths
+    }
     if any(path != "gather" for path in paths):
         facts += f", {native.instruction_set()} kernels of ufbert {importlib.metadata.version('ufbert')}"
     return facts, OurWorker(folder, runners, weights, exact, threads)

@@ -52,18 +52,25 @@ def tree_layers(arrays: dict[str, np.ndarray], path: str) -> list[Tree]:
     ]
 
 
-def tree_layer(path: str, threads: int) -> Layer:
-    """A path of ours."""
+def gather_layer(x: Float[Array, "b d"], weights: Tree) -> Float[Array, "b d"]:
+    """Rows + the layer of rows, by the gather path."""
+    w_in, bias, w_out = weights
+    return x + fff.fast_feedforward(x, w_in, bias, w_out, backend="gather")
 
-    def gather(x: Array, weights: Tree) -> Array:
+
+def stacked(layers: list[Tree]) -> tuple[Any, Float[Array, "lm n"], Any]:
+    """The weights of all layers, one after the other in one array of each kind."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+
+
+def native_layer(threads: int, layers: int) -> Callable[..., Array]:
+    """(rows, stacked weights, i) -> rows + layer i of rows, by the kernels."""
+
+    def layer(x: Array, weights: Tree, i: int) -> Array:
         w_in, bias, w_out = weights
-        return x + fff.fast_feedforward(x, w_in, bias, w_out, backend="gather")
+        return native.tree_forward(x, w_in, bias, w_out, residual=x, layer=i, layers=layers, threads=threads)
 
-    def through_kernel(x: Array, weights: Tree) -> Array:
-        w_in, bias, w_out = weights
-        return native.tree_forward(x, w_in, bias, w_out, residual=x, threads=threads)
-
-    return gather if path == "gather" else through_kernel
+    return layer
 
 
 def tree_nodes(path: str, threads: int) -> Callable[[Float[Array, "b d"], Tree], Array]:

@@ -5,7 +5,7 @@ Outside this package a model is a `ModelConfig` and `params`, a nested dict of f
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ufbert.nn.encoder import Encoder
 from ufbert.nn.feedforward import tree_backend
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler, pooled_input
 from ufbert.nn.layers import Aux, compute_dtype
+from ufbert.ops import native
 
 Params = Mapping[str, Any]
 
@@ -30,6 +31,7 @@ __all__ = [
     "init",
     "init_classifier",
     "masked_lm_logits",
+    "narrow_trees",
     "pool",
     "pooled_input",
     "shapes",
@@ -69,10 +71,32 @@ def encode(
     progress: Float[Array, ""] | float = 1.0,
     statistics: bool = False,
 ) -> tuple[Float[Array, "b t d"], Aux]:
-    """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`."""
+    """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`.
+
+    Where `params` has a part `narrow` (`narrow_trees`), tree layers compute with the weights in it, forward only.
+    """
     apply: Any = Encoder(config).apply
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics}
-    return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
+    variables = {"params": params["encoder"]} | ({"narrow": params["narrow"]} if "narrow" in params else {})
+    return apply(variables, ids, segment_ids, position_ids, key, deterministic, **options)
+
+
+def narrow_trees(
+    params: Params, dtype: Literal["bfloat16", "int8"], exact_routing: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The part `narrow`: every tree's weights in a narrower type, int8 with one factor a node; with `exact_routing` those
+    of the output alone. Empty for a model without trees."""
+
+    def narrow(weights: Array) -> Any:
+        return native.quantize(weights) if dtype == "int8" else weights.astype(jnp.bfloat16)
+
+    trees = {name: layer["tree"] for name, layer in params["encoder"].items() if "tree" in layer}
+    return {
+        name: {
+            "tree": {"w_in": tree["w_in"] if exact_routing else narrow(tree["w_in"]), "w_out": narrow(tree["w_out"])}
+        }
+        for name, tree in trees.items()
+    }
 
 
 def aux_loss(aux: Aux) -> Float[Array, ""]:

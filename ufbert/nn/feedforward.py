@@ -51,7 +51,8 @@ class TreeFeedForward(nn.Module):
     """K trees of depth D (`ufbert.ops.fff`). A node is one contiguous row of `w_in` and of `w_out`.
 
     Initialised as the reference trains it: N(0, init_std) for both matrices, zero bias (the class's own uniform
-    initialisation is overwritten there; `tree_init = "uniform"` restores it).
+    initialisation is overwritten there; `tree_init = "uniform"` restores it). A variable collection `narrow` with other
+    `w_in` and `w_out` replaces both; the statistics then say which share of the rows takes another path for it.
     """
 
     config: ModelConfig
@@ -71,7 +72,17 @@ class TreeFeedForward(nn.Module):
         w_out = self.param("w_out", start_out, shape)
         activation = ACTIVATIONS[cfg.tree_activation]
         backend = tree_backend(cfg, x.size // cfg.d_model)
-        y = fff.fast_feedforward(x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg))
+        narrow = None
+        if self.has_variable("narrow", "w_out"):
+            narrow = self.get_variable("narrow", "w_in"), self.get_variable("narrow", "w_out")
+        if narrow is not None and backend == "native":
+            flat = x.reshape(-1, cfg.d_model)
+            y = native.tree_forward(flat, narrow[0], bias, narrow[1], activation=cfg.tree_activation).reshape(x.shape)
+        else:
+            used_in, used_out = (w_in, w_out) if narrow is None else map(native.restore, narrow)
+            y = fff.fast_feedforward(
+                x, used_in, bias, used_out, backend=backend, activation=activation, dtype=compute_dtype(cfg)
+            )
         aux: Aux = {}
         balanced = context.training and cfg.tree_balance > 0
         if balanced or context.statistics:
@@ -81,6 +92,10 @@ class TreeFeedForward(nn.Module):
                 aux["tree_balance_loss"] = cfg.tree_balance * fff.balance_loss(nodes, logits, n, real)
             if context.statistics:
                 aux["visits"] = fff.node_visits(nodes, n, real)
+            if context.statistics and narrow is not None:
+                other = fff.path_nodes(rows, native.restore(narrow[0]), bias)[0]
+                changed = jnp.any(other != nodes, axis=(1, 2))
+                aux["changed_routes"] = jnp.mean(changed, where=None if real is None else real)
         return y, aux
 
 

@@ -59,6 +59,13 @@ def quantize(weights: Float[Array, "*rows d"]) -> Quantized:
     return Quantized(jnp.round(weights / scale[..., None]).astype(jnp.int8), scale)
 
 
+def restore(weights: "Weights") -> Float[Array, "*rows d"]:
+    """The float32 numbers that weights of any type stand for."""
+    if isinstance(weights, Quantized):
+        return weights.rows.astype(jnp.float32) * weights.scale[..., None]
+    return weights.astype(jnp.float32)
+
+
 Weights = Any
 """Float32 or bfloat16 arrays, or `Quantized`."""
 
@@ -67,12 +74,12 @@ def _parts(weights: Weights) -> tuple[Array, Array]:
     return weights if isinstance(weights, Quantized) else (weights, jnp.zeros((0,), jnp.float32))
 
 
-def _call(name: str, out: Any, *args: Array, activation: str, threads: int) -> Any:
+def _call(name: str, out: Any, *args: Array, activation: str, threads: int, **numbers: int) -> Any:
     if unavailable():
         raise CannotBuild(unavailable())
-    number = np.int32(ACTIVATIONS.index(activation))
+    kind = np.int32(ACTIVATIONS.index(activation))
     call = jax.ffi.ffi_call(f"ufbert_{name}", out, vmap_method="sequential")
-    return call(*args, activation=number, threads=np.int64(threads))
+    return call(*args, activation=kind, threads=np.int64(threads), **{k: np.int64(v) for k, v in numbers.items()})
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -92,14 +99,18 @@ def tree_forward(
     *,
     activation: str = "gelu",
     residual: Float[Array, "b d"] | None = None,
+    layer: int = 0,
+    layers: int = 1,
     threads: int = 0,
 ) -> Float[Array, "b d"]:
     """`ufbert.ops.fff.fast_feedforward`, plus `residual` where given, on at most `threads` threads (0: all of XLA's).
 
-    `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing).
+    `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing). The arrays may
+    hold the trees of all of a model's `layers`, one layer after the other, of which this is number `layer`: jax takes a
+    microsecond or two for each argument of a call, of which a single row through one layer takes ten.
     """
     args = _inputs(x, w_in, bias, w_out, residual)
-    return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads)
+    return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads, layer=layer, layers=layers)
 
 
 def tree_forward_saving(

@@ -185,6 +185,8 @@ using S32 = ffi::Buffer<ffi::S32>;
 // An array without elements stands for one that is left out.
 float* data_or_null(const F32& buffer) { return buffer.element_count() ? buffer.typed_data() : nullptr; }
 
+int64_t size_of(Type type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
+
 bool read_type(const ffi::AnyBuffer& buffer, Type& type) {
   switch (buffer.element_type()) {
     case ffi::F32: type = kFloat32; return true;
@@ -219,14 +221,16 @@ constexpr char kUnfitRows[] = "the rows' shapes do not fit each other and the we
 constexpr char kUnknown[] = "there is no such activation";
 
 ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
-                       F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int32_t activation, int64_t threads) {
+                       F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int64_t layer, int64_t layers,
+                       int32_t activation, int64_t threads) {
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
   Forward f{};
   const auto shape = w_in.dimensions();
   if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
-  f.b = x.dimensions()[0], f.m = shape[0], f.n = shape[1], f.d = shape[2];
-  const int64_t trees = f.m * f.n;
+  if (layers < 1 || layer < 0 || layer >= layers || shape[0] % layers) return wrong("there is no such layer in the weights");
+  f.b = x.dimensions()[0], f.m = shape[0] / layers, f.n = shape[1], f.d = shape[2];
+  const int64_t trees = shape[0] * f.n;
   if (!read_type(w_in, f.in_type) || !read_type(w_out, f.out_type)) return wrong("weights are float32, bfloat16 or int8");
   if (f.in_type != f.out_type && f.in_type != kFloat32) return wrong("input weights have the type of the others, or float32");
   if (!full_tree(f.n)) return wrong(kNodes);
@@ -239,8 +243,13 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
       (nodes && !(has(*nodes, f.b * f.m * steps) && has(*z, f.b * f.m * steps))))
     return wrong(kUnfitRows);
   if (!known(activation)) return wrong(kUnknown);
-  f.x = x.typed_data(), f.w_in = w_in.untyped_data(), f.bias = bias.typed_data(), f.w_out = w_out.untyped_data();
+  const int64_t first = layer * f.m * f.n;  // nodes before this layer's
+  f.x = x.typed_data(), f.bias = bias.typed_data() + first;
+  f.w_in = static_cast<const char*>(w_in.untyped_data()) + first * f.d * size_of(f.in_type);
+  f.w_out = static_cast<const char*>(w_out.untyped_data()) + first * f.d * size_of(f.out_type);
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
+  if (f.in_scale) f.in_scale += first;
+  if (f.out_scale) f.out_scale += first;
   f.residual = data_or_null(residual);
   f.y = y->typed_data();
   if (nodes) f.nodes = nodes->typed_data(), f.z = z->typed_data();
@@ -251,14 +260,15 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
 }
 
 ffi::Error forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
-                   F32 residual, ffi::Result<F32> y, int32_t activation, int64_t threads) {
-  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, nullptr, nullptr, activation, threads);
+                   F32 residual, ffi::Result<F32> y, int64_t layer, int64_t layers, int32_t activation, int64_t threads) {
+  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, nullptr, nullptr, layer, layers, activation,
+                     threads);
 }
 
 ffi::Error forward_saving(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
                           F32 out_scale, F32 residual, ffi::Result<F32> y, ffi::Result<S32> nodes, ffi::Result<F32> z,
                           int32_t activation, int64_t threads) {
-  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, &*nodes, &*z, activation, threads);
+  return run_forward(x, w_in, in_scale, bias, w_out, out_scale, residual, y, &*nodes, &*z, 0, 1, activation, threads);
 }
 
 ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Result<F32> dx,
@@ -325,7 +335,8 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
       .Arg<F32>().Arg<F32>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_forward, forward,
-                              ROWS_AND_TREES().Ret<F32>().Attr<int32_t>("activation").Attr<int64_t>("threads"));
+                              ROWS_AND_TREES().Ret<F32>().Attr<int64_t>("layer").Attr<int64_t>("layers")
+                                  .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ufbert_xla_forward_saving, forward_saving,
     ROWS_AND_TREES().Ret<F32>().Ret<S32>().Ret<F32>().Attr<int32_t>("activation").Attr<int64_t>("threads"));
