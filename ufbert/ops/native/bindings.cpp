@@ -42,7 +42,8 @@ struct Turns {
   }
 
   void wait() {
-    for (int spin = 0; spin < 2000 && done < count; ++spin) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
+    while (done < count && std::chrono::steady_clock::now() < until) {
     }
     if (done < count) {
       std::unique_lock<std::mutex> held(lock);
