@@ -1,5 +1,6 @@
 """What a user types wrong gets one sentence and status 2; what is right answers."""
 
+import re
 import shutil
 
 import pytest
@@ -101,6 +102,12 @@ def test_fill_mask_prints_five_guesses(command, run_folder):
     assert "no [MASK]" in sentence(command("fill-mask", model, "The cat."))
     assert "cut off" in sentence(command("fill-mask", model, "cat " * 90 + "[MASK]"))
     assert "no classifier" in sentence(command("predict", model, "The cat."))
+    narrow = command("fill-mask", model, "The cat sees the [MASK] in london.", "--dtype=int8", "--threads=1")
+    assert len(narrow.stdout.splitlines()) == 6
+    assert re.search(r"int8 weights send \d+\.\d\d% of these tokens another way", narrow.stderr)
+    exact = command("fill-mask", model, "A [MASK].", "--dtype=bfloat16", "--exact-routing")
+    assert "bfloat16 weights send 0.00% of these tokens another way" in exact.stderr
+    assert "--threads is -1" in sentence(command("fill-mask", model, "A [MASK].", "--threads=-1"))
 
 
 def test_presets_and_help(command):

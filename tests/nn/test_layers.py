@@ -236,6 +236,9 @@ def test_auto_takes_what_was_measured_fastest(monkeypatch):
     tree = config(feedforward=("tree",), tree_depth=11)
     monkeypatch.setattr(native, "unavailable", lambda: "")
     assert nn.tree_backend(tree, 1) == "native"
+    monkeypatch.setattr(native, "unavailable", lambda: pytest.fail("a dense model needs no kernels"))
+    assert nn.tree_backend(config(feedforward=("dense",)), 1) != "native"
+    monkeypatch.setattr(native, "unavailable", lambda: "")
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert [nn.tree_backend(tree, rows) for rows in (1, 4096)] == ["gather", "gather"]
     shallow = replace(tree, tree_depth=4)

@@ -175,6 +175,19 @@ def test_random_leaves_equal_the_hard_descent(shape, activation):
         assert_close(y[clear], wanted[clear])
 
 
+def test_the_native_descent_to_a_leaf_has_the_derivative_of_the_other():
+    rng = np.random.default_rng(0)
+    shapes = [(30, 9), (7, 9), (7,), (8, 9, 5), (8, 5), (8, 5, 6), (8, 6)]
+    x, *tree = ((0.3 * rng.normal(size=shape)).astype(np.float32) for shape in shapes)
+
+    def slopes(descend):
+        return jax.jit(jax.grad(lambda x, tree: jnp.sum(jnp.sin(descend(x, tree, jax.nn.relu)[0])), argnums=(0, 1)))
+
+    found, wanted = (slopes(one)(x, leaf_fff.LeafTree(*tree)) for one in (leaf_fff.descend_native, leaf_fff.descend))
+    assert float(jnp.abs(wanted[1].w_in).max()) > 1e-3
+    jax.tree.map(assert_close, found, wanted)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_layer_of_many_in_one_array_is_that_layer_alone(kind):
     x, w_in, bias, w_out = draw_tree(3, 120, 6, 4, 20)

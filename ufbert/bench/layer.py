@@ -109,11 +109,13 @@ def time_rows(everyone: list[Ask], rows: int, options: BenchLayerOptions) -> dic
 
     Every block begins with batches that the one before has not had, and who begins a round changes from round to round.
     """
-    print(f"timing {rows} rows a call", file=sys.stderr, flush=True)
     for contestant in {id(one): one for one, _ in everyone}.values():
         contestant.ask({"do": "load", "rows": rows}, "batches")
     seconds = {"chain": options.seconds_a_block, "layer": SINGLE_SHARE * options.seconds_a_block}
-    calls = {(one[1], what): calls_for(one, what, wanted) for one in everyone for what, wanted in seconds.items()}
+    trials = {(one[1], what): calls_for(one, what, wanted) for one in everyone for what, wanted in seconds.items()}
+    calls = {key: count for key, (count, _) in trials.items()}
+    whole = options.blocks * sum(took + PAUSE for _, took in trials.values())
+    print(f"timing {rows} rows a call, about {whole:.0f} s", file=sys.stderr, flush=True)
     found: dict[str, dict[str, Any]] = {name: {"chain": [], "layer": []} for _, name in everyone}
     for block in range(options.blocks):
         turn = block % len(everyone)
@@ -135,12 +137,13 @@ def run_block(one: Ask, what: str, first: int, calls: int) -> float:
     return float(contestant.ask(asked, "seconds")["seconds"])
 
 
-def calls_for(one: Ask, what: str, seconds: float) -> int:
-    """How many calls take about that long, after a call that compiles."""
+def calls_for(one: Ask, what: str, seconds: float) -> tuple[int, float]:
+    """How many calls take about that long, after a call that compiles, and how long they will take: one may be longer."""
     run_block(one, what, 0, 1)
     calls = 1
     while True:
         took = run_block(one, what, 0, calls)
         if took >= seconds / 4 or calls > 1 << 20:
-            return max(1, round(calls * seconds / max(took, 1e-9)))
+            count = max(1, round(calls * seconds / max(took, 1e-9)))
+            return count, count * took / calls
         calls *= 4

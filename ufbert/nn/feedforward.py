@@ -127,7 +127,8 @@ class LeafTreeFeedForward(nn.Module):
         if context.training:
             y, aux = self._trained(rows, tree, context, key)
         else:
-            y, leaf = leaf_fff.descend(rows, tree, activation)
+            hard = leaf_fff.descend_native if tree_backend(cfg, len(rows)) == "native" else leaf_fff.descend
+            y, leaf = hard(rows, tree, activation)
             if context.statistics:
                 weight = jnp.ones(leaf.shape) if real is None else real.astype(jnp.float32)
                 aux["leaves"] = jnp.zeros((leaves,)).at[leaf].add(weight)
@@ -208,9 +209,10 @@ def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
     wanted, platform = config.tree_backend, jax.default_backend()
     if wanted in ("masked", "gather"):
         return wanted
-    tried = wanted == "native" or (platform == "cpu" and jax.device_count() == 1)
+    has_trees = any(kind in ("tree", "leaf_tree") for kind in config.feedforward)  # else nothing need be compiled
+    tried = has_trees and (wanted == "native" or (platform == "cpu" and jax.device_count() == 1))
     why = native.unavailable() if tried else ""
-    if wanted == "native" and not why:
+    if tried and wanted == "native" and not why:
         return "native"
     usual = fff.usual_backend(platform, rows, config.tree_depth, native_kernels=tried and not why)
     if why:

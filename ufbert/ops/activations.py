@@ -23,3 +23,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": jax.nn.relu,
     "symmetric_gelu": symmetric_gelu,
 }
+
+
+def activation_name(activation: Activation) -> str:
+    """The name in ACTIVATIONS. Raises ValueError for a function that is not there, as the native kernels know only those."""
+    for name, known in ACTIVATIONS.items():
+        if known is activation:
+            return name
+    raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.ops import native
-from ufbert.ops.activations import ACTIVATIONS, Activation, gelu
+from ufbert.ops.activations import Activation, activation_name, gelu
 
 Backend = Literal["masked", "gather", "native"]
 
@@ -157,14 +157,6 @@ def _on_path_backward(
 
 
 _on_path.defvjp(_on_path_forward, _on_path_backward)
-
-
-def activation_name(activation: Activation) -> str:
-    """The name in ACTIVATIONS. Raises ValueError for a function that is not there, which the native kernels do not know."""
-    for name, known in ACTIVATIONS.items():
-        if known is activation:
-            return name
-    raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
 
 
 def _gather_forward(

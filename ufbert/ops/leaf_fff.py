@@ -17,13 +17,15 @@ which computes the hard output and sends back the soft gradient. Leaves nobody u
 and a master leaf (Charalampopoulos et al. 2024, arXiv 2405.16836) are for that.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ufbert.ops.activations import Activation
+from ufbert.ops import native
+from ufbert.ops.activations import Activation, activation_name
 from ufbert.ops.grouped import grouped_mlp
 
 ENTROPY_CLAMP = 1e-6
@@ -97,6 +99,26 @@ def descend(
     """Hard inference: each row's own leaf from gathered weights, and which leaf that was."""
     leaf = hard_leaves(x, tree)
     return grouped_mlp(x, leaf, tree.w_in, tree.w_out, activation, tree.b_in, tree.b_out), leaf
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def descend_native(
+    x: Float[Array, "b d"], tree: LeafTree, activation: Activation
+) -> tuple[Float[Array, "b o"], Int[Array, " b"]]:
+    """`descend` by the C++ kernel; its derivative is that of `descend`."""
+    return native.leaf_forward(x, *tree, activation=activation_name(activation))
+
+
+def _forward(x: Array, tree: LeafTree, activation: Activation) -> tuple[tuple[Array, Array], tuple[Array, LeafTree]]:
+    return descend_native(x, tree, activation), (x, tree)
+
+
+def _backward(activation: Activation, kept: tuple[Array, LeafTree], g: tuple[Array, Array]) -> tuple[Array, LeafTree]:
+    _, pull = jax.vjp(lambda x, tree: descend(x, tree, activation), *kept)
+    return pull(g)
+
+
+descend_native.defvjp(_forward, _backward)
 
 
 def straight_through(shares: Float[Array, "b n"]) -> Float[Array, "b n"]:
