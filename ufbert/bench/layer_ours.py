@@ -83,8 +83,8 @@ class OurWorker(Worker):
 def native_runner(layers: list[Tree], threads: int) -> Runner:
     """The kernels on these weights, as an engine would keep them: every argument of a call costs jax time, so all layers lie
     in one array of each kind."""
-    weights, one = stacked(layers), native_layer(threads, len(layers))
-    single = jax.jit(one, static_argnums=2)
+    weights, one, alone = stacked(layers), native_layer(threads, len(layers)), native_layer(threads, 1)
+    single = jax.jit(lambda x, weights: alone(x, weights, 0))
 
     def all_layers(x: jax.Array, weights: Tree) -> jax.Array:
         for i in range(len(layers)):
@@ -93,7 +93,7 @@ def native_runner(layers: list[Tree], threads: int) -> Runner:
 
     whole = jax.jit(all_layers)
     return Runner(
-        lambda x: whole(x, weights).block_until_ready(), lambda i, x: single(x, weights, i).block_until_ready()
+        lambda x: whole(x, weights).block_until_ready(), lambda i, x: single(x, layers[i]).block_until_ready()
     )
 
 
