@@ -424,7 +424,8 @@ def call(name: str, args: list[jax.Array], activation: int = 0):
     shapes = {"forward": [rows], "backward": [rows, trees, trees[:2], trees], "leaf_forward": [(5, 6), (5,)]}[name]
     out = [jax.ShapeDtypeStruct(s, jnp.int32 if s == (5,) else jnp.float32) for s in shapes]
     function = jax.ffi.ffi_call(f"ufbert_{name}", out[0] if name == "forward" else out)
-    return function(*args, activation=np.int32(activation), threads=np.int64(0))
+    place = {"layer": np.int64(0), "layers": np.int64(1)} if name == "forward" else {}
+    return function(*args, activation=np.int32(activation), threads=np.int64(0), **place)
 
 
 @pytest.mark.parametrize("case", range(len(WRONG)))
