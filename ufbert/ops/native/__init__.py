@@ -106,8 +106,8 @@ def tree_forward(
     """`ufbert.ops.fff.fast_feedforward`, plus `residual` where given, on at most `threads` threads (0: all of XLA's).
 
     `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing). The arrays may
-    hold the trees of all of a model's `layers`, one layer after the other, of which this is number `layer`: jax takes a
-    microsecond or two for each argument of a call, of which a single row through one layer takes ten.
+    hold the trees of all of a model's `layers`, one layer after the other, of which this is number `layer`: jax takes half
+    a microsecond for each argument of a call, and a single row through one layer takes ten in all.
     """
     args = _inputs(x, w_in, bias, w_out, residual)
     return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads, layer=layer, layers=layers)
