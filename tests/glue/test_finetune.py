@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_saved_model_and_every_row_counts(model, pooling
     predictor = Predictor(found.model)
     rows = data.dev["dev"]
     for i in (0, 5):
-        answer = float(predictor.predict(rows.texts[i], rows.pairs[i]).label)
+        answer = float(predictor.classify([rows.texts[i]], [rows.pairs[i]])[0].label)
         assert answer == pytest.approx(found.trace.scores["dev"][i, 0], abs=0.006)
 
 

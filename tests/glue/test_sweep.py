@@ -225,4 +225,4 @@ def test_every_family_pretrains_fine_tunes_and_answers(preset, more, corpus_file
     assert found["tasks"]["sst2"]["dev"]["dev"]["median"]["accuracy"] > 0.4
     predictor = Predictor.load(tmp_path / "out" / "sst2")
     assert predictor.config.only_len == (32 if preset == "fnet_hybrid" else 0)
-    assert predictor.predict("the cat sees the dog river").label in ("negative", "positive")
+    assert predictor.classify(["the cat sees the dog river"])[0].label in ("negative", "positive")

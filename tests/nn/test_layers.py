@@ -165,7 +165,7 @@ def test_a_fourier_model_has_one_length_and_one_answer(fourier_model):
     predictor = Predictor(fourier_model)
     for text, scores in zip(texts, together, strict=True):
         odds = np.exp(scores - scores.max())
-        answer = predictor.predict(text)
+        (answer,) = predictor.classify([text])
         assert answer.label == ("no", "yes")[int(scores.argmax())]
         assert answer.probability is not None
         np.testing.assert_allclose(answer.probability, odds.max() / odds.sum(), atol=1e-5)
@@ -198,38 +198,6 @@ def test_a_model_for_native_kernels_runs_without_them_and_says_so(monkeypatch, c
     said = "no native tree kernels: no compiler in this test; gather computes the trees instead\n"
     assert capsys.readouterr().err == said
     np.testing.assert_array_equal(run(cfg)[0], run(replace(cfg, tree_backend="gather"))[0])
-
-
-@pytest.mark.parametrize("backend", ["auto", "gather"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_narrow_trees_answer_as_their_rounded_weights_do(run_folder, backend, dtype):
-    tokenizer = load_model(run_folder / "model").tokenizer
-    cfg = config(
-        vocab_size=tokenizer.get_vocab_size(), feedforward=("tree",), tree_depth=6, init_std=0.3, tree_backend=backend
-    )
-    model = ModelFolder(cfg, nn.init(cfg, jax.random.key(0)), tokenizer)
-    texts = ["the dog sees the king in the old castle", "and the river finds the bird"]
-    narrow, exact = Predictor(model, dtype), Predictor(model, dtype, exact_routing=True)
-    trees = {name: layer["tree"] for name, layer in model.params["encoder"].items() if "tree" in layer}
-    rounded = jax.tree.map(lambda leaf: leaf, model.params)
-    for name, stored in nn.narrow_trees(model.params, dtype).items():
-        for part, weights in stored["tree"].items():
-            rounded["encoder"][name]["tree"][part] = native.restore(weights)
-            assert 0 < np.abs(native.restore(weights) - trees[name][part]).max() < 0.02
-    wanted, full = Predictor(replace(model, params=rounded)), Predictor(model)
-    for text in texts:
-        np.testing.assert_allclose(narrow.encode(text), wanted.encode(text), atol=2e-5)
-        assert np.abs(narrow.encode(text) - full.encode(text)).max() > 1e-4
-    assert exact.changed_routes(texts) == full.changed_routes(texts) == 0
-    changed = narrow.changed_routes(20 * texts)
-    assert changed == pytest.approx(narrow.changed_routes(texts))
-    assert changed < 0.3
-    assert changed > 0 or dtype == "bfloat16"
-
-
-def test_narrow_weights_are_for_trees(fourier_model):
-    with pytest.raises(UserError, match="int8 weights are for trees, and this model has none"):
-        Predictor(fourier_model, "int8")
 
 
 def test_auto_takes_what_was_measured_fastest(monkeypatch):

@@ -16,6 +16,7 @@ from ufbert.presets import load_preset, scaled
 USAGE = """usage: ufbert bench KIND [OPTIONS]; `ufbert bench KIND --help` lists the options
 
   layer     speed of a tree layer's forward pass on this CPU, against dense layers of jax, NumPy and PyTorch
+  encoder   speed of whole encoders on this CPU, against BERT in ONNX Runtime and PyTorch
   train     pretraining speed on this CPU, against a peer that trains the same model
   finetune  fine-tuning speed on this CPU, against a peer that fine-tunes the same model"""
 
@@ -136,8 +137,12 @@ def bench_command(args: list[str]) -> None:
         from ufbert.bench.layer_command import layer_command
 
         layer_command(args[1:])
+    elif args[0] == "encoder":
+        from ufbert.bench.encoder_command import encoder_command
+
+        encoder_command(args[1:])
     else:
-        raise UserError(f"There is no benchmark {args[0]!r}; there are layer, train and finetune.")
+        raise UserError(f"There is no benchmark {args[0]!r}; there are layer, encoder, train and finetune.")
 
 
 def train_command(args: list[str]) -> None:

@@ -35,9 +35,10 @@ class ExportOptions:
 
     folder: Annotated[str, Positional]
     """Model folder, or a layer folder for fastfeedforward."""
-    to: Literal["hf", "ultrafastbert", "fastfeedforward"]
+    to: Literal["hf", "ultrafastbert", "fastfeedforward", "onnx"]
     """hf: a BERT, FNet or ModernBERT that transformers loads without remote code. ultrafastbert: the layout of crammedBERT
-    and UltraFastBERT. fastfeedforward: the state of that package."""
+    and UltraFastBERT. fastfeedforward: the state of that package. onnx: a graph of standard operators, trees included, for
+    ONNX Runtime and others (needs the extra `onnx`)."""
     out: str
     """Folder to write."""
 
@@ -88,6 +89,11 @@ def export_command(args: list[str]) -> None:
         layer, _ = load_layer(options.folder)
         write_folder(options.out, to_state(layer), {})
         print(f"{options.out}/model.safetensors: a state for fastfeedforward's FFF.load_state_dict")
+        return
+    if options.to == "onnx":
+        from ufbert.hub.onnx_export import export_onnx
+
+        print(f"{options.out}: {export_onnx(load_model(options.folder), Path(options.out))}")
         return
     label = export_model(load_model(options.folder), Path(options.out), options.to)
     print(f"{options.out}: {label}")

@@ -41,9 +41,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
 
 
-def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, str]) -> None:
-    """Write `model.safetensors` and text files into a folder, whole or not at all; an existing folder at that path is
-    replaced once the new one is ready.
+def write_folder(
+    folder: str | Path, tensors: Mapping[str, np.ndarray] | None, files: Mapping[str, str | bytes]
+) -> None:
+    """Write `model.safetensors` (of `tensors`) and other files into a folder, whole or not at all; an existing folder at that
+    path is replaced once the new one is ready.
 
     Raises UserError if the disk refuses.
     """
@@ -55,10 +57,11 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], files: M
         raise UserError(f"Cannot write a model folder at {folder}: {error.strerror}.") from error
     try:
         scratch.chmod(0o755)
-        arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-        save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
-        for name, text in files.items():
-            (scratch / name).write_text(text, encoding="utf-8")
+        if tensors is not None:
+            arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+            save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
+        for name, content in files.items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
         _swap_in(scratch, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write a model folder at {folder}: {error}.") from error

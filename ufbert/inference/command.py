@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ufbert.device import Device, use_device
@@ -18,54 +19,56 @@ def _positional() -> Any:
     return tyro.conf.Positional
 
 
-@dataclass(frozen=True)
-class FillMaskOptions:
-    """Print the likeliest word pieces for each [MASK] of a text."""
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What both commands know."""
 
     model: str
     """Model folder."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type of the weights of linear layers and trees, rounded when the model is loaded. Narrow ones are read and multiplied
+    faster, and send some tokens another way through a tree (how many is printed)."""
+    exact_routing: bool = False
+    """Decide turns in trees by the unrounded weights, so that no token goes another way."""
+    truncate: bool = False
+    """Cut texts that are longer than the model reads, instead of refusing them."""
+    threads: int = 0
+    """Threads on a CPU; 0 takes all cores."""
+    device: Device = "auto"
+    """cpu, gpu or tpu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMaskOptions(AskOptions):
+    """Print the likeliest word pieces for each [MASK] of a text."""
+
     text: Annotated[str, _positional()]
     """Text with at least one [MASK]."""
     top: int = 5
     """How many guesses to print."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type of the trees' weights. Narrow ones are read faster, send some tokens another way (how many is printed), and are
-    rounded when the model is loaded; the rest computes in float32 on a CPU."""
-    exact_routing: bool = False
-    """Decide turns by the unrounded weights, so that no token goes another way."""
-    threads: int = 0
-    """Threads on a CPU; 0 takes all cores."""
-    device: Device = "auto"
-    """cpu, gpu or tpu."""
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """Print the label of a text, or of a pair of texts, and its probability."""
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(AskOptions):
+    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines."""
 
-    model: str
-    """Fine-tuned model folder."""
-    texts: Annotated[tuple[str, ...], _positional()]
+    texts: Annotated[tuple[str, ...], _positional()] = ()
     """One text, or two for a task on pairs."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type of the trees' weights. Narrow ones are read faster, send some tokens another way (how many is printed), and are
-    rounded when the model is loaded; the rest computes in float32 on a CPU."""
-    exact_routing: bool = False
-    """Decide turns by the unrounded weights, so that no token goes another way."""
-    threads: int = 0
-    """Threads on a CPU; 0 takes all cores."""
-    device: Device = "auto"
-    """cpu, gpu or tpu."""
+    lines: str = ""
+    """UTF-8 file with a text on each line (two, with a tab between them, for a task on pairs), each of which gets a line:
+    label, tab, probability."""
 
 
-def _load(options: FillMaskOptions | PredictOptions, texts: Sequence[str]) -> "Predictor":
+def _load(options: AskOptions, texts: Sequence[str]) -> "Predictor":
     """The model that the options name; says, of narrow weights, how many of the texts' tokens they send another way."""
     use_device(options.device, threads=options.threads)
-    from ufbert.inference.predictor import Predictor
+    from ufbert.hub.folder import load_model
+    from ufbert.inference.predictor import Predictor, changed_routes
 
-    predictor = Predictor.load(options.model, options.dtype, options.exact_routing)
-    if options.dtype != "float32":
-        share = predictor.changed_routes(texts)
+    model = load_model(options.model)
+    predictor = Predictor(model, options.dtype, options.exact_routing, truncate=options.truncate)
+    if options.dtype != "float32" and not options.exact_routing and "tree" in model.config.feedforward:
+        share = changed_routes(model, options.dtype, texts[:100])
         print(f"{options.dtype} weights send {share:.2%} of these tokens another way through a tree", file=sys.stderr)
     return predictor
 
@@ -78,7 +81,7 @@ def fill_mask_command(args: list[str]) -> None:
     if options.top < 1:
         raise UserError(f"--top is {options.top}; it must be at least 1.")
     predictor = _load(options, [options.text])
-    for number, guesses in enumerate(predictor.fill_mask(options.text, options.top), start=1):
+    for number, guesses in enumerate(predictor.fill_mask([options.text], options.top)[0], start=1):
         print(f"mask {number}")
         for guess in guesses:
             print(f"  {guess.probability:7.2%}  {guess.token}")
@@ -89,7 +92,30 @@ def predict_command(args: list[str]) -> None:
     import tyro
 
     options = tyro.cli(PredictOptions, args=args, prog="ufbert predict")
+    if options.lines:
+        return _predict_lines(options)
     if len(options.texts) not in (1, 2):
-        raise UserError(f"predict takes one text, or two for a task on pairs, not {len(options.texts)}.")
-    answer = _load(options, options.texts).predict(*options.texts)
+        raise UserError(f"predict takes one text, or two for a task on pairs, not {len(options.texts)}; or --lines FILE.")
+    text, *pair = options.texts
+    answer = _load(options, options.texts).classify([text], pair or None)[0]
     print(answer.label if answer.probability is None else f"{answer.label}  {answer.probability:.2%}")
+
+
+def _predict_lines(options: PredictOptions) -> None:
+    if options.texts:
+        raise UserError("Give texts or --lines, not both.")
+    try:
+        lines = Path(options.lines).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"Cannot read {options.lines}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{options.lines} is not UTF-8 (byte {error.start}).") from error
+    parts = [line.split("\t") for line in lines]
+    columns = len(parts[0]) if parts else 1
+    for number, found in enumerate(parts, start=1):
+        if len(found) != columns or columns > 2 or not all(part.strip() for part in found):
+            raise UserError(f"{options.lines}:{number}: {len(found)} texts, some perhaps empty, where 1 or 2 are wanted.")
+    texts = [found[0] for found in parts]
+    predictor = _load(options, texts)
+    for answer in predictor.classify(texts, [found[1] for found in parts] if columns == 2 else None):
+        print(answer.label if answer.probability is None else f"{answer.label}\t{answer.probability:.4f}")

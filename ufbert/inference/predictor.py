@@ -1,21 +1,22 @@
-"""Ask a model folder: fill masks, classify. On a CPU its trees read only the weights on each token's path."""
+"""Ask a model folder: fill masks, classify, encode. Texts come in lists of any length."""
 
+import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from ufbert import nn
-from ufbert.data.encode import encode_texts
+from ufbert.data.encode import Encoded, encode_texts
 from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, load_model
+from ufbert.inference.engine import Dtype, Engine
 
 MASK = "[MASK]"
-Dtype = Literal["float32", "bfloat16", "int8"]
 
 
 class Guess(NamedTuple):
@@ -33,97 +34,137 @@ class Answer(NamedTuple):
 
 
 class Predictor:
-    """A loaded model. Raises UserError for a question its heads cannot answer."""
+    """A loaded model; any number of threads may ask it at once.
 
-    def __init__(self, model: ModelFolder, dtype: Dtype = "float32", exact_routing: bool = False) -> None:
-        """`dtype` is that of the trees' weights; a token's turns are float32 arithmetic on them as they are stored, or on
-        the unrounded ones with `exact_routing`. Raises UserError if it is narrow and the model has no trees."""
-        on_cpu = jax.default_backend() == "cpu"
-        self.config = replace(
-            model.config,
-            tree_backend="auto" if on_cpu else model.config.tree_backend,
-            dtype="float32" if on_cpu else model.config.dtype,
-        )
-        self.model, self.params = model, model.params
-        if dtype != "float32":
-            narrow = nn.narrow_trees(model.params, dtype, exact_routing)
-            if not narrow:
-                raise UserError(f"{dtype} weights are for trees, and this model has none.")
-            self.params = {**model.params, "narrow": narrow}
-        self._encode = jax.jit(self._hidden)
-        self._logits = jax.jit(self._masked_logits)
-        self._scores = jax.jit(self._class_scores)
+    Its methods raise UserError for a question that the model's heads cannot answer, and for a text that is empty, not valid
+    Unicode, or longer than the model reads (unless `truncate`).
+    """
 
-        self._counts = jax.jit(self._used)
+    def __init__(
+        self,
+        model: ModelFolder,
+        dtype: Dtype = "float32",
+        exact_routing: bool = False,
+        mode: Literal["throughput", "latency"] = "throughput",
+        truncate: bool = False,
+    ) -> None:
+        """`dtype` is that of the encoder's weights: bfloat16 and int8 need the native kernels, and decide a token's turns in
+        trees by their own rounded weights, or with `exact_routing` by the unrounded ones. Mode `throughput` computes many
+        texts together, `latency` each by itself. Texts that are too long are cut if `truncate`."""
+        self.engine = Engine(model, dtype, exact_routing, mode)
+        self.config, self.tokenizer, self.task, self.heads = model.config, model.tokenizer, model.task, model.heads
+        self.truncate = truncate
+        self._tokenizing = threading.Lock()  # cutting texts is a state of the tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: Dtype = "float32", exact_routing: bool = False) -> "Predictor":
-        """Read a model folder."""
-        return cls(load_model(folder), dtype, exact_routing)
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: Dtype = "float32",
+        threads: int = 0,
+        exact_routing: bool = False,
+        mode: Literal["throughput", "latency"] = "throughput",
+        truncate: bool = False,
+    ) -> "Predictor":
+        """Read a model folder. `threads` limits what a CPU computes with; as XLA reads that once, it must come before
+        anything else that uses jax. Raises UserError."""
+        if threads:
+            from ufbert.device import limit_threads
 
-    def changed_routes(self, texts: Sequence[str]) -> float:
-        """The share of tokens, mean over tree layers, that narrow weights send down another path than float32 ones would
-        from the same hidden state; 0 without narrow weights."""
-        rows, shares = encode_texts(self.model.tokenizer, list(texts), None, self.config), []
-        for i, ids in enumerate(rows.ids):
-            used = self._counts(self.params, rows.pad([i]))
-            found = [float(value) for name, value in used.items() if name.endswith(".changed_routes")]
-            shares.append((sum(found) / max(1, len(found)), len(ids)))
-        return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
+            limit_threads(threads)
+        return cls(load_model(folder), dtype, exact_routing, mode, truncate)
 
-    def _used(self, params: Any, batch: Any) -> Any:
-        ids, segments, types = batch
-        return nn.encode(params, self.config, ids, segments, type_ids=types, statistics=True)[1]
-
-    def _hidden(self, params: Any, batch: Any) -> Any:
-        return nn.encode(params, self.config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)[0]
-
-    def _masked_logits(self, params: Any, batch: Any, position: Any) -> Any:
-        return nn.masked_lm_logits(params, self.config, self._hidden(params, batch)[0, position])
-
-    def _class_scores(self, params: Any, batch: Any) -> Any:
-        return nn.classify(params, self.config, self._hidden(params, batch), batch.segment_ids)
-
-    def fill_mask(self, text: str, top: int = 5) -> list[list[Guess]]:
-        """For each [MASK] in the text, the `top` likeliest word pieces, best first."""
-        if "masked_lm" not in self.model.heads:
+    def fill_mask(self, texts: Sequence[str], top: int = 5) -> list[list[list[Guess]]]:
+        """For each text, for each [MASK] in it, the `top` likeliest word pieces, best first."""
+        if "masked_lm" not in self.heads:
             raise UserError(
                 "This model folder has no masked-LM head; use the pretrained folder it was fine-tuned from."
             )
-        if MASK not in text:
-            raise UserError(f"The text has no {MASK} to fill.")
-        tokenizer, config = self.model.tokenizer, self.config
-        rows = encode_texts(tokenizer, [text.replace(MASK, special_names(tokenizer)[MASK])], None, config)
-        mask = special_ids(tokenizer).mask
-        positions = [i for i, token in enumerate(rows.ids[0]) if token == mask]
-        if len(positions) < text.count(MASK):
-            raise UserError(f"The text is longer than the model's {rows.max_len} tokens, and a {MASK} was cut off.")
-        batch = rows.pad([0])
-        answers = []
-        for position in positions:
-            logits = np.asarray(self._logits(self.params, batch, position), np.float64)
-            odds = np.exp(logits - logits.max())
-            odds /= odds.sum()
-            best = np.argsort(-odds, kind="stable")[:top]
-            answers.append([Guess(tokenizer.id_to_token(int(i)) or "[UNK]", float(odds[i])) for i in best])
+        for text in texts:
+            if MASK not in text:
+                raise UserError(f"The text {shown(text)} has no {MASK} to fill.")
+        mask_name = special_names(self.tokenizer)[MASK]
+        rows, mask = self.rows([text.replace(MASK, mask_name) for text in texts]), special_ids(self.tokenizer).mask
+        positions = [[i for i, token in enumerate(ids) if token == mask] for ids in rows.ids]
+        for text, found in zip(texts, positions, strict=True):
+            if len(found) < text.count(MASK):
+                raise UserError(f"The text {shown(text)} is too long, and a {MASK} of it was cut off.")
+        return [[self._guesses(one, top) for one in logits] for logits in self.engine.logits(rows, positions)]
+
+    def _guesses(self, logits: Float[np.ndarray, " v"], top: int) -> list[Guess]:
+        odds = softmax(logits)
+        best = np.argsort(-odds, kind="stable")[:top]
+        return [Guess(self.tokenizer.id_to_token(int(i)) or "[UNK]", float(odds[i])) for i in best]
+
+    def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Answer]:
+        """The class of each text, or of each text and the one at its place in `pairs`, with its probability; the value for a
+        regression model."""
+        if self.task is None or "classifier" not in self.heads:
+            raise UserError("This model folder has no classifier; fine-tune it first (finetune.py).")
+        labels, answers = self.task.labels, []
+        if not texts:
+            return []
+        for scores in self.engine.scores(self.rows(texts, pairs)):
+            if labels:
+                odds = softmax(scores)
+                answers.append(Answer(labels[int(odds.argmax())], float(odds.max())))
+            else:
+                answers.append(Answer(f"{scores[0]:.2f}", None))
         return answers
 
-    def predict(self, text: str, pair: str | None = None) -> Answer:
-        """The class of a text or a pair of texts, with its probability; the value for a regression model."""
-        task = self.model.task
-        if task is None or "classifier" not in self.model.heads:
-            raise UserError("This model folder has no classifier; fine-tune it first (finetune.py).")
-        rows = encode_texts(self.model.tokenizer, [text], None if pair is None else [pair], self.config)
-        scores = np.asarray(self._scores(self.params, rows.pad([0])), np.float64)[0]
-        if not task.labels:
-            return Answer(f"{scores[0]:.2f}", None)
-        odds = np.exp(scores - scores.max())
-        odds /= odds.sum()
-        best = int(odds.argmax())
-        return Answer(task.labels[best], float(odds[best]))
+    def encode(self, texts: Sequence[str]) -> list[Float[np.ndarray, "tokens d"]]:
+        """Hidden states of each text's tokens, from [CLS] to [SEP]."""
+        return self.engine.hidden(self.rows(texts))
 
-    def encode(self, text: str) -> np.ndarray:
-        """Hidden states of a text's tokens, (tokens, d_model) float32."""
-        rows = encode_texts(self.model.tokenizer, [text], None, self.config)
-        hidden = self._encode(self.params, rows.pad([0]))
-        return np.asarray(hidden[0, : len(rows.ids[0])], np.float32)
+    def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
+        """The texts as word pieces."""
+        for number, text in enumerate([*texts, *(pairs or ())], start=1):
+            if not text.strip():
+                raise UserError(f"Text {number} is empty.")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"Text {number}, {shown(text)}, is not valid Unicode (was its file UTF-8?).") from None
+        if pairs is not None and len(pairs) != len(texts):
+            raise UserError(f"There are {len(texts)} texts and {len(pairs)} second texts.")
+        with self._tokenizing:
+            rows = encode_texts(self.tokenizer, list(texts), None if pairs is None else list(pairs), self.config)
+        if rows.truncated and not self.truncate:
+            where = next(i for i, ids in enumerate(rows.ids) if len(ids) == rows.max_len)
+            raise UserError(
+                f"{rows.truncated} of {len(texts)} texts have more than the {rows.max_len} word pieces that this model reads; "
+                f"the first may be {shown(texts[where])}. Shorten them, or have them cut (--truncate)."
+            )
+        return rows
+
+
+def changed_routes(model: ModelFolder, dtype: Dtype, texts: Sequence[str]) -> float:
+    """The share of the texts' tokens, mean over tree layers, that weights of this type send down another path than float32
+    ones would from the same hidden state; 0 for a model without trees."""
+    packed = Engine(model, dtype)
+    trees = {k: {"tree": v["tree"]} for k, v in model.params["encoder"].items() if "tree" in v}
+    encoder = {k: {**v, **trees.get(k, {})} for k, v in packed.params["encoder"].items()} | {
+        k: v for k, v in trees.items() if k not in packed.params["encoder"]
+    }
+    params = {**packed.params, "encoder": encoder}
+    rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
+
+    @jax.jit
+    def used(batch):
+        return nn.encode(params, packed.config, *batch[:3], type_ids=batch.type_ids, statistics=True)[1]
+
+    for picks, batch in packed.batches(rows):
+        found = [float(value) for name, value in used(batch).items() if name.endswith(".changed_routes")]
+        shares.append((sum(found) / max(1, len(found)), sum(len(rows.ids[i]) for i in picks)))
+    return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
+
+
+def softmax(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
+    """In float64."""
+    odds = np.exp(logits.astype(np.float64) - logits.max())
+    return odds / odds.sum()
+
+
+def shown(text: str) -> str:
+    """A text's beginning, for a message."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")

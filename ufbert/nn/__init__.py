@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
@@ -31,7 +32,7 @@ __all__ = [
     "init",
     "init_classifier",
     "masked_lm_logits",
-    "narrow_trees",
+    "pack",
     "pool",
     "pooled_input",
     "shapes",
@@ -73,30 +74,46 @@ def encode(
 ) -> tuple[Float[Array, "b t d"], Aux]:
     """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`.
 
-    Where `params` has a part `narrow` (`narrow_trees`), tree layers compute with the weights in it, forward only.
+    Where `params` has a part `packed` (`pack`), the C++ kernels for inference compute with the weights in it, forward only.
     """
     apply: Any = Encoder(config).apply
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics}
-    variables = {"params": params["encoder"]} | ({"narrow": params["narrow"]} if "narrow" in params else {})
+    variables = {"params": params["encoder"]} | ({"packed": params["packed"]} if "packed" in params else {})
     return apply(variables, ids, segment_ids, position_ids, key, deterministic, **options)
 
 
-def narrow_trees(
-    params: Params, dtype: Literal["bfloat16", "int8"], exact_routing: bool = False
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """The part `narrow`: every tree's weights in a narrower type, int8 with one factor a node; with `exact_routing` those
-    of the output alone. Empty for a model without trees."""
+def pack(
+    params: Params, dtype: Literal["float32", "bfloat16", "int8"] = "float32", exact_routing: bool = False
+) -> dict[str, Any]:
+    """`params` for inference on this CPU: a part `packed` has what linear layers, LayerNorms and trees of the encoder compute
+    with, which goes from `encoder`. Weights are of type `dtype`, int8 with one factor a column or node; with `exact_routing`
+    the trees' input weights stay float32. Heads, leaf trees and experts stay as they are.
+
+    Raises CannotBuild where there are no kernels.
+    """
 
     def narrow(weights: Array) -> Any:
-        return native.quantize(weights) if dtype == "int8" else weights.astype(jnp.bfloat16)
+        return native.quantize(weights) if dtype == "int8" else jnp.asarray(weights, dtype)
 
-    trees = {name: layer["tree"] for name, layer in params["encoder"].items() if "tree" in layer}
-    return {
-        name: {
-            "tree": {"w_in": tree["w_in"] if exact_routing else narrow(tree["w_in"]), "w_out": narrow(tree["w_out"])}
-        }
-        for name, tree in trees.items()
-    }
+    def split(name: str, part: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What stays, and what is packed."""
+        if name == "tree":
+            w_in = part["w_in"] if exact_routing else narrow(part["w_in"])
+            return {}, {"w_in": w_in, "bias": part["bias"], "w_out": narrow(part["w_out"])}
+        if "kernel" in part:
+            return {}, {**part, "kernel": native.pack(np.asarray(part["kernel"]), dtype)}
+        if "scale" in part and name not in ("query_norm", "key_norm"):
+            return {}, dict(part)
+        stays, packed = {}, {}
+        for inner, value in part.items():
+            if isinstance(value, Mapping):
+                stays[inner], packed[inner] = split(inner, value)
+            else:
+                stays[inner] = value
+        return tuple({k: v for k, v in found.items() if not isinstance(v, dict) or v} for found in (stays, packed))
+
+    stays, packed = split("encoder", params["encoder"])
+    return {**params, "encoder": stays, "packed": packed}
 
 
 def aux_loss(aux: Aux) -> Float[Array, ""]:

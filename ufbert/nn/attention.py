@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import Context, compute_dtype, dense
+from ufbert.ops import native
 from ufbert.ops.attention import attention
 from ufbert.ops.fourier import fourier_mix
 from ufbert.ops.rotary import rotate
@@ -34,8 +35,11 @@ class Attention(nn.Module):
             )
         if cfg.positions == "rotary":
             q, k = (rotate(part, context.position_ids, cfg.rotary_base) for part in (q, k))
-        implementation: Literal["xla", "cudnn"] | None = None if cfg.attention_impl == "auto" else cfg.attention_impl
-        mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
+        if context.packed:
+            mixed = native.attention(q, k, v, context.segment_ids, padding_sees=cfg.only_len > 0)
+        else:
+            implementation: Literal["xla", "cudnn"] | None = None if cfg.attention_impl == "auto" else cfg.attention_impl
+            mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
         return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
 
 

@@ -75,8 +75,10 @@ class Encoder(nn.Module):
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:
             type_ids = jnp.zeros_like(ids)
-        visible, real = (None, None) if segment_ids is None else (visible_tokens(segment_ids), segment_ids != 0)
-        context = Context(visible, real, position_ids, not deterministic, progress, statistics)
+        packed = self.has_variable("packed", "layer_00")
+        real = None if segment_ids is None else segment_ids != 0
+        visible = None if segment_ids is None or packed else visible_tokens(segment_ids)
+        context = Context(visible, segment_ids, real, position_ids, not deterministic, progress, statistics, packed)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])

@@ -51,8 +51,7 @@ class TreeFeedForward(nn.Module):
     """K trees of depth D (`ufbert.ops.fff`). A node is one contiguous row of `w_in` and of `w_out`.
 
     Initialised as the reference trains it: N(0, init_std) for both matrices, zero bias (the class's own uniform
-    initialisation is overwritten there; `tree_init = "uniform"` restores it). A variable collection `narrow` with other
-    `w_in` and `w_out` replaces both; the statistics then say which share of the rows takes another path for it.
+    initialisation is overwritten there; `tree_init = "uniform"` restores it). Weights may be packed (`ufbert.nn.pack`).
     """
 
     config: ModelConfig
@@ -60,6 +59,8 @@ class TreeFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
+        if self.has_variable("packed", "w_out"):
+            return self._packed(x, context)
         n, shape = cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
         if cfg.tree_init == "uniform":
             start_in, start_bias = (_uniform(cfg.d_model) for _ in range(2))
@@ -72,17 +73,9 @@ class TreeFeedForward(nn.Module):
         w_out = self.param("w_out", start_out, shape)
         activation = ACTIVATIONS[cfg.tree_activation]
         backend = tree_backend(cfg, x.size // cfg.d_model)
-        narrow = None
-        if self.has_variable("narrow", "w_out"):
-            narrow = self.get_variable("narrow", "w_in"), self.get_variable("narrow", "w_out")
-        if narrow is not None and backend == "native":
-            flat = x.reshape(-1, cfg.d_model)
-            y = native.tree_forward(flat, narrow[0], bias, narrow[1], activation=cfg.tree_activation).reshape(x.shape)
-        else:
-            used_in, used_out = (w_in, w_out) if narrow is None else map(native.restore, narrow)
-            y = fff.fast_feedforward(
-                x, used_in, bias, used_out, backend=backend, activation=activation, dtype=compute_dtype(cfg)
-            )
+        y = fff.fast_feedforward(
+            x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg)
+        )
         aux: Aux = {}
         balanced = context.training and cfg.tree_balance > 0
         if balanced or context.statistics:
@@ -92,10 +85,23 @@ class TreeFeedForward(nn.Module):
                 aux["tree_balance_loss"] = cfg.tree_balance * fff.balance_loss(nodes, logits, n, real)
             if context.statistics:
                 aux["visits"] = fff.node_visits(nodes, n, real)
-            if context.statistics and narrow is not None:
-                other = fff.path_nodes(rows, native.restore(narrow[0]), bias)[0]
-                changed = jnp.any(other != nodes, axis=(1, 2))
-                aux["changed_routes"] = jnp.mean(changed, where=None if real is None else real)
+        return y, aux
+
+    def _packed(self, x: Float[Array, "b t d"], context: Context) -> Found:
+        """With the weights that were packed. The statistics have each row's `margins`, the smallest logit that decided a turn,
+        and, if the unrounded `w_in` is there, too, of which share of the rows rounding changed the path through any tree."""
+        rows = x.reshape(-1, x.shape[-1])
+        w_in, bias, w_out = (self.get_variable("packed", name) for name in ("w_in", "bias", "w_out"))
+        y = native.tree_forward(rows, w_in, bias, w_out, activation=self.config.tree_activation).reshape(x.shape)
+        aux: Aux = {}
+        if context.statistics:
+            real = None if context.real is None else context.real.reshape(-1)
+            nodes, z = fff.path_nodes(rows, native.restore(w_in), bias)
+            aux["visits"] = fff.node_visits(nodes, bias.shape[1], real)
+            aux["margins"] = jnp.min(jnp.abs(z[..., :-1]), axis=(1, 2), initial=jnp.inf)
+            if self.has_variable("params", "w_in"):
+                exact = fff.path_nodes(rows, self.get_variable("params", "w_in"), bias)[0]
+                aux["changed_routes"] = jnp.mean(jnp.any(exact != nodes, axis=(1, 2)), where=real)
         return y, aux
 
 

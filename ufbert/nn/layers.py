@@ -1,6 +1,6 @@
 """The small parts that every block is made of, and what a layer may need to know beside its input."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.ops import linear
+from ufbert.ops import linear, native
 
 Aux = dict[str, Array]
 """What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
@@ -19,7 +19,9 @@ class Context(NamedTuple):
     """What a layer may need beside its input."""
 
     visible: Bool[Array, "b t t"] | None
-    """Which token may look at which; None: every one at every one."""
+    """Which token may look at which; None: every one at every one (or `segment_ids` say it)."""
+    segment_ids: Int[Array, "b t"] | None
+    """The document of each token, 0 for padding; None: a row is one document."""
     real: Bool[Array, "b t"] | None
     """False on padding; None: there is none."""
     position_ids: Int[Array, "#b t"]
@@ -29,6 +31,8 @@ class Context(NamedTuple):
     """Share of the budget spent, for what is annealed."""
     statistics: bool
     """Whether to count which nodes, leaves and experts are used."""
+    packed: bool
+    """Whether weights are packed (`ufbert.nn.pack`) and the C++ kernels for inference compute."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -38,24 +42,65 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
+class Linear(nn.Module):
+    """x W (+ b); the weights may be packed (`ufbert.nn.pack`)."""
+
+    width: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
+        if self.has_variable("packed", "kernel"):
+            bias = self.get_variable("packed", "bias") if self.use_bias else None
+            rows = x.reshape(-1, x.shape[-1])
+            found = native.linear(rows, self.get_variable("packed", "kernel"), bias, self.width)
+            return found.reshape(*x.shape[:-1], self.width)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
+        y = linear.product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.width,))
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over channels, in float32; the weights may be packed (`ufbert.nn.pack`)."""
+
+    epsilon: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        if self.has_variable("packed", "scale"):
+            bias = self.get_variable("packed", "bias") if self.use_bias else None
+            scale = self.get_variable("packed", "scale")
+            return native.layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.epsilon).reshape(x.shape)
+        channels = (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(channels)
+        x = x.astype(jnp.float32)
+        off = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(off).mean(axis=-1, keepdims=True)
+        y = off * (jax.lax.rsqrt(variance + self.epsilon) * scale)
+        return y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(channels) if self.use_bias else y
+
+
 def dense(
     config: ModelConfig, width: int, name: str, use_bias: bool | None = None, closes_block: bool = False
-) -> nn.Dense:
+) -> Linear:
     """A linear layer; biased as the config says unless `use_bias` does. One that `closes_block` writes to the residual
     stream, and starts at zero if the config says so."""
     zero = closes_block and config.zero_init_out
-    return nn.Dense(
+    return Linear(
         width,
         use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=compute_dtype(config),
         kernel_init=nn.initializers.zeros if zero else nn.initializers.normal(config.init_std),
-        dot_general=linear.dot_general,
         name=name,
     )
 
 
-def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm over channels, in float32, with scale and (unless the config says otherwise) bias."""
-    return nn.LayerNorm(
-        epsilon=config.norm_eps, dtype=jnp.float32, use_bias=config.norm_bias, use_fast_variance=False, name=name
-    )
+def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
+    """LayerNorm with scale and (unless the config says otherwise) bias."""
+    return LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, name=name)

@@ -1,7 +1,5 @@
 """The product of activations with a weight matrix, with gradients that a CPU computes well."""
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float
 
@@ -27,10 +25,3 @@ def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
 
 
 product.defvjp(_forward, _backward)
-
-
-def dot_general(x: Array, w: Array, dimensions: Any, precision: Any = None) -> Array:
-    """`product` in the signature of `jax.lax.dot_general`, as a layer calls it: x's last axis against w's first."""
-    assert precision is None
-    assert dimensions == (((x.ndim - 1,), (0,)), ((), ()))
-    return product(x, w)

@@ -1,8 +1,10 @@
-"""C++ kernels of the tree layers for CPUs, called from inside jitted functions through `jax.ffi`.
+"""C++ kernels of the tree layers, and of the rest of an encoder, for CPUs, called from inside jitted functions through
+`jax.ffi`.
 
-`tree.h` says what they compute, `kernels.cpp` how; they are compiled on first use (`build`). The kernels for AVX-512, AVX2
-and any other processor come from one text; the best that the processor has is taken, or the one that the environment
-variable UFBERT_ISA names (avx512, avx2, plain). Rows of a large batch are grouped by subtree, and shared among this process's
+`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; they are compiled on first use (`build`). The kernels
+for AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other processor come from one text; the
+best that the processor has is taken, or the one that the environment variable UFBERT_ISA names (avx512bf16, avx512, avx2,
+plain). Rows of a large batch are grouped by subtree, and shared among this process's
 helper threads; a row's answer depends neither on the batch nor on the number of threads.
 
 Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
@@ -19,6 +21,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from ufbert.ops.native.build import CannotBuild, load
 
+TYPES = ("float32", "bfloat16", "int8")
+"""Names of the types of weights by the kernels' numbers."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "symmetric_gelu")
 """Names by the kernels' numbers."""
 
@@ -36,12 +40,12 @@ def unavailable() -> str:
 
 
 def instruction_set() -> str:
-    """The kernels in use: avx512, avx2 or plain. Raises CannotBuild if there are none."""
+    """The kernels in use: avx512bf16, avx512, avx2 or plain. Raises CannotBuild if there are none."""
     return load().ufbert_isa().decode()
 
 
 def _register(library: ctypes.CDLL) -> None:
-    for name in ("forward", "forward_saving", "backward", "leaf_forward"):
+    for name in ("forward", "forward_saving", "backward", "leaf_forward", "attention", "norm", "linear"):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
 
@@ -74,12 +78,14 @@ def _parts(weights: Weights) -> tuple[Array, Array]:
     return weights if isinstance(weights, Quantized) else (weights, jnp.zeros((0,), jnp.float32))
 
 
-def _call(name: str, out: Any, *args: Array, activation: str, threads: int, **numbers: int) -> Any:
+def _call(name: str, out: Any, *args: Array, threads: int, activation: str = "", **numbers: int | np.generic) -> Any:
     if unavailable():
         raise CannotBuild(unavailable())
-    kind = np.int32(ACTIVATIONS.index(activation))
+    numbers["threads"] = threads
+    if activation:
+        numbers["activation"] = np.int32(ACTIVATIONS.index(activation))
     call = jax.ffi.ffi_call(f"ufbert_{name}", out, vmap_method="sequential")
-    return call(*args, activation=kind, threads=np.int64(threads), **{k: np.int64(v) for k, v in numbers.items()})
+    return call(*args, **{k: np.int64(v) if type(v) is int else v for k, v in numbers.items()})
 
 
 def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -167,3 +173,71 @@ def leaf_forward(
     out = (_shape(x.shape[0], b_out.shape[1]), _shape(x.shape[0], dtype=jnp.int32))
     args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
     return tuple(_call("leaf_forward", out, *args, activation=activation, threads=threads))
+
+
+class Packed(NamedTuple):
+    """A linear layer's weights in the order in which this processor's kernels read them, float32, bfloat16 or int8; with int8
+    one factor a column. Of use to this process only."""
+
+    weights: Num[Array, " size"]
+    scale: Float[Array, " scales"]
+
+
+def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
+    """Weights, packed. Raises CannotBuild if there are no kernels."""
+    if unavailable():
+        raise CannotBuild(unavailable())
+    library, kind = load(), TYPES.index(dtype)
+    d, f = weights.shape
+    size = library.ufbert_packed_size
+    size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
+    found = aligned(size(d, f, kind), jnp.dtype(dtype))
+    scale = aligned(4 * f if dtype == "int8" else 0, np.dtype(np.float32))
+    source = np.ascontiguousarray(weights, np.float32)
+    do = library.ufbert_pack
+    do.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
+    do(d, f, source.ctypes.data, found.ctypes.data, scale.ctypes.data, kind, 0)
+    return Packed(jnp.asarray(found), jnp.asarray(scale))
+
+
+def aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """An array of `size` bytes, uninitialised, that begins where a cache line does, so that jax takes it without a copy."""
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype)
+
+
+def linear(
+    x: Float[Array, "b d"], packed: Packed, bias: Float[Array, " f"] | None, width: int, *, threads: int = 0
+) -> Float[Array, "b f"]:
+    """x w + bias. With int8 weights every row is rounded to 255 even steps, too; with bfloat16 rows are rounded where the
+    processor multiplies such numbers."""
+    bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
+    return _call("linear", _shape(x.shape[0], width), x, *packed, bias, threads=threads)
+
+
+def layer_norm(
+    x: Float[Array, "b d"], scale: Float[Array, " d"], bias: Float[Array, " d"] | None, eps: float, *, threads: int = 0
+) -> Float[Array, "b d"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias, row by row."""
+    bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
+    return _call("norm", _shape(*x.shape), x, scale, bias, eps=np.float32(eps), threads=threads)
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h k"],
+    segment_ids: Int[Array, "b t"] | None = None,
+    *,
+    padding_sees: bool = False,
+    threads: int = 0,
+) -> Float[Array, "b t h k"]:
+    """`ufbert.ops.attention.attention` among the tokens of each document, without a matrix of who sees whom.
+
+    Documents lie side by side in a row. Padding (segment 0) gets zeros, or, with `padding_sees`, what it gets there: it sees
+    every token.
+    """
+    segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    out = _shape(*q.shape)
+    return _call("attention", out, q, k, v, segments, padding_sees=np.bool_(padding_sees), threads=threads)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -11,7 +12,7 @@
 #include <mutex>
 #include <thread>
 
-#include "tree.h"
+#include "kernels.h"
 
 #ifndef UFBERT_WITHOUT_XLA
 #include "xla/ffi/api/ffi.h"
@@ -137,7 +138,7 @@ struct SharedPool : Pool {
 static const Kernels* chosen() {
   static const Kernels* const all[] = {
 #if defined(__x86_64__)
-      &kernels_avx512, &kernels_avx2,
+      &kernels_avx512bf16, &kernels_avx512, &kernels_avx2,
 #endif
       &kernels_plain};
   const char* name = std::getenv("UFBERT_ISA");
@@ -171,6 +172,34 @@ extern "C" int ufbert_leaf_forward(const LeafForward* f, int64_t threads) {
   const Kernels* kernels = chosen();
   SharedPool pool(threads);
   if (kernels) kernels->leaf_forward(*f, pool);
+  return !kernels;
+}
+extern "C" int ufbert_attention(const Attention* a, int64_t threads) {
+  const Kernels* kernels = chosen();
+  SharedPool pool(threads);
+  if (kernels) kernels->attention(*a, pool);
+  return !kernels;
+}
+extern "C" int ufbert_norm(const Norm* m, int64_t threads) {
+  const Kernels* kernels = chosen();
+  SharedPool pool(threads);
+  if (kernels) kernels->norm(*m, pool);
+  return !kernels;
+}
+extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // in bytes; -1 for the error above
+  const Kernels* kernels = chosen();
+  return kernels ? kernels->packed_size(d, f, Type(type)) : -1;
+}
+extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads) {
+  const Kernels* kernels = chosen();
+  SharedPool pool(threads);
+  if (kernels) kernels->pack({d, f, w, packed, scale, Type(type)}, pool);
+  return !kernels;
+}
+extern "C" int ufbert_linear(const Linear* l, int64_t threads) {
+  const Kernels* kernels = chosen();
+  SharedPool pool(threads);
+  if (kernels) kernels->linear(*l, pool);
   return !kernels;
 }
 
@@ -329,6 +358,53 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   return ffi::Error::Success();
 }
 
+ffi::Error attention(F32 q, F32 key, F32 value, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  const auto shape = q.dimensions();
+  if (shape.size() != 4) return wrong("queries, keys and values are (b, t, h, k)");
+  Attention a{};
+  a.b = shape[0], a.t = shape[1], a.h = shape[2], a.k = shape[3];
+  const int64_t size = a.b * a.t * a.h * a.k;
+  if (!has(key, size) || !has(value, size) || !has(*y, size) || !(has(segment, 0) || has(segment, a.b * a.t)))
+    return wrong(kUnfitRows);
+  a.q = q.typed_data(), a.key = key.typed_data(), a.value = value.typed_data();
+  a.segment = segment.element_count() ? segment.typed_data() : nullptr;
+  a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
+  SharedPool pool(threads);
+  kernels->attention(a, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  const auto shape = x.dimensions();
+  if (shape.size() != 2) return wrong("rows are (b, d)");
+  const Norm m{shape[0], shape[1], x.typed_data(), scale.typed_data(), data_or_null(bias), y->typed_data(), eps};
+  if (!has(scale, m.d) || !(has(bias, 0) || has(bias, m.d)) || !has(*y, m.b * m.d)) return wrong(kUnfitRows);
+  SharedPool pool(threads);
+  kernels->norm(m, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result<F32> y, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  Linear l{};
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
+  l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
+  if (!read_type(packed, l.type)) return wrong("weights are float32, bfloat16 or int8");
+  if (int64_t(packed.size_bytes()) != kernels->packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
+    return wrong("these weights were not packed for rows of this width by kernels like these");
+  if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
+  l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
+  l.y = y->typed_data();
+  SharedPool pool(threads);
+  kernels->linear(l, pool);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define ROWS_AND_TREES()                                                                                              \
@@ -349,5 +425,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<S32>()
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Ret<F32>()
+                                  .Attr<bool>("padding_sees").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_norm, norm,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
+                                  .Attr<float>("eps").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_linear, linear,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
+                                  .Attr<int64_t>("threads"));
 
 #endif

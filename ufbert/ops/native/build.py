@@ -18,12 +18,15 @@ from ufbert.places import user_cache
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-semantic-interposition", "-fno-math-errno")
+AVX512 = ("-DUFBERT_LANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"plain": ("-DUFBERT_LANES=4",)}
-"""Names, and the flags of the kernels compiled for each; which one runs is decided at run time."""
+"""Names, and the flags of the kernels compiled for each; which one runs is decided at run time. One may take another's
+kernels of the trees (UFBERT_TREES)."""
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {
         "avx2": ("-DUFBERT_LANES=8", "-mavx2", "-mfma"),
-        "avx512": ("-DUFBERT_LANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+        "avx512": AVX512,
+        "avx512bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni", "-DUFBERT_TREES=avx512"),
     }
 
 
@@ -72,8 +75,10 @@ def compile_to(target: Path, command: str, extra: tuple[str, ...] = (), xla: boo
     """Compile the kernels for every instruction set, and their bindings, into a shared library. Raises CannotBuild."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
         jobs = {
-            name: ["-c", str(SOURCES / "kernels.cpp"), f"-DUFBERT_ISA={name}", *flags]
+            f"{name}-{file}": ["-c", str(SOURCES / file), f"-DUFBERT_ISA={name}", *flags]
             for name, flags in INSTRUCTION_SETS.items()
+            for file in ("trees.cpp", "encoder.cpp")
+            if file == "encoder.cpp" or "UFBERT_TREES" not in " ".join(flags)
         }
         where = ["-isystem", jax.ffi.include_dir()] if xla else ["-DUFBERT_WITHOUT_XLA"]
         jobs["bindings"] = ["-c", str(SOURCES / "bindings.cpp"), *where]

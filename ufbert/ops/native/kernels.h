@@ -1,7 +1,8 @@
-// The tree layers of ufbert/ops/fff.py and leaf_fff.py on a CPU: what the kernels take and return.
+// What the kernels take and return: the tree layers of ufbert/ops/fff.py and leaf_fff.py, and the rest of an encoder.
 //
-// Letters as everywhere: b rows, d their width, m parallel trees, n nodes a tree, s = depth + 1 nodes on a path. Arrays are
-// contiguous, last index fastest, and aligned to their element type. A null pointer leaves an optional array out.
+// Letters as everywhere: b rows, d their width, m parallel trees, n nodes a tree, s = depth + 1 nodes on a path, t tokens,
+// h heads, k their width, f a layer's outputs. Arrays are contiguous, last index fastest, and aligned to their element type.
+// A null pointer leaves an optional array out.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,46 @@ struct LeafForward {
   Activation activation;
 };
 
+// softmax(scale q key^T) value among the tokens of a document. Documents lie side by side in a row; segment numbers them, 0 is
+// padding, whose output is zero, or, if padding_sees, from all of the row's documents.
+struct Attention {
+  int64_t b, t, h, k;
+  const float *q, *key, *value;  // b t h k
+  const int32_t* segment;        // b t, optional: a row is one document
+  float* y;                      // b t h k
+  float scale;
+  bool padding_sees;
+};
+
+// y = (x - mean) / sqrt(variance + eps) * scale + bias, row by row.
+struct Norm {
+  int64_t b, d;
+  const float *x, *scale, *bias;  // b d, d, d; bias optional
+  float* y;                       // b d
+  float eps;
+};
+
+// Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps.
+struct Pack {
+  int64_t d, f;
+  const float* w;  // d f
+  void* packed;    // packed_size(d, f, type) bytes
+  float* scale;    // f, with int8: what a column's numbers are to be multiplied by
+  Type type;
+};
+
+// y = x w + bias, from packed weights. With int8, rows are rounded to 255 even steps, too; with bfloat16, where the processor
+// multiplies such numbers.
+struct Linear {
+  int64_t b, d, f;
+  const float* x;       // b d
+  const void* packed;   // of type
+  const float* scale;   // f, with int8
+  const float* bias;    // f, optional
+  float* y;             // b f
+  Type type;
+};
+
 // One set of kernels for each instruction set.
 struct Kernels {
   const char* name;
@@ -70,11 +111,16 @@ struct Kernels {
   void (*forward)(const Forward&, Pool&);
   void (*backward)(const Backward&, Pool&);
   void (*leaf_forward)(const LeafForward&, Pool&);
+  void (*attention)(const Attention&, Pool&);
+  void (*norm)(const Norm&, Pool&);
+  int64_t (*packed_size)(int64_t d, int64_t f, Type);
+  void (*pack)(const Pack&, Pool&);
+  void (*linear)(const Linear&, Pool&);
 };
 
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 #endif
 
 }  // namespace ufbert

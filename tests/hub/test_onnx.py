@@ -1,0 +1,111 @@
+"""Models as ONNX graphs: ONNX Runtime gives the answers of the encoder, trees turn at the same nodes, and int8 is near."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from ufbert import nn
+from ufbert.config import ModelConfig
+from ufbert.data.encode import encode_texts
+from ufbert.errors import UserError
+from ufbert.hub import onnx_export
+from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+
+CONFIG = ModelConfig(max_len=24, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5)
+KINDS = {
+    "crammed": {},
+    "bert": {
+        "feedforward": ("dense",), "norm": "post", "positions": "learned", "n_token_types": 2, "use_bias": True,
+        "final_norm": False, "head_transform": True, "head_bias": True,
+    },
+    "tree": {"feedforward": ("tree",)},
+    "trees": {"feedforward": ("tree",), "n_trees": 3, "tree_depth": 2, "tree_activation": "symmetric_gelu"},
+    "leaf tree": {"feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3, "activation": "relu"},
+    "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
+    "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
+    "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 24, "feedforward": ("tree",)},
+    "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 24, "embedding_projection": True},
+}  # fmt: skip
+TEXTS = ["the cat sees the dog", "a king", "the river in london follows the bird to the old house"]
+
+
+def folder(run_folder, kind: str, head: str = "", **changes) -> ModelFolder:
+    tokenizer = load_model(run_folder / "model").tokenizer
+    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size(), **{**KINDS[kind], **changes})
+    params = nn.init(config, jax.random.key(0), ("masked_lm",) if head == "masked_lm" else ())
+    if head == "classifier":
+        params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
+    return ModelFolder(config, params, tokenizer, TaskInfo("toy", ("no", "yes"), {}) if head == "classifier" else None)
+
+
+def run(path, batch) -> dict[str, np.ndarray]:
+    """What ONNX Runtime gives for a batch."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {"input_ids": batch.ids, "attention_mask": batch.segment_ids, "token_type_ids": batch.type_ids}
+    wanted = [one.name for one in session.get_inputs()]
+    names = [one.name for one in session.get_outputs()]
+    return dict(zip(names, session.run(None, {k: given[k].astype(np.int64) for k in wanted}), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["masked_lm", "classifier"])
+def test_onnx_runtime_gives_our_answers(run_folder, tmp_path, kind, head):
+    model = folder(run_folder, kind, head, pooling="mean" if kind in ("bert", "tree") else "first")
+    onnx_export.export_onnx(model, tmp_path / "out")
+    config = replace(model.config, tree_backend="gather")
+    for pairs in (None, TEXTS[::-1]):
+        batch = encode_texts(model.tokenizer, TEXTS, pairs, config).pad([0, 1, 2])
+        found = run(tmp_path / "out" / "model.onnx", batch)
+        ids, segments, types = map(jnp.asarray, batch)
+        hidden = nn.encode(model.params, config, ids, segments, type_ids=types)[0]
+        if head == "masked_lm":
+            wanted = nn.masked_lm_logits(model.params, config, hidden)
+        else:
+            wanted = nn.classify(model.params, config, hidden, segments)
+        real = batch.segment_ids > 0
+        np.testing.assert_allclose(found["last_hidden_state"][real], np.asarray(hidden)[real], atol=1e-4)
+        np.testing.assert_allclose(found["logits"][real if head == "masked_lm" else ...],
+                                   np.asarray(wanted)[real if head == "masked_lm" else ...], atol=2e-4)
+
+
+def test_operators_are_standard_and_trees_touch_only_their_paths(run_folder):
+    made = onnx_export.build(folder(run_folder, "tree"))
+    assert {node.domain for node in made.graph.node} <= {"", "ai.onnx"}
+    trees = {one.name for one in made.graph.initializer if list(one.dims) == [63, 32]}
+    assert len(trees) == 4
+    assert {node.op_type for node in made.graph.node if trees & set(node.input)} == {"Gather"}
+
+
+def test_dense_parts_can_be_quantised(run_folder, tmp_path):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = folder(run_folder, "tree")
+    onnx_export.export_onnx(model, tmp_path / "out")
+    quantize_dynamic(tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert kinds.count("MatMulInteger") == 4 * 2
+    batch = encode_texts(model.tokenizer, TEXTS, None, model.config).pad([0, 1, 2])
+    full, narrow = (run(path, batch)["last_hidden_state"] for path in (tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx"))
+    error = np.linalg.norm(full - narrow) / np.linalg.norm(full)
+    assert 1e-4 < error < 0.5
+
+
+def test_the_command_writes_a_folder_and_refuses_what_it_cannot(run_folder, tmp_path, command, monkeypatch):
+    done = command("export", run_folder / "model", "--to=onnx", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "model.onnx, opset 20" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "tokenizer.json"]
+    again = command("export", run_folder / "model", "--to=onnx", f"--out={tmp_path / 'out'}")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    monkeypatch.setattr(onnx_export, "LARGEST", 1000)
+    with pytest.raises(UserError, match="and an ONNX file at most 2"):
+        onnx_export.export_onnx(load_model(run_folder / "model"), tmp_path / "big")
+    assert not (tmp_path / "big").exists()

@@ -1,0 +1,222 @@
+"""The engine: the answers of the training graph, for every kind of layer, whatever company a text comes in."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ufbert import nn
+from ufbert.config import ModelConfig
+from ufbert.data.encode import encode_texts
+from ufbert.errors import UserError
+from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+from ufbert.inference import engine
+from ufbert.inference.engine import Engine, fill, size_for
+from ufbert.inference.predictor import Predictor, changed_routes
+from ufbert.ops import fff, native
+
+CONFIG = ModelConfig(max_len=48, d_model=32, n_layers=3, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5)
+KINDS = {
+    "crammed": {},
+    "bert": {
+        "feedforward": ("dense",), "norm": "post", "positions": "learned", "n_token_types": 2, "use_bias": True,
+        "final_norm": False, "head_transform": True, "head_bias": True,
+    },
+    "tree": {"feedforward": ("tree",), "n_trees": 2},
+    "leaf tree": {"feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3},
+    "switch": {"feedforward": ("switch",), "n_experts": 3},
+    "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
+    "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
+    "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
+}  # fmt: skip
+WORDS = "the cat sees the dog in london and a king follows the river to rome where birds find an old house".split()
+LENGTHS = [1, 5, 2, 17, 9, 1, 12, 3]
+TEXTS = [" ".join(WORDS[:n]) for n in LENGTHS]
+
+needs_kernels = pytest.mark.skipif(bool(native.unavailable()), reason="without kernels nothing is packed")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run_folder):
+    return load_model(run_folder / "model").tokenizer
+
+
+def folder(tokenizer, kind: str, **changes) -> ModelFolder:
+    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size(), **{**KINDS[kind], **changes})
+    params = nn.init(config, jax.random.key(0))
+    params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
+    return ModelFolder(config, params, tokenizer, TaskInfo("toy", ("no", "yes"), {}))
+
+
+def one_by_one(model: ModelFolder, texts=TEXTS) -> list[np.ndarray]:
+    """Every text's hidden states by the training graph."""
+    config = replace(model.config, tree_backend="gather")
+    rows, found = encode_texts(model.tokenizer, texts, None, config), []
+    for i, ids in enumerate(rows.ids):
+        batch = rows.pad([i])
+        segments = batch.segment_ids if config.only_len else None
+        ids_, segments_, types = (jnp.asarray(part if config.only_len else part[:, : len(ids)]) for part in batch)
+        hidden = nn.encode(model.params, config, ids_, None if segments is None else segments_, type_ids=types)[0]
+        found.append(np.asarray(hidden[0, : len(ids)]))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_answers_are_those_of_the_training_graph(tokenizer, kind, mode):
+    model = folder(tokenizer, kind)
+    found = Predictor(model, mode=mode).encode(TEXTS)
+    assert [one.shape for one in found] == [(n, 32) for n in map(len, encode_texts(tokenizer, TEXTS, None, model.config).ids)]
+    for one, wanted in zip(found, one_by_one(model), strict=True):
+        np.testing.assert_allclose(one, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["crammed", "tree", "hybrid"])
+def test_without_kernels_answers_are_the_same(tokenizer, kind, monkeypatch):
+    model = folder(tokenizer, kind)
+    wanted = one_by_one(model)
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
+    without = Predictor(model)
+    assert "packed" not in without.engine.params
+    for one, other in zip(without.encode(TEXTS), wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    with pytest.raises(UserError, match="int8 weights need the native kernels, and there are none: there is no compiler"):
+        Predictor(model, "int8")
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_scores_and_guesses_are_those_of_each_text_alone(tokenizer, pooling):
+    model = folder(tokenizer, "tree", pooling=pooling)
+    predictor = Predictor(model)
+    masked = [f"{text} [MASK] and [MASK]" for text in TEXTS]
+    together, guesses = predictor.classify(TEXTS, TEXTS[::-1]), predictor.fill_mask(masked, 3)
+    for i, text in enumerate(TEXTS):
+        (alone,) = predictor.classify([text], [TEXTS[-1 - i]])
+        assert alone.label == together[i].label
+        assert alone.probability == pytest.approx(together[i].probability, abs=1e-5)
+        (own,) = predictor.fill_mask([masked[i]], 3)
+        assert [[guess.token for guess in mask] for mask in own] == [[g.token for g in mask] for mask in guesses[i]]
+        assert len(own) == 2
+    hidden = one_by_one(model)
+    for text_hidden, answer in zip(hidden, predictor.classify(TEXTS), strict=True):
+        scores = np.asarray(nn.classify(model.params, model.config, jnp.asarray(text_hidden)[None]))[0]
+        assert answer.label == ("no", "yes")[int(scores.argmax())]
+        assert answer.probability == pytest.approx(1 / (1 + np.exp(-abs(scores[0] - scores[1]))), abs=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bert", "crammed", "tree"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_weights_are_near_and_not_equal(tokenizer, kind, dtype):
+    model = folder(tokenizer, kind)
+    full, narrow = Predictor(model).encode(TEXTS), Predictor(model, dtype, exact_routing=True).encode(TEXTS)
+    errors = [np.linalg.norm(one - other, axis=1) / np.linalg.norm(one, axis=1) for one, other in zip(full, narrow, strict=True)]
+    error = float(np.median(np.concatenate(errors)))
+    assert 1e-4 < error < 0.05
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_trees_turn_by_their_rounded_weights(tokenizer, dtype):
+    """Each layer's nodes are those of the rounded weights, or with exact routing of the unrounded ones."""
+    model = folder(tokenizer, "tree", tree_depth=7)
+    assert changed_routes(model, "float32", TEXTS) == 0
+    changed = changed_routes(model, dtype, 20 * TEXTS)
+    assert changed == pytest.approx(changed_routes(model, dtype, TEXTS), abs=1e-6)
+    assert 0 < changed < 0.4
+    tree = model.params["encoder"]["layer_01"]["tree"]
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 32)), jnp.float32)
+    nodes = {}
+    for exact in (False, True):
+        packed = nn.pack(model.params, dtype, exact)["packed"]["layer_01"]["tree"]
+        used = native.restore(packed["w_in"])
+        assert np.array_equal(used, tree["w_in"]) == exact
+        assert 0 < np.abs(native.restore(packed["w_out"]) - tree["w_out"]).max() < 0.02
+        nodes[exact] = fff.path_nodes(rows, used, packed["bias"])[0]
+    assert np.any(nodes[True] != nodes[False])
+
+
+@needs_kernels
+def test_packed_weights_are_not_kept_twice(tokenizer):
+    model = folder(tokenizer, "tree")
+    for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        params = Engine(model, dtype).params
+        assert "tree" not in params["encoder"].get("layer_00", {})
+        assert "attention" not in params["encoder"].get("layer_00", {})
+        tree = params["packed"]["layer_00"]["tree"]
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(tree["w_out"])) <= 2 * 63 * (32 * size + 4)
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(0, 80))
+def test_groups_hold_every_text_once_and_few_gaps(lengths, most):
+    groups = fill(lengths, most)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= most
+    if most:
+        sums = sorted(sum(lengths[i] for i in group) for group in groups)
+        assert all(one + other > most for one, other in zip(sums, sums[1:], strict=False))
+
+
+@given(st.integers(1, 10**6))
+def test_sizes_waste_an_eighth_at_most(count):
+    size = size_for(count)
+    assert count <= size < count + max(1, count / 8)
+    assert size_for(size) == size
+
+
+def test_ten_thousand_texts_waste_little():
+    lengths = np.random.default_rng(0).integers(1, 513, 10000).tolist()
+    groups = fill(lengths, engine.AT_ONCE)
+    assert sum(lengths) / sum(size_for(sum(lengths[i] for i in group)) for group in groups) > 0.98
+
+
+def test_eight_threads_get_serial_answers(tokenizer):
+    predictor = Predictor(folder(tokenizer, "tree"), mode="latency")
+    cut = Predictor(folder(tokenizer, "tree"), truncate=True)
+    serial = predictor.classify(TEXTS)
+    long = [" ".join(9 * WORDS), *TEXTS]
+    wanted = cut.classify(long)
+    start = threading.Barrier(8)
+
+    def ask(number: int):
+        start.wait(timeout=60)
+        for _ in range(5):
+            if number % 2:
+                assert predictor.classify(TEXTS) == serial
+            else:
+                assert cut.classify(long) == wanted
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+def test_bad_requests_get_a_sentence(tokenizer):
+    predictor = Predictor(folder(tokenizer, "crammed"))
+    for text, message in (
+        ("  ", "Text 2 is empty."),
+        (" ".join(9 * WORDS), "1 of 2 texts have more than the 48 word pieces that this model reads"),
+        ("caf\udce9", "Text 2, 'caf.*', is not valid Unicode"),
+    ):
+        for ask in (predictor.encode, predictor.classify):
+            with pytest.raises(UserError, match=message):
+                ask(["fine", text])
+    with pytest.raises(UserError, match="There are 2 texts and 1 second texts"):
+        predictor.classify(["a", "b"], ["c"])
+    assert predictor.encode([]) == predictor.classify([]) == predictor.fill_mask([]) == []
+    cut = Predictor(folder(tokenizer, "crammed"), truncate=True)
+    assert cut.encode([" ".join(9 * WORDS)])[0].shape == (48, 32)
+
+
+def test_warming_up_compiles_what_is_asked_for(tokenizer):
+    one = Predictor(folder(tokenizer, "crammed"), mode="latency").engine
+    one.warm_up([3, 4, 30], one.scores)
+    assert one._scores._cache_size() == 3
+    assert one._hidden._cache_size() == 0

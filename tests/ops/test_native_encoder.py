@@ -1,0 +1,153 @@
+"""The native kernels of linear layers, attention and LayerNorm, against float64 and the functions of jax that they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ufbert.ops import native
+from ufbert.ops.attention import attention, visible_tokens
+from ufbert.ops.native import build
+
+try:
+    build.compiler()
+except build.CannotBuild as error:
+    pytest.skip(f"{error}; the engine computes with jax then, which test_engine.py tests", allow_module_level=True)
+
+WIDTHS = [(1, 1, 1), (3, 5, 2), (6, 64, 64), (7, 33, 65), (100, 300, 70), (0, 4, 4), (13, 1, 200), (257, 96, 31), (20, 515, 16)]
+"""b, d, f."""
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def rounded(x: np.ndarray, axis: int) -> np.ndarray:
+    """To 255 even steps between minus and plus the largest, along an axis."""
+    step = np.maximum(np.abs(x).max(axis=axis, keepdims=True), 1e-35) / np.float32(127)
+    return np.rint(x * (np.float32(1) / step) if axis else x / step).astype(np.float64) * step
+
+
+def halved(x: np.ndarray) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def zeros(*shape: int, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    """The kernels, known to XLA."""
+    assert not native.unavailable(), native.unavailable()
+
+
+linear = jax.jit(native.linear, static_argnames=("width", "threads"))
+
+
+@pytest.mark.parametrize("dtype", native.TYPES)
+@pytest.mark.parametrize("shape", WIDTHS)
+def test_a_packed_layer_is_the_product(shape, dtype):
+    b, d, f = shape
+    x, w, bias = draw(b, d), draw(d, f, seed=1), draw(f, seed=2)
+    packed = native.pack(w, dtype)
+    found, plain = linear(x, packed, bias, f), linear(x, packed, None, f)
+    if dtype == "int8":
+        candidates = [rounded(x, 1) @ rounded(w, 0) if b else np.zeros((0, f))]
+    elif dtype == "bfloat16":  # rows, too, where the processor has products of such numbers
+        candidates = [x @ halved(w), halved(x) @ halved(w)]
+    else:
+        candidates = [x.astype(np.float64) @ w]
+    size = np.abs(x).astype(np.float64) @ np.abs(w) if b else np.ones((0, f))
+    # One row's number may lie between two steps, and a float32 division may round it to the other.
+    allowed = 2e-6 * size + (np.abs(x).max(initial=0) * np.abs(w).max() * 1.02 / 127 if dtype == "int8" else 0) * 1e-2
+    errors = [np.abs(plain - wanted) - allowed for wanted in candidates]
+    assert min(error.max(initial=-1) for error in errors) <= 0
+    np.testing.assert_allclose(found, np.asarray(plain) + bias, atol=1e-6 * (1 + np.abs(plain).max(initial=0)))
+    if b and dtype != "float32":
+        assert np.abs(plain - candidates[0].astype(np.float32)).max() < 0.02 * size.max()
+
+
+@pytest.mark.parametrize("dtype", native.TYPES)
+def test_a_row_s_product_depends_neither_on_its_company_nor_on_threads(dtype):
+    x, packed = draw(200, 300), native.pack(draw(300, 70, seed=1), dtype)
+    together = np.asarray(linear(x, packed, None, 70))
+    np.testing.assert_array_equal(linear(x, packed, None, 70, threads=1), together)
+    for first, count in ((0, 1), (5, 3), (96, 50), (199, 1)):
+        np.testing.assert_array_equal(linear(x[first : first + count], packed, None, 70), together[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", native.TYPES)
+def test_what_is_no_number_stays_none(dtype):
+    x, packed = draw(4, 40), native.pack(draw(40, 20, seed=1), dtype)
+    x[1, 3], x[2, 39] = np.nan, np.inf
+    found = np.asarray(linear(x, packed, None, 20))
+    assert not np.isfinite(found[1:3]).any()
+    assert np.isfinite(found[[0, 3]]).all()
+    np.testing.assert_array_equal(np.asarray(linear(0 * x[:1], packed, None, 20)), 0)
+
+
+def segments(seed: int, b: int, t: int) -> np.ndarray:
+    """Rows of documents side by side, and padding."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(b):
+        lengths = []
+        while sum(lengths) < t:
+            lengths.append(int(rng.integers(1, t + 1)))
+        row = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:t]
+        row[int(rng.integers(1, t + 1)) :] = 0
+        rows.append(row)
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 5), (1, 130, 2, 64), (3, 33, 2, 24), (1, 300, 1, 80), (2, 16, 4, 8)])
+@pytest.mark.parametrize("sees", [False, True])
+def test_attention_keeps_to_documents(shape, sees):
+    b, t, _, _ = shape
+    q, k, v = (jnp.asarray(3 * draw(*shape, seed=i)) for i in range(3))
+    ask = jax.jit(lambda *args, threads=0: native.attention(*args, padding_sees=sees, threads=threads))
+    np.testing.assert_allclose(ask(q, k, v), attention(q, k, v), atol=1e-5)
+    for seed in range(4):
+        ids = segments(seed, b, t)
+        real = (ids != 0)[:, :, None, None]
+        wanted = np.asarray(attention(q, k, v, visible_tokens(jnp.asarray(ids))))
+        wanted = wanted if sees else np.where(real, wanted, 0)
+        found = np.asarray(ask(q, k, v, ids))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        np.testing.assert_array_equal(jax.jit(lambda *a: native.attention(*a, padding_sees=sees, threads=1))(q, k, v, ids), found)
+
+
+def test_attention_survives_large_logits_and_lets_what_is_no_number_through():
+    q, k, v = (jnp.asarray(draw(1, 9, 1, 8, seed=i)) for i in range(3))
+    np.testing.assert_allclose(native.attention(900 * q, k, v), attention(900 * q, k, v), atol=1e-4)
+    found = np.asarray(native.attention(q.at[0, 4, 0, 2].set(jnp.nan), k, v))
+    assert np.isnan(found[0, 4]).all()
+    assert np.isfinite(np.delete(found, 4, axis=1)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 64), (3, 129), (0, 8)])
+def test_layer_norm_is_its_formula(shape):
+    x, scale, bias = map(jnp.asarray, (5 + 3 * draw(*shape), draw(shape[1], seed=1), draw(shape[1], seed=2)))
+    wide = np.asarray(x, np.float64)
+    normed = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-5)
+    wanted = normed * np.asarray(scale)
+    np.testing.assert_allclose(native.layer_norm(x, scale, bias, 1e-5), wanted + np.asarray(bias), atol=2e-5)
+    np.testing.assert_allclose(native.layer_norm(x, scale, None, 1e-5), wanted, atol=2e-5)
+
+
+WRONG = [
+    ("linear", (2, 4), [zeros(20), zeros(0), zeros(0)], (2, 3), "not packed for rows of this width"),
+    ("linear", (2, 4), [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0)], (2, 3), "float32, bfloat16 or int8"),
+    ("norm", (2, 4), [zeros(3), zeros(0)], (2, 4), "rows' shapes do not fit"),
+    ("norm", (8,), [zeros(4), zeros(0)], (8,), "rows are"),
+    ("attention", (1, 2, 1, 4), [zeros(1, 3, 1, 4), zeros(1, 2, 1, 4), zeros(0, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),
+    ("attention", (2, 4), [zeros(2, 4), zeros(2, 4), zeros(0, dtype=jnp.int32)], (2, 4), r"are \(b, t, h, k\)"),
+]
+NUMBERS = {"linear": {}, "norm": {"eps": np.float32(0)}, "attention": {"padding_sees": np.bool_(False)}}
+
+
+@pytest.mark.parametrize(("name", "first", "rest", "out", "message"), WRONG)
+def test_shapes_that_do_not_fit_are_refused(name, first, rest, out, message):
+    call = jax.ffi.ffi_call(f"ufbert_{name}", jax.ShapeDtypeStruct(out, jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(zeros(*first), *rest, threads=np.int64(1), **NUMBERS[name]))

@@ -1,0 +1,190 @@
+"""Our process of `ufbert bench encoder`: `python -m ufbert.bench.encoder_ours FOLDER THREADS NAME ...`.
+
+A NAME is a model and a type, `tree-int8` say. Besides what every contestant answers (`ufbert.bench.encoder_peer`) it answers
+
+- `{"do": "machine"}`: `read` bytes/s and `float32` and `bfloat16` FLOP/s of this machine, measured now;
+- `{"do": "gate", "name": n, "shape": s}`: how far the engine is from the training graph on the first batch: `error`, the largest
+  absolute difference over tokens whose turns are clear; `unclear`, the share of the others; `changed`, the share of tokens, mean
+  over layers, that go another way than by float32 weights; `leaves`, the share of the leaves in use that even turns would use;
+- `{"do": "parts", "name": n, "shape": s}`: seconds of a call by part, each computed alone;
+- `{"do": "load time", "name": n}`: seconds from a model folder to the first answer, and bytes of the packed weights.
+"""
+
+import importlib.metadata
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ufbert import nn
+from ufbert.bench.layer_ours import read_bandwidth
+from ufbert.cost import least_seconds, measured_flops
+from ufbert.data.encode import Encoded
+from ufbert.hub.folder import load_model
+from ufbert.inference.engine import Engine
+from ufbert.ops import native
+from ufbert.ops.fourier import fourier_mix
+
+CLEAR = 1e-5
+"""A logit nearer to zero than this may turn either way in float32."""
+
+
+class Ours:
+    """Answers messages."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder = folder
+        self.models = {name: load_model(folder / name) for name in {one.split("-")[0] for one in names}}
+        self.engines = {one: Engine(self.models[one.split("-")[0]], one.split("-")[1]) for one in names}
+        self.rows: list[Encoded] = []
+
+    def encoded(self, ids: np.ndarray, name: str) -> Encoded:
+        """A batch as the engine takes it: lists of ids, as a tokenizer gives them."""
+        config = self.models[name.split("-")[0]].config
+        lists = ids.tolist()
+        return Encoded(lists, [[0] * len(row) for row in lists], config.max_len, config.only_len, config.pad_id, 0)
+
+    def load(self, shape: str) -> dict[str, Any]:
+        """Have the batches of a shape."""
+        batches = np.load(self.folder / f"{shape}.npy")
+        self.rows = [self.encoded(ids, next(iter(self.engines))) for ids in batches]
+        return {"batches": len(batches)}
+
+    def time(self, name: str, what: str, first: int, calls: int) -> dict[str, Any]:
+        """Time calls, from lists of ids to arrays of hidden states, each on another batch than the one before."""
+        engine, rows, config = self.engines[name], self.rows, self.models[name.split("-")[0]].config
+        rows = [one._replace(only_len=config.only_len) for one in rows]
+        start = time.perf_counter()
+        for i in range(first, first + calls):
+            engine.hidden(rows[i % len(rows)])
+        return {"seconds": time.perf_counter() - start}
+
+    def check(self, name: str, shape: str) -> dict[str, Any]:
+        """Write the hidden states of the first batch."""
+        ids = np.load(self.folder / f"{shape}.npy")[0]
+        np.save(self.folder / f"{name}-found.npy", np.stack(self.engines[name].hidden(self.encoded(ids, name))))
+        return {"file": f"{name}-found.npy"}
+
+    def gate(self, name: str, shape: str) -> dict[str, Any]:
+        """How far from the training graph."""
+        model, engine = self.models[name.split("-")[0]], self.engines[name]
+        rows = self.encoded(np.load(self.folder / f"{shape}.npy")[0], name)
+        found = np.concatenate(engine.hidden(rows))
+        config = replace(engine.config, tree_backend="gather")
+        graph = jax.jit(lambda params, ids: nn.encode(params, config, ids)[0])
+        wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
+        error = np.abs(found - wanted).max(axis=1)
+        aux = self.statistics(name, rows)
+        margins = np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
+        clear = np.ones(len(error), bool) if margins is None else margins > CLEAR
+        visits = [np.asarray(aux[key])[:, config.nodes_per_tree // 2 :] for key in aux if key.endswith(".visits")]
+        leaves = 2**config.tree_depth
+        even = leaves * (1 - (1 - 1 / leaves) ** len(error))
+        changed = [float(aux[key]) for key in aux if key.endswith(".changed_routes")]
+        return {
+            "error": float(error[clear].max()),
+            "relative": float(np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))),
+            "unclear": float(1 - clear.mean()),
+            "changed": float(np.mean(changed)) if changed else 0.0,
+            "leaves": float(min((one > 0).sum() for one in visits) / even) if visits else 1.0,
+        }
+
+    def statistics(self, name: str, rows: Encoded) -> dict[str, Any]:
+        """What tree layers report of a batch; nothing for a dense model."""
+        model, engine = self.models[name.split("-")[0]], self.engines[name]
+        if "tree" not in model.config.feedforward:
+            return {}
+        ((_, batch),) = engine.batches(rows)
+        trees = {key: {"tree": layer["tree"]} for key, layer in model.params["encoder"].items() if "tree" in layer}
+        rest = engine.params["encoder"]
+        encoder = rest | {key: rest.get(key, {}) | tree for key, tree in trees.items()}
+        params = {**engine.params, "encoder": encoder}
+        ask = jax.jit(lambda params, *a: nn.encode(params, engine.config, *a[:3], type_ids=a[3], statistics=True)[1])
+        return jax.tree.map(np.asarray, ask(params, *batch[:4]))
+
+    def parts(self, name: str, shape: str) -> dict[str, Any]:
+        """Seconds of a call by part."""
+        engine, seconds = self.engines[name], {}
+        batch, tokens = (int(part) for part in shape.split("x"))
+        cfg, packed = engine.config, engine.params["packed"]
+        layers = [packed[f"layer_{i:02d}"] for i in range(cfg.n_layers)]
+        x = jax.random.normal(jax.random.key(0), (batch * tokens, cfg.d_model))
+
+        def timed(part: str, function: Callable[[Any], Any], argument: Any = x) -> None:
+            seconds[part] = least_seconds(jax.jit(function), argument, 0.3)
+
+        def linears(x: Any) -> Any:
+            for layer in layers:
+                part = layer["attention"]
+                mixed = sum(native.linear(x, part[k]["kernel"], part[k]["bias"], cfg.d_model) for k in ("query", "key", "value"))
+                x = native.linear(mixed, part["out"]["kernel"], part["out"]["bias"], cfg.d_model)
+            return x
+
+        def attentions(x: Any) -> Any:
+            x = x.reshape(batch, tokens, cfg.n_heads, -1)
+            for _ in layers:
+                x = native.attention(x, x, x)
+            return x
+
+        def feedforwards(x: Any) -> Any:
+            for layer in layers:
+                if "tree" in layer:
+                    part = layer["tree"]
+                    x = native.tree_forward(x, part["w_in"], part["bias"], part["w_out"])
+                else:
+                    part = layer["dense"]
+                    hidden = jax.nn.gelu(native.linear(x, part["in"]["kernel"], part["in"]["bias"], cfg.d_hidden), approximate=False)
+                    x = native.linear(hidden, part["out"]["kernel"], part["out"]["bias"], cfg.d_model)
+            return x
+
+        def norms(x: Any) -> Any:
+            for layer in layers:
+                for part in (layer["mixer_norm"], layer["feedforward_norm"]):
+                    x = native.layer_norm(x, part["scale"], part["bias"], cfg.norm_eps)
+            return x
+
+        def transforms(x: Any) -> Any:
+            x = x.reshape(batch, tokens, -1)
+            for _ in layers:
+                x = fourier_mix(x, ortho=True)
+            return x
+
+        if cfg.only_len:
+            timed("Fourier mixing", transforms)
+        else:
+            timed("projections", linears)
+            timed("attention", attentions)
+        timed("trees" if "tree" in cfg.feedforward else "feedforward", feedforwards)
+        timed("LayerNorms", norms)
+        return {"parts": seconds}
+
+    def load_time(self, name: str) -> dict[str, Any]:
+        """Seconds to a first answer in this process, which has compiled it before; bytes of the weights."""
+        start = time.perf_counter()
+        engine = Engine(load_model(self.folder / name.split("-")[0]), name.split("-")[1])
+        engine.hidden(self.encoded(np.full((1, engine.config.only_len or 16), 7), name))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))}
+
+    def machine(self) -> dict[str, Any]:
+        """What this machine can do."""
+        return {"read": read_bandwidth(), **{kind: measured_flops(dtype=kind) for kind in ("float32", "bfloat16")}}
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a message."""
+        arguments = {key: value for key, value in message.items() if key != "do"}
+        return getattr(self, message["do"].replace(" ", "_"))(**arguments)
+
+
+if __name__ == "__main__":
+    from ufbert.bench.layer_process import serve
+    from ufbert.device import use_device
+
+    use_device("cpu", threads=int(sys.argv[2]))
+    said = f"jax {importlib.metadata.version('jax')}, {native.instruction_set()} kernels, {sys.argv[2]} threads"
+    serve(said, Ours(Path(sys.argv[1]), sys.argv[3:]).answer)

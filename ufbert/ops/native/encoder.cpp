@@ -1,0 +1,482 @@
+// What an encoder computes beside its trees: linear layers from packed weights, attention among the tokens of a document,
+// LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
+
+#include "vectors.h"
+
+namespace ufbert {
+namespace JOIN(isa_, UFBERT_ISA) {
+
+// Products are computed in tiles of up to kTall rows by one panel of columns, whose sums stay in registers.
+constexpr int kTall = 6, kWide = kLanes == 16 ? 4 : 2;
+constexpr int64_t kPanel = kWide * kLanes;
+
+// How numbers of a type are stored and multiplied: kDeep successive elements of a row by as many of each column at once.
+// `Row` is what rows are stored as, `Weight` what columns are, and add() adds products to a vector of sums.
+struct Floats {
+  typedef float Row;
+  typedef float Weight;
+  typedef Vector Sum;
+  typedef Vector Part;
+  static constexpr int64_t kDeep = 1;
+  static inline __attribute__((always_inline)) Part row(const Row* p) { return fill(*p); }
+  static inline __attribute__((always_inline)) Part column(const Weight* p) { return load(p); }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += x * w; }
+};
+
+#if defined(__AVX512BF16__)
+struct Halfs {
+  typedef uint16_t Row;
+  typedef uint16_t Weight;
+  typedef Vector Sum;
+  typedef __m512i Part;
+  static constexpr int64_t kDeep = 2;
+  static inline __attribute__((always_inline)) Part row(const Row* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
+  }
+  static inline __attribute__((always_inline)) Part column(const Weight* p) { return _mm512_loadu_si512(p); }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+};
+#else
+struct Halfs : Floats {
+  typedef uint16_t Weight;
+  static inline __attribute__((always_inline)) Part column(const Weight* p) { return load(p); }
+};
+#endif
+
+struct Bytes8 {
+  typedef int8_t Weight;
+  typedef Ints Sum;
+#if defined(__AVX512VNNI__)
+  typedef uint8_t Row;  // 128 more than the number, since the instruction wants one side without a sign
+  typedef __m512i Part;
+  static constexpr int64_t kDeep = 4, kAdded = 128;
+  static inline __attribute__((always_inline)) Part row(const Row* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static inline __attribute__((always_inline)) Part column(const Weight* p) { return _mm512_loadu_si512(p); }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) {
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, x, w);
+  }
+#elif defined(__AVX2__)
+  typedef int16_t Row;
+  static constexpr int64_t kDeep = 2, kAdded = 0;
+#if defined(__AVX512BW__)
+  typedef __m512i Part;
+  static inline __attribute__((always_inline)) Part column(const Weight* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += (Ints)_mm512_madd_epi16(x, w); }
+  static inline __attribute__((always_inline)) Part all(int32_t two) { return _mm512_set1_epi32(two); }
+#else
+  typedef __m256i Part;
+  static inline __attribute__((always_inline)) Part column(const Weight* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += (Ints)_mm256_madd_epi16(x, w); }
+  static inline __attribute__((always_inline)) Part all(int32_t two) { return _mm256_set1_epi32(two); }
+#endif
+  static inline __attribute__((always_inline)) Part row(const Row* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return all(two);
+  }
+#else
+  typedef int32_t Row;
+  typedef Ints Part;
+  static constexpr int64_t kDeep = 1, kAdded = 0;
+  static inline __attribute__((always_inline)) Part row(const Row* p) { return *p - Ints{}; }
+  static inline __attribute__((always_inline)) Part column(const Weight* p) {
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Ints);
+  }
+  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += x * w; }
+#endif
+};
+
+INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
+
+// sum[r][v] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep). Not inlined:
+// every vector register is needed here, and one sum that goes through memory instead doubles the time.
+template <typename Kind, int R>
+__attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
+                     typename Kind::Sum (*sum)[kWide]) {
+  typename Kind::Sum s[R][kWide] = {};
+  for (int64_t i = 0; i < depth; i += Kind::kDeep, w += kPanel * Kind::kDeep) {
+    typename Kind::Part column[kWide];
+    for (int v = 0; v < kWide; ++v) column[v] = Kind::column(w + v * kLanes * Kind::kDeep);
+    for (int r = 0; r < R; ++r) {
+      const typename Kind::Part x = Kind::row(a + r * apart + i);
+      for (int v = 0; v < kWide; ++v) Kind::add(s[r][v], x, column[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kWide; ++v) sum[r][v] = s[r][v];
+}
+
+// The same with the number of rows known only now.
+template <typename Kind>
+INLINE void multiply(int64_t rows, const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
+                     typename Kind::Sum (*sum)[kWide]) {
+  switch (rows) {
+    case 1: return multiply<Kind, 1>(a, apart, w, depth, sum);
+    case 2: return multiply<Kind, 2>(a, apart, w, depth, sum);
+    case 3: return multiply<Kind, 3>(a, apart, w, depth, sum);
+    case 4: return multiply<Kind, 4>(a, apart, w, depth, sum);
+    case 5: return multiply<Kind, 5>(a, apart, w, depth, sum);
+    default: return multiply<Kind, kTall>(a, apart, w, depth, sum);
+  }
+}
+
+// Element v of the panel's columns, of a row that may end before the panel does.
+INLINE void store_part(float* p, Vector v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  std::memcpy(p, &v, 4 * std::max<int64_t>(count, 0));
+}
+
+// ---- linear layers ----
+
+constexpr int64_t kDeepest = 256;     // elements of a float row between two visits to its sums: a panel of them stays near
+constexpr int64_t kTilesABlock = 16;  // tiles of rows that stay in the second-level cache
+constexpr int64_t kTasks = 4;         // pieces of work for each thread
+
+template <typename Kind>
+int64_t packed_elements(int64_t d, int64_t f) {
+  return whole(f, kPanel) * whole(d, Kind::kDeep);
+}
+
+int64_t packed_size(int64_t d, int64_t f, Type type) {
+  if (type == kFloat32) return 4 * packed_elements<Floats>(d, f);
+  if (type == kBfloat16) return 2 * packed_elements<Halfs>(d, f);
+  return packed_elements<Bytes8>(d, f) + 4 * whole(f, kPanel);  // and the sums of the columns
+}
+
+INLINE uint16_t half(float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Panel by panel; in it, kDeep elements of a column, then those of the next.
+template <typename Kind, typename F>
+void pack_as(const Pack& p, Pool& pool, F element) {
+  auto* out = static_cast<typename Kind::Weight*>(p.packed);
+  const int64_t depth = whole(p.d, Kind::kDeep);
+  auto panel = [&](int64_t first) {
+    auto* w = out + first * kPanel * depth;
+    for (int64_t i = 0; i < depth; i += Kind::kDeep)
+      for (int64_t c = first * kPanel; c < (first + 1) * kPanel; ++c)
+        for (int64_t j = i; j < i + Kind::kDeep; ++j) *w++ = j < p.d && c < p.f ? element(p.w[j * p.f + c], c) : 0;
+  };
+  for_each(pool, whole(p.f, kPanel) / kPanel, panel);
+}
+
+void pack(const Pack& p, Pool& pool) {
+  if (p.type == kFloat32) return pack_as<Floats>(p, pool, [](float x, int64_t) { return x; });
+  if (p.type == kBfloat16) return pack_as<Halfs>(p, pool, [](float x, int64_t) { return half(x); });
+  std::vector<float> nothing(p.f, 0.0f);
+  for (int64_t c = 0; c < p.f; ++c) p.scale[c] = 0.0f;
+  for (int64_t i = 0; i < p.d; ++i)
+    for (int64_t c = 0; c < p.f; ++c) {
+      p.scale[c] = std::max(p.scale[c], std::fabs(p.w[i * p.f + c]));
+      nothing[c] += p.w[i * p.f + c] * 0.0f;  // unless there is an infinity or no number: then the column has none
+    }
+  for (int64_t c = 0; c < p.f; ++c) p.scale[c] = nothing[c] == 0.0f ? std::max(p.scale[c], 1e-35f) / 127.0f : NAN;
+  auto element = [&](float x, int64_t c) { return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(x / p.scale[c])) : int8_t(0); };
+  pack_as<Bytes8>(p, pool, element);
+  auto* sums = reinterpret_cast<int32_t*>(static_cast<int8_t*>(p.packed) + packed_elements<Bytes8>(p.d, p.f));
+  std::memset(sums, 0, 4 * whole(p.f, kPanel));
+  for (int64_t i = 0; i < p.d; ++i)
+    for (int64_t c = 0; c < p.f; ++c) sums[c] += element(p.w[i * p.f + c], c);
+}
+
+// Pieces of the output: some rows by some panels. Panels are shared out first, so that each weight is read by one thread.
+struct Pieces {
+  int64_t rows, columns, tiles, panels, b;
+  Pieces(int64_t b, int64_t f, int64_t threads) : tiles(whole(b, kTall) / kTall), panels(whole(f, kPanel) / kPanel), b(b) {
+    rows = whole(tiles, kTilesABlock) / kTilesABlock;
+    columns = std::min(panels, threads == 1 ? 1 : whole(kTasks * threads, rows) / rows);
+  }
+  int64_t row(int64_t r) const { return std::min(b, edge(tiles, rows, r) * kTall); }
+  int64_t panel(int64_t c) const { return edge(panels, columns, c); }
+};
+
+// Floats: sums over kDeepest elements at a time are added to y.
+template <typename Kind>
+void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
+  const auto* packed = static_cast<const typename Kind::Weight*>(l.packed);
+  const int64_t depth = whole(l.d, Kind::kDeep);
+  const Pieces pieces(l.b, l.f, pool.threads);
+  auto piece = [&](int64_t i) {
+    const int64_t r = i % pieces.rows, c = i / pieces.rows;
+    const int64_t top = pieces.row(r), end = pieces.row(r + 1);
+    for (int64_t k = 0; k < depth; k += kDeepest) {
+      const int64_t deep = std::min(kDeepest, depth - k);
+      for (int64_t panel = pieces.panel(c); panel < pieces.panel(c + 1); ++panel) {
+        const auto* w = packed + panel * kPanel * depth + k * kPanel;
+        const int64_t first = panel * kPanel;
+        for (int64_t row = top; row < end; row += kTall) {
+          const int64_t rows = std::min<int64_t>(kTall, end - row);
+          Vector sum[kTall][kWide];
+          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, sum);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t v = 0; v < kWide; ++v) {
+              const int64_t at = first + v * kLanes, left = l.f - at;
+              if (left <= 0) break;
+              float* y = l.y + (row + r) * l.f + at;
+              const float* base = k > 0 ? y : (l.bias ? l.bias + at : nullptr);
+              Vector start = {};
+              if (base) {
+                if (left >= kLanes) start = load(base);
+                else std::memcpy(&start, base, 4 * left);
+              }
+              store_part(y, start + sum[r][v], left);
+            }
+        }
+      }
+    }
+  };
+  for_each(pool, pieces.rows * pieces.columns, piece);
+}
+
+// Rows rounded to int8, and what each row's numbers are to be multiplied by.
+void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float& scale) {
+  Vector most = {}, nothing = {};
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    const Vector v = load(x + i), a = v < Vector{} ? -v : v;
+    most = a > most ? a : most;
+    nothing += v * Vector{};  // unless there is an infinity or no number
+  }
+  float largest = 0.0f, last = sum(nothing);
+  for (int64_t j = 0; j < kLanes; ++j) largest = std::max(largest, most[j]);
+  for (; i < d; ++i) largest = std::max(largest, std::fabs(x[i])), last += x[i] * 0.0f;
+  if (last != 0.0f) {
+    std::fill(to, to + depth, Bytes8::Row(Bytes8::kAdded));
+    scale = NAN;
+    return;
+  }
+  scale = std::max(largest, 1e-35f) / 127.0f;
+  const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);
+  typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
+  for (i = 0; i + kLanes <= d; i += kLanes) {
+    const Vector n = (load(x + i) * factor + shift) - shift;
+    *reinterpret_cast<Rows*>(to + i) = __builtin_convertvector(__builtin_convertvector(n, Ints) + int32_t(Bytes8::kAdded), Rows);
+  }
+  for (; i < depth; ++i) to[i] = Bytes8::Row((i < d ? int32_t(std::nearbyint(x[i] * factor[0])) : 0) + Bytes8::kAdded);
+}
+
+void linear_bytes(const Linear& l, Pool& pool) {
+  const auto* packed = static_cast<const int8_t*>(l.packed);
+  const auto* sums = reinterpret_cast<const int32_t*>(packed + packed_elements<Bytes8>(l.d, l.f));
+  const int64_t depth = whole(l.d, Bytes8::kDeep);
+  std::vector<Bytes8::Row> rounded(l.b * depth);
+  std::vector<float> scale(l.b);
+  const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, l.b / 16));
+  auto round = [&](int64_t p) {
+    for (int64_t i = edge(l.b, parts, p); i < edge(l.b, parts, p + 1); ++i)
+      round_row(l.x + i * l.d, l.d, &rounded[i * depth], depth, scale[i]);
+  };
+  for_each(pool, parts, round);
+  const Pieces pieces(l.b, l.f, pool.threads);
+  auto piece = [&](int64_t i) {
+    const int64_t r = i % pieces.rows, c = i / pieces.rows;
+    const int64_t top = pieces.row(r), end = pieces.row(r + 1);
+    for (int64_t panel = pieces.panel(c); panel < pieces.panel(c + 1); ++panel) {
+      const int64_t first = panel * kPanel;
+      for (int64_t row = top; row < end; row += kTall) {
+        const int64_t rows = std::min<int64_t>(kTall, end - row);
+        Ints sum[kTall][kWide];
+        multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, sum);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t v = 0; v < kWide; ++v) {
+            const int64_t at = first + v * kLanes, left = l.f - at;
+            if (left <= 0) break;
+            Ints added;
+            Vector factor = {}, bias = {};
+            std::memcpy(&added, sums + at, sizeof added);  // padded to whole panels
+            const int64_t count = 4 * std::min(left, kLanes);
+            std::memcpy(&factor, l.scale + at, count);
+            if (l.bias) std::memcpy(&bias, l.bias + at, count);
+            const Ints exact = sum[r][v] - added * int32_t(Bytes8::kAdded);
+            store_part(l.y + (row + r) * l.f + at, __builtin_convertvector(exact, Vector) * (factor * fill(scale[row + r])) + bias, left);
+          }
+      }
+    }
+  };
+  for_each(pool, pieces.rows * pieces.columns, piece);
+}
+
+void linear(const Linear& l, Pool& pool) {
+  if (l.b == 0) return;
+  if (l.type == kInt8) return linear_bytes(l, pool);
+  if (l.type == kFloat32) return linear_floats<Floats>(l, l.x, pool);
+#if defined(__AVX512BF16__)
+  const int64_t depth = whole(l.d, Halfs::kDeep);
+  std::vector<uint16_t> rounded(l.b * depth);
+  const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, l.b / 16));
+  auto round = [&](int64_t p) {
+    for (int64_t i = edge(l.b, parts, p); i < edge(l.b, parts, p + 1); ++i)
+      for (int64_t j = 0; j < l.d; ++j) rounded[i * depth + j] = half(l.x[i * l.d + j]);
+  };
+  for_each(pool, parts, round);
+  linear_floats<Halfs>(l, rounded.data(), pool);
+#else
+  linear_floats<Halfs>(l, l.x, pool);
+#endif
+}
+
+// ---- attention ----
+
+constexpr int64_t kQueries = 96;  // of one head and document in a piece of work
+
+// Queries [from, to) of a row of tokens and a head, which see its tokens [first, first + n).
+struct Look {
+  int64_t row, head, from, to, first, n;
+};
+
+void look(const Attention& a, const Look& l) {
+  const int64_t apart = a.h * a.k, start = l.row * a.t * apart + l.head * a.k, n = l.n;
+  const int64_t seen = whole(n, kPanel), wide = whole(a.k, kPanel);
+  std::vector<float> keys(seen * a.k), values(n * wide), odds(kTall * seen);
+  for (int64_t j = 0; j < seen; ++j) {  // panels of tokens
+    float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
+    const float* from = a.key + start + (l.first + j) * apart;
+    for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] : 0.0f;
+  }
+  for (int64_t c = 0; c < wide; c += kPanel)  // panels of channels
+    for (int64_t j = 0; j < n; ++j)
+      std::memcpy(&values[c * n + j * kPanel], a.value + start + (l.first + j) * apart + c, 4 * std::min(kPanel, a.k - c));
+  for (int64_t q = l.from; q < l.to; q += kTall) {
+    const int64_t rows = std::min<int64_t>(kTall, l.to - q);
+    for (int64_t j = 0; j < seen; j += kPanel) {
+      Vector sum[kTall][kWide];
+      multiply<Floats>(rows, a.q + start + q * apart, apart, &keys[j * a.k], a.k, sum);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < kWide; ++v) store(&odds[r * seen + j + v * kLanes], sum[r][v] * fill(a.scale));
+    }
+    float total[kTall];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* z = &odds[r * seen];
+      std::fill(z + n, z + seen, z[0]);
+      Vector most = load(z);
+      for (int64_t j = kLanes; j < seen; j += kLanes) {
+        const Vector v = load(z + j);
+        most = v > most ? v : most;
+      }
+      float largest = most[0];
+      for (int64_t j = 1; j < kLanes; ++j) largest = std::max(largest, most[j]);
+      Vector sums = {};
+      for (int64_t j = 0; j < seen; j += kLanes) store(z + j, exp(load(z + j) - fill(largest)));
+      std::fill(z + n, z + seen, 0.0f);
+      for (int64_t j = 0; j < seen; j += kLanes) sums += load(z + j);
+      total[r] = sum(sums);
+    }
+    for (int64_t c = 0; c < a.k; c += kPanel) {
+      Vector mixed[kTall][kWide];
+      multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, mixed);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < kWide; ++v)
+          store_part(a.y + start + (q + r) * apart + c + v * kLanes, mixed[r][v] / fill(total[r]), a.k - c - v * kLanes);
+    }
+  }
+}
+
+void attention(const Attention& a, Pool& pool) {
+  std::vector<Look> work;
+  auto share_out = [&](int64_t row, int64_t from, int64_t to, int64_t first, int64_t n) {
+    const int64_t parts = (to - from + kQueries - 1) / kQueries;
+    for (int64_t head = 0; head < a.h; ++head)
+      for (int64_t p = 0; p < parts; ++p)
+        work.push_back({row, head, from + edge(to - from, parts, p), from + edge(to - from, parts, p + 1), first, n});
+  };
+  for (int64_t row = 0; row < a.b; ++row) {
+    const int32_t* segment = a.segment ? a.segment + row * a.t : nullptr;
+    int64_t real = a.t;  // up to the last document's end
+    while (segment && real > 0 && !segment[real - 1]) --real;
+    for (int64_t from = 0, to; from < a.t; from = to) {
+      for (to = from + 1; segment && to < a.t && segment[to] == segment[from];) ++to;
+      if (!segment) to = a.t;
+      if (!segment || segment[from]) {
+        share_out(row, from, to, from, to - from);
+      } else if (a.padding_sees && real > 0) {
+        share_out(row, from, to, 0, real);
+      } else {
+        std::memset(a.y + (row * a.t + from) * a.h * a.k, 0, 4 * (to - from) * a.h * a.k);
+      }
+    }
+  }
+  auto piece = [&](int64_t i) { look(a, work[i]); };
+  if (!work.empty()) for_each(pool, int64_t(work.size()), piece);
+}
+
+// ---- LayerNorm ----
+
+void norm(const Norm& m, Pool& pool) {
+  const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, m.b / 32));
+  auto part = [&](int64_t p) {
+    for (int64_t row = edge(m.b, parts, p); row < edge(m.b, parts, p + 1); ++row) {
+      const float* x = m.x + row * m.d;
+      float* y = m.y + row * m.d;
+      auto total = [&](auto&& term, auto&& last) {
+        Vector one = {}, two = {};
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= m.d; i += 2 * kLanes) one += term(load(x + i)), two += term(load(x + i + kLanes));
+        float found = sum(one + two);
+        for (; i < m.d; ++i) found += last(x[i]);
+        return found;
+      };
+      const float mean = total([](Vector v) { return v; }, [](float v) { return v; }) / float(m.d);
+      const Vector middle = fill(mean);
+      const float variance = total([=](Vector v) { return (v - middle) * (v - middle); },
+                                   [=](float v) { return (v - mean) * (v - mean); }) / float(m.d);
+      const float factor = 1.0f / std::sqrt(variance + m.eps);
+      int64_t i = 0;
+      for (; i + kLanes <= m.d; i += kLanes) {
+        const Vector v = (load(x + i) - middle) * (fill(factor) * load(m.scale + i));
+        store(y + i, m.bias ? v + load(m.bias + i) : v);
+      }
+      for (; i < m.d; ++i) y[i] = (x[i] - mean) * (factor * m.scale[i]) + (m.bias ? m.bias[i] : 0.0f);
+    }
+  };
+  if (m.b > 0) for_each(pool, parts, part);
+}
+
+bool supported() {
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return false;
+#endif
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+#ifndef UFBERT_TREES
+#define UFBERT_TREES UFBERT_ISA
+#endif
+namespace JOIN(isa_, UFBERT_TREES) {
+void forward(const Forward& f, Pool& pool);
+void backward(const Backward& g, Pool& pool);
+void leaf_forward(const LeafForward& f, Pool& pool);
+}  // namespace
+namespace ours = JOIN(isa_, UFBERT_ISA);
+namespace trees = JOIN(isa_, UFBERT_TREES);
+const Kernels JOIN(kernels_, UFBERT_ISA) = {
+    TEXT(UFBERT_ISA), ours::supported, trees::forward,    trees::backward, trees::leaf_forward,
+    ours::attention,  ours::norm,      ours::packed_size, ours::pack,      ours::linear};
+
+}  // namespace ufbert
