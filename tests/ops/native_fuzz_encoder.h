@@ -107,6 +107,10 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
   const bool special_values = special && random.chance(50);
   const Array<float> q = draw(random, size, float(random.in(1, 3)), special && !special_values), key = draw(random, size, 1.0f);
   const Array<float> value = draw(random, size, 1.0f, special_values);
+  Array<float> qkv(random, 3 * size);
+  for (int64_t i = 0; i < b * t; ++i)
+    for (int64_t part = 0; part < 3; ++part)
+      std::copy_n((part == 0 ? q : part == 1 ? key : value).data + i * h * k, h * k, &qkv[(3 * i + part) * h * k]);
   Array<int32_t> segment(random, b * t);
   const bool documents = random.chance(75), sees = random.chance(50);
   for (int64_t row = 0; row < b; ++row) {
@@ -115,7 +119,7 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
     for (int64_t i = 0; i < t; ++i) segment[row * t + i] = i >= end ? 0 : (document += i > 0 && random.chance(8));
   }
   Array<float> y(random, size), again(random, size);
-  Attention a{b, t, h, k, q.data, key.data, value.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees};
+  Attention a{b, t, h, k, qkv.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees};
   const int64_t threads = random.in(1, 4);
   if (ufbert_attention(&a, threads)) mismatch("there are no kernels");
   a.y = again.data;

@@ -248,8 +248,7 @@ made |= dict(zip(("leaf y", "leaf"), native.leaf_forward(x, w_in[0, :7], bias[0,
                                                          draw(8, 5, 11), draw(8, 11))))
 for kind in ("float32", "int8"):
     made[f"linear {kind}"] = native.linear(x, native.pack(w_in[0].T, kind), bias[0], 31)
-q, k, v = (draw(2, 40, 2, 20) for _ in range(3))
-made["attention"] = native.attention(q, k, v, np.repeat([[1, 2, 0]], [15, 17, 8], axis=1).repeat(2, 0), padding_sees=True)
+made["attention"] = native.attention(draw(2, 40, 3, 2, 20), np.repeat([[1, 2, 0]], [15, 17, 8], axis=1).repeat(2, 0), padding_sees=True)
 made["norm"] = native.layer_norm(x, w_in[0, 0], w_in[0, 1], 1e-5)
 np.savez(OUT, **made)
 print(native.instruction_set())

@@ -105,22 +105,25 @@ def segments(seed: int, b: int, t: int) -> np.ndarray:
 def test_attention_keeps_to_documents(shape, sees):
     b, t, _, _ = shape
     q, k, v = (jnp.asarray(3 * draw(*shape, seed=i)) for i in range(3))
-    ask = jax.jit(lambda *args, threads=0: native.attention(*args, padding_sees=sees, threads=threads))
-    np.testing.assert_allclose(ask(q, k, v), attention(q, k, v), atol=1e-5)
+    qkv = jnp.stack([q, k, v], axis=2)
+    ask = jax.jit(lambda *args: native.attention(*args, padding_sees=sees))
+    alone = jax.jit(lambda *args: native.attention(*args, padding_sees=sees, threads=1))
+    np.testing.assert_allclose(ask(qkv), attention(q, k, v), atol=1e-5)
     for seed in range(4):
         ids = segments(seed, b, t)
         real = (ids != 0)[:, :, None, None]
         wanted = np.asarray(attention(q, k, v, visible_tokens(jnp.asarray(ids))))
         wanted = wanted if sees else np.where(real, wanted, 0)
-        found = np.asarray(ask(q, k, v, ids))
+        found = np.asarray(ask(qkv, ids))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-        np.testing.assert_array_equal(jax.jit(lambda *a: native.attention(*a, padding_sees=sees, threads=1))(q, k, v, ids), found)
+        np.testing.assert_array_equal(alone(qkv, ids), found)
 
 
 def test_attention_survives_large_logits_and_lets_what_is_no_number_through():
     q, k, v = (jnp.asarray(draw(1, 9, 1, 8, seed=i)) for i in range(3))
-    np.testing.assert_allclose(native.attention(900 * q, k, v), attention(900 * q, k, v), atol=1e-4)
-    found = np.asarray(native.attention(q.at[0, 4, 0, 2].set(jnp.nan), k, v))
+    large = native.attention(jnp.stack([900 * q, k, v], axis=2))
+    np.testing.assert_allclose(large, attention(900 * q, k, v), atol=1e-4)
+    found = np.asarray(native.attention(jnp.stack([q.at[0, 4, 0, 2].set(jnp.nan), k, v], axis=2)))
     assert np.isnan(found[0, 4]).all()
     assert np.isfinite(np.delete(found, 4, axis=1)).all()
 
@@ -140,8 +143,8 @@ WRONG = [
     ("linear", (2, 4), [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0)], (2, 3), "float32, bfloat16 or int8"),
     ("norm", (2, 4), [zeros(3), zeros(0)], (2, 4), "rows' shapes do not fit"),
     ("norm", (8,), [zeros(4), zeros(0)], (8,), "rows are"),
-    ("attention", (1, 2, 1, 4), [zeros(1, 3, 1, 4), zeros(1, 2, 1, 4), zeros(0, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),
-    ("attention", (2, 4), [zeros(2, 4), zeros(2, 4), zeros(0, dtype=jnp.int32)], (2, 4), r"are \(b, t, h, k\)"),
+    ("attention", (1, 2, 3, 1, 4), [zeros(1, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),
+    ("attention", (1, 2, 2, 1, 4), [zeros(0, dtype=jnp.int32)], (1, 2, 1, 4), r"are \(b, t, 3, h, k\)"),
 ]
 NUMBERS = {"linear": {}, "norm": {"eps": np.float32(0)}, "attention": {"padding_sees": np.bool_(False)}}
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ufbert import nn
@@ -120,16 +121,14 @@ class Ours:
 
         def linears(x: Any) -> Any:
             for layer in layers:
-                part = layer["attention"]
-                mixed = sum(native.linear(x, part[k]["kernel"], part[k]["bias"], cfg.d_model) for k in ("query", "key", "value"))
-                x = native.linear(mixed, part["out"]["kernel"], part["out"]["bias"], cfg.d_model)
+                three, out = layer["attention"]["qkv"], layer["attention"]["out"]
+                qkv = native.linear(x, three["kernel"], three["bias"], 3 * cfg.d_model)
+                x = native.linear(qkv[:, : cfg.d_model], out["kernel"], out["bias"], cfg.d_model)
             return x
 
         def attentions(x: Any) -> Any:
-            x = x.reshape(batch, tokens, cfg.n_heads, -1)
-            for _ in layers:
-                x = native.attention(x, x, x)
-            return x
+            qkv = jnp.tile(x.reshape(batch, tokens, 1, cfg.n_heads, -1), (1, 1, 3, 1, 1))
+            return sum(native.attention(qkv * (1 + i)) for i in range(len(layers)))
 
         def feedforwards(x: Any) -> Any:
             for layer in layers:

@@ -1,6 +1,6 @@
 """A peer of `ufbert bench encoder`, run by an interpreter that has what it needs: PYTHON encoder_peer.py FOLDER KIND THREADS.
 
-KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx), `torch` or `torch-int8` (needs torch and transformers):
+KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch), `torch` or `torch-int8` (needs torch and transformers):
 the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or with int8 weights rounded as that library does
 it on the fly. The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
 `{"missing": WHAT IT LACKS}` and ends; then it answers each of
@@ -22,21 +22,28 @@ import numpy as np
 
 
 def onnx_session(folder: Path, kind: str, threads: int):
-    """(what it is, ids to hidden states). BERT's layers are fused by ONNX Runtime's own tool, and quantised by its own tool."""
+    """(what it is, ids to hidden states). Fused by ONNX Runtime's own tool for BERT, where torch, which that needs, is there,
+    else by ONNX Runtime alone; quantised by its own tool."""
     import onnxruntime
-    from onnxruntime.transformers import optimizer
 
+    path, source = folder / f"{kind}.onnx", folder / "dense-onnx" / "model.onnx"
     config = json.loads((folder / "dense-hf" / "config.json").read_text())
-    path = folder / f"{kind}.onnx"
-    source = str(folder / "dense-onnx" / "model.onnx")
-    fused = optimizer.optimize_model(
-        source, "bert", num_heads=config["num_attention_heads"], hidden_size=config["hidden_size"]
-    )
-    fused.save_model_to_file(str(path))
+    try:
+        from onnxruntime.transformers import optimizer
+
+        sizes = {"num_heads": config["num_attention_heads"], "hidden_size": config["hidden_size"]}
+        fused = optimizer.optimize_model(str(source), "bert", **sizes)
+        fused.save_model_to_file(str(path))
+        how = f"{sum(fused.get_fused_operator_statistics().values())} operators fused by its tool for BERT"
+    except ImportError:
+        path.write_bytes(source.read_bytes())
+        how = "without its tool for BERT, which needs torch"
     if kind.endswith("int8"):
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        quantize_dynamic(path, path, weight_type=QuantType.QInt8)
+        floats = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # which it cannot infer behind fused operators
+        quantize_dynamic(path, path, weight_type=QuantType.QInt8, extra_options=floats)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -47,8 +54,7 @@ def onnx_session(folder: Path, kind: str, threads: int):
         given = {"input_ids": wide, "attention_mask": np.ones_like(wide), "token_type_ids": np.zeros_like(wide)}
         return session.run(["last_hidden_state"], {name: given[name] for name in names})[0]
 
-    count = sum(fused.get_fused_operator_statistics().values())
-    return f"onnxruntime {onnxruntime.__version__}, {count} fused operators", run
+    return f"onnxruntime {onnxruntime.__version__}, {how}", run
 
 
 def torch_model(folder: Path, kind: str, threads: int):

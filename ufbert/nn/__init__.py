@@ -105,6 +105,10 @@ def pack(
         if "scale" in part and name not in ("query_norm", "key_norm"):
             return {}, dict(part)
         stays, packed = {}, {}
+        if "query" in part:  # one product for the three
+            three = [part[inner] for inner in ("query", "key", "value")]
+            part = {inner: value for inner, value in part.items() if inner not in ("query", "key", "value")}
+            part["qkv"] = {key: jnp.concatenate([one[key] for one in three], axis=-1) for key in three[0]}
         for inner, value in part.items():
             if isinstance(value, Mapping):
                 stays[inner], packed[inner] = split(inner, value)

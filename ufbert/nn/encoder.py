@@ -11,6 +11,7 @@ from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Aux, Context, layer_norm
+from ufbert.ops import native
 from ufbert.ops.attention import visible_tokens
 from ufbert.ops.dropout import dropout
 
@@ -32,14 +33,15 @@ class Block(nn.Module):
         mix = MIXERS[self.mixer](cfg, name=self.mixer)
         feed = FEEDFORWARDS[self.feedforward](cfg, name=self.feedforward)
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
+        plus = native.add if context.packed else jnp.add
         if cfg.norm == "pre":
             normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
-            x = x + dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
+            x = plus(x, dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key))
             y, aux = feed(feedforward_norm(x), context, noise_key)
-            return x + dropout(y, cfg.dropout, hidden_key), aux
-        x = layer_norm(cfg, "mixer_norm")(x + dropout(mix(x, context, weights_key), cfg.dropout, mixed_key))
+            return plus(x, dropout(y, cfg.dropout, hidden_key)), aux
+        x = layer_norm(cfg, "mixer_norm")(plus(x, dropout(mix(x, context, weights_key), cfg.dropout, mixed_key)))
         y, aux = feed(x, context, noise_key)
-        return feedforward_norm(x + dropout(y, cfg.dropout, hidden_key)), aux
+        return feedforward_norm(plus(x, dropout(y, cfg.dropout, hidden_key))), aux
 
 
 class Encoder(nn.Module):

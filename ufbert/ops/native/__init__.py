@@ -45,7 +45,7 @@ def instruction_set() -> str:
 
 
 def _register(library: ctypes.CDLL) -> None:
-    for name in ("forward", "forward_saving", "backward", "leaf_forward", "attention", "norm", "linear"):
+    for name in ("forward", "forward_saving", "backward", "leaf_forward", "attention", "norm", "add", "linear"):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
 
@@ -224,20 +224,24 @@ def layer_norm(
     return _call("norm", _shape(*x.shape), x, scale, bias, eps=np.float32(eps), threads=threads)
 
 
+def add(one: Float[Array, "*rows"], other: Float[Array, "*rows"], *, threads: int = 0) -> Float[Array, "*rows"]:
+    """one + other. XLA shares a sum among threads of its own, which then compete for the cores with the kernels' helpers."""
+    return _call("add", _shape(*one.shape), one, other, threads=threads)
+
+
 def attention(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h k"],
+    qkv: Float[Array, "b t 3 h k"],
     segment_ids: Int[Array, "b t"] | None = None,
     *,
     padding_sees: bool = False,
     threads: int = 0,
 ) -> Float[Array, "b t h k"]:
-    """`ufbert.ops.attention.attention` among the tokens of each document, without a matrix of who sees whom.
+    """`ufbert.ops.attention.attention` among the tokens of each document, without a matrix of who sees whom, from queries, keys
+    and values side by side.
 
     Documents lie side by side in a row. Padding (segment 0) gets zeros, or, with `padding_sees`, what it gets there: it sees
     every token.
     """
     segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    out = _shape(*q.shape)
-    return _call("attention", out, q, k, v, segments, padding_sees=np.bool_(padding_sees), threads=threads)
+    out = _shape(*qkv.shape[:2], *qkv.shape[3:])
+    return _call("attention", out, qkv, segments, padding_sees=np.bool_(padding_sees), threads=threads)

@@ -358,17 +358,15 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   return ffi::Error::Success();
 }
 
-ffi::Error attention(F32 q, F32 key, F32 value, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
+ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
-  const auto shape = q.dimensions();
-  if (shape.size() != 4) return wrong("queries, keys and values are (b, t, h, k)");
+  const auto shape = qkv.dimensions();
+  if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
   Attention a{};
-  a.b = shape[0], a.t = shape[1], a.h = shape[2], a.k = shape[3];
-  const int64_t size = a.b * a.t * a.h * a.k;
-  if (!has(key, size) || !has(value, size) || !has(*y, size) || !(has(segment, 0) || has(segment, a.b * a.t)))
-    return wrong(kUnfitRows);
-  a.q = q.typed_data(), a.key = key.typed_data(), a.value = value.typed_data();
+  a.b = shape[0], a.t = shape[1], a.h = shape[3], a.k = shape[4];
+  if (!has(*y, a.b * a.t * a.h * a.k) || !(has(segment, 0) || has(segment, a.b * a.t))) return wrong(kUnfitRows);
+  a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
   a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
   SharedPool pool(threads);
@@ -385,6 +383,16 @@ ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64
   if (!has(scale, m.d) || !(has(bias, 0) || has(bias, m.d)) || !has(*y, m.b * m.d)) return wrong(kUnfitRows);
   SharedPool pool(threads);
   kernels->norm(m, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error add(F32 one, F32 other, ffi::Result<F32> y, int64_t threads) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  const Add a{int64_t(one.element_count()), one.typed_data(), other.typed_data(), y->typed_data()};
+  if (!has(other, a.size) || !has(*y, a.size)) return wrong(kUnfitRows);
+  SharedPool pool(threads);
+  kernels->add(a, pool);
   return ffi::Error::Success();
 }
 
@@ -426,11 +434,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
                                   .Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<S32>()
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
-                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Ret<F32>()
-                                  .Attr<bool>("padding_sees").Attr<int64_t>("threads"));
+                              ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Ret<F32>().Attr<bool>("padding_sees")
+                                  .Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_norm, norm,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<float>("eps").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_add, add,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_linear, linear,
                               ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<int64_t>("threads"));

@@ -100,20 +100,24 @@ struct Bytes8 {
 
 INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
-// sum[r][v] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep). Not inlined:
+// sum[r][v] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep, not 0). Not inlined:
 // every vector register is needed here, and one sum that goes through memory instead doubles the time.
 template <typename Kind, int R>
 __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
                      typename Kind::Sum (*sum)[kWide]) {
-  typename Kind::Sum s[R][kWide] = {};
-  for (int64_t i = 0; i < depth; i += Kind::kDeep, w += kPanel * Kind::kDeep) {
+  typename Kind::Sum s[R][kWide];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kWide; ++v) s[r][v] = typename Kind::Sum{};
+  int64_t i = 0;
+  do {
     typename Kind::Part column[kWide];
     for (int v = 0; v < kWide; ++v) column[v] = Kind::column(w + v * kLanes * Kind::kDeep);
     for (int r = 0; r < R; ++r) {
       const typename Kind::Part x = Kind::row(a + r * apart + i);
       for (int v = 0; v < kWide; ++v) Kind::add(s[r][v], x, column[v]);
     }
-  }
+    i += Kind::kDeep, w += kPanel * Kind::kDeep;
+  } while (i < depth);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) sum[r][v] = s[r][v];
 }
@@ -132,16 +136,22 @@ INLINE void multiply(int64_t rows, const typename Kind::Row* a, int64_t apart, c
   }
 }
 
-// Element v of the panel's columns, of a row that may end before the panel does.
+// A vector, of which only `count` elements may be there.
 INLINE void store_part(float* p, Vector v, int64_t count) {
   if (count >= kLanes) return store(p, v);
-  std::memcpy(p, &v, 4 * std::max<int64_t>(count, 0));
+  if (count > 0) std::memcpy(p, &v, 4 * count);
+}
+INLINE Vector load_part(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  Vector v = {};
+  if (count > 0) std::memcpy(&v, p, 4 * count);
+  return v;
 }
 
 // ---- linear layers ----
 
 constexpr int64_t kDeepest = 256;     // elements of a float row between two visits to its sums: a panel of them stays near
-constexpr int64_t kTilesABlock = 16;  // tiles of rows that stay in the second-level cache
+constexpr int64_t kBlock = 144 << 10;  // bytes of rows that stay in the second-level cache
 constexpr int64_t kTasks = 4;         // pieces of work for each thread
 
 template <typename Kind>
@@ -198,20 +208,30 @@ void pack(const Pack& p, Pool& pool) {
 // Pieces of the output: some rows by some panels. Panels are shared out first, so that each weight is read by one thread.
 struct Pieces {
   int64_t rows, columns, tiles, panels, b;
-  Pieces(int64_t b, int64_t f, int64_t threads) : tiles(whole(b, kTall) / kTall), panels(whole(f, kPanel) / kPanel), b(b) {
-    rows = whole(tiles, kTilesABlock) / kTilesABlock;
+  Pieces(int64_t b, int64_t f, int64_t row_bytes, int64_t threads)
+      : tiles(whole(b, kTall) / kTall), panels(whole(f, kPanel) / kPanel), b(b) {
+    const int64_t block = std::max<int64_t>(1, kBlock / (kTall * row_bytes));
+    rows = whole(tiles, block) / block;
     columns = std::min(panels, threads == 1 ? 1 : whole(kTasks * threads, rows) / rows);
   }
   int64_t row(int64_t r) const { return std::min(b, edge(tiles, rows, r) * kTall); }
   int64_t panel(int64_t c) const { return edge(panels, columns, c); }
 };
 
+// The part of `bytes` bytes that is the turn of tile `tile` of `tiles`, on its way to the second-level cache: the next panel,
+// which comes from memory, arrives while the tiles of this one are computed.
+INLINE void fetch(const void* p, int64_t bytes, int64_t tile, int64_t tiles) {
+  const int64_t lines = tiles < 4 ? 0 : (bytes + 63) / 64;  // few rows wait for all of it anyway
+  for (int64_t i = edge(lines, tiles, tile); i < edge(lines, tiles, tile + 1); ++i)
+    __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 2);
+}
+
 // Floats: sums over kDeepest elements at a time are added to y.
 template <typename Kind>
 void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
   const auto* packed = static_cast<const typename Kind::Weight*>(l.packed);
   const int64_t depth = whole(l.d, Kind::kDeep);
-  const Pieces pieces(l.b, l.f, pool.threads);
+  const Pieces pieces(l.b, l.f, std::min(depth, kDeepest) * sizeof(*x), pool.threads);
   auto piece = [&](int64_t i) {
     const int64_t r = i % pieces.rows, c = i / pieces.rows;
     const int64_t top = pieces.row(r), end = pieces.row(r + 1);
@@ -220,22 +240,20 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
       for (int64_t panel = pieces.panel(c); panel < pieces.panel(c + 1); ++panel) {
         const auto* w = packed + panel * kPanel * depth + k * kPanel;
         const int64_t first = panel * kPanel;
+        Vector bias[kWide] = {};
+        for (int64_t v = 0; v < kWide && l.bias; ++v) bias[v] = load_part(l.bias + first + v * kLanes, l.f - first - v * kLanes);
+        const bool last = panel + 1 == pieces.panel(c + 1);
+        const auto* next = last ? packed + pieces.panel(c) * kPanel * depth + (k + deep) * kPanel : w + kPanel * depth;
         for (int64_t row = top; row < end; row += kTall) {
           const int64_t rows = std::min<int64_t>(kTall, end - row);
+          fetch(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall);
           Vector sum[kTall][kWide];
           multiply<Kind>(rows, x + row * depth + k, depth, w, deep, sum);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < kWide; ++v) {
-              const int64_t at = first + v * kLanes, left = l.f - at;
-              if (left <= 0) break;
+              const int64_t at = first + v * kLanes;
               float* y = l.y + (row + r) * l.f + at;
-              const float* base = k > 0 ? y : (l.bias ? l.bias + at : nullptr);
-              Vector start = {};
-              if (base) {
-                if (left >= kLanes) start = load(base);
-                else std::memcpy(&start, base, 4 * left);
-              }
-              store_part(y, start + sum[r][v], left);
+              store_part(y, sum[r][v] + (k > 0 ? load_part(y, l.f - at) : bias[v]), l.f - at);
             }
         }
       }
@@ -283,29 +301,34 @@ void linear_bytes(const Linear& l, Pool& pool) {
       round_row(l.x + i * l.d, l.d, &rounded[i * depth], depth, scale[i]);
   };
   for_each(pool, parts, round);
-  const Pieces pieces(l.b, l.f, pool.threads);
+  const Pieces pieces(l.b, l.f, depth * sizeof(rounded[0]), pool.threads);
   auto piece = [&](int64_t i) {
     const int64_t r = i % pieces.rows, c = i / pieces.rows;
     const int64_t top = pieces.row(r), end = pieces.row(r + 1);
     for (int64_t panel = pieces.panel(c); panel < pieces.panel(c + 1); ++panel) {
       const int64_t first = panel * kPanel;
+      Ints added[kWide];
+      Vector factor[kWide], bias[kWide] = {};
+      for (int64_t v = 0; v < kWide; ++v) {
+        const int64_t at = first + v * kLanes;
+        std::memcpy(&added[v], sums + at, sizeof added[v]);  // padded to whole panels
+        added[v] *= int32_t(Bytes8::kAdded);
+        factor[v] = load_part(l.scale + at, l.f - at);
+        if (l.bias) bias[v] = load_part(l.bias + at, l.f - at);
+      }
       for (int64_t row = top; row < end; row += kTall) {
         const int64_t rows = std::min<int64_t>(kTall, end - row);
+        fetch(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall, (end - top + kTall - 1) / kTall);
         Ints sum[kTall][kWide];
         multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, sum);
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vector by = fill(scale[row + r]);
           for (int64_t v = 0; v < kWide; ++v) {
-            const int64_t at = first + v * kLanes, left = l.f - at;
-            if (left <= 0) break;
-            Ints added;
-            Vector factor = {}, bias = {};
-            std::memcpy(&added, sums + at, sizeof added);  // padded to whole panels
-            const int64_t count = 4 * std::min(left, kLanes);
-            std::memcpy(&factor, l.scale + at, count);
-            if (l.bias) std::memcpy(&bias, l.bias + at, count);
-            const Ints exact = sum[r][v] - added * int32_t(Bytes8::kAdded);
-            store_part(l.y + (row + r) * l.f + at, __builtin_convertvector(exact, Vector) * (factor * fill(scale[row + r])) + bias, left);
+            const int64_t at = first + v * kLanes;
+            const Vector exact = __builtin_convertvector(sum[r][v] - added[v], Vector);
+            store_part(l.y + (row + r) * l.f + at, exact * (factor[v] * by) + bias[v], l.f - at);
           }
+        }
       }
     }
   };
@@ -333,7 +356,7 @@ void linear(const Linear& l, Pool& pool) {
 
 // ---- attention ----
 
-constexpr int64_t kQueries = 96;  // of one head and document in a piece of work
+constexpr int64_t kQueries = 258;  // of one head and document in a piece of work
 
 // Queries [from, to) of a row of tokens and a head, which see its tokens [first, first + n).
 struct Look {
@@ -341,22 +364,24 @@ struct Look {
 };
 
 void look(const Attention& a, const Look& l) {
-  const int64_t apart = a.h * a.k, start = l.row * a.t * apart + l.head * a.k, n = l.n;
+  const int64_t d = a.h * a.k, apart = 3 * d, n = l.n;
+  const float* queries = a.qkv + l.row * a.t * apart + l.head * a.k;
+  float* y = a.y + l.row * a.t * d + l.head * a.k;
   const int64_t seen = whole(n, kPanel), wide = whole(a.k, kPanel);
   std::vector<float> keys(seen * a.k), values(n * wide), odds(kTall * seen);
   for (int64_t j = 0; j < seen; ++j) {  // panels of tokens
     float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
-    const float* from = a.key + start + (l.first + j) * apart;
+    const float* from = queries + d + (l.first + j) * apart;
     for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] : 0.0f;
   }
   for (int64_t c = 0; c < wide; c += kPanel)  // panels of channels
     for (int64_t j = 0; j < n; ++j)
-      std::memcpy(&values[c * n + j * kPanel], a.value + start + (l.first + j) * apart + c, 4 * std::min(kPanel, a.k - c));
+      std::memcpy(&values[c * n + j * kPanel], queries + 2 * d + (l.first + j) * apart + c, 4 * std::min(kPanel, a.k - c));
   for (int64_t q = l.from; q < l.to; q += kTall) {
     const int64_t rows = std::min<int64_t>(kTall, l.to - q);
     for (int64_t j = 0; j < seen; j += kPanel) {
       Vector sum[kTall][kWide];
-      multiply<Floats>(rows, a.q + start + q * apart, apart, &keys[j * a.k], a.k, sum);
+      multiply<Floats>(rows, queries + q * apart, apart, &keys[j * a.k], a.k, sum);
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v) store(&odds[r * seen + j + v * kLanes], sum[r][v] * fill(a.scale));
     }
@@ -382,7 +407,7 @@ void look(const Attention& a, const Look& l) {
       multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, mixed);
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v)
-          store_part(a.y + start + (q + r) * apart + c + v * kLanes, mixed[r][v] / fill(total[r]), a.k - c - v * kLanes);
+          store_part(y + (q + r) * d + c + v * kLanes, mixed[r][v] / fill(total[r]), a.k - c - v * kLanes);
     }
   }
 }
@@ -447,6 +472,17 @@ void norm(const Norm& m, Pool& pool) {
   if (m.b > 0) for_each(pool, parts, part);
 }
 
+void add(const Add& a, Pool& pool) {
+  const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, a.size >> 17));
+  auto part = [&](int64_t p) {
+    int64_t i = edge(a.size, parts, p);
+    const int64_t end = edge(a.size, parts, p + 1);
+    for (; i + kLanes <= end; i += kLanes) store(a.y + i, load(a.one + i) + load(a.other + i));
+    for (; i < end; ++i) a.y[i] = a.one[i] + a.other[i];
+  };
+  for_each(pool, parts, part);
+}
+
 bool supported() {
 #if defined(__AVX512BF16__)
   if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return false;
@@ -477,6 +513,7 @@ namespace ours = JOIN(isa_, UFBERT_ISA);
 namespace trees = JOIN(isa_, UFBERT_TREES);
 const Kernels JOIN(kernels_, UFBERT_ISA) = {
     TEXT(UFBERT_ISA), ours::supported, trees::forward,    trees::backward, trees::leaf_forward,
-    ours::attention,  ours::norm,      ours::packed_size, ours::pack,      ours::linear};
+    ours::attention,  ours::norm,      ours::add,         ours::packed_size, ours::pack,
+    ours::linear};
 
 }  // namespace ufbert

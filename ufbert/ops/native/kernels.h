@@ -68,9 +68,9 @@ struct LeafForward {
 // padding, whose output is zero, or, if padding_sees, from all of the row's documents.
 struct Attention {
   int64_t b, t, h, k;
-  const float *q, *key, *value;  // b t h k
-  const int32_t* segment;        // b t, optional: a row is one document
-  float* y;                      // b t h k
+  const float* qkv;        // b t 3 h k: queries, keys, values
+  const int32_t* segment;  // b t, optional: a row is one document
+  float* y;                // b t h k
   float scale;
   bool padding_sees;
 };
@@ -81,6 +81,13 @@ struct Norm {
   const float *x, *scale, *bias;  // b d, d, d; bias optional
   float* y;                       // b d
   float eps;
+};
+
+// y = one + other. XLA would share so short a sum among threads of its own, which then compete with ours.
+struct Add {
+  int64_t size;
+  const float *one, *other;
+  float* y;
 };
 
 // Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps.
@@ -113,6 +120,7 @@ struct Kernels {
   void (*leaf_forward)(const LeafForward&, Pool&);
   void (*attention)(const Attention&, Pool&);
   void (*norm)(const Norm&, Pool&);
+  void (*add)(const Add&, Pool&);
   int64_t (*packed_size)(int64_t d, int64_t f, Type);
   void (*pack)(const Pack&, Pool&);
   void (*linear)(const Linear&, Pool&);
