@@ -63,7 +63,11 @@ def command():
         start = [str(REPO / script)] if script else ["-m", "ufbert"]
         environment = {**os.environ, "PYTHONPATH": str(REPO)}
         return subprocess.run(
-            [sys.executable, *start, *map(str, args)], capture_output=True, text=True, env=environment, **kwargs
+            [sys.executable, *start, *(a if isinstance(a, bytes) else str(a) for a in args)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            **kwargs,
         )
 
     return call

@@ -100,14 +100,35 @@ def test_fill_mask_prints_five_guesses(command, run_folder):
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 100.1
     assert "no [MASK]" in sentence(command("fill-mask", model, "The cat."))
-    assert "cut off" in sentence(command("fill-mask", model, "cat " * 90 + "[MASK]"))
+    long = "cat " * 90 + "[MASK]"
+    assert "more than the 64 word pieces" in sentence(command("fill-mask", model, long))
+    assert "a [MASK] of it was cut off" in sentence(command("fill-mask", model, long, "--truncate"))
+    assert "'caf.*' is not valid Unicode" in re.sub(
+        "caf[^']*", "caf.*", sentence(command("fill-mask", model, b"caf\xe9 [MASK]"))
+    )
     assert "no classifier" in sentence(command("predict", model, "The cat."))
     narrow = command("fill-mask", model, "The cat sees the [MASK] in london.", "--dtype=int8", "--threads=1")
     assert len(narrow.stdout.splitlines()) == 6
     assert re.search(r"int8 weights send \d+\.\d\d% of these tokens another way", narrow.stderr)
     exact = command("fill-mask", model, "A [MASK].", "--dtype=bfloat16", "--exact-routing")
-    assert "bfloat16 weights send 0.00% of these tokens another way" in exact.stderr
+    assert len(exact.stdout.splitlines()) == 6
+    assert "another way" not in exact.stderr
     assert "--threads is -1" in sentence(command("fill-mask", model, "A [MASK].", "--threads=-1"))
+
+
+def test_predict_answers_a_file_line_by_line(command, tmp_path, run_folder):
+    """On the words of a model without a task it says so; bad files get a sentence before any model is loaded."""
+    model, lines = f"--model={run_folder / 'model'}", tmp_path / "lines.txt"
+    lines.write_text("the cat\nthe dog\n")
+    assert "no classifier" in sentence(command("predict", model, f"--lines={lines}"))
+    assert "not both" in sentence(command("predict", model, f"--lines={lines}", "a text"))
+    assert "Cannot read" in sentence(command("predict", model, f"--lines={tmp_path / 'none.txt'}"))
+    lines.write_bytes(b"caf\xe9\n")
+    assert "is not UTF-8 (byte 3)" in sentence(command("predict", model, f"--lines={lines}"))
+    lines.write_text("a\tb\na\n")
+    assert "lines.txt:2: 1 texts" in sentence(command("predict", model, f"--lines={lines}"))
+    lines.write_text("a\n\nb\n")
+    assert "lines.txt:2:" in sentence(command("predict", model, f"--lines={lines}"))
 
 
 def test_presets_and_help(command):

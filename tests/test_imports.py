@@ -68,12 +68,12 @@ def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
 
 
 def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_package():
-    peers = sorted((ROOT / "bench").glob("torch_*peer.py"))
-    assert len(peers) == 3
+    peers = sorted((ROOT / "bench").glob("*_peer.py"))
+    assert len(peers) == 4
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
-        assert not any(name.endswith("peer") for name in imports_of(path)), path
-    allowed = {"torch", "numpy", "torch_peer"} | sys.stdlib_module_names
+        assert not any(name.endswith("_peer") for name in imports_of(path)), path
+    allowed = {"torch", "numpy", "torch_peer", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
     for path in peers:
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
 
@@ -82,7 +82,7 @@ def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
         "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
-        "import ufbert.glue.table_command, ufbert.bench.layer_command\n"
+        "import ufbert.glue.table_command, ufbert.bench.layer_command, ufbert.bench.encoder_command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -15,7 +15,16 @@ pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason="the engine n
 
 
 def test_a_small_race(command, tmp_path):
-    done = command("bench", "encoder", *TINY, "--peers", "onnxruntime", "onnxruntime-int8", "torch", f"--json={tmp_path / 'e.json'}")
+    done = command(
+        "bench",
+        "encoder",
+        *TINY,
+        "--peers",
+        "onnxruntime",
+        "onnxruntime-int8",
+        "torch",
+        f"--json={tmp_path / 'e.json'}",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "e.json").read_text())
     assert (tmp_path / "e.svg").read_text().startswith("<?xml")
@@ -24,7 +33,14 @@ def test_a_small_race(command, tmp_path):
     assert [one["shape"] for one in report["shapes"]] == ["2x12", "1x16"]
     first, second = report["shapes"]
     assert "fourier-float32" not in first["contestants"]
-    assert set(first["contestants"]) == {"tree-float32", "tree-int8", "dense-float32", "dense-int8", "onnxruntime", "onnxruntime-int8"}
+    assert set(first["contestants"]) == {
+        "tree-float32",
+        "tree-int8",
+        "dense-float32",
+        "dense-int8",
+        "onnxruntime",
+        "onnxruntime-int8",
+    }
     assert "Fourier mixing" in second["contestants"]["fourier-int8"]["parts"]
     tree = first["contestants"]["tree-float32"]
     assert set(tree["parts"]) == {"projections", "attention", "trees", "LayerNorms"}
@@ -57,7 +73,11 @@ def test_wrong_answers_are_not_timed(command, tmp_path):
     assert done.returncode == 2
     assert "onnxruntime computes another model: it is off by" in done.stderr
     assert "timing" not in done.stderr
-    for option, message in (("--shapes=8", "'8' is not a shape"), ("--blocks=0", "blocks is 0"), ("--plot=a.pdf", "must end in")):
+    for option, message in (
+        ("--shapes=8", "'8' is not a shape"),
+        ("--blocks=0", "blocks is 0"),
+        ("--plot=a.pdf", "must end in"),
+    ):
         refused = command("bench", "encoder", option)
         assert refused.returncode == 2
         assert message in refused.stderr

@@ -16,7 +16,9 @@ from ufbert.errors import UserError
 from ufbert.hub import onnx_export
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 
-CONFIG = ModelConfig(max_len=24, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5)
+CONFIG = ModelConfig(
+    max_len=24, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5
+)
 KINDS = {
     "crammed": {},
     "bert": {
@@ -71,8 +73,11 @@ def test_onnx_runtime_gives_our_answers(run_folder, tmp_path, kind, head):
             wanted = nn.classify(model.params, config, hidden, segments)
         real = batch.segment_ids > 0
         np.testing.assert_allclose(found["last_hidden_state"][real], np.asarray(hidden)[real], atol=1e-4)
-        np.testing.assert_allclose(found["logits"][real if head == "masked_lm" else ...],
-                                   np.asarray(wanted)[real if head == "masked_lm" else ...], atol=2e-4)
+        np.testing.assert_allclose(
+            found["logits"][real if head == "masked_lm" else ...],
+            np.asarray(wanted)[real if head == "masked_lm" else ...],
+            atol=2e-4,
+        )
 
 
 def test_operators_are_standard_and_trees_touch_only_their_paths(run_folder):
@@ -92,7 +97,9 @@ def test_dense_parts_can_be_quantised(run_folder, tmp_path):
     kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
     assert kinds.count("MatMulInteger") == 4 * 2
     batch = encode_texts(model.tokenizer, TEXTS, None, model.config).pad([0, 1, 2])
-    full, narrow = (run(path, batch)["last_hidden_state"] for path in (tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx"))
+    full, narrow = (
+        run(path, batch)["last_hidden_state"] for path in (tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx")
+    )
     error = np.linalg.norm(full - narrow) / np.linalg.norm(full)
     assert 1e-4 < error < 0.5
 

@@ -1,5 +1,6 @@
 """The engine: the answers of the training graph, for every kind of layer, whatever company a text comes in."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,9 @@ from ufbert.inference.engine import Engine, fill, size_for
 from ufbert.inference.predictor import Predictor, changed_routes
 from ufbert.ops import fff, native
 
-CONFIG = ModelConfig(max_len=48, d_model=32, n_layers=3, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5)
+CONFIG = ModelConfig(
+    max_len=48, d_model=32, n_layers=3, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5
+)
 KINDS = {
     "crammed": {},
     "bert": {
@@ -35,7 +38,8 @@ KINDS = {
     "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
     "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
 }  # fmt: skip
-WORDS = "the cat sees the dog in london and a king follows the river to rome where birds find an old house".split()
+SENTENCE = "the cat sees the dog in london and a king follows the river to rome where birds find an old house"
+WORDS = SENTENCE.split(" ")
 LENGTHS = [1, 5, 2, 17, 9, 1, 12, 3]
 TEXTS = [" ".join(WORDS[:n]) for n in LENGTHS]
 
@@ -72,7 +76,9 @@ def one_by_one(model: ModelFolder, texts=TEXTS) -> list[np.ndarray]:
 def test_answers_are_those_of_the_training_graph(tokenizer, kind, mode):
     model = folder(tokenizer, kind)
     found = Predictor(model, mode=mode).encode(TEXTS)
-    assert [one.shape for one in found] == [(n, 32) for n in map(len, encode_texts(tokenizer, TEXTS, None, model.config).ids)]
+    assert [one.shape for one in found] == [
+        (n, 32) for n in map(len, encode_texts(tokenizer, TEXTS, None, model.config).ids)
+    ]
     for one, wanted in zip(found, one_by_one(model), strict=True):
         np.testing.assert_allclose(one, wanted, atol=1e-4)
 
@@ -86,7 +92,9 @@ def test_without_kernels_answers_are_the_same(tokenizer, kind, monkeypatch):
     assert "packed" not in without.engine.params
     for one, other in zip(without.encode(TEXTS), wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
-    with pytest.raises(UserError, match="int8 weights need the native kernels, and there are none: there is no compiler"):
+    with pytest.raises(
+        UserError, match="int8 weights need the native kernels, and there are none: there is no compiler"
+    ):
         Predictor(model, "int8")
 
 
@@ -116,7 +124,10 @@ def test_scores_and_guesses_are_those_of_each_text_alone(tokenizer, pooling):
 def test_narrow_weights_are_near_and_not_equal(tokenizer, kind, dtype):
     model = folder(tokenizer, kind)
     full, narrow = Predictor(model).encode(TEXTS), Predictor(model, dtype, exact_routing=True).encode(TEXTS)
-    errors = [np.linalg.norm(one - other, axis=1) / np.linalg.norm(one, axis=1) for one, other in zip(full, narrow, strict=True)]
+    errors = [
+        np.linalg.norm(one - other, axis=1) / np.linalg.norm(one, axis=1)
+        for one, other in zip(full, narrow, strict=True)
+    ]
     error = float(np.median(np.concatenate(errors)))
     assert 1e-4 < error < 0.05
 
@@ -161,7 +172,7 @@ def test_groups_hold_every_text_once_and_few_gaps(lengths, most):
         assert len(group) == 1 or sum(lengths[i] for i in group) <= most
     if most:
         sums = sorted(sum(lengths[i] for i in group) for group in groups)
-        assert all(one + other > most for one, other in zip(sums, sums[1:], strict=False))
+        assert all(one + other > most for one, other in itertools.pairwise(sums))
 
 
 @given(st.integers(1, 10**6))

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +91,7 @@ def line_up(
 
 
 def check_everything(
-    folder: Path, ours: Contestant, names: list[str], peers: list[Ask], shape: str
+    folder: Path, ours: Contestant, names: Sequence[str], peers: list[Ask], shape: str
 ) -> dict[str, dict[str, float]]:
     """What the gates found, by name. Raises UserError if a contestant is wrong, or if tokens take few routes."""
     checked: dict[str, dict[str, float]] = {}
@@ -104,8 +105,8 @@ def check_everything(
             raise UserError(f"{found['unclear']:.1%} of {name}'s tokens turn by a hair's breadth. Nothing was timed.")
         if found["leaves"] < LEAVES:
             raise UserError(
-                f"{name}'s tokens end in {found['leaves']:.0%} of the leaves that even turns would use; that would time a cache. "
-                "Nothing was timed."
+                f"{name}'s tokens end in {found['leaves']:.0%} of the leaves that even turns would use; that would time a "
+                "cache. Nothing was timed."
             )
         checked[name] = found
     wanted = np.load(folder / ours.ask({"do": "check", "name": "dense-float32", "shape": shape}, "file")["file"])

@@ -42,7 +42,9 @@ def parse_shape(text: str) -> Shape:
     return Shape(batch, tokens)
 
 
-def configs(layers: int, width: int, vocab_size: int, depth: int, longest: int, fourier_len: int) -> dict[str, ModelConfig]:
+def configs(
+    layers: int, width: int, vocab_size: int, depth: int, longest: int, fourier_len: int
+) -> dict[str, ModelConfig]:
     """The encoders by name. `tree` is BERT with UltraFastBERT's layers for its feedforwards, `fourier` that with Fourier mixing
     for its attention, `dense` BERT itself."""
     dense = replace(

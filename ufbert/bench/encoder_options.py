@@ -19,9 +19,9 @@ Peer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
 class BenchEncoderOptions:
     """Time whole encoders on this CPU against the dense BERT that others compute.
 
-    Weights are random and ids random at every call, from ids to hidden states. Before anything is timed, our engine's answers are
-    compared with the training graph, the peers' with those of our dense BERT, and tokens must spread over the leaves. Then
-    short blocks of work alternate between processes. Printed are times, ratios of neighbouring blocks, where the time goes, and
+    Weights are random, and so are the ids of every call, which goes from ids to hidden states. Before anything is timed, our
+    engine's answers are compared with the training graph, the peers' with those of our dense BERT, and tokens must spread over
+    the leaves. Then short blocks of work alternate between processes. Printed are times, ratios of neighbouring blocks, where the time goes, and
     how far each is from what the arithmetic of this machine allows.
     """
 
@@ -37,7 +37,14 @@ class BenchEncoderOptions:
     """Word pieces."""
     fourier_len: int = 128
     """The one length of the Fourier model, which is timed at shapes of that many tokens."""
-    ours: tuple[Ours, ...] = ("tree-float32", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8")
+    ours: tuple[Ours, ...] = (
+        "tree-float32",
+        "tree-int8",
+        "fourier-float32",
+        "fourier-int8",
+        "dense-float32",
+        "dense-int8",
+    )
     """Which of ours."""
     peers: tuple[Peer, ...] = ("onnxruntime", "onnxruntime-int8", "torch")
     """Which of the others."""

@@ -3,9 +3,10 @@
 A NAME is a model and a type, `tree-int8` say. Besides what every contestant answers (`ufbert.bench.encoder_peer`) it answers
 
 - `{"do": "machine"}`: `read` bytes/s and `float32` and `bfloat16` FLOP/s of this machine, measured now;
-- `{"do": "gate", "name": n, "shape": s}`: how far the engine is from the training graph on the first batch: `error`, the largest
-  absolute difference over tokens whose turns are clear; `unclear`, the share of the others; `changed`, the share of tokens, mean
-  over layers, that go another way than by float32 weights; `leaves`, the share of the leaves in use that even turns would use;
+- `{"do": "gate", "name": n, "shape": s}`: how far the engine is from the training graph on the first batch: `error`, the
+  largest absolute difference over tokens whose turns are clear; `relative`, the median over all tokens of the difference over
+  their length; `unclear`, the share of tokens with a turn that is not clear; `changed`, the share of tokens, mean over layers,
+  that go another way than by float32 weights; `leaves`, the leaves in use, over those that even turns would use;
 - `{"do": "parts", "name": n, "shape": s}`: seconds of a call by part, each computed alone;
 - `{"do": "load time", "name": n}`: seconds from a model folder to the first answer, and bytes of the packed weights.
 """
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert import nn
+from ufbert.bench.layer_gates import type_of
 from ufbert.bench.layer_ours import read_bandwidth
 from ufbert.cost import least_seconds, measured_flops
 from ufbert.data.encode import Encoded
@@ -41,7 +43,7 @@ class Ours:
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder = folder
         self.models = {name: load_model(folder / name) for name in {one.split("-")[0] for one in names}}
-        self.engines = {one: Engine(self.models[one.split("-")[0]], one.split("-")[1]) for one in names}
+        self.engines = {one: Engine(self.models[one.split("-")[0]], type_of(one)) for one in names}
         self.rows: list[Encoded] = []
 
     def encoded(self, ids: np.ndarray, name: str) -> Encoded:
@@ -81,7 +83,9 @@ class Ours:
         wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
         error = np.abs(found - wanted).max(axis=1)
         aux = self.statistics(name, rows)
-        margins = np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
+        margins = (
+            np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
+        )
         clear = np.ones(len(error), bool) if margins is None else margins > CLEAR
         visits = [np.asarray(aux[key])[:, config.nodes_per_tree // 2 :] for key in aux if key.endswith(".visits")]
         leaves = 2**config.tree_depth
@@ -137,7 +141,9 @@ class Ours:
                     x = native.tree_forward(x, part["w_in"], part["bias"], part["w_out"])
                 else:
                     part = layer["dense"]
-                    hidden = jax.nn.gelu(native.linear(x, part["in"]["kernel"], part["in"]["bias"], cfg.d_hidden), approximate=False)
+                    hidden = jax.nn.gelu(
+                        native.linear(x, part["in"]["kernel"], part["in"]["bias"], cfg.d_hidden), approximate=False
+                    )
                     x = native.linear(hidden, part["out"]["kernel"], part["out"]["bias"], cfg.d_model)
             return x
 
@@ -165,7 +171,7 @@ class Ours:
     def load_time(self, name: str) -> dict[str, Any]:
         """Seconds to a first answer in this process, which has compiled it before; bytes of the weights."""
         start = time.perf_counter()
-        engine = Engine(load_model(self.folder / name.split("-")[0]), name.split("-")[1])
+        engine = Engine(load_model(self.folder / name.split("-")[0]), type_of(name))
         engine.hidden(self.encoded(np.full((1, engine.config.only_len or 16), 7), name))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))}

@@ -1,14 +1,14 @@
 """A peer of `ufbert bench encoder`, run by an interpreter that has what it needs: PYTHON encoder_peer.py FOLDER KIND THREADS.
 
-KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch), `torch` or `torch-int8` (needs torch and transformers):
-the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or with int8 weights rounded as that library does
+KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
+torch and transformers): the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or with int8 weights rounded as that library does
 it on the fly. The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
 `{"missing": WHAT IT LACKS}` and ends; then it answers each of
 
 - `{"do": "load", "shape": s}`: get ready for the batches of a shape, `1x128` say; answers their number;
 - `{"do": "check", "name": n, "shape": s}`: `{"file": F}`, where the hidden states (b, t, d) of its first batch are;
-- `{"do": "time", "name": n, "what": w, "first": i, "calls": c}`: `{"seconds": s}` of c calls on batches i, i + 1, ..., from ids to
-  hidden states;
+- `{"do": "time", "name": n, "what": w, "first": i, "calls": c}`: `{"seconds": s}` of c calls on batches i, i + 1, ..., from ids
+  to hidden states;
 
 by `{"error": SENTENCE}` if it fails.
 """

@@ -65,12 +65,24 @@ def milli(seconds: float | None) -> str:
 def table(one: dict[str, Any]) -> str:
     """The table of one shape; the last columns say how many times as fast as a peer ours are."""
     peers = [name for name in one["contestants"] if name not in one["ratios"]]
-    head = ["", "ms a call", "quartiles", "tokens/s", "limit, ms", "over limit", *(f"faster than {name} by" for name in peers)]
+    head = [
+        "",
+        "ms a call",
+        "quartiles",
+        "tokens/s",
+        "limit, ms",
+        "over limit",
+        *(f"faster than {name} by" for name in peers),
+    ]
     lines = []
     for name, found in one["contestants"].items():
         call, bound = found["call"], found["limit"]
         cells = [name, milli(call["median"]), f"{milli(call['low'])} to {milli(call['high'])}"]
-        cells += [f"{one['tokens'] / call['median']:,.0f}", milli(bound), f"{call['median'] / bound:.1f}" if bound else "-"]
+        cells += [
+            f"{one['tokens'] / call['median']:,.0f}",
+            milli(bound),
+            f"{call['median'] / bound:.1f}" if bound else "-",
+        ]
         lines.append([*cells, *(times(one["ratios"][name][peer]) if name in one["ratios"] else "" for peer in peers)])
     return markdown_grid(head, lines, range(1, 6 + len(peers)))
 
@@ -120,8 +132,13 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"OTHER WORK RAN HERE (load {machine['load']:.1f} at the start). Do not quote these ratios.")
     for one in report["shapes"]:
         lines += ["", f"### {one['shape']}: texts x tokens of a call", "", table(one), "", parts_table(one)]
-    lines += ["", "Ratios are medians and quartiles of the ratios of neighbouring blocks. Parts were timed alone, at their best."]
-    lines.append("The limit is the longer of reading the weights once from memory and the arithmetic, at the speeds measured.")
+    lines += [
+        "",
+        "Ratios are medians and quartiles of the ratios of neighbouring blocks. Parts were timed alone, at their best.",
+    ]
+    lines.append(
+        "The limit is the longer of reading the weights once from memory and the arithmetic, at the speeds measured."
+    )
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,9 +28,9 @@ Ask = tuple[Contestant, str]
 """A process and the name of one of its contestants."""
 
 
-def type_of(name: str) -> str:
+def type_of(name: str) -> Literal["float32", "bfloat16", "int8"]:
     """float32, bfloat16 or int8: the type of a contestant's weights (the narrower, if it has two)."""
-    return "bfloat16" if "bf16" in name else "int8" if "int8" in name else "float32"
+    return "bfloat16" if "bf16" in name or "bfloat16" in name else "int8" if "int8" in name else "float32"
 
 
 def check_everything(

@@ -143,7 +143,13 @@ def build(model: ModelFolder) -> Any:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="ufbert")
     made.ir_version = min(made.ir_version, 10)
     ids = special_ids(model.tokenizer)
-    about = {"max_len": cfg.max_len, "pad_id": cfg.pad_id, "cls_id": ids.cls, "sep_id": ids.sep, "mask_id": ids.mask}
+    about: dict[str, Any] = {
+        "max_len": cfg.max_len,
+        "pad_id": cfg.pad_id,
+        "cls_id": ids.cls,
+        "sep_id": ids.sep,
+        "mask_id": ids.mask,
+    }
     if model.task is not None:
         about |= {"task": model.task.name, "labels": ",".join(model.task.labels)}
     helper.set_model_props(made, {name: str(value) for name, value in about.items()})

@@ -95,7 +95,9 @@ def predict_command(args: list[str]) -> None:
     if options.lines:
         return _predict_lines(options)
     if len(options.texts) not in (1, 2):
-        raise UserError(f"predict takes one text, or two for a task on pairs, not {len(options.texts)}; or --lines FILE.")
+        raise UserError(
+            f"predict takes one text, or two for a task on pairs, not {len(options.texts)}; or --lines FILE."
+        )
     text, *pair = options.texts
     answer = _load(options, options.texts).classify([text], pair or None)[0]
     print(answer.label if answer.probability is None else f"{answer.label}  {answer.probability:.2%}")
@@ -114,7 +116,9 @@ def _predict_lines(options: PredictOptions) -> None:
     columns = len(parts[0]) if parts else 1
     for number, found in enumerate(parts, start=1):
         if len(found) != columns or columns > 2 or not all(part.strip() for part in found):
-            raise UserError(f"{options.lines}:{number}: {len(found)} texts, some perhaps empty, where 1 or 2 are wanted.")
+            raise UserError(
+                f"{options.lines}:{number}: {len(found)} texts, some perhaps empty, where 1 or 2 are wanted."
+            )
     texts = [found[0] for found in parts]
     predictor = _load(options, texts)
     for answer in predictor.classify(texts, [found[1] for found in parts] if columns == 2 else None):

@@ -143,12 +143,12 @@ class Engine:
         starts = np.arange(n, dtype=np.int32) * t
         return Batch(padded.ids, padded.segment_ids, positions, padded.type_ids, starts, owner)
 
-    def _encode(self, params: Any, batch: Batch) -> Float[Array, "tokens d"]:
+    def _encode(self, params: Any, batch: Any) -> Float[Array, "tokens d"]:
         ids, segments, positions, types = batch[:4]
         hidden = nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
         return hidden.reshape(-1, self.config.d_model)
 
-    def _classify(self, params: Any, batch: Batch) -> Float[Array, "n c"]:
+    def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:
         hidden, n = self._encode(params, batch), len(batch.starts)
         if self.config.pooling == "first":
             pooled = hidden[batch.starts]
@@ -158,7 +158,7 @@ class Engine:
             pooled = sums / jnp.maximum(counts, 1.0)
         return nn.classify(params, self.config, pooled[:, None])
 
-    def _predict(self, params: Any, batch: Batch, positions: Any) -> Float[Array, "k v"]:
+    def _predict(self, params: Any, batch: Any, positions: Any) -> Float[Array, "k v"]:
         return nn.masked_lm_logits(params, self.config, self._encode(params, batch)[positions])
 
 

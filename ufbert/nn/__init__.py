@@ -95,6 +95,9 @@ def pack(
     def narrow(weights: Array) -> Any:
         return native.quantize(weights) if dtype == "int8" else jnp.asarray(weights, dtype)
 
+    def without_empty(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if not isinstance(value, dict) or value}
+
     def split(name: str, part: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """What stays, and what is packed."""
         if name == "tree":
@@ -114,7 +117,7 @@ def pack(
                 stays[inner], packed[inner] = split(inner, value)
             else:
                 stays[inner] = value
-        return tuple({k: v for k, v in found.items() if not isinstance(v, dict) or v} for found in (stays, packed))
+        return without_empty(stays), without_empty(packed)
 
     stays, packed = split("encoder", params["encoder"])
     return {**params, "encoder": stays, "packed": packed}

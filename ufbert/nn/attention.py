@@ -28,7 +28,9 @@ class Attention(nn.Module):
         x = x.astype(compute_dtype(cfg))
         heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
         if context.packed:
-            qkv = Linear(3 * cfg.d_model, cfg.use_bias, jnp.float32, None, name="qkv")(x).reshape(*x.shape[:2], 3, *heads[2:])
+            qkv = Linear(3 * cfg.d_model, cfg.use_bias, jnp.float32, None, name="qkv")(x).reshape(
+                *x.shape[:2], 3, *heads[2:]
+            )
             if cfg.qk_norm or cfg.positions == "rotary":
                 q, k = self._placed(qkv[:, :, 0], qkv[:, :, 1], context)
                 qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
@@ -36,7 +38,9 @@ class Attention(nn.Module):
         else:
             q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
             q, k = self._placed(q, k, context)
-            implementation: Literal["xla", "cudnn"] | None = None if cfg.attention_impl == "auto" else cfg.attention_impl
+            implementation: Literal["xla", "cudnn"] | None = (
+                None if cfg.attention_impl == "auto" else cfg.attention_impl
+            )
             mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
         return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
 

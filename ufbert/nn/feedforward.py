@@ -73,9 +73,7 @@ class TreeFeedForward(nn.Module):
         w_out = self.param("w_out", start_out, shape)
         activation = ACTIVATIONS[cfg.tree_activation]
         backend = tree_backend(cfg, x.size // cfg.d_model)
-        y = fff.fast_feedforward(
-            x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg)
-        )
+        y = fff.fast_feedforward(x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg))
         aux: Aux = {}
         balanced = context.training and cfg.tree_balance > 0
         if balanced or context.statistics:

@@ -15,6 +15,7 @@ constexpr int64_t kPanel = kWide * kLanes;
 struct Floats {
   typedef float Row;
   typedef float Weight;
+  typedef float Number;
   typedef Vector Sum;
   typedef Vector Part;
   static constexpr int64_t kDeep = 1;
@@ -27,6 +28,7 @@ struct Floats {
 struct Halfs {
   typedef uint16_t Row;
   typedef uint16_t Weight;
+  typedef float Number;
   typedef Vector Sum;
   typedef __m512i Part;
   static constexpr int64_t kDeep = 2;
@@ -49,6 +51,7 @@ struct Halfs : Floats {
 
 struct Bytes8 {
   typedef int8_t Weight;
+  typedef int32_t Number;
   typedef Ints Sum;
 #if defined(__AVX512VNNI__)
   typedef uint8_t Row;  // 128 more than the number, since the instruction wants one side without a sign
@@ -100,11 +103,11 @@ struct Bytes8 {
 
 INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
-// sum[r][v] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep, not 0). Not inlined:
-// every vector register is needed here, and one sum that goes through memory instead doubles the time.
+// to[r * to_apart ..] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep, not 0).
+// Not inlined: every vector register is needed here, and one sum that goes through memory instead doubles the time.
 template <typename Kind, int R>
 __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Sum (*sum)[kWide]) {
+                     typename Kind::Number* to, int64_t to_apart) {
   typename Kind::Sum s[R][kWide];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) s[r][v] = typename Kind::Sum{};
@@ -119,20 +122,20 @@ __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apa
     i += Kind::kDeep, w += kPanel * Kind::kDeep;
   } while (i < depth);
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kWide; ++v) sum[r][v] = s[r][v];
+    for (int v = 0; v < kWide; ++v) std::memcpy(to + r * to_apart + v * kLanes, &s[r][v], sizeof s[r][v]);
 }
 
 // The same with the number of rows known only now.
 template <typename Kind>
 INLINE void multiply(int64_t rows, const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Sum (*sum)[kWide]) {
+                     typename Kind::Number* to, int64_t to_apart) {
   switch (rows) {
-    case 1: return multiply<Kind, 1>(a, apart, w, depth, sum);
-    case 2: return multiply<Kind, 2>(a, apart, w, depth, sum);
-    case 3: return multiply<Kind, 3>(a, apart, w, depth, sum);
-    case 4: return multiply<Kind, 4>(a, apart, w, depth, sum);
-    case 5: return multiply<Kind, 5>(a, apart, w, depth, sum);
-    default: return multiply<Kind, kTall>(a, apart, w, depth, sum);
+    case 1: return multiply<Kind, 1>(a, apart, w, depth, to, to_apart);
+    case 2: return multiply<Kind, 2>(a, apart, w, depth, to, to_apart);
+    case 3: return multiply<Kind, 3>(a, apart, w, depth, to, to_apart);
+    case 4: return multiply<Kind, 4>(a, apart, w, depth, to, to_apart);
+    case 5: return multiply<Kind, 5>(a, apart, w, depth, to, to_apart);
+    default: return multiply<Kind, kTall>(a, apart, w, depth, to, to_apart);
   }
 }
 
@@ -152,7 +155,7 @@ INLINE Vector load_part(const float* p, int64_t count) {
 
 constexpr int64_t kDeepest = 256;     // elements of a float row between two visits to its sums: a panel of them stays near
 constexpr int64_t kBlock = 144 << 10;  // bytes of rows that stay in the second-level cache
-constexpr int64_t kTasks = 4;         // pieces of work for each thread
+constexpr int64_t kTasks = 8;         // pieces of work for each thread, as one may be slower than the others
 
 template <typename Kind>
 int64_t packed_elements(int64_t d, int64_t f) {
@@ -248,7 +251,7 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
           const int64_t rows = std::min<int64_t>(kTall, end - row);
           fetch(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall);
           Vector sum[kTall][kWide];
-          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, sum);
+          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, reinterpret_cast<float*>(sum), kPanel);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < kWide; ++v) {
               const int64_t at = first + v * kLanes;
@@ -320,7 +323,8 @@ void linear_bytes(const Linear& l, Pool& pool) {
         const int64_t rows = std::min<int64_t>(kTall, end - row);
         fetch(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall, (end - top + kTall - 1) / kTall);
         Ints sum[kTall][kWide];
-        multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, sum);
+        multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
+                         kPanel);
         for (int64_t r = 0; r < rows; ++r) {
           const Vector by = fill(scale[row + r]);
           for (int64_t v = 0; v < kWide; ++v) {
@@ -372,20 +376,18 @@ void look(const Attention& a, const Look& l) {
   for (int64_t j = 0; j < seen; ++j) {  // panels of tokens
     float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
     const float* from = queries + d + (l.first + j) * apart;
-    for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] : 0.0f;
+    for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] * a.scale : 0.0f;
   }
   for (int64_t c = 0; c < wide; c += kPanel)  // panels of channels
-    for (int64_t j = 0; j < n; ++j)
-      std::memcpy(&values[c * n + j * kPanel], queries + 2 * d + (l.first + j) * apart + c, 4 * std::min(kPanel, a.k - c));
+    for (int64_t j = 0; j < n; ++j) {
+      const float* from = queries + 2 * d + (l.first + j) * apart + c;
+      for (int64_t v = 0; v < kPanel; v += kLanes) store(&values[c * n + j * kPanel + v], load_part(from + v, a.k - c - v));
+    }
   for (int64_t q = l.from; q < l.to; q += kTall) {
     const int64_t rows = std::min<int64_t>(kTall, l.to - q);
-    for (int64_t j = 0; j < seen; j += kPanel) {
-      Vector sum[kTall][kWide];
-      multiply<Floats>(rows, queries + q * apart, apart, &keys[j * a.k], a.k, sum);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int v = 0; v < kWide; ++v) store(&odds[r * seen + j + v * kLanes], sum[r][v] * fill(a.scale));
-    }
-    float total[kTall];
+    for (int64_t j = 0; j < seen; j += kPanel)
+      multiply<Floats>(rows, queries + q * apart, apart, &keys[j * a.k], a.k, &odds[j], seen);
+    Vector total[kTall];
     for (int64_t r = 0; r < rows; ++r) {
       float* z = &odds[r * seen];
       std::fill(z + n, z + seen, z[0]);
@@ -396,18 +398,21 @@ void look(const Attention& a, const Look& l) {
       }
       float largest = most[0];
       for (int64_t j = 1; j < kLanes; ++j) largest = std::max(largest, most[j]);
+      std::fill(z + n, z + seen, -INFINITY);  // comes to 1e-38, which the sum does not feel, and the products do not see
       Vector sums = {};
-      for (int64_t j = 0; j < seen; j += kLanes) store(z + j, exp(load(z + j) - fill(largest)));
-      std::fill(z + n, z + seen, 0.0f);
-      for (int64_t j = 0; j < seen; j += kLanes) sums += load(z + j);
-      total[r] = sum(sums);
+      for (int64_t j = 0; j < seen; j += kLanes) {
+        const Vector odd = exp(load(z + j) - fill(largest));
+        store(z + j, odd);
+        sums += odd;
+      }
+      total[r] = fill(1.0f / sum(sums));
     }
     for (int64_t c = 0; c < a.k; c += kPanel) {
       Vector mixed[kTall][kWide];
-      multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, mixed);
+      multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, reinterpret_cast<float*>(mixed), kPanel);
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < kWide; ++v)
-          store_part(y + (q + r) * d + c + v * kLanes, mixed[r][v] / fill(total[r]), a.k - c - v * kLanes);
+          store_part(y + (q + r) * d + c + v * kLanes, mixed[r][v] * total[r], a.k - c - v * kLanes);
     }
   }
 }
