@@ -1,8 +1,8 @@
 """A peer of `ufbert bench encoder`, run by an interpreter that has what it needs: PYTHON encoder_peer.py FOLDER KIND THREADS.
 
 KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
-torch and transformers): the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or with int8 weights rounded as that library does
-it on the fly. The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
+torch and transformers): the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or
+with int8 weights as that library rounds them on the fly. The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
 `{"missing": WHAT IT LACKS}` and ends; then it answers each of
 
 - `{"do": "load", "shape": s}`: get ready for the batches of a shape, `1x128` say; answers their number;
