@@ -137,9 +137,9 @@ def test_narrow_weights_are_near_and_not_equal(tokenizer, kind, dtype):
 def test_narrow_trees_turn_by_their_rounded_weights(tokenizer, dtype):
     """Each layer's nodes are those of the rounded weights, or with exact routing of the unrounded ones."""
     model = folder(tokenizer, "tree", tree_depth=7)
-    assert changed_routes(model, "float32", TEXTS) == 0
-    changed = changed_routes(model, dtype, 20 * TEXTS)
-    assert changed == pytest.approx(changed_routes(model, dtype, TEXTS), abs=1e-6)
+    assert changed_routes(Engine(model), model, TEXTS) == changed_routes(Engine(model, dtype, True), model, TEXTS) == 0
+    changed = changed_routes(Engine(model, dtype), model, 20 * TEXTS)
+    assert changed == pytest.approx(changed_routes(Engine(model, dtype), model, TEXTS), abs=1e-6)
     assert 0 < changed < 0.4
     tree = model.params["encoder"]["layer_01"]["tree"]
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 32)), jnp.float32)

@@ -82,7 +82,8 @@ class Ours:
         graph = jax.jit(lambda params, ids: nn.encode(params, config, ids)[0])
         wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
         error = np.abs(found - wanted).max(axis=1)
-        aux = self.statistics(name, rows)
+        ((_, batch),) = engine.batches(rows)
+        aux = jax.tree.map(np.asarray, engine.statistics(model, batch)) if "tree" in config.feedforward else {}
         margins = (
             np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
         )
@@ -98,19 +99,6 @@ class Ours:
             "changed": float(np.mean(changed)) if changed else 0.0,
             "leaves": float(min((one > 0).sum() for one in visits) / even) if visits else 1.0,
         }
-
-    def statistics(self, name: str, rows: Encoded) -> dict[str, Any]:
-        """What tree layers report of a batch; nothing for a dense model."""
-        model, engine = self.models[name.split("-")[0]], self.engines[name]
-        if "tree" not in model.config.feedforward:
-            return {}
-        ((_, batch),) = engine.batches(rows)
-        trees = {key: {"tree": layer["tree"]} for key, layer in model.params["encoder"].items() if "tree" in layer}
-        rest = engine.params["encoder"]
-        encoder = rest | {key: rest.get(key, {}) | tree for key, tree in trees.items()}
-        params = {**engine.params, "encoder": encoder}
-        ask = jax.jit(lambda params, *a: nn.encode(params, engine.config, *a[:3], type_ids=a[3], statistics=True)[1])
-        return jax.tree.map(np.asarray, ask(params, *batch[:4]))
 
     def parts(self, name: str, shape: str) -> dict[str, Any]:
         """Seconds of a call by part."""
@@ -171,7 +159,7 @@ class Ours:
     def load_time(self, name: str) -> dict[str, Any]:
         """Seconds to a first answer in this process, which has compiled it before; bytes of the weights."""
         start = time.perf_counter()
-        engine = Engine(load_model(self.folder / name.split("-")[0]), type_of(name))
+        engine = Engine(load_model(self.folder / name.split("-")[0], lazily=True), type_of(name))
         engine.hidden(self.encoded(np.full((1, engine.config.only_len or 16), 7), name))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))}

@@ -2,7 +2,9 @@
 
 KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
 torch and transformers): the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or
-with int8 weights as that library rounds them on the fly. The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
+with int8 weights as that library rounds them on the fly.
+
+The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
 `{"missing": WHAT IT LACKS}` and ends; then it answers each of
 
 - `{"do": "load", "shape": s}`: get ready for the batches of a shape, `1x128` say; answers their number;

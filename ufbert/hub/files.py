@@ -5,14 +5,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ufbert.errors import UserError
+from ufbert.ops.native import aligned
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +42,42 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged or cut short: {error}.") from error
     halves = ("float16", "bfloat16")
     return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, read (as float32) whenever it is asked for its numbers, and not kept."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stored = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        found = aligned(4 * stored.size, np.dtype(np.float32)).reshape(self.shape)  # jax takes that without a copy
+        found[...] = stored
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, none of them read. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # it has looked whether all is there
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+        return {
+            name: StoredTensor(
+                path, np.dtype(kinds[one["dtype"]]), tuple(one["shape"]), 8 + length + one["data_offsets"][0]
+            )
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}.") from error
 
 
 def write_folder(

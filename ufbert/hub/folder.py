@@ -4,6 +4,7 @@ Tensors are stored under their path in the parameter tree, joined by dots (`enco
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from ufbert import nn
 from ufbert.config import FORMAT_VERSION, ModelConfig, from_json, to_json
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json, read_tensors, write_folder
+from ufbert.hub.files import read_json, read_tensors, stored_tensors, write_folder
 from ufbert.hub.layout import check_tensors
 from ufbert.hub.vocabulary import read_tokenizer
 
@@ -84,8 +85,9 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
     write_folder(folder, flat, {"config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": tokenizer})
 
 
-def load_model(folder: str | Path) -> ModelFolder:
-    """Read a model folder.
+def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
+    """Read a model folder; `lazily`, parameters are left in the file until they are asked for their numbers, and are not kept,
+    so that an engine that packs them never holds both.
 
     Raises UserError, in one sentence, if it is absent, of another kind, incomplete, truncated, or if a tensor does not
     fit the configuration; nothing is loaded partly.
@@ -108,9 +110,9 @@ def load_model(folder: str | Path) -> ModelFolder:
     if "classifier" in heads:
         n_outputs = max(1, len(task.labels)) if task is not None else 1
     expected = flat_shapes(model, heads, n_outputs)
-    tensors = read_tensors(weights_path)
+    tensors: Mapping[str, Any] = stored_tensors(weights_path) if lazily else read_tensors(weights_path)
     check_tensors({name: array.shape for name, array in tensors.items()}, expected, str(weights_path))
-    params = unflatten({name: jnp.asarray(tensors[name]) for name in expected})
+    params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
     return ModelFolder(model, params, read_tokenizer(tokenizer_path), task)

@@ -65,10 +65,10 @@ def _load(options: AskOptions, texts: Sequence[str]) -> "Predictor":
     from ufbert.hub.folder import load_model
     from ufbert.inference.predictor import Predictor, changed_routes
 
-    model = load_model(options.model)
+    model = load_model(options.model, lazily=True)
     predictor = Predictor(model, options.dtype, options.exact_routing, truncate=options.truncate)
     if options.dtype != "float32" and not options.exact_routing and "tree" in model.config.feedforward:
-        share = changed_routes(model, options.dtype, texts[:100])
+        share = changed_routes(predictor.engine, model, texts[:100])
         print(f"{options.dtype} weights send {share:.2%} of these tokens another way through a tree", file=sys.stderr)
     return predictor
 

@@ -68,12 +68,16 @@ class Engine:
             tree_backend="auto" if on_cpu else model.config.tree_backend,
             dtype="float32" if on_cpu else model.config.dtype,
         )
-        self.params = model.params if why else nn.pack(model.params, dtype, exact_routing)
+        if why:
+            self.params = jax.tree.map(jnp.asarray, model.params)
+        else:
+            self.params = nn.pack(model.params, dtype, exact_routing)
         self.in_one_row = not why and not self.config.only_len
         self.at_once = AT_ONCE if mode == "throughput" else 0
         self._hidden = jax.jit(self._encode)
         self._scores = jax.jit(self._classify)
         self._logits = jax.jit(self._predict)
+        self._used = jax.jit(self._report)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
         """Every text's hidden states."""
@@ -111,6 +115,14 @@ class Engine:
             ids = [[self.config.pad_id] * length]
             ask(Encoded(ids, [[0] * length], self.config.max_len, self.config.only_len, self.config.pad_id, 0))
 
+    def statistics(self, model: ModelFolder, batch: Batch) -> nn.Aux:
+        """What packed tree layers report of a batch (`ufbert.nn.feedforward`), given the model that was packed."""
+        kept = dict(self.params["encoder"])
+        for name, layer in model.params["encoder"].items():
+            if "tree" in layer:
+                kept[name] = {**kept.get(name, {}), "tree": {"w_in": jnp.asarray(layer["tree"]["w_in"])}}
+        return self._used({**self.params, "encoder": kept}, batch)
+
     def batches(self, rows: Encoded) -> "list[tuple[list[int], Batch]]":
         """The texts' numbers and arrays, batch by batch."""
         lengths = [self.config.only_len or len(ids) for ids in rows.ids]
@@ -147,6 +159,9 @@ class Engine:
         ids, segments, positions, types = batch[:4]
         hidden = nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
         return hidden.reshape(-1, self.config.d_model)
+
+    def _report(self, params: Any, batch: Any) -> nn.Aux:
+        return nn.encode(params, self.config, *batch[:3], type_ids=batch[3], statistics=True)[1]
 
     def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:
         hidden, n = self._encode(params, batch), len(batch.starts)

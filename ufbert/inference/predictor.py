@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
-from ufbert import nn
 from ufbert.data.encode import Encoded, encode_texts
 from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.errors import UserError
@@ -72,7 +70,7 @@ class Predictor:
             from ufbert.device import limit_threads
 
             limit_threads(threads)
-        return cls(load_model(folder), dtype, exact_routing, mode, truncate)
+        return cls(load_model(folder, lazily=True), dtype, exact_routing, mode, truncate)
 
     def fill_mask(self, texts: Sequence[str], top: int = 5) -> list[list[list[Guess]]]:
         """For each text, for each [MASK] in it, the `top` likeliest word pieces, best first."""
@@ -138,23 +136,13 @@ class Predictor:
         return rows
 
 
-def changed_routes(model: ModelFolder, dtype: Dtype, texts: Sequence[str]) -> float:
-    """The share of the texts' tokens, mean over tree layers, that weights of this type send down another path than float32
-    ones would from the same hidden state; 0 for a model without trees."""
-    packed = Engine(model, dtype)
-    trees = {k: {"tree": v["tree"]} for k, v in model.params["encoder"].items() if "tree" in v}
-    encoder = {k: {**v, **trees.get(k, {})} for k, v in packed.params["encoder"].items()} | {
-        k: v for k, v in trees.items() if k not in packed.params["encoder"]
-    }
-    params = {**packed.params, "encoder": encoder}
+def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> float:
+    """The share of the texts' tokens, mean over tree layers, that an engine's narrow weights send down another path than the
+    model's float32 ones would from the same hidden state; 0 for a model without trees."""
     rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
-
-    @jax.jit
-    def used(batch):
-        return nn.encode(params, packed.config, *batch[:3], type_ids=batch.type_ids, statistics=True)[1]
-
-    for picks, batch in packed.batches(rows):
-        found = [float(value) for name, value in used(batch).items() if name.endswith(".changed_routes")]
+    for picks, batch in engine.batches(rows):
+        used = engine.statistics(model, batch)
+        found = [float(value) for name, value in used.items() if name.endswith(".changed_routes")]
         shares.append((sum(found) / max(1, len(found)), sum(len(rows.ids[i]) for i in picks)))
     return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
 

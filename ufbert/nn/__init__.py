@@ -5,6 +5,7 @@ Outside this package a model is a `ModelConfig` and `params`, a nested dict of f
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -92,8 +93,8 @@ def pack(
     Raises CannotBuild where there are no kernels.
     """
 
-    def narrow(weights: Array) -> Any:
-        return native.quantize(weights) if dtype == "int8" else jnp.asarray(weights, dtype)
+    def narrow(weights: Any) -> Any:
+        return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
 
     def without_empty(found: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in found.items() if not isinstance(value, dict) or value}
@@ -101,26 +102,33 @@ def pack(
     def split(name: str, part: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """What stays, and what is packed."""
         if name == "tree":
-            w_in = part["w_in"] if exact_routing else narrow(part["w_in"])
-            return {}, {"w_in": w_in, "bias": part["bias"], "w_out": narrow(part["w_out"])}
+            w_in = jnp.asarray(part["w_in"]) if exact_routing else narrow(part["w_in"])
+            return {}, {"w_in": w_in, "bias": jnp.asarray(part["bias"]), "w_out": narrow(part["w_out"])}
         if "kernel" in part:
-            return {}, {**part, "kernel": native.pack(np.asarray(part["kernel"]), dtype)}
+            biases = {key: jnp.asarray(value) for key, value in part.items() if key == "bias"}
+            return {}, biases | {"kernel": native.pack(np.asarray(part["kernel"]), dtype)}
         if "scale" in part and name not in ("query_norm", "key_norm"):
-            return {}, dict(part)
+            return {}, {key: jnp.asarray(value) for key, value in part.items()}
         stays, packed = {}, {}
         if "query" in part:  # one product for the three
             three = [part[inner] for inner in ("query", "key", "value")]
             part = {inner: value for inner, value in part.items() if inner not in ("query", "key", "value")}
-            part["qkv"] = {key: jnp.concatenate([one[key] for one in three], axis=-1) for key in three[0]}
+            part["qkv"] = {key: np.concatenate([np.asarray(one[key]) for one in three], axis=-1) for key in three[0]}
         for inner, value in part.items():
             if isinstance(value, Mapping):
                 stays[inner], packed[inner] = split(inner, value)
             else:
-                stays[inner] = value
+                stays[inner] = jnp.asarray(value)
         return without_empty(stays), without_empty(packed)
 
     stays, packed = split("encoder", params["encoder"])
-    return {**params, "encoder": stays, "packed": packed}
+    return jax.tree.map(jnp.asarray, {k: v for k, v in params.items() if k != "encoder"}) | {
+        "encoder": stays,
+        "packed": packed,
+    }
+
+
+_quantize = jax.jit(native.quantize)
 
 
 def aux_loss(aux: Aux) -> Float[Array, ""]:
@@ -157,7 +165,15 @@ def classify(
 
 def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outputs: int = 0) -> dict[str, Any]:
     """The parameter tree as shapes and dtypes, computing nothing; with a classifier if `n_outputs` is given."""
-    tree = jax.eval_shape(lambda key: init(config, key, heads), jax.random.key(0))
+    # Tracing takes its time layer by layer, so each kind is traced once, beside the first, which may differ.
+    kinds = list(dict.fromkeys(config.layers))
+    some = [config.layers[0], *kinds]
+    mixers, feedforwards = zip(*some, strict=True)
+    few = replace(config, n_layers=len(some), mixer=mixers, feedforward=feedforwards)
+    tree = jax.eval_shape(lambda key: init(few, key, heads), jax.random.key(0))
+    traced = [tree["encoder"].pop(f"layer_{i:02d}") for i in range(len(some))]
+    for i, kind in enumerate(config.layers):
+        tree["encoder"][f"layer_{i:02d}"] = traced[1 + kinds.index(kind) if i else 0]
     if n_outputs:
         tree["classifier"] = jax.eval_shape(lambda key: init_classifier(config, key, n_outputs), jax.random.key(0))
     return tree
