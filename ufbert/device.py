@@ -53,13 +53,6 @@ def _nvidia_smi_lists_one() -> bool:
     return found.returncode == 0 and "GPU " in found.stdout
 
 
-def limit_threads(threads: int) -> None:
-    """Have a CPU compute with so many threads; works before jax has started. Raises UserError for fewer than one."""
-    if threads < 1:
-        raise UserError(f"--threads is {threads}; it must be 0, for all cores, or more.")
-    os.environ["NPROC"] = str(threads)  # what XLA and the native kernels go by
-
-
 def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     """Start jax on `device` and return its platform (cpu, gpu or tpu), after joining the other processes of a `distributed`
     run. What it compiles is kept in the user's cache, so that a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set,
@@ -68,8 +61,10 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
     keep_freed_memory()
+    if threads < 0:
+        raise UserError(f"--threads is {threads}; it must be 0, for all cores, or more.")
     if threads:
-        limit_threads(threads)
+        os.environ["NPROC"] = str(threads)  # what XLA and the native kernels go by
     if device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax

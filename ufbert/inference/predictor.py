@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ufbert.data.encode import Encoded, encode_texts
 from ufbert.data.tokenizer import special_ids, special_names
+from ufbert.device import Device, use_device
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, load_model
 from ufbert.inference.engine import Dtype, Engine
@@ -63,13 +64,12 @@ class Predictor:
         exact_routing: bool = False,
         mode: Literal["throughput", "latency"] = "throughput",
         truncate: bool = False,
+        device: Device = "auto",
     ) -> "Predictor":
-        """Read a model folder. `threads` limits what a CPU computes with; as XLA reads that once, it must come before
-        anything else that uses jax. Raises UserError."""
-        if threads:
-            from ufbert.device import limit_threads
-
-            limit_threads(threads)
+        """Read a model folder, one array at a time. `threads` limits what a CPU computes with; that and `device` are read once
+        in a process, so they must come before anything else that uses jax. What is compiled is kept in the user's cache.
+        Raises UserError."""
+        use_device(device, threads=threads)
         return cls(load_model(folder, lazily=True), dtype, exact_routing, mode, truncate)
 
     def fill_mask(self, texts: Sequence[str], top: int = 5) -> list[list[list[Guess]]]:
