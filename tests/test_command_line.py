@@ -103,9 +103,7 @@ def test_fill_mask_prints_five_guesses(command, run_folder):
     long = "cat " * 90 + "[MASK]"
     assert "more than the 64 word pieces" in sentence(command("fill-mask", model, long))
     assert "a [MASK] of it was cut off" in sentence(command("fill-mask", model, long, "--truncate"))
-    assert "'caf.*' is not valid Unicode" in re.sub(
-        "caf[^']*", "caf.*", sentence(command("fill-mask", model, b"caf\xe9 [MASK]"))
-    )
+    assert "is not valid Unicode" in sentence(command("fill-mask", model, b"caf\xe9 [MASK]"))
     assert "no classifier" in sentence(command("predict", model, "The cat."))
     narrow = command("fill-mask", model, "The cat sees the [MASK] in london.", "--dtype=int8", "--threads=1")
     assert len(narrow.stdout.splitlines()) == 6

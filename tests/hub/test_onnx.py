@@ -36,6 +36,9 @@ KINDS = {
 TEXTS = ["the cat sees the dog", "a king", "the river in london follows the bird to the old house"]
 
 
+encode = jax.jit(nn.encode, static_argnames="config")
+
+
 def folder(run_folder, kind: str, head: str = "", **changes) -> ModelFolder:
     tokenizer = load_model(run_folder / "model").tokenizer
     config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size(), **{**KINDS[kind], **changes})
@@ -66,7 +69,7 @@ def test_onnx_runtime_gives_our_answers(run_folder, tmp_path, kind, head):
         batch = encode_texts(model.tokenizer, TEXTS, pairs, config).pad([0, 1, 2])
         found = run(tmp_path / "out" / "model.onnx", batch)
         ids, segments, types = map(jnp.asarray, batch)
-        hidden = nn.encode(model.params, config, ids, segments, type_ids=types)[0]
+        hidden = encode(model.params, config, ids, segments, type_ids=types)[0]
         if head == "masked_lm":
             wanted = nn.masked_lm_logits(model.params, config, hidden)
         else:
