@@ -64,7 +64,7 @@ def configs(
 def write_job(folder: Path, models_: dict[str, ModelConfig], shapes: tuple[Shape, ...], seed: int) -> None:
     """Draw weights and ids, and write the folder."""
     vocab_size = models_["dense"].vocab_size
-    tokenizer = placeholder(vocab_size)
+    tokenizer = numbered_words(vocab_size)
     for number, (name, config) in enumerate(models_.items()):
         model = ModelFolder(config, nn.init(config, jax.random.key(seed + number), ()), tokenizer)
         save_model(folder / name, model)
@@ -77,7 +77,7 @@ def write_job(folder: Path, models_: dict[str, ModelConfig], shapes: tuple[Shape
         np.save(folder / f"{shape}.npy", ids.astype(np.int32))
 
 
-def placeholder(vocab_size: int) -> Tokenizer:
+def numbered_words(vocab_size: int) -> Tokenizer:
     """A tokenizer of so many words; nothing is tokenised, but a model folder has one."""
     words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(vocab_size - len(SPECIAL_TOKENS)))]
     made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
