@@ -86,7 +86,7 @@ summary = ufbert.pretrain(
     scale="base",
     corpus=corpus,
     device="cpu",
-    train={"batch_rows": 16, "micro_rows": 16},
+    train={"batch_rows": 16, "micro_rows": 16, "n_checkpoints": 3},
 )
 
 # %%

@@ -9,7 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "1")  # one XLA thread per pytest worker
-if "UFBERT_CACHE" not in os.environ:  # shared by the workers, which inherit it
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of what the tests do
+if not os.environ.get("UFBERT_CACHE"):  # shared by the workers, which inherit it
     os.environ["UFBERT_CACHE"] = tempfile.mkdtemp(prefix="ufbert-tests-")
     atexit.register(shutil.rmtree, os.environ["UFBERT_CACHE"], ignore_errors=True)
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # the many processes of the tests compile their modules once
@@ -19,6 +20,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("ufbert", "beartype.beartype")
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -34,9 +36,24 @@ REPO = Path(__file__).parents[1]
 SMALL = [
     "--config=tiny", "--scale=base", "--model.vocab-size=300", "--model.d-model=32", "--model.n-heads=2",
     "--model.tree-depth=3", "--model.pooler-width=16", "--model.max-len=64", "--data.seq-len=32", "--data.eval-rows=16",
-    "--train.batch-rows=8", "--train.micro-rows=8", "--device=cpu",
+    "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-checkpoints=10", "--device=cpu",
 ]  # fmt: skip
 """Options of a pretraining run that takes seconds."""
+
+
+class Notebooks:
+    """They compute more than they compile, so that the optimizations which the other tests leave out pay."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        with pytest.MonkeyPatch.context() as patch:
+            if item.path.suffix == ".ipynb":
+                patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+            return (yield)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Notebooks())
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +98,49 @@ def run_folder(corpus_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     pretrain_command(["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL], 0.0)
     return folder
+
+
+FAMILIES = {
+    "crammed": {},
+    "bert": {
+        "feedforward": ("dense",), "norm": "post", "positions": "learned", "n_token_types": 2, "use_bias": True,
+        "final_norm": False, "head_transform": True, "head_bias": True,
+    },
+    "tree": {"feedforward": ("tree",)},
+    "trees": {"feedforward": ("tree",), "n_trees": 3, "tree_depth": 2, "tree_activation": "symmetric_gelu"},
+    "leaf tree": {
+        "feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3, "activation": "relu",
+    },
+    "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
+    "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
+    "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
+    "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
+}  # fmt: skip
+"""Fields of small models that have every kind of part between them."""
+
+
+@pytest.fixture(scope="session")
+def family(run_folder):
+    """(name of a family, its heads, changed fields) -> a small model of random weights that reads 48 word pieces."""
+    from ufbert import nn
+    from ufbert.config import ModelConfig
+    from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+
+    tokenizer = load_model(run_folder / "model").tokenizer
+    base = ModelConfig(
+        max_len=48, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5,
+        vocab_size=tokenizer.get_vocab_size(),
+    )  # fmt: skip
+
+    def make(name: str, *heads: str, **changes) -> ModelFolder:
+        config = dataclasses.replace(base, **{**FAMILIES[name], **changes})
+        params = nn.init(config, jax.random.key(0), ("masked_lm",) if "masked_lm" in heads else ())
+        task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
+        if task:
+            params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
+        return ModelFolder(config, params, tokenizer, task)
+
+    return make
 
 
 def gradients_close(found, wanted, zero: float = 0.0) -> None:

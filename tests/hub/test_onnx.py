@@ -8,44 +8,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import FAMILIES
 
 from ufbert import nn
-from ufbert.config import ModelConfig
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
 from ufbert.hub import onnx_export
-from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+from ufbert.hub.folder import load_model
 
-CONFIG = ModelConfig(
-    max_len=24, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5
-)
-KINDS = {
-    "crammed": {},
-    "bert": {
-        "feedforward": ("dense",), "norm": "post", "positions": "learned", "n_token_types": 2, "use_bias": True,
-        "final_norm": False, "head_transform": True, "head_bias": True,
-    },
-    "tree": {"feedforward": ("tree",)},
-    "trees": {"feedforward": ("tree",), "n_trees": 3, "tree_depth": 2, "tree_activation": "symmetric_gelu"},
-    "leaf tree": {"feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3, "activation": "relu"},
-    "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
-    "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
-    "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 24, "feedforward": ("tree",)},
-    "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 24, "embedding_projection": True},
-}  # fmt: skip
 TEXTS = ["the cat sees the dog", "a king", "the river in london follows the bird to the old house"]
 
 
 encode = jax.jit(nn.encode, static_argnames="config")
-
-
-def folder(run_folder, kind: str, head: str = "", **changes) -> ModelFolder:
-    tokenizer = load_model(run_folder / "model").tokenizer
-    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size(), **{**KINDS[kind], **changes})
-    params = nn.init(config, jax.random.key(0), ("masked_lm",) if head == "masked_lm" else ())
-    if head == "classifier":
-        params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
-    return ModelFolder(config, params, tokenizer, TaskInfo("toy", ("no", "yes"), {}) if head == "classifier" else None)
 
 
 def run(path, batch) -> dict[str, np.ndarray]:
@@ -59,10 +33,17 @@ def run(path, batch) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(None, {k: given[k].astype(np.int64) for k in wanted}), strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head", ["masked_lm", "classifier"])
-def test_onnx_runtime_gives_our_answers(run_folder, tmp_path, kind, head):
-    model = folder(run_folder, kind, head, pooling="mean" if kind in ("bert", "tree") else "first")
+@pytest.mark.parametrize(
+    ("name", "head", "pooling"),
+    [
+        *((name, "masked_lm", "first") for name in FAMILIES),
+        ("crammed", "classifier", "first"),
+        ("bert", "classifier", "first"),
+        ("fourier", "classifier", "mean"),
+    ],
+)
+def test_onnx_runtime_gives_our_answers(family, tmp_path, name, head, pooling):
+    model = family(name, head, pooling=pooling)
     onnx_export.export_onnx(model, tmp_path / "out")
     config = replace(model.config, tree_backend="gather")
     for pairs in (None, TEXTS[::-1]):
@@ -83,18 +64,18 @@ def test_onnx_runtime_gives_our_answers(run_folder, tmp_path, kind, head):
         )
 
 
-def test_operators_are_standard_and_trees_touch_only_their_paths(run_folder):
-    made = onnx_export.build(folder(run_folder, "tree"))
+def test_operators_are_standard_and_trees_touch_only_their_paths(family):
+    made = onnx_export.build(family("tree"))
     assert {node.domain for node in made.graph.node} <= {"", "ai.onnx"}
     trees = {one.name for one in made.graph.initializer if list(one.dims) == [63, 32]}
     assert len(trees) == 4
     assert {node.op_type for node in made.graph.node if trees & set(node.input)} == {"Gather"}
 
 
-def test_dense_parts_can_be_quantised(run_folder, tmp_path):
+def test_dense_parts_can_be_quantised(family, tmp_path):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = folder(run_folder, "tree")
+    model = family("tree")
     onnx_export.export_onnx(model, tmp_path / "out")
     quantize_dynamic(tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
     kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]

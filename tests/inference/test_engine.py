@@ -9,35 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ufbert import nn
-from ufbert.config import ModelConfig
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
-from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+from ufbert.hub.folder import ModelFolder
 from ufbert.inference import engine
 from ufbert.inference.engine import Engine, fill, size_for
 from ufbert.inference.predictor import Predictor, changed_routes
 from ufbert.ops import fff, native
 
-CONFIG = ModelConfig(
-    max_len=48, d_model=32, n_layers=3, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5
-)
-KINDS = {
-    "crammed": {},
-    "bert": {
-        "feedforward": ("dense",), "norm": "post", "positions": "learned", "n_token_types": 2, "use_bias": True,
-        "final_norm": False, "head_transform": True, "head_bias": True,
-    },
-    "tree": {"feedforward": ("tree",), "n_trees": 2},
-    "leaf tree": {"feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3},
-    "switch": {"feedforward": ("switch",), "n_experts": 3},
-    "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
-    "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
-    "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
-}  # fmt: skip
 SENTENCE = "the cat sees the dog in london and a king follows the river to rome where birds find an old house"
 WORDS = SENTENCE.split(" ")
 LENGTHS = [1, 5, 2, 17, 9, 1, 12, 3]
@@ -47,15 +31,9 @@ needs_kernels = pytest.mark.skipif(bool(native.unavailable()), reason="without k
 
 
 @pytest.fixture(scope="module")
-def tokenizer(run_folder):
-    return load_model(run_folder / "model").tokenizer
-
-
-def folder(tokenizer, kind: str, **changes) -> ModelFolder:
-    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size(), **{**KINDS[kind], **changes})
-    params = nn.init(config, jax.random.key(0))
-    params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
-    return ModelFolder(config, params, tokenizer, TaskInfo("toy", ("no", "yes"), {}))
+def made(family):
+    """A small model with both heads."""
+    return lambda name, **changes: family(name, "masked_lm", "classifier", **changes)
 
 
 encode = jax.jit(nn.encode, static_argnames="config")
@@ -70,20 +48,20 @@ def one_by_one(model: ModelFolder, texts=TEXTS) -> list[np.ndarray]:
     return [hidden[i, : len(ids)] for i, ids in enumerate(rows.ids)]
 
 
-@pytest.mark.parametrize(("kind", "mode"), [*((kind, "throughput") for kind in KINDS), ("tree", "latency")])
-def test_answers_are_those_of_the_training_graph(tokenizer, kind, mode):
-    model = folder(tokenizer, kind)
+@pytest.mark.parametrize(("kind", "mode"), [*((name, "throughput") for name in FAMILIES), ("tree", "latency")])
+def test_answers_are_those_of_the_training_graph(made, kind, mode):
+    model = made(kind)
     found = Predictor(model, mode=mode).encode(TEXTS)
     assert [one.shape for one in found] == [
-        (n, 32) for n in map(len, encode_texts(tokenizer, TEXTS, None, model.config).ids)
+        (n, 32) for n in map(len, encode_texts(model.tokenizer, TEXTS, None, model.config).ids)
     ]
     for one, wanted in zip(found, one_by_one(model), strict=True):
         np.testing.assert_allclose(one, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["crammed", "tree", "hybrid"])
-def test_without_kernels_answers_are_the_same(tokenizer, kind, monkeypatch):
-    model = folder(tokenizer, kind)
+def test_without_kernels_answers_are_the_same(made, kind, monkeypatch):
+    model = made(kind)
     wanted = one_by_one(model)
     monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
     without = Predictor(model)
@@ -97,13 +75,13 @@ def test_without_kernels_answers_are_the_same(tokenizer, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_scores_and_guesses_are_those_of_each_text_alone(tokenizer, pooling):
-    model = folder(tokenizer, "tree", pooling=pooling)
+def test_scores_and_guesses_are_those_of_each_text_alone(made, pooling):
+    model = made("tree", pooling=pooling)
     predictor = Predictor(model)
     masked = [f"{text} [MASK] and [MASK]" for text in TEXTS]
     together, guesses = predictor.classify(TEXTS, TEXTS[::-1]), predictor.fill_mask(masked, 3)
-    for i, text in enumerate(TEXTS):
-        (alone,) = predictor.classify([text], [TEXTS[-1 - i]])
+    for i in (0, 3, 6):
+        (alone,) = predictor.classify([TEXTS[i]], [TEXTS[-1 - i]])
         assert alone.label == together[i].label
         assert alone.probability == pytest.approx(together[i].probability, abs=1e-5)
         (own,) = predictor.fill_mask([masked[i]], 3)
@@ -119,8 +97,8 @@ def test_scores_and_guesses_are_those_of_each_text_alone(tokenizer, pooling):
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bert", "crammed", "tree"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_narrow_weights_are_near_and_not_equal(tokenizer, kind, dtype):
-    model = folder(tokenizer, kind)
+def test_narrow_weights_are_near_and_not_equal(made, kind, dtype):
+    model = made(kind)
     full, narrow = Predictor(model).encode(TEXTS), Predictor(model, dtype, exact_routing=True).encode(TEXTS)
     errors = [
         np.linalg.norm(one - other, axis=1) / np.linalg.norm(one, axis=1)
@@ -132,9 +110,9 @@ def test_narrow_weights_are_near_and_not_equal(tokenizer, kind, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_narrow_trees_turn_by_their_rounded_weights(tokenizer, dtype):
+def test_narrow_trees_turn_by_their_rounded_weights(made, dtype):
     """Each layer's nodes are those of the rounded weights, or with exact routing of the unrounded ones."""
-    model = folder(tokenizer, "tree", tree_depth=7)
+    model = made("tree", tree_depth=7)
     assert changed_routes(Engine(model), model, TEXTS) == changed_routes(Engine(model, dtype, True), model, TEXTS) == 0
     changed = changed_routes(Engine(model, dtype), model, 20 * TEXTS)
     assert changed == pytest.approx(changed_routes(Engine(model, dtype), model, TEXTS), abs=1e-6)
@@ -152,14 +130,14 @@ def test_narrow_trees_turn_by_their_rounded_weights(tokenizer, dtype):
 
 
 @needs_kernels
-def test_packed_weights_are_not_kept_twice(tokenizer):
-    model = folder(tokenizer, "tree")
+def test_packed_weights_are_not_kept_twice(made):
+    model = made("tree")
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
         params = Engine(model, dtype).params
         assert "tree" not in params["encoder"].get("layer_00", {})
         assert "attention" not in params["encoder"].get("layer_00", {})
         tree = params["packed"]["layer_00"]["tree"]
-        assert sum(leaf.nbytes for leaf in jax.tree.leaves(tree["w_out"])) <= 2 * 63 * (32 * size + 4)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(tree["w_out"])) <= 63 * (32 * size + 4)
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(0, 80))
@@ -186,9 +164,9 @@ def test_ten_thousand_texts_waste_little():
     assert sum(lengths) / sum(size_for(sum(lengths[i] for i in group)) for group in groups) > 0.98
 
 
-def test_eight_threads_get_serial_answers(tokenizer):
-    predictor = Predictor(folder(tokenizer, "tree"), mode="latency")
-    cut = Predictor(folder(tokenizer, "tree"), truncate=True)
+def test_eight_threads_get_serial_answers(made):
+    predictor = Predictor(made("tree"), mode="latency")
+    cut = Predictor(made("tree"), truncate=True)
     serial = predictor.classify(TEXTS)
     long = [" ".join(9 * WORDS), *TEXTS]
     wanted = cut.classify(long)
@@ -207,8 +185,8 @@ def test_eight_threads_get_serial_answers(tokenizer):
         assert all(pool.map(ask, range(8)))
 
 
-def test_bad_requests_get_a_sentence(tokenizer):
-    predictor = Predictor(folder(tokenizer, "crammed"))
+def test_bad_requests_get_a_sentence(made):
+    predictor = Predictor(made("crammed"))
     for text, message in (
         ("  ", "Text 2 is empty."),
         (" ".join(9 * WORDS), "1 of 2 texts have more than the 48 word pieces that this model reads"),
@@ -220,12 +198,12 @@ def test_bad_requests_get_a_sentence(tokenizer):
     with pytest.raises(UserError, match="There are 2 texts and 1 second texts"):
         predictor.classify(["a", "b"], ["c"])
     assert predictor.encode([]) == predictor.classify([]) == predictor.fill_mask([]) == []
-    cut = Predictor(folder(tokenizer, "crammed"), truncate=True)
+    cut = Predictor(made("crammed"), truncate=True)
     assert cut.encode([" ".join(9 * WORDS)])[0].shape == (48, 32)
 
 
-def test_warming_up_compiles_what_is_asked_for(tokenizer):
-    one = Predictor(folder(tokenizer, "crammed"), mode="latency").engine
+def test_warming_up_compiles_what_is_asked_for(made):
+    one = Predictor(made("crammed"), mode="latency").engine
     one.warm_up([3, 4, 30], one.scores)
     assert one._scores._cache_size() == 3
     assert one._hidden._cache_size() == 0

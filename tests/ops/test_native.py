@@ -22,7 +22,7 @@ except build.CannotBuild as error:
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
-SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all")
 """Not null: the address sanitizer finds those, too, and without it the kernels compile in half the time."""
 TREES = [(1, 1, 0, 5), (7, 2, 3, 20), (33, 1, 5, 64), (40, 3, 2, 17), (16, 1, 8, 33), (0, 1, 2, 8), (400, 2, 4, 12)]
 """b, m, depth, d."""

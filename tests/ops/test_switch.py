@@ -17,22 +17,23 @@ RELU = ACTIVATIONS["relu"]
 
 def draw(seed: int, r: int, e: int, d: int = 5, f: int = 3):
     sizes = [(r, d), (d, e), (e, d, f), (e, f, d)]
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return [jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
+    rng = np.random.default_rng([seed, r, e])
+    return [jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes]
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 9), st.booleans())
+grouped = jax.jit(partial(grouped_mlp, activation=RELU))
+
+
+@settings(max_examples=16, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([1, 7, 70]), st.sampled_from([1, 9]), st.booleans())
 def test_grouped_networks_equal_a_loop(seed, r, g, biased):
     x, _, w_in, w_out = draw(seed, r, g)
     rng = np.random.default_rng(seed)
     group = rng.integers(0, g, r) if seed % 3 else np.full(r, rng.integers(0, g))
     b_in, b_out = (jnp.asarray(rng.normal(size=(g, n)), jnp.float32) for n in (3, 5))
     biases = (b_in, b_out) if biased else (None, None)
-    found = jax.jit(partial(grouped_mlp, activation=RELU))(
-        x, jnp.asarray(group, jnp.int32), w_in, w_out, b_in=biases[0], b_out=biases[1]
-    )
-    x, w_in, w_out, b_in, b_out = (np.asarray(a) for a in (x, w_in, w_out, b_in, b_out))
+    found = grouped(x, jnp.asarray(group, jnp.int32), w_in, w_out, b_in=biases[0], b_out=biases[1])
+    x, w_in, w_out, b_in, b_out, found = (np.asarray(a) for a in (x, w_in, w_out, b_in, b_out, found))
     for i, e in enumerate(group):
         hidden = np.maximum(x[i] @ w_in[e] + (b_in[e] if biased else 0.0), 0.0)
         np.testing.assert_allclose(found[i], hidden @ w_out[e] + (b_out[e] if biased else 0.0), atol=1e-4)

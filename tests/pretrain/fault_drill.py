@@ -160,12 +160,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go; must not exist")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
-    os.environ["UFBERT_CACHE"] = str(given.folder / "cache")
-    corpus = sentences(given.folder / "text.txt")
+    os.environ.setdefault("UFBERT_CACHE", str(given.folder / "cache"))
+    corpus = sentences(given.folder / "text.txt", min(4000, 10 * given.steps))
     small = [
         f"--corpus=text:{corpus}", "--config=tiny", "--scale=base", "--model.d-model=32", "--model.n-heads=2",
         "--model.tree-depth=3", "--data.seq-len=32", "--data.eval-rows=16", "--train.batch-rows=8",
-        "--train.micro-rows=8", "--train.n-checkpoints=60", "--train.n-evals=5", "--device=cpu",
+        "--train.micro-rows=8", f"--train.n-checkpoints={min(60, given.steps // 15)}", "--train.n-evals=5", "--device=cpu",
     ]  # fmt: skip
     by_steps = [f"--budget={given.steps}steps", *small]
     whole = Drill(given.folder / "whole", by_steps)
