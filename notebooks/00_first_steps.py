@@ -86,7 +86,7 @@ summary = ufbert.pretrain(
     scale="base",
     corpus=corpus,
     device="cpu",
-    train={"batch_rows": 16, "micro_rows": 16, "n_checkpoints": 3},
+    train={"batch_rows": 8, "micro_rows": 8, "n_checkpoints": 3},
 )
 
 # %%

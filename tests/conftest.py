@@ -21,6 +21,7 @@ from jaxtyping import install_import_hook
 install_import_hook("ufbert", "beartype.beartype")
 
 import dataclasses
+import gc
 import random
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import jax
 import numpy as np
 import pytest
 
+gc.set_threshold(50_000, 20, 20)  # what jax has traced stays, and looking through it takes a twentieth of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = Path(__file__).parents[1]

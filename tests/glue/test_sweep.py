@@ -216,6 +216,7 @@ def test_subsets_are_seeded_and_keep_rows_together():
 def test_every_family_pretrains_fine_tunes_and_answers(preset, more, corpus_file, toy_glue, tmp_path):
     sizes = ["--model.vocab-size=300", "--model.d-model=32", "--model.n-heads=2", "--model.d-hidden=32"]
     sizes += ["--data.seq-len=32", "--data.eval-rows=8", "--train.batch-rows=8", "--train.micro-rows=8", "--device=cpu"]
+    sizes += ["--train.n-checkpoints=1"]
     run = tmp_path / "run"
     where = [f"--config={preset}", "--scale=tiny", "--budget=12steps", f"--corpus=text:{corpus_file}", f"--out={run}"]
     summary = pretrain_command([*where, *sizes, *more], 0.0)

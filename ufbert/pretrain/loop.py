@@ -156,7 +156,8 @@ def _note_resumption(session: _Session, spent_at_save: float) -> None:
         f"resumed from the checkpoint of step {step:,}; {clock.left(step)}; the restart cost {lost:.1f} s of work after that "
         f"checkpoint and {start:.1f} s of start-up so far"
     )
-    session.metrics.write({"step": step, "event": "resumed", "lost_seconds": lost, "start_seconds": start})
+    cost = {"lost_seconds": lost, "start_seconds": start, "devices": len(session.layout.devices)}
+    session.metrics.write({"step": step, "event": "resumed", **cost})
 
 
 def _updates(session: _Session, key: jax.Array) -> None:
