@@ -164,6 +164,15 @@ def test_ten_thousand_texts_waste_little():
     assert sum(lengths) / sum(size_for(sum(lengths[i] for i in group)) for group in groups) > 0.98
 
 
+@needs_kernels
+def test_any_number_of_texts_needs_few_programs(made):
+    model = made("crammed")
+    rows = [encode_texts(model.tokenizer, n * ["the cat"], None, model.config) for n in range(1, 17)]
+    batches = [batch for some in rows for _, batch in Engine(model).batches(some)]
+    assert {len(batch.starts) for batch in batches} == {1, 2, 4, 8, 16}
+    assert len(batches) == 16
+
+
 def test_eight_threads_get_serial_answers(made):
     predictor = Predictor(made("tree"), mode="latency")
     cut = Predictor(made("tree"), truncate=True)

@@ -134,7 +134,8 @@ class Engine:
     def one_row(self, rows: Encoded, picks: list[int]) -> Batch:
         """Texts one after the other."""
         lengths = np.array([len(rows.ids[i]) for i in picks])
-        size, n = size_for(int(lengths.sum())), size_for(len(picks))
+        # Room for a power of two texts: it costs next to nothing, and every number would be another program to compile.
+        size, n = size_for(int(lengths.sum())), 1 << (len(picks) - 1).bit_length()
         ids, segments, types = (np.full((1, size), value, np.int32) for value in (rows.pad_id, 0, 0))
         positions, owner = np.zeros((1, size), np.int32), np.full(size, n, np.int32)
         starts = np.zeros(n, np.int32)
