@@ -174,8 +174,8 @@ def test_any_number_of_texts_needs_few_programs(made):
 
 
 def test_eight_threads_get_serial_answers(made):
-    predictor = Predictor(made("tree"), mode="latency")
-    cut = Predictor(made("tree"), truncate=True)
+    model = made("tree")
+    predictor, cut = Predictor(model, mode="latency"), Predictor(model, truncate=True)
     serial = predictor.classify(TEXTS)
     long = [" ".join(9 * WORDS), *TEXTS]
     wanted = cut.classify(long)
@@ -192,6 +192,18 @@ def test_eight_threads_get_serial_answers(made):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
+
+
+def test_eight_threads_share_a_tokenizer(made):
+    """Each cuts texts at its own length, which is a state of the tokenizer."""
+    model = made("crammed")
+
+    def lengths(most: int) -> set[int]:
+        rows = (encode_texts(model.tokenizer, 8 * [" ".join(9 * WORDS)], None, model.config, most) for _ in range(50))
+        return {len(ids) for row in rows for ids in row.ids}
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lengths, range(41, 49))) == [{most} for most in range(41, 49)]
 
 
 def test_bad_requests_get_a_sentence(made):

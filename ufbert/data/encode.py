@@ -1,5 +1,6 @@
 """Texts to padded id arrays, the same way for fine-tuning and inference."""
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,15 +50,20 @@ def bucket(length: int, max_len: int) -> int:
     return next((size for size in BUCKETS if size >= length and size <= max_len), max_len)
 
 
+_cutting = threading.Lock()
+
+
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, config: ModelConfig, max_len: int = 0
 ) -> Encoded:
-    """Tokenise for a model, cutting the longer text first where a row would pass `max_len` (or the model's) tokens."""
+    """Tokenise for a model, cutting the longer text first where a row would pass `max_len` (or the model's) tokens. Any number
+    of threads may share a tokenizer here."""
     limit = config.only_len or min(max_len or config.max_len, config.max_len)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    found = tokenizer.encode_batch(rows)
-    tokenizer.no_truncation()
+    with _cutting:  # where to cut is a state of the tokenizer, which several predictors may have in common
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(limit)
+        found = tokenizer.encode_batch(rows)
+        tokenizer.no_truncation()
     ids, types = [row.ids for row in found], [row.type_ids for row in found]
     return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in found))

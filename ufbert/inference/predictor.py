@@ -1,6 +1,5 @@
 """Ask a model folder: fill masks, classify, encode. Texts come in lists of any length."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,7 +52,6 @@ class Predictor:
         self.engine = Engine(model, dtype, exact_routing, mode)
         self.config, self.tokenizer, self.task, self.heads = model.config, model.tokenizer, model.task, model.heads
         self.truncate = truncate
-        self._tokenizing = threading.Lock()  # cutting texts is a state of the tokenizer
 
     @classmethod
     def load(
@@ -125,8 +123,7 @@ class Predictor:
                 raise UserError(f"Text {number}, {shown(text)}, is not valid Unicode (was its file UTF-8?).") from None
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"There are {len(texts)} texts and {len(pairs)} second texts.")
-        with self._tokenizing:
-            rows = encode_texts(self.tokenizer, list(texts), None if pairs is None else list(pairs), self.config)
+        rows = encode_texts(self.tokenizer, list(texts), None if pairs is None else list(pairs), self.config)
         if rows.truncated and not self.truncate:
             where = next(i for i, ids in enumerate(rows.ids) if len(ids) == rows.max_len)
             raise UserError(
