@@ -36,9 +36,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = Path(__file__).parents[1]
 SMALL = [
-    "--config=tiny", "--scale=base", "--model.vocab-size=300", "--model.d-model=32", "--model.n-heads=2",
-    "--model.tree-depth=3", "--model.pooler-width=16", "--model.max-len=64", "--data.seq-len=32", "--data.eval-rows=16",
-    "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-checkpoints=10", "--device=cpu",
+    "--config=tiny", "--scale=base", "--model.vocab-size=300", "--model.d-model=32", "--model.n-layers=1",
+    "--model.n-heads=2", "--model.tree-depth=3", "--model.pooler-width=16", "--model.max-len=64", "--data.seq-len=32", "--data.eval-rows=16",
+    "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-checkpoints=5", "--train.n-evals=5", "--device=cpu",
 ]  # fmt: skip
 """Options of a pretraining run that takes seconds."""
 

@@ -6,6 +6,7 @@ Outside this package a model is a `ModelConfig` and `params`, a nested dict of f
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -41,8 +42,10 @@ __all__ = [
 ]
 
 
+@partial(jax.jit, static_argnames=("config", "heads"))  # one program to compile, not one a parameter
 def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
     """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
+    config = replace(config, tree_backend="gather")  # Flax traces a forward pass for the shapes: no kernels for that
     encoder_key, head_key = jax.random.split(key)
     ids = jnp.zeros((1, config.only_len or 2), jnp.int32)
     params = {"encoder": Encoder(config).init(encoder_key, ids)["params"]}
