@@ -10,6 +10,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "1")  # one XLA thread per pytest worker
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of what the tests do
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each operation comes from, which nobody reads
 if not os.environ.get("UFBERT_CACHE"):  # shared by the workers, which inherit it
     os.environ["UFBERT_CACHE"] = tempfile.mkdtemp(prefix="ufbert-tests-")
     atexit.register(shutil.rmtree, os.environ["UFBERT_CACHE"], ignore_errors=True)
@@ -31,16 +32,20 @@ import jax
 import numpy as np
 import pytest
 
-gc.set_threshold(50_000, 20, 20)  # what jax has traced stays, and looking through it takes a twentieth of the time
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)  # what jax has traced stays, and looking through it takes a twentieth of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = Path(__file__).parents[1]
 SMALL = [
     "--config=tiny", "--scale=base", "--model.vocab-size=300", "--model.d-model=32", "--model.n-layers=1",
-    "--model.n-heads=2", "--model.tree-depth=3", "--model.pooler-width=16", "--model.max-len=64", "--data.seq-len=32", "--data.eval-rows=16",
-    "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-checkpoints=5", "--train.n-evals=5", "--device=cpu",
+    "--model.n-heads=2", "--model.tree-depth=3", "--model.pooler-width=16", "--model.max-len=64", "--data.seq-len=32",
+    "--data.eval-rows=16", "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-evals=5", "--train.n-checkpoints=2",
+    "--device=cpu",
 ]  # fmt: skip
 """Options of a pretraining run that takes seconds."""
+RUN = ["--budget=80steps", *SMALL, "--model.n-layers=2"]
+"""Those of the run that `run_folder` holds, which must learn something."""
 
 
 class Notebooks:
@@ -98,7 +103,7 @@ def run_folder(corpus_file, tmp_path_factory) -> Path:
     from ufbert.pretrain.run import pretrain_command
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    pretrain_command(["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL], 0.0)
+    pretrain_command([*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"], 0.0)
     return folder
 
 

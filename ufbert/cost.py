@@ -159,7 +159,7 @@ def device_peak() -> tuple[float, str]:
     """(FLOP/s, source) of the default device, to divide a model's FLOP/s by for its utilisation (MFU).
 
     For a device of the table (`ufbert.devices`) that is the vendor's dense peak of the type models compute in there; for
-    any other, CPUs included, the speed of a large matrix product measured now, in about half a second.
+    any other, CPUs included, the speed of a large matrix product measured now, in a quarter of a second.
     """
     import jax
 
@@ -170,7 +170,7 @@ def device_peak() -> tuple[float, str]:
     return measured_flops(), f"a {what} matrix product, measured here"
 
 
-def measured_flops(seconds: float = 0.4, dtype: str = "auto") -> float:
+def measured_flops(seconds: float = 0.2, dtype: str = "auto") -> float:
     """Matrix-product speed of the default device in FLOP/s; the type `auto` is float32 on a CPU, bfloat16 elsewhere."""
     import jax
     import jax.numpy as jnp

@@ -7,7 +7,7 @@ import pytest
 from ufbert.ops import native
 
 TINY = [
-    "--layers=2", "--d-model=64", "--tree-depth=3", "--vocab-size=200", "--shapes", "2x12", "1x16", "--fourier-len=16",
+    "--layers=1", "--d-model=64", "--tree-depth=3", "--vocab-size=200", "--shapes", "2x12", "1x16", "--fourier-len=16",
     "--blocks=2", "--seconds-a-block=0.02",
 ]  # fmt: skip
 

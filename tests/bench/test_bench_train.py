@@ -12,7 +12,7 @@ from ufbert.errors import UserError
 
 SMALL = (
     "--scale", "tiny", "--model.d-model", "32", "--model.n-heads", "2", "--model.d-hidden", "48", "--model.vocab-size", "64",
-    "--data.seq-len", "32", "--rows", "2", "--checked", "2", "--updates", "2", "--blocks", "2",
+    "--model.n-layers", "1", "--data.seq-len", "32", "--rows", "2", "--checked", "2", "--updates", "2", "--blocks", "2",
 )  # fmt: skip
 
 FAKE = """

@@ -62,7 +62,7 @@ def test_packaged_curves_belong_to_presets_and_rise():
 
 def test_a_finished_run_is_a_curve(run_folder, tmp_path):
     found = reference_from_run(run_folder)
-    assert [point.share for point in found.points] == pytest.approx([i / 10 for i in range(11)])
+    assert [point.share for point in found.points] == pytest.approx([i / 5 for i in range(6)])
     assert found.points[-1].tokens == 80 * 8 * 32
     assert found.points[-1].gain == json.loads((run_folder / "summary.json").read_text())["gain_over_unigram"]
     with pytest.raises(UserError, match="does not hold a finished run"):

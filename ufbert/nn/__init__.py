@@ -6,7 +6,7 @@ Outside this package a model is a `ModelConfig` and `params`, a nested dict of f
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -182,6 +182,7 @@ def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outpu
     return tree
 
 
+@cache
 def count_params(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",)) -> int:
     """Unique trainable numbers of the encoder and the named heads (a tied decoder counts once)."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(config, heads)))
