@@ -60,9 +60,12 @@ def test_presets_trace_and_describe_themselves(name):
 
 
 def small(name: str) -> RunConfig:
-    """A preset at the tiny scale with a tiny vocabulary and short rows."""
+    """A preset at the tiny scale with a tiny vocabulary and short rows, and a layer of each kind."""
     run = scaled(load_preset(name), "tiny")
-    model = replace(run.model, vocab_size=120, max_len=32, fixed_len=0, d_model=32, n_heads=2, d_hidden=32)
+    kinds = list(dict.fromkeys(run.model.layers))
+    mixer, feedforward = zip(*kinds, strict=True)
+    model = replace(run.model, n_layers=len(kinds), mixer=mixer, feedforward=feedforward)
+    model = replace(model, vocab_size=120, max_len=32, fixed_len=0, d_model=32, n_heads=2, d_hidden=32)
     model = replace(model, tree_depth=3, n_trees=min(2, model.n_trees), pooler_width=16, leaf_width=4, init_std=0.1)
     train = PretrainConfig(batch_rows=8, micro_rows=8)
     return RunConfig(model, train, replace(run.data, seq_len=32, short_until=0.0))

@@ -1,5 +1,6 @@
 """`python -m ufbert VERB`, also installed as `ufbert`. Each verb's work lives in its own package."""
 
+import gc
 import sys
 import time
 
@@ -32,6 +33,7 @@ def main(args: list[str]) -> int:
         return 0
     from ufbert.errors import Interrupted, UserError
 
+    gc.set_threshold(50_000, 20, 20)  # what jax imports and traces stays: looking through it is a tenth of every start
     try:
         run_verb(args[0], args[1:])
     except UserError as error:

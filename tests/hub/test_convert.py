@@ -35,7 +35,7 @@ def vocabulary(tmp_path):
 def small(name: str, **changes) -> ModelConfig:
     """A preset small enough to draw."""
     model = load_preset(name).model
-    sizes = {"vocab_size": 40, "max_len": 16, "fixed_len": 0, "d_model": 16, "n_layers": 3, "n_heads": 2, "d_hidden": 8}
+    sizes = {"vocab_size": 40, "max_len": 16, "fixed_len": 0, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_hidden": 8}
     changes = {"mixer": model.mixer[:1], "tree_depth": 2, "n_trees": 2, "pooler_width": 16} | changes
     return replace(model, **sizes, **changes)
 
