@@ -14,6 +14,7 @@ TINY = [
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason="the engine needs the native kernels")
 
 
+@pytest.mark.long
 def test_a_small_race(command, tmp_path):
     done = command(
         "bench",

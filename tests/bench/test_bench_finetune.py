@@ -80,6 +80,7 @@ def job(toy_model, texts, tmp_path):
     return make
 
 
+@pytest.mark.long
 def test_peers_that_train_the_same_are_timed_and_reported(job, tmp_path):
     done = bench(*job(1.0))
     assert done.returncode == 0, done.stderr

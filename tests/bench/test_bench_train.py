@@ -58,6 +58,7 @@ def test_a_peer_that_trains_the_same_is_timed_and_reported(fake_peer, tmp_path):
     assert report["ratios"]["torch"]["pairs"] == 2
 
 
+@pytest.mark.long
 def test_trees_are_timed_beside_other_ways_to_compute_them_and_a_dense_layer(tmp_path):
     trees = ("--config", "ultrafastbert_1x11", "--model.tree-depth", "3")
     done = bench(

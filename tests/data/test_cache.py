@@ -311,6 +311,7 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     assert empty_but_for_the_lock(tmp_path)
 
 
+@pytest.mark.long
 def test_a_fifty_megabyte_line_is_used(tmp_path, monkeypatch):
     words = np.array([word * 8 for word in ("cat", "dog", "king", "river", "house", "bird", "castle", "garden")])
     with (tmp_path / "line.txt").open("w") as file:

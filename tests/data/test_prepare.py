@@ -282,6 +282,7 @@ for n in (20_000, 80_000):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_grows_by_bytes_a_document_not_with_the_text(tmp_path):
     """At 10 million documents and 2 GB, 2 GiB are promised: 60 thousand more documents (10 MB of text and as much again in

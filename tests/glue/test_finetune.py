@@ -76,7 +76,7 @@ def test_epochs_and_seeds_shuffle_and_padding_is_small():
     assert {batch.length for batch in fixed} == {64}
 
 
-@pytest.mark.parametrize("task", ["sst2", "stsb"])
+@pytest.mark.parametrize("task", ["sst2", pytest.param("stsb", marks=pytest.mark.long)])
 def test_runs_side_by_side_are_the_same_runs_alone(model, task):
     runs = [Run(seed, 1e-3 if seed < 2 else 5e-4) for seed in range(3)]
     together = finetune_task(model, toy(task), QUICK, runs)

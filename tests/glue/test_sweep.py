@@ -149,6 +149,7 @@ def test_a_sweep_goes_on_at_the_task_and_at_the_run(run_folder, toy_glue, tmp_pa
         assert found["tasks"][name] | {"seconds": 0} == entry | {"seconds": 0}
 
 
+@pytest.mark.long
 def test_a_killed_sweep_leaves_nothing_half_and_goes_on(run_folder, toy_glue, tmp_path, command):
     out = tmp_path / "out"
     args = options(run_folder, toy_glue, out, "--tasks=cola,sst2", "--seeds=0", "--tune.epochs=2")
@@ -205,6 +206,7 @@ def test_subsets_are_seeded_and_keep_rows_together():
     assert all(f"p{t}" == p and float(t) == y for t, p, y in zip(one.texts, one.pairs, one.labels, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("preset", "more"),
     [

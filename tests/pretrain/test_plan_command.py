@@ -167,6 +167,7 @@ def test_times_add_up():
     assert Times(1.0, 2.0, 3.0, 4.0).total == 10.0
 
 
+@pytest.mark.long
 def test_the_command_plans_and_checks_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_check, "ROUNDS", 2)
     monkeypatch.setattr(plan_check, "SECONDS_PER_ROUND", 0.0)

@@ -176,6 +176,7 @@ def short(corpus_file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_run_moves_between_eight_devices_and_one(short, corpus_file, tmp_path):
     """From one to eight, and back."""
     folder = tmp_path / "run"
@@ -189,6 +190,7 @@ def test_a_run_moves_between_eight_devices_and_one(short, corpus_file, tmp_path)
     np.testing.assert_allclose(losses(folder)[:60], losses(short)[:60], atol=1e-3)
 
 
+@pytest.mark.long
 def test_two_processes_train_one_model(short, corpus_file, tmp_path):
     """The same losses as alone, one set of files; a signal to one stops both; and one can go on without the other."""
     folder = tmp_path / "run"
@@ -308,6 +310,7 @@ def test_the_modern_recipe_trains_and_keeps_the_better_weights(corpus_file, tmp_
     assert b"heldout/heldout_loss" in text
 
 
+@pytest.mark.long
 def test_a_second_start_compiles_nothing_again(corpus_file, tmp_path):
     cache = tmp_path / "cache"
     for name in ("one", "two"):
@@ -425,6 +428,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(whole,
     equal_weights(whole, folder)
 
 
+@pytest.mark.long
 def test_a_short_fault_drill_loses_nothing(tmp_path):
     """Two kills, in preparation and in a checkpoint; the drill itself (`fault_drill.py`) does twenty, ten times."""
     drill = [sys.executable, str(REPO / "tests" / "pretrain" / "fault_drill.py"), f"--folder={tmp_path / 'drill'}"]
