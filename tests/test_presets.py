@@ -1,11 +1,14 @@
 """Every preset: parameter counts of the papers, the documented parameter tree, scales that keep their rules."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPO
 from jax import export
 
 from ufbert import nn
@@ -193,6 +196,13 @@ def test_small_scales_pool_the_mean_and_hold_the_position_scale():
 def test_base_changes_nothing():
     config = load_preset("ultrafastbert_1x11")
     assert scaled(config, "base") == config
+
+
+def test_lists_of_kinds_are_as_good_as_tuples():
+    """In a process without the tests' type checks, as users have it."""
+    code = "import ufbert; c = ufbert.preset('tiny', mixer=['attention']); print(c.model.mixer, len(ufbert.init(c)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout == "('attention',) 2\n", done.stderr
 
 
 def test_impossible_settings_are_refused():

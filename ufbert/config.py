@@ -162,6 +162,7 @@ class ModelConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1).")
         for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
+            object.__setattr__(self, name, tuple(kinds))  # a list could not be looked up among what is compiled
             if not 1 <= len(kinds) <= self.n_layers:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
