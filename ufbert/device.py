@@ -33,6 +33,13 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, -1)
 
 
+def give_back_freed_memory() -> None:
+    """Return what is free now to the system, where the C library can (glibc), whatever it was told to keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def visible_accelerator() -> str | None:
     """The extra (`cuda` or `tpu`) for an accelerator that the system shows, or None."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or _nvidia_smi_lists_one():

@@ -1,6 +1,8 @@
 """The engine: the answers of the training graph, for every kind of layer, whatever company a text comes in."""
 
 import itertools
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from ufbert import nn
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
-from ufbert.hub.folder import ModelFolder
+from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.inference import engine
 from ufbert.inference.engine import Engine, fill, size_for
 from ufbert.inference.predictor import Predictor, changed_routes
@@ -138,6 +140,34 @@ def test_packed_weights_are_not_kept_twice(made):
         assert "attention" not in params["encoder"].get("layer_00", {})
         tree = params["packed"]["layer_00"]["tree"]
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(tree["w_out"])) <= 63 * (32 * size + 4)
+
+
+GROWTH = """
+import sys
+import jax
+from ufbert.bench.encoder_ours import private_memory
+from ufbert.device import use_device
+from ufbert.inference.predictor import Predictor
+use_device("cpu")
+jax.jit(lambda x: x + 1)(1.0).block_until_ready()
+before = private_memory()
+predictor = Predictor.load(sys.argv[1], "int8")
+predictor.encode(["the cat sees the dog"])
+weights = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.engine.params))
+print(weights, private_memory() - before)
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process uses")
+def test_a_packed_model_takes_little_more_memory_than_its_weights(made, tmp_path):
+    save_model(tmp_path / "wide", made("tree", d_model=512, n_heads=8, tree_depth=12))
+    done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "wide"], capture_output=True, text=True, check=True)
+    weights, memory = map(int, done.stdout.split())
+    assert 1.5e7 < weights < 2.5e7
+    assert memory < 1.3 * weights + 3.2e7, (
+        "more than the weights, the tokenizer, and a program and what compiling it takes"
+    )
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(0, 80))

@@ -8,10 +8,12 @@ A NAME is a model and a type, `tree-int8` say. Besides what every contestant ans
   their length; `unclear`, the share of tokens with a turn that is not clear; `changed`, the share of tokens, mean over layers,
   that go another way than by float32 weights; `leaves`, the leaves in use, over those that even turns would use;
 - `{"do": "parts", "name": n, "shape": s}`: seconds of a call by part, each computed alone;
-- `{"do": "load time", "name": n}`: seconds from a model folder to the first answer, and bytes of the packed weights.
+- `{"do": "load time", "name": n}`: seconds from a model folder to the first answer, bytes of the packed weights, and the
+  `memory` that the process has more of after it.
 """
 
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from ufbert.bench.layer_gates import type_of
 from ufbert.bench.layer_ours import read_bandwidth
 from ufbert.cost import least_seconds, measured_flops
 from ufbert.data.encode import Encoded
+from ufbert.device import give_back_freed_memory
 from ufbert.hub.folder import load_model
 from ufbert.inference.engine import Engine
 from ufbert.ops import native
@@ -157,12 +160,14 @@ class Ours:
         return {"parts": seconds}
 
     def load_time(self, name: str) -> dict[str, Any]:
-        """Seconds to a first answer in this process, which has compiled it before; bytes of the weights."""
-        start = time.perf_counter()
+        """Seconds to a first answer in this process, which has compiled it before; bytes of the weights and of memory."""
+        give_back_freed_memory()
+        before, start = private_memory(), time.perf_counter()
         engine = Engine(load_model(self.folder / name.split("-")[0], lazily=True), type_of(name))
         engine.hidden(self.encoded(np.full((1, engine.config.only_len or 16), 7), name))
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))}
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+        return {"seconds": seconds, "bytes": weights, "memory": private_memory() - before}
 
     def machine(self) -> dict[str, Any]:
         """What this machine can do."""
@@ -172,6 +177,15 @@ class Ours:
         """The answer to a message."""
         arguments = {key: value for key, value in message.items() if key != "do"}
         return getattr(self, message["do"].replace(" ", "_"))(**arguments)
+
+
+def private_memory() -> int:
+    """Bytes of memory that this process alone uses now; 0 where the system (Linux does) does not say."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return 0
+    resident, shared = map(int, statm.read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def text(report: dict[str, Any]) -> str:
         *(f"{name}: missing: {why}" for name, why in report["missing"].items()),
         *(gate_line(name, found) for name, found in report["checked"].items()),
         *(
-            f"{name}: {found['seconds']:.2f} s from its folder to a first answer, {found['bytes'] / 1e6:,.0f} MB of weights."
+            f"{name}: {found['seconds']:.2f} s from its folder to a first answer, {found['bytes'] / 1e6:,.0f} MB of weights"
+            + (f", {found['memory'] / 1e6:,.0f} MB of memory." if found["memory"] else ".")
             for name, found in report["starts"].items()
         ),
     ]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert import nn
 from ufbert.data.encode import Encoded
+from ufbert.device import give_back_freed_memory
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
 from ufbert.ops import native
@@ -72,6 +73,7 @@ class Engine:
             self.params = jax.tree.map(jnp.asarray, model.params)
         else:
             self.params = nn.pack(model.params, dtype, exact_routing)
+            give_back_freed_memory()  # of the unpacked weights
         self.in_one_row = not why and not self.config.only_len
         self.at_once = AT_ONCE if mode == "throughput" else 0
         self._hidden = jax.jit(self._encode)
