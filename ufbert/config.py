@@ -50,8 +50,8 @@ class ModelConfig:
     above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
     """How tree layers are computed; every backend gives the same numbers. native: C++ kernels for CPUs, compiled by the
-    system's compiler when first used. auto: native on a CPU; without a compiler gather, or masked if the trees are shallow;
-    masked on accelerators."""
+    system's compiler when first used. auto: native on a CPU; without a compiler, and on a GPU, gather, or masked if the trees
+    are shallow; masked on a TPU."""
     tree_activation: ActivationName = "gelu"
     """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
     subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""

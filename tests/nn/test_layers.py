@@ -199,6 +199,16 @@ def test_a_model_for_native_kernels_runs_without_them_and_says_so(monkeypatch, c
     np.testing.assert_array_equal(run(cfg)[0], run(replace(cfg, tree_backend="gather"))[0])
 
 
+def test_layers_of_a_kind_are_drawn_apart_by_one_program():
+    cfg = config(feedforward=("dense", "tree"), n_layers=6, d_hidden=7, tree_depth=2)
+    before = nn._init_layer._cache_size()
+    layers = nn.init(cfg, jax.random.key(0))["encoder"]
+    assert nn._init_layer._cache_size() == before + 2
+    for part in ("dense", "tree"):
+        drawn = [np.asarray(jax.tree.leaves(layers[f"layer_{i:02d}"][part])[-1]) for i in range(part == "tree", 6, 2)]
+        assert len(np.unique(drawn)) > 0.9 * sum(one.size for one in drawn)
+
+
 def test_auto_takes_what_was_measured_fastest(monkeypatch):
     tree = config(feedforward=("tree",), tree_depth=11)
     monkeypatch.setattr(native, "unavailable", lambda: "")
@@ -211,4 +221,6 @@ def test_auto_takes_what_was_measured_fastest(monkeypatch):
     shallow = replace(tree, tree_depth=4)
     assert [nn.tree_backend(shallow, rows) for rows in (1, 4096)] == ["gather", "masked"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [nn.tree_backend(model, 1) for model in (tree, shallow)] == ["gather", "masked"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert [nn.tree_backend(model, 1) for model in (tree, shallow)] == ["masked", "masked"]

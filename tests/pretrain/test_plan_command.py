@@ -200,7 +200,7 @@ def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path
     assert "128 (configured)" in shown
     assert facts["check"] is None
     assert facts["money"] == 48
-    assert facts["backend"] == {"compiled_here": False, "dtype": "bfloat16", "trees": "masked"}
+    assert facts["backend"] == {"compiled_here": False, "dtype": "bfloat16", "trees": "gather"}
     assert facts["state_bytes"] == pytest.approx(state, rel=0.01)
     sizes = [facts["memory"][str(rows)] for rows in (32, 64, 128, 256, 512)]
     assert sizes == sorted(sizes)

@@ -42,16 +42,46 @@ __all__ = [
 ]
 
 
-@partial(jax.jit, static_argnames=("config", "heads"))  # one program to compile, not one a parameter
 def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
-    """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
-    config = replace(config, tree_backend="gather")  # Flax traces a forward pass for the shapes: no kernels for that
+    """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`).
+
+    What draws them is compiled once for each kind of layer, not for each layer, which took a GPU a minute.
+    """
     encoder_key, head_key = jax.random.split(key)
-    ids = jnp.zeros((1, config.only_len or 2), jnp.int32)
-    params = {"encoder": Encoder(config).init(encoder_key, ids)["params"]}
-    hidden = jnp.zeros((1, 2, config.d_model))
+    params = _init_beside_layers(_of_layer(config, 0), encoder_key, head_key, heads)
+    for i in range(config.n_layers):
+        params["encoder"][f"layer_{i:02d}"] = _init_layer(_of_layer(config, i), jax.random.fold_in(encoder_key, i))
+    return params
+
+
+def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
+    """An encoder of one layer, like layer i."""
+    mixer, feedforward = config.layers[i]
+    # Flax traces a forward pass for the shapes: no kernels for that.
+    return replace(
+        config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
+        tree_backend="gather",
+    )  # fmt: skip
+
+
+def _init_encoder(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    return Encoder(config).init(key, jnp.zeros((1, config.only_len or 2), jnp.int32))["params"]
+
+
+@partial(jax.jit, static_argnames="config")
+def _init_layer(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    return _init_encoder(config, key)["layer_00"]
+
+
+@partial(jax.jit, static_argnames=("config", "heads"))
+def _init_beside_layers(
+    config: ModelConfig, encoder_key: Key[Array, ""], head_key: Key[Array, ""], heads: tuple[str, ...]
+) -> dict[str, Any]:
+    encoder = _init_encoder(config, encoder_key)
+    params, hidden = {"encoder": encoder}, jnp.zeros((1, 2, config.d_model))
+    del encoder["layer_00"]
     if "masked_lm" in heads:
-        table = params["encoder"]["embeddings"]["tokens"]
+        table = encoder["embeddings"]["tokens"]
         params["masked_lm"] = MaskedLMHead(config).init(head_key, hidden, table).get("params", {})
     if "pooler" in heads:
         params["pooler"] = Pooler(config).init(head_key, hidden)["params"]
@@ -168,15 +198,7 @@ def classify(
 
 def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outputs: int = 0) -> dict[str, Any]:
     """The parameter tree as shapes and dtypes, computing nothing; with a classifier if `n_outputs` is given."""
-    # Tracing takes its time layer by layer, so each kind is traced once, beside the first, which may differ.
-    kinds = list(dict.fromkeys(config.layers))
-    some = [config.layers[0], *kinds]
-    mixers, feedforwards = zip(*some, strict=True)
-    few = replace(config, n_layers=len(some), mixer=mixers, feedforward=feedforwards)
-    tree = jax.eval_shape(lambda key: init(few, key, heads), jax.random.key(0))
-    traced = [tree["encoder"].pop(f"layer_{i:02d}") for i in range(len(some))]
-    for i, kind in enumerate(config.layers):
-        tree["encoder"][f"layer_{i:02d}"] = traced[1 + kinds.index(kind) if i else 0]
+    tree = jax.eval_shape(lambda key: init(config, key, heads), jax.random.key(0))
     if n_outputs:
         tree["classifier"] = jax.eval_shape(lambda key: init_classifier(config, key, n_outputs), jax.random.key(0))
     return tree

@@ -124,7 +124,7 @@ def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
 
     special = _special()
     steps = build_steps(run, special)
-    held = [jax.jit(lambda key: init_state(run, key))(jax.random.key(0))]
+    held = [init_state(run, jax.random.key(0))]
     batch = np.random.default_rng(0).integers(5, run.model.vocab_size, (rows, run.data.seq_len)).astype(np.int32)
     batch[:, 0] = special.cls
 

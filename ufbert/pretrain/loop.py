@@ -30,7 +30,7 @@ from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.evaluation import Heldout, evaluate, heldout_of
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
 from ufbert.pretrain.sharding import Layout
-from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state
+from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state, state_of
 from ufbert.pretrain.watch import Point, Reference, StopSignals, no_reference_complaint
 from ufbert.writers import LiveLine, Writer, memory_bytes, read_jsonl, write_json
 
@@ -143,8 +143,11 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
 
 def initial_state(run: RunConfig, key: jax.Array, shapes: TrainState) -> TrainState:
     """Fresh parameters and optimizer state, placed like `shapes`."""
+    params = nn.init(run.model, key)
+    if jax.process_count() > 1:  # each has drawn the same numbers
+        params = jax.tree.map(np.asarray, params)
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(lambda key: init_state(run, key), out_shardings=places)(key)
+    return jax.jit(lambda params: state_of(run, params), out_shardings=places)(params)
 
 
 def _note_resumption(session: _Session, spent_at_save: float) -> None:

@@ -145,8 +145,12 @@ def _target(name: str) -> Target:
 def _trees(run: RunConfig, target: Target) -> TreeBackend:
     """What computes trees on the planned device, which for an accelerator is not the one that jax runs on."""
     from ufbert import nn
+    from ufbert.ops.fff import usual_backend
 
-    return nn.tree_backend(run.model, run.micro_tokens) if target.on_cpu else "masked"
+    if target.local:
+        return nn.tree_backend(run.model, run.micro_tokens)
+    assert target.peaks is not None
+    return usual_backend(target.peaks.platform, run.micro_tokens, run.model.tree_depth, native_kernels=False)
 
 
 def _rescaled(args: list[str], preset: RunConfig, budget: Budget, target: Target) -> tuple[PlanOptions, str]:

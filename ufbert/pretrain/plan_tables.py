@@ -141,7 +141,8 @@ def _notes(facts: dict[str, Any]) -> list[str]:
     if not backend["compiled_here"]:
         notes.append(
             "this device is not here: operations, bytes and memory are those of the step compiled for this CPU. An "
-            "accelerator's compiler fuses more, so memory is an upper estimate; the speed may be off by half."
+            "accelerator's compiler fuses more, so memory is an upper estimate (an H100 took 9.4 GB where this says 39, "
+            "for UltraFastBERT by gather); the speed may be off by half."
         )
     if facts["seconds"]["budget"] is not None and not facts["updates"]:
         notes.append("the budget is spent before the first update")
