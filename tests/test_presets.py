@@ -74,7 +74,13 @@ def small(name: str) -> RunConfig:
     return RunConfig(model, train, replace(run.data, seq_len=32, short_until=0.0))
 
 
-@pytest.mark.parametrize("name", preset_names())
+REPEATS = ("tiny", "ultrafastbert_128x4", "fnet", "fnet_ultrafast")
+"""So small, these presets train what others do."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in REPEATS else ()) for name in preset_names()]
+)
 def test_a_training_step_lowers_the_loss(name):
     run = small(name)
     state, steps = init_state(run, jax.random.key(0)), build_steps(run, SPECIAL)

@@ -78,7 +78,7 @@ def test_epochs_and_seeds_shuffle_and_padding_is_small():
 
 @pytest.mark.parametrize("task", ["sst2", pytest.param("stsb", marks=pytest.mark.long)])
 def test_runs_side_by_side_are_the_same_runs_alone(model, task):
-    runs = [Run(seed, 1e-3 if seed < 2 else 5e-4) for seed in range(3)]
+    runs = [Run(0, 1e-3), Run(1, 5e-4)]
     together = finetune_task(model, toy(task), QUICK, runs)
     for run, found in zip(runs, together, strict=True):
         (alone,) = finetune_task(model, toy(task), QUICK, [run])
