@@ -35,6 +35,7 @@ import pytest
 gc.freeze()
 gc.set_threshold(100_000, 20, 50)  # what jax has traced stays, and looking through it takes a twentieth of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Much of what the tests compile is the same.
 jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["UFBERT_CACHE"], "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
