@@ -145,16 +145,19 @@ def test_packed_weights_are_not_kept_twice(made):
 
 
 GROWTH = """
-import sys
+import gc, sys
 import jax
 from ufbert.bench.encoder_ours import private_memory
-from ufbert.device import use_device
+from ufbert.device import give_back_freed_memory
 from ufbert.inference.predictor import Predictor
-use_device("cpu")
-jax.jit(lambda x: x + 1)(1.0).block_until_ready()
-before = private_memory()
-predictor = Predictor.load(sys.argv[1], "int8")
-predictor.encode(["the cat sees the dog"])
+
+for _ in "compiled", "measured":
+    predictor = None
+    gc.collect()
+    give_back_freed_memory()
+    before = private_memory()
+    predictor = Predictor.load(sys.argv[1], "int8", device="cpu")
+    predictor.encode(["the cat sees the dog"])
 weights = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.engine.params))
 print(weights, private_memory() - before)
 """
@@ -167,9 +170,7 @@ def test_a_packed_model_takes_little_more_memory_than_its_weights(made, tmp_path
     done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "wide"], capture_output=True, text=True, check=True)
     weights, memory = map(int, done.stdout.split())
     assert 1.5e7 < weights < 2.5e7
-    assert memory < 1.3 * weights + 3.2e7, (
-        "more than the weights, the tokenizer, and a program and what compiling it takes"
-    )
+    assert 0.9 * weights < memory < 1.3 * weights + 1e7, "more than the weights, a tokenizer and a program"
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(0, 80))

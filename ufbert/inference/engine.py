@@ -6,6 +6,7 @@ which know one length, and machines without the kernels get one text a row inste
 """
 
 import bisect
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -72,8 +73,9 @@ class Engine:
         if why:
             self.params = jax.tree.map(jnp.asarray, model.params)
         else:
-            self.params = nn.pack(model.params, dtype, exact_routing)
-            give_back_freed_memory()  # of the unpacked weights
+            self.params = jax.block_until_ready(nn.pack(model.params, dtype, exact_routing))
+            gc.collect(0)  # lets jax let go of the unpacked weights
+            give_back_freed_memory()
         self.in_one_row = not why and not self.config.only_len
         self.at_once = AT_ONCE if mode == "throughput" else 0
         self._hidden = jax.jit(self._encode)
