@@ -11,7 +11,10 @@ TINY = [
     "--blocks=2", "--seconds-a-block=0.02",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason="the engine needs the native kernels")
+pytestmark = pytest.mark.skipif(
+    bool(native.unavailable()),
+    reason="it times the native kernels, and there are none; where there is a compiler, test_native.py fails then",
+)
 
 
 @pytest.mark.long

@@ -30,7 +30,10 @@ WORDS = SENTENCE.split(" ")
 LENGTHS = [1, 5, 2, 17, 9, 1, 12, 3]
 TEXTS = [" ".join(WORDS[:n]) for n in LENGTHS]
 
-needs_kernels = pytest.mark.skipif(bool(native.unavailable()), reason="without kernels nothing is packed")
+needs_kernels = pytest.mark.skipif(
+    bool(native.unavailable()),
+    reason="without kernels nothing is packed; where there is a compiler, test_native.py fails then",
+)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +167,7 @@ print(weights, private_memory() - before)
 
 
 @needs_kernels
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process uses")
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read from /proc")
 def test_a_packed_model_takes_little_more_memory_than_its_weights(made, tmp_path):
     save_model(tmp_path / "wide", made("tree", d_model=512, n_heads=8, tree_depth=12))
     done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "wide"], capture_output=True, text=True, check=True)
