@@ -5,6 +5,7 @@ The newest few stay, and the one with the lowest held-out loss. Each says of whi
 """
 
 import json
+import logging
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -41,12 +42,18 @@ class Checkpoints:
         best: Any = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], n=1, reverse=True)
         newest: Any = policies.LatestN(keep)
         either: Any = policies.AnyPreservationPolicy([newest, best])
+        # What it logs as an error it raises as well, and a traceback must not stand before our sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        context = ocp.Context()
+        # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
+        context.asynchronous.create_directories_asynchronously = False
         self.folder, self._identity = folder, identity
         try:
             self._writer = ocp.training.Checkpointer(
                 str(folder.absolute()),
                 preservation_policy=either,
                 cleanup_tmp_directories=True,
+                context=context,
             )
         except OSError as error:
             raise UserError(f"Cannot use the checkpoint folder {folder}: {error.strerror or error}.") from error
