@@ -5,6 +5,8 @@ The newest few stay, and the one with the lowest held-out loss. Each says of whi
 """
 
 import json
+import logging
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -41,17 +43,23 @@ class Checkpoints:
         best: Any = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], n=1, reverse=True)
         newest: Any = policies.LatestN(keep)
         either: Any = policies.AnyPreservationPolicy([newest, best])
+        # What it logs as an error it raises as well, and a traceback must not stand before our sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        context = ocp.Context()
+        # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
+        context.asynchronous.create_directories_asynchronously = False
         self.folder, self._identity = folder, identity
         try:
             self._writer = ocp.training.Checkpointer(
                 str(folder.absolute()),
                 preservation_policy=either,
                 cleanup_tmp_directories=True,
+                context=context,
             )
         except OSError as error:
             raise UserError(f"Cannot use the checkpoint folder {folder}: {error.strerror or error}.") from error
         self._watcher = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[float] | None = None
 
     def save(self, step: int, state: Any, heldout_loss: float, spent: float) -> None:
         """Start to write `state`, a tree of arrays, as checkpoint `step`; the arrays may be donated afterwards.
@@ -59,26 +67,32 @@ class Checkpoints:
         Waits for the save before it. Raises UserError if the disk refuses, at this save or the next call.
         """
         self.wait()
+        began = time.monotonic()
         about: Any = {"identity": self._identity, "spent": spent}
         with _refusal(self.folder):
             under_way = self._writer.save_async(
                 step, state, force=True, overwrite=True, metrics={"heldout_loss": heldout_loss}, custom_metadata=about
             )
-        self._pending = self._watcher.submit(self._settle, step, under_way)
+        self._pending = self._watcher.submit(self._settle, step, under_way, began)
 
-    def _settle(self, step: int, under_way: Any) -> None:
-        """When a checkpoint is on disk, note the sizes of its files beside them."""
+    def _settle(self, step: int, under_way: Any, began: float) -> float:
+        """When a checkpoint is on disk, note the sizes of its files beside them. Returns the seconds since `began`."""
         under_way.result()
         if processes.is_main():
             folder = self.folder / str(step)
             write_json(folder / SIZES, _sizes(folder))
+        return time.monotonic() - began
 
-    def wait(self) -> None:
-        """Return when everything is on disk. Raises UserError if it cannot be."""
+    def wait(self) -> float | None:
+        """Return when everything is on disk: the seconds that the save under way took, or None where there is none.
+
+        Raises UserError if it cannot be written.
+        """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            with _refusal(self.folder):
-                pending.result()
+        if pending is None:
+            return None
+        with _refusal(self.folder):
+            return pending.result()
 
     def close(self) -> None:
         """Finish the save under way; what it could not write is lost, as with a kill."""
