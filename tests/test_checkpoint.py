@@ -1,5 +1,6 @@
 """Checkpoints: the newest good one of the right run, or a sentence."""
 
+import json
 import logging
 import shutil
 import threading
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from ufbert.checkpoint import Checkpoints
 from ufbert.errors import UserError
@@ -92,7 +94,7 @@ def test_a_disk_that_refuses_is_a_sentence_and_costs_nothing(checkpoints, shapes
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints._writer, "save_async", full)
+    monkeypatch.setattr(ocp, "save_async", full)
     with pytest.raises(
         UserError, match=r"Cannot write a checkpoint in .*No space left on device; earlier ones are kept"
     ):
@@ -120,3 +122,101 @@ def test_a_kill_before_the_sizes_were_noted_costs_nothing(checkpoints, shapes):
     said = []
     assert checkpoints.restore(shapes, said.append).step == 4
     assert said == []
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :] if content else b"x")
+
+
+def make_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [empty, flip, lambda path: path.unlink(), make_a_folder])
+def test_no_damage_to_any_file_is_more_than_a_sentence(checkpoints, shapes, tmp_path, damage):
+    files = [path.relative_to(checkpoints.folder) for path in (checkpoints.folder / "4").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for number, name in enumerate(files):
+        folder, said = tmp_path / f"copy-{number}", []
+        shutil.copytree(checkpoints.folder, folder, ignore=shutil.ignore_patterns("2"))
+        before = (folder / name).read_bytes()
+        damage(folder / name)
+        again = Checkpoints(folder, IDENTITY, keep=2)
+        found = again.restore(shapes, said.append)
+        unchanged = (folder / name).is_file() and (folder / name).read_bytes() == before  # one is empty as it is
+        if unchanged or (
+            name.name == "sizes.json" and not (folder / name).exists()
+        ):  # as after a kill before it was there
+            assert (found.step, said) == (4, [])
+        else:
+            assert (found.step, said) == (3, ["checkpoint 4 is damaged or cut short; the one of step 3 is used"]), name
+        jax.tree.map(np.testing.assert_array_equal, found.state, state_of(found.step))
+        again.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"spent": "x"}, {"spent": float("nan")}, {"spent": -1}, {"spent": 10**400}, {"spent": None}, {"identity": 5},
+        {"identity": "a"}, {"identity": ["a"]}, 5, [], None, "text",
+    ],
+)  # fmt: skip
+def test_json_of_wrong_kinds_is_damage(checkpoints, shapes, wrong):
+    """Written by whoever can write a checksum, too, or before there were any."""
+    folder = checkpoints.folder / "4"
+    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+    about = {**metadata["custom_metadata"], **wrong} if isinstance(wrong, dict) else wrong
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({**metadata, "custom_metadata": about}))
+    (folder / "sizes.json").unlink()
+    said = []
+    assert checkpoints.restore(shapes, said.append).step == 3
+    assert said == ["checkpoint 4 is damaged or cut short; the one of step 3 is used"]
+
+
+@pytest.mark.parametrize("wrong", ["5", "[]", "{}", "null", '{"state/_METADATA": "x"}', "{", '{"a": [1, 2]}'])
+def test_a_list_of_contents_that_makes_no_sense_is_damage(checkpoints, shapes, wrong):
+    (checkpoints.folder / "4" / "sizes.json").write_text(wrong)
+    assert checkpoints.restore(shapes, lambda _: None).step == 3
+
+
+def test_checkpoints_of_earlier_versions_are_held_to_their_sizes(checkpoints, shapes):
+    folder = checkpoints.folder / "4"
+    sizes = {name: size for name, (size, _) in json.loads((folder / "sizes.json").read_text()).items()}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    assert checkpoints.restore(shapes, print).step == 4
+    (folder / "sizes.json").write_text(json.dumps({**sizes, "_CHECKPOINT_METADATA": 1}))
+    assert checkpoints.restore(shapes, lambda _: None).step == 3
+
+
+def test_a_damaged_one_neither_ends_the_next_save_nor_takes_the_place_of_a_good_one(checkpoints, shapes):
+    flip(checkpoints.folder / "4" / "_CHECKPOINT_METADATA")
+    flip(largest_file(checkpoints.folder / "2"))
+    again = Checkpoints(checkpoints.folder, IDENTITY, keep=2)
+    assert again.restore(shapes, lambda _: None).step == 3
+    again.save(5, state_of(5), 9.0, 50.0)
+    again.wait()
+    assert again.steps() == [2, 3, 5]  # nobody has looked at 2, the best
+    again.save(6, state_of(6), float("nan"), 60.0)
+    again.wait()
+    assert again.steps() == [2, 5, 6]
+    assert "NaN" not in (checkpoints.folder / "6" / "_CHECKPOINT_METADATA").read_text()
+    again.close()
+
+
+def test_what_a_kill_left_of_a_save_or_a_removal_is_cleared_away(checkpoints, shapes):
+    for name in ("7.orbax-checkpoint-tmp", "1.removed"):
+        (checkpoints.folder / name / "state").mkdir(parents=True)
+    (checkpoints.folder / "9").write_text("a file")
+    again = Checkpoints(checkpoints.folder, IDENTITY, keep=2)
+    assert again.restore(shapes, lambda _: None).step == 4
+    again.save(9, state_of(9), 1.0, 90.0)
+    again.wait()
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"4", "9"}
+    again.close()

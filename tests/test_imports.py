@@ -21,15 +21,16 @@ BELOW = {
     "listing": {"nn", "presets", "config", "cost"},
     "cost": {"config", "devices", "presets"},
     "writers": {"errors"},
+    "claim": {"errors"},
     "report": {"config", "errors", "writers"},
     "checkpoint": {"errors", "processes", "writers"},
     "data": {"config", "errors", "places"},
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {
         "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
-        "processes", "report",
+        "processes", "report", "claim",
     },
-    "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
+    "glue": {"claim", "config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
     "bench": {
         "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "pretrain", "glue", "inference",

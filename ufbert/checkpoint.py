@@ -1,12 +1,17 @@
 """Training state on disk. The only file that imports orbax.
 
 A checkpoint is a folder `checkpoints/<step>`, written in the background under a temporary name and renamed when it is whole.
-The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is.
+The newest few stay, and the one with the lowest held-out loss. Each says of which configuration, tokenizer and data it is, and
+what its files hold: `sizes.json` has the bytes and the CRC-32 of each.
 """
 
 import json
 import logging
+import math
+import shutil
+import sys
 import time
+import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +27,8 @@ Identity = dict[str, str]
 
 
 SIZES = "sizes.json"
+_TEMPORARY = ("*.orbax-checkpoint-tmp*", "*.removed")
+"""What a kill may leave of a checkpoint that was being written or removed."""
 
 
 class Restored(NamedTuple):
@@ -37,51 +44,60 @@ class Checkpoints:
     """The checkpoints of a run."""
 
     def __init__(self, folder: Path, identity: Identity, keep: int) -> None:
-        from orbax.checkpoint import v1 as ocp
-
-        policies = ocp.training.preservation_policies
-        best: Any = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], n=1, reverse=True)
-        newest: Any = policies.LatestN(keep)
-        either: Any = policies.AnyPreservationPolicy([newest, best])
-        # What it logs as an error it raises as well, and a traceback must not stand before our sentence.
+        """Raises UserError if the folder cannot be made."""
+        self.folder, self._identity, self._keep = folder, identity, keep
+        # What orbax logs as an error it raises as well, and a traceback must not stand before our sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        context = ocp.Context()
-        # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
-        context.asynchronous.create_directories_asynchronously = False
-        self.folder, self._identity = folder, identity
         try:
-            self._writer = ocp.training.Checkpointer(
-                str(folder.absolute()),
-                preservation_policy=either,
-                cleanup_tmp_directories=True,
-                context=context,
-            )
+            folder.mkdir(parents=True, exist_ok=True)
+            if processes.is_main():
+                for path in (path for pattern in _TEMPORARY for path in folder.glob(pattern)):
+                    _remove(path)
         except OSError as error:
             raise UserError(f"Cannot use the checkpoint folder {folder}: {error.strerror or error}.") from error
         self._watcher = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[float] | None = None
+        self._damaged: set[int] = set()
 
     def save(self, step: int, state: Any, heldout_loss: float, spent: float) -> None:
         """Start to write `state`, a tree of arrays, as checkpoint `step`; the arrays may be donated afterwards.
 
         Waits for the save before it. Raises UserError if the disk refuses, at this save or the next call.
         """
+        from orbax.checkpoint import v1 as ocp
+
         self.wait()
         began = time.monotonic()
-        about: Any = {"identity": self._identity, "spent": spent}
-        with _refusal(self.folder):
-            under_way = self._writer.save_async(
-                step, state, force=True, overwrite=True, metrics={"heldout_loss": heldout_loss}, custom_metadata=about
+        loss = heldout_loss if math.isfinite(heldout_loss) else sys.float_info.max  # JSON has no other word for it
+        about: Any = {"identity": self._identity, "spent": spent, "heldout_loss": loss}
+        context = ocp.Context()
+        # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
+        context.asynchronous.create_directories_asynchronously = False
+        with _refusal(self.folder), context:
+            if (self.folder / str(step)).is_file() and processes.is_main():  # of which orbax would make nothing
+                _remove(self.folder / str(step))
+            under_way = ocp.save_async(
+                str(self.folder.absolute() / str(step)), state, overwrite=True, custom_metadata=about
             )
         self._pending = self._watcher.submit(self._settle, step, under_way, began)
 
     def _settle(self, step: int, under_way: Any, began: float) -> float:
-        """When a checkpoint is on disk, note the sizes of its files beside them. Returns the seconds since `began`."""
+        """When a checkpoint is on disk, note what its files hold beside them, and remove those that it succeeds. Returns the
+        seconds since `began`."""
         under_way.result()
         if processes.is_main():
-            folder = self.folder / str(step)
-            write_json(folder / SIZES, _sizes(folder))
+            write_json(self.folder / str(step) / SIZES, _contents(self.folder / str(step)))
+            self._damaged.discard(step)
+            self._prune()
         return time.monotonic() - began
+
+    def _prune(self) -> None:
+        """Remove all but the newest and the best. What could not be used counts for nothing and goes as well."""
+        good = [step for step in self.steps() if step not in self._damaged]
+        best = min(good, key=lambda step: _loss(self.folder / str(step)))
+        for step in self.steps():
+            if step not in (*good[-self._keep :], best):
+                _remove((self.folder / str(step)).rename(self.folder / f"{step}.removed"))
 
     def wait(self) -> float | None:
         """Return when everything is on disk: the seconds that the save under way took, or None where there is none.
@@ -100,14 +116,13 @@ class Checkpoints:
             self.wait()
         finally:
             self._watcher.shutdown()
-            with suppress(Exception):  # it raises once more what the save raised
-                self._writer.close()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def restore(self, abstract: Any, say: Callable[[str], None]) -> Restored | None:
         """The newest good checkpoint, shaped and placed like `abstract` (arrays with shardings), or None where there is none.
@@ -118,49 +133,92 @@ class Checkpoints:
         self.wait()
         refused = []
         for step in reversed(self.steps()):
-            try:
-                about: Any = self._writer.metadata(step).custom_metadata or {}
-            except Exception:  # orbax and tensorstore raise many kinds for a damaged folder
-                about = {}
-            other = [name for name, value in self._identity.items() if about.get("identity", {}).get(name) != value]
-            if not about or not _whole(self.folder / str(step)):
-                refused.append(f"checkpoint {step} is damaged or cut short")
-            elif other:
+            about = _about(self.folder / str(step))
+            identity: Any = about.get("identity")
+            spent: Any = about.get("spent")
+            whole = isinstance(identity, dict) and _is_number(spent) and _is_whole(self.folder / str(step))
+            other = [name for name, value in self._identity.items() if whole and identity.get(name) != value]
+            if other:
                 refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
-            else:
-                state = self._load(step, abstract)
-                if not processes.highest(state is None):  # what one cannot read is of no use to the others
-                    for reason in refused:
-                        say(f"{reason}; the one of step {step} is used")
-                    return Restored(step, state, float(about["spent"]))
-                refused.append(f"checkpoint {step} is damaged or cut short")
+                continue
+            state = self._load(step, abstract) if whole else None
+            if not processes.highest(state is None):  # what one cannot read is of no use to the others
+                for reason in refused:
+                    say(f"{reason}; the one of step {step} is used")
+                return Restored(step, state, float(spent))
+            self._damaged.add(step)
+            refused.append(f"checkpoint {step} is damaged or cut short")
         if refused:
             raise UserError(f"No checkpoint in {self.folder} can be used: {'; '.join(refused)}.")
         return None
 
     def _load(self, step: int, abstract: Any) -> Any:
         """The state of a checkpoint, or None if it cannot be read."""
+        from orbax.checkpoint import v1 as ocp
+
         try:
-            return self._writer.load(step, abstract)
+            return ocp.load(str(self.folder.absolute() / str(step)), abstract)
         except Exception:  # orbax and tensorstore raise many kinds
             return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint, but for the list of them."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _whole(folder: Path) -> bool:
-    """Whether a checkpoint's files have the sizes they were written with. Orbax would notice too, but of the reads it has begun
-    side by side it drops those that do not fail, and each complains on standard error when it ends. A checkpoint whose
-    writer was killed before it could note the sizes is left to Orbax."""
+def _about(folder: Path) -> dict[str, Any]:
+    """What was noted with a checkpoint when it was saved; {} if that cannot be read."""
     try:
-        return json.loads((folder / SIZES).read_text(encoding="utf-8")) == _sizes(folder)
+        about = json.loads((folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _loss(folder: Path) -> float:
+    """The held-out loss that a checkpoint was saved with; infinite where it cannot be read."""
+    found: Any = _about(folder).get("heldout_loss")
+    if found is None:  # checkpoints once had it in a file of its own
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))["heldout_loss"]
+    return float(found) if _is_number(found) else math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e300
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file of a checkpoint by its name, but for the list of them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def _contents(folder: Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file of a checkpoint, at about five gigabytes a second."""
+    return {name: [path.stat().st_size, _crc(path)] for name, path in _files(folder).items()}
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files hold what was written. Orbax notices some of that, but of the reads it has begun side by
+    side it drops those that do not fail, and each complains on standard error when it ends. Earlier versions noted sizes alone,
+    and a checkpoint whose writer was killed before it could note anything is left to Orbax."""
+    try:
+        noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+        if all(isinstance(value, int) for value in noted.values()):
+            return noted == {name: path.stat().st_size for name, path in _files(folder).items()}
+        return noted == _contents(folder)
     except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
+        return folder.is_dir()
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -49,7 +50,7 @@ class JsonlWriter:
         self.path = path
         try:
             if keep_through_step is not None and path.is_file():
-                kept = [json.dumps(r) for r in read_jsonl(path) if r.get("step", 0) <= keep_through_step]
+                kept = [to_json_text(r) for r in read_jsonl(path) if _step(r) <= keep_through_step]
                 scratch = path.with_suffix(".partial")
                 scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 os.replace(scratch, path)
@@ -59,7 +60,7 @@ class JsonlWriter:
 
     def write(self, record: Record) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json_text(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
@@ -113,21 +114,45 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _step(record: Record) -> int | float:
+    """The update that a record is of; infinite where it says none that can be one."""
+    step = record.get("step", 0)
+    return step if isinstance(step, int) else float("inf")
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a JSONL file; a last line cut short by a kill is left out."""
+    """The object of every whole line of a JSONL file; a last line cut short by a kill is left out, and so is other damage."""
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict):
+                records.append(record)
     return records
+
+
+def to_json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which knows no NaN and no infinity: such a number becomes null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under its final name only when it is whole. Raises UserError if the disk refuses."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json_text(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -245,25 +245,32 @@ def test_a_run_that_stays_broken_is_given_up_in_a_sentence(corpus_file, tmp_path
     assert "Traceback" not in found.stderr
 
 
-def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_path, command):
+def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_path, capsys):
     folder, log = tmp_path / "run", tmp_path / "log"
-    last = f"ls {folder}/model {folder}/report.html >> {log}"
+    last = f"ls {folder} {folder}/model >> {log}; echo status $UFBERT_EXIT_CODE >> {log}"
     options = [f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL]
-    found = command("train", "--budget=3steps", *options, f"--when-done={last}")
-    assert found.returncode == 0, found.stderr
+    pretrain_command(["--budget=3steps", *options, f"--when-done={last}"], 0.0)
     said = log.read_text()
     assert "model.safetensors" in said
-    again = command("train", "--resume", f"--out={folder}")
-    assert again.returncode == 2
-    assert "is finished" in again.stderr
+    assert "report.html" in said
+    assert "in_use.lock" not in said  # whatever it starts may have the folder
+    assert said.endswith("status 0\n")
+    resume = ["--resume", f"--out={folder}"]
+    with pytest.raises(UserError, match="is finished"):
+        pretrain_command([*resume, f"--when-done={last}"], 0.0)
     assert log.read_text() == said
     (folder / "when_done.json").unlink()  # as if the machine had died just before
-    assert command("train", "--resume", f"--out={folder}").returncode == 0
+    capsys.readouterr()
+    with pytest.raises(UserError, match="is finished"):  # the folder may be a stranger's: its command is named, not run
+        pretrain_command(resume, 0.0)
+    assert f"not run at the end: the stored --when-done {last!r}; give the option again" in capsys.readouterr().out
+    assert log.read_text() == said
+    assert not (folder / "when_done.json").exists()
+    pretrain_command([*resume, f"--when-done={last}"], 0.0)
     assert log.read_text() == said * 2
     (folder / "when_done.json").unlink()
-    failed = command("train", "--resume", f"--out={folder}", "--when-done=exit 3")
-    assert failed.returncode == 2
-    assert "ended with status 3" in failed.stderr
+    with pytest.raises(UserError, match="ended with status 3"):
+        pretrain_command([*resume, "--when-done=exit 3"], 0.0)
 
 
 def test_hours_on_the_wall_are_an_absolute_stop(corpus_file, tmp_path, command):

@@ -1,11 +1,13 @@
 """`finetune.py` and `ufbert finetune`: options to a sweep of tasks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ufbert.claim import claimed, claimed_new, new_folder
 from ufbert.config import FinetuneConfig
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
@@ -116,8 +118,14 @@ def finetune_command(args: list[str]) -> dict[str, Any]:
     named = parse({})
     if named.resume and not named.out:
         raise UserError("--resume needs --out FOLDER, the sweep to go on with.")
-    if named.out and Path(named.out).exists() and not named.resume:
-        raise UserError(f"{named.out} exists already; pass --resume to go on with that sweep, or another --out.")
+    if not named.out:
+        return _sweep(parse, named)
+    with (claimed if named.resume else claimed_new)(Path(named.out)):
+        return _sweep(parse, named)
+
+
+def _sweep(parse: Callable[[Any], FinetuneOptions], named: FinetuneOptions) -> dict[str, Any]:
+    """Check all there is to check, and tune, in the folder that is claimed for it or in a new one."""
     named.seed_list  # noqa: B018  (a wrong list is said before anything is read)
     absent, sets = _read_tasks(named)
     use_device(named.device)
@@ -135,11 +143,16 @@ def finetune_command(args: list[str]) -> dict[str, Any]:
     if options.train_rows:
         count, seed = options.train_rows, protocol.seeds[0]
         sets = [data._replace(train=subset(data.train, count, seed)) for data in sets]
-    if not options.out:
-        options = replace(options, out=str(_free_folder(Path(options.model))))
     if absent:
         print(f"not in {options.glue_source}, left out: {', '.join(absent)}")
-    return sweep(options, protocol, model, sets)
+    if options.out:
+        return sweep(options, protocol, model, sets)
+    stem = (
+        Path(options.model).resolve().parent.name if Path(options.model).name == "model" else Path(options.model).name
+    )
+    folder = new_folder(Path("runs"), f"glue-{stem}")
+    with claimed_new(folder):
+        return sweep(replace(options, out=str(folder)), protocol, model, sets)
 
 
 def probing(protocol: Protocol) -> Protocol:
@@ -171,9 +184,3 @@ def subset(rows: Rows, count: int, seed: int) -> Rows:
     picks = np.sort(np.random.default_rng(seed).permutation(len(rows.labels))[:count])
     pairs = None if rows.pairs is None else [rows.pairs[i] for i in picks]
     return Rows([rows.texts[i] for i in picks], pairs, [rows.labels[i] for i in picks], rows.skipped)
-
-
-def _free_folder(model: Path) -> Path:
-    stem = f"glue-{model.resolve().parent.name if model.name == 'model' else model.name}"
-    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())

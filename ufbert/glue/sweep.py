@@ -100,10 +100,6 @@ def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: Mo
         "tasks": {},
         "averages": averages({}),
     }
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
     write_json(path, results)
     return results
 

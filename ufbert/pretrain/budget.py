@@ -6,6 +6,7 @@ Everything that changes during a run (learning rate, batch size, evaluations, ch
 
 import contextlib
 import json
+import math
 import re
 import threading
 import time
@@ -213,7 +214,8 @@ def _read_sessions(path: Path) -> dict[int, float]:
             try:
                 record = json.loads(line)
                 session, spent = int(record["session"]), float(record["spent"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # a line cut short by a kill
-            sessions[session] = max(spent, sessions.get(session, 0.0))
+            if math.isfinite(spent):
+                sessions[session] = max(spent, sessions.get(session, 0.0))
     return sessions

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ def _updates(session: _Session, key: jax.Array) -> None:
                 _evaluate(session)
             if due_save and not session.skipped_in_row:
                 saves_done = int(fraction * saves)
-                _checkpoint(session)
+                if isfinite(session.heldout_loss):  # else there is nothing to go back to
+                    _checkpoint(session)
             last = time.monotonic()
         clock.reserve(session.costs.reserve())
         fraction = clock.fraction(step)
@@ -345,8 +347,13 @@ def _finish(session: _Session) -> dict[str, Any]:
     params, loss, averaged = session.state.params, session.heldout_loss, None
     if session.state.average is not None:
         averaged = evaluate(session.steps, session.state.average, session.heldout, session.layout).loss
-        if averaged < loss:
+        if averaged < loss or not isfinite(loss):
             params, loss = session.state.average, averaged
+    if not isfinite(loss):
+        raise UserError(
+            f"The run has diverged: its held-out loss at step {session.step:,} is {loss}, so no model is written. Start a new "
+            f"one with a lower --train.peak-lr, or go on from its last checkpoint with `train --resume --out={around.folder}`."
+        )
     params = processes.whole(params)
     if processes.is_main():
         save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))

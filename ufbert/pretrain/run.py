@@ -3,24 +3,37 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform as host
-import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ufbert import processes
+from ufbert.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
 from ufbert.config import FORMAT_VERSION, to_json
 from ufbert.cost import device_peak
 from ufbert.data.cache import Located, finish, locate, reopen
 from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.rows import PreparedData
 from ufbert.device import use_device
-from ufbert.errors import UserError
+from ufbert.errors import Interrupted, UserError
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.command import Resolved, TrainOptions, parse, resolve, resumed_options, stored_options
+from ufbert.pretrain.command import (
+    CONFIG_FILE,
+    Resolved,
+    TrainOptions,
+    parse,
+    resolve,
+    resumed_options,
+    stored_options,
+    stored_run,
+)
 from ufbert.pretrain.watch import Reference, packaged_reference, reference_from_run
 from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, write_json
 
@@ -37,44 +50,52 @@ def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
     parse_budget(options.budget)
     if options.reference:
         reference_from_run(Path(options.reference))
-    if options.resume:
-        if not options.out:
-            raise UserError("--resume needs --out FOLDER, the run to go on with.")
-        return resume_run(resumed_options(args, Path(options.out)), started)
-    if options.out and _is_taken(Path(options.out)):
-        raise UserError(f"{options.out} exists already; pass --resume to go on with that run, or another --out.")
+    if options.resume and not options.out:
+        raise UserError("--resume needs --out FOLDER, the run to go on with.")
     if options.distributed and not options.out:
         raise UserError("--distributed needs --out FOLDER, one and the same for all processes.")
-    platform = use_device(options.device, options.distributed)
-    return new_run(resolve(args, platform), started) if processes.is_main() else _follow(Path(options.out), started)
+    return resume_run(args, Path(options.out), started) if options.resume else new_run(args, options, started)
 
 
-def new_run(resolved: Resolved, started: float) -> dict[str, Any]:
-    """Prepare data, start the clock and train. Returns the summary."""
+def new_run(args: list[str], named: TrainOptions, started: float) -> dict[str, Any]:
+    """Claim a folder, prepare data, start the clock and train. `named` is what `args` say. Returns the summary."""
+    folder, platform = Path(named.out), ""
+    if named.distributed:
+        refuse_taken(folder)
+        platform = use_device(named.device, named.distributed)
+        if not processes.is_main():
+            return _follow(folder, started)
+    with ExitStack() as held:
+        if named.out:
+            held.enter_context(claimed_new(folder))
+        resolved = resolve(args, platform or use_device(named.device))
+        if not named.out:
+            folder = new_folder(Path("runs"), _stem(resolved.options))
+            held.enter_context(claimed_new(folder))
+        return _prepare_and_train(resolved, folder, started, held.close)
+
+
+def _prepare_and_train(resolved: Resolved, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
+    """Train in a folder that is this process's own until `release`."""
     options, started_at = resolved.options, time.time() - (time.monotonic() - started)
-    folder = Path(options.out) if options.out else _free_folder(options)
     bound = options.data.max_tokens or _corpus_bound(resolved.tokens_planned)
     corpus = _choose_corpus(options, resolved.tokens_planned)
     options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
     print(_headline(options))
     print(f"  scale {options.scale}: {resolved.reason}")
     located = _locate(options)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", _run_config(options, started_at))
-    except OSError as error:
-        raise UserError(f"Cannot make the run folder {folder}: {error.strerror}.") from error
+    write_json(folder / CONFIG_FILE, _run_config(options, started_at))
     try:
         data = _prepare(located, resolved.tokens_planned)
     except UserError:
-        shutil.rmtree(folder)  # there is nothing in it to go on with
+        discard(folder)  # there is nothing in it to go on with
         raise
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options, started_at, data))
+    write_json(folder / CONFIG_FILE, _run_config(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     processes.together("prepared")
     clock = _clock(options, ledger, None, started_at)
-    return _train(options, data, clock, ledger, peak)
+    return _train(options, data, clock, ledger, peak, release)
 
 
 def _follow(folder: Path, started: float) -> dict[str, Any]:
@@ -83,37 +104,69 @@ def _follow(folder: Path, started: float) -> dict[str, Any]:
     while (data := _prepared(folder)) is None:
         time.sleep(1.0)
     processes.together("prepared")
-    options, ledger = stored_options(folder), Ledger(folder / "ledger.jsonl")
-    clock = _clock(options, ledger, started if ledger.sessions else None, _started_at(folder))
-    return _train(options, data, clock, ledger, 0.0)
+    options, ledger = replace(stored_options(folder), out=str(folder)), Ledger(folder / "ledger.jsonl")
+    clock = _clock(options, ledger, started if ledger.sessions else None, stored_run(folder).started_at)
+    return _train(options, data, clock, ledger, 0.0, lambda: None)
 
 
 def _prepared(folder: Path) -> PreparedData | None:
     """The rows that the run in `folder` uses, or None if they are not there (yet)."""
-    path = folder / "config.json"
-    used = json.loads(path.read_text(encoding="utf-8")).get("prepared_data") if path.is_file() else None
+    used = stored_run(folder).prepared_data if (folder / CONFIG_FILE).is_file() else None
     return reopen(used["folder"], used["fingerprint"], print) if used else None
 
 
-def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
+def resume_run(args: list[str], folder: Path, started: float) -> dict[str, Any]:
     """Go on with a run; the time since `started` is charged to its budget. A finished run only gets the report and the last
     command that a kill may have kept from it."""
-    folder = Path(options.out)
-    if (folder / "summary.json").is_file():
-        if not (folder / "report.html").is_file():
-            from ufbert.report.run_report import write_report
+    options = resumed_options(args, folder)
+    if options.distributed:
+        use_device(options.device, options.distributed)
+        if not processes.is_main():
+            return _follow(folder, started)
+    with ExitStack() as held:
+        held.enter_context(claimed(folder))
+        refuse_links(folder)
+        _name_unused_command(options, stored_run(folder).when_done)
+        if (summary := _summary(folder)) is not None:
+            return _finish_late(options, summary, held.close)
+        if not options.distributed:
+            use_device(options.device)
+        return _go_on(options, folder, started, held.close)
 
-            write_report(folder)
-        if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
-            return _when_done(options, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-        raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
-    use_device(options.device, options.distributed)
-    if not processes.is_main():
-        return _follow(folder, started)
-    ledger, started_at = Ledger(folder / "ledger.jsonl"), _started_at(folder)
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """What a finished run has to say; None where it is not finished, or what it said cannot be read."""
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        print(f"{path} is damaged; it is written anew from the last checkpoint")
+        return None
+    return found
+
+
+def _finish_late(options: TrainOptions, summary: dict[str, Any], release: Callable[[], None]) -> dict[str, Any]:
+    """Do for a finished run what a kill may have kept from it."""
+    from ufbert.report.run_report import write_report
+
+    folder = Path(options.out)
+    if not (folder / "report.html").is_file():
+        write_report(folder)
+    if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
+        with _last_command(options, release):
+            return summary
+    raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
+
+
+def _go_on(options: TrainOptions, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
+    """Train a run further in a folder that is this process's own until `release`."""
+    ledger, before = Ledger(folder / "ledger.jsonl"), stored_run(folder)
     print(_headline(options))
-    used = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("prepared_data")
-    data = _prepared(folder)
+    used, data = before.prepared_data, _prepared(folder)
     if data is None:
         data = _prepare(_locate(options, used["vocab_size"] if used else 0), 0.0)
         if used and data.manifest.fingerprint != used["fingerprint"]:
@@ -121,16 +174,19 @@ def resume_run(options: TrainOptions, started: float) -> dict[str, Any]:
                 f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
             )
     options = _fit_vocabulary(options, data)
-    write_json(folder / "config.json", _run_config(options, started_at, data))
+    kept = replace(options, when_done=options.when_done or before.when_done)
+    write_json(folder / CONFIG_FILE, _run_config(kept, before.started_at, data))
     restarts = len(ledger.sessions)
-    clock = _clock(options, ledger, started if restarts else None, started_at)
+    clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
     peak = device_peak()[0]
     processes.together("prepared")
-    return _train(options, data, clock, ledger, peak)
+    return _train(options, data, clock, ledger, peak, release)
 
 
-def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float) -> dict[str, Any]:
+def _train(
+    options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float, release: Callable[[], None]
+) -> dict[str, Any]:
     from ufbert.pretrain.loop import Surroundings, train
     from ufbert.report.run_report import write_report
 
@@ -149,36 +205,57 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         return train(options.run, data, agreed, around)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
-    ledger.start(clock)
+    with _last_command(options, release):
+        ledger.start(clock)
+        try:
+            summary = train(options.run, data, agreed, around)
+        finally:
+            ledger.close()
+        report = write_report(folder)
+        print(
+            f"held-out loss {summary['heldout_loss']:.3f} nats; word frequency alone gives {summary['unigram_loss']:.3f}, "
+            f"so the model gains {summary['gain_over_unigram']:.3f}\n"
+            f"{summary['steps']:,} updates, {summary['passes']:.1f} passes, {summary['spent_seconds']:.1f} s spent"
+            f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
+            f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
+        )
+        return summary
+
+
+def _name_unused_command(options: TrainOptions, stored: str) -> None:
+    """A folder may come from anywhere: what it says is never run."""
+    if stored and not options.when_done:
+        print(f"not run at the end: the stored --when-done {stored!r}; give the option again to have a command run")
+
+
+@contextmanager
+def _last_command(options: TrainOptions, release: Callable[[], None]) -> Generator[None]:
+    """Runs the command that was to be run at the end, once, when what is inside has ended, well or not; not if it was
+    interrupted. The run folder is released before. Raises UserError if the run ended well and the command did not."""
+    folder = Path(options.out)
     try:
-        summary = train(options.run, data, agreed, around)
-    finally:
-        ledger.close()
-    report = write_report(folder)
-    print(
-        f"held-out loss {summary['heldout_loss']:.3f} nats; word frequency alone gives {summary['unigram_loss']:.3f}, "
-        f"so the model gains {summary['gain_over_unigram']:.3f}\n"
-        f"{summary['steps']:,} updates, {summary['passes']:.1f} passes, {summary['spent_seconds']:.1f} s spent"
-        f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
-        f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
-    )
-    return _when_done(options, summary)
+        yield
+    except (Interrupted, KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        release()
+        if options.when_done:
+            print(f"the run failed: {error}", file=sys.stderr, flush=True)
+            _run_command(options.when_done, 2 if isinstance(error, UserError | OSError) else 1)
+        raise
+    if not options.when_done:
+        return
+    write_json(folder / WHEN_DONE_FILE, {"command": options.when_done, "at": time.time()})  # it may end this process
+    release()
+    code = _run_command(options.when_done, 0)
+    if code:
+        raise UserError(f"The run is saved in {folder}, but `{options.when_done}` ended with status {code}.")
 
 
-def _is_taken(folder: Path) -> bool:
-    """Whether something stands where a run folder is to be. What a kill may leave of its beginning does not count."""
-    return folder.exists() and not (folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir()))
-
-
-def _when_done(options: TrainOptions, summary: dict[str, Any]) -> dict[str, Any]:
-    """Run the command that was to be run at the end, once; note that it was before it can end this process."""
-    if options.when_done:
-        write_json(Path(options.out) / WHEN_DONE_FILE, {"command": options.when_done, "at": time.time()})
-        print(f"when done: {options.when_done}", flush=True)
-        code = subprocess.run(options.when_done, shell=True).returncode
-        if code:
-            raise UserError(f"The run is saved in {options.out}, but `{options.when_done}` ended with status {code}.")
-    return summary
+def _run_command(command: str, exit_code: int) -> int:
+    """Run a shell command that finds the status of the run in UFBERT_EXIT_CODE, and return its own."""
+    print(f"when done: {command}", flush=True)
+    return subprocess.run(command, shell=True, env={**os.environ, "UFBERT_EXIT_CODE": str(exit_code)}).returncode
 
 
 def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started_at: float) -> Clock:
@@ -218,11 +295,6 @@ def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer
     if options.tensorboard:
         sinks.append(TensorBoardWriter(folder / "tensorboard"))
     return Writer(sinks)
-
-
-def _started_at(folder: Path) -> float:
-    """When the run was first started, in seconds since 1970."""
-    return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["started_at"])
 
 
 def _choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
@@ -284,10 +356,8 @@ def _fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
     return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))
 
 
-def _free_folder(options: TrainOptions) -> Path:
-    stem = f"{Path(options.config).stem}-{options.scale}-{options.budget}"
-    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+def _stem(options: TrainOptions) -> str:
+    return f"{Path(options.config).stem}-{options.scale}-{options.budget}"
 
 
 def _headline(options: TrainOptions) -> str:

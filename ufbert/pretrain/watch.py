@@ -9,6 +9,7 @@ import numpy as np
 
 from ufbert.errors import UserError
 from ufbert.presets import preset_folder
+from ufbert.writers import read_jsonl
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -98,10 +99,8 @@ def reference_from_run(folder: Path) -> Reference:
     """The curve of a finished run. Raises UserError if the folder holds none."""
     try:
         unigram = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["unigram_loss"]
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        evals = [r for r in records if "heldout_loss" in r]
+        evals = [r for r in read_jsonl(folder / "metrics.jsonl") if r.get("heldout_loss") is not None]
         points = tuple(Point(r["fraction"], r["tokens"], unigram - r["heldout_loss"]) for r in evals)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not hold a finished run to compare with: {error}.") from error
     return Reference(str(folder), points)

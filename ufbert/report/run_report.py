@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.report.page import facts, grid, number, page, svg
-from ufbert.writers import write_text
+from ufbert.writers import read_jsonl, write_text
 
 
 def write_report(folder: Path) -> Path:
     """Draw the curves of a run folder into `report.html` and return its path."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    updates = [r for r in records if "loss" in r and not r.get("skipped")]
-    evals = [r for r in records if "heldout_loss" in r]
+    records = read_jsonl(folder / "metrics.jsonl")  # where a number was not finite there is null
+    updates = [r for r in records if r.get("loss") is not None and not r.get("skipped")]
+    evals = [r for r in records if r.get("heldout_loss") is not None]
     pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
     body = f"""{facts(_described(summary))}
 {_cost(config, summary)}
