@@ -520,8 +520,8 @@ def test_broken_rows_of_tfds_are_named_by_split_and_row(tmp_path):
     )
     with pytest.raises(UserError, match="split test, row 0: sentence is not UTF-8"):
         open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "test")
+    shutil.copytree(tmp_path / "glue" / "cola", tmp_path / "glue" / "sst2")
     with pytest.raises(UserError, match="split train: its classes are named unacceptable, acceptable"):
-        shutil.copytree(tmp_path / "glue" / "cola", tmp_path / "glue" / "sst2")
         open_source(f"tfds:{tmp_path}").read(TASKS["sst2"], "train")
     (tmp_path / "glue" / "cola" / "2.0.0").rename(tmp_path / "glue" / "cola" / "10.0.0")
     assert open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "dev") == Rows(["good"], None, [1.0])
