@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json
-from ufbert.hub.tokenizer_settings import FILE_CLASSES, Settings, check_read, read_settings
+from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
 
 STATE = ("truncation", "padding")
 """Parts of a `tokenizer.json` that are about the call during which it was saved; they are taken off."""
@@ -144,7 +144,10 @@ def _of_file(path: Path, settings: Settings) -> Tokenizer:
         elif changed:
             note(f"{path} is read as it stands; transformers would lower-case, for lack of a tokenizer_config.json")
     _add(tokenizer, settings, path.parent)
-    return made_fit(tokenizer, str(path), settings.names)
+    tokenizer = made_fit(tokenizer, str(path), settings.names)
+    if settings.kind in BERT_CLASSES and not _is_berts(tokenizer, json.loads(tokenizer.to_str())):
+        note(f"{path} is not the {settings.kind} that tokenizer_config.json says; it is read as it stands")
+    return tokenizer
 
 
 def _bert_normalizer(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +222,10 @@ def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
         "tokenizer_class": "BertTokenizerFast" if is_bert else "PreTrainedTokenizerFast",
         "model_max_length": max_len,
         **special,
+        "added_tokens_decoder": {
+            str(token["id"]): {name: token[name] for name in TOKEN_FIELDS if name != "id"}
+            for token in state["added_tokens"]
+        },
     }
     if is_bert:
         settings["do_lower_case"] = state["normalizer"]["lowercase"]
