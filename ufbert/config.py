@@ -140,7 +140,7 @@ class ModelConfig:
     """Type of the matrix products. auto: float32 on a CPU, bfloat16 on an accelerator. Parameters stay float32."""
 
     def __post_init__(self) -> None:
-        check_kinds(self, "model")
+        check_kinds(type(self), vars(self), "model.")
         positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
         for name in (*positive, "leaf_width", "n_experts"):
             if not 1 <= getattr(self, name) <= 2**20:
@@ -253,7 +253,7 @@ class PretrainConfig:
     """On several devices, split parameters and optimizer state among them instead of keeping a copy on each."""
 
     def __post_init__(self) -> None:
-        check_kinds(self, "train")
+        check_kinds(type(self), vars(self), "train.")
         for name in ("micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -313,7 +313,7 @@ class DataConfig:
     character) first."""
 
     def __post_init__(self) -> None:
-        check_kinds(self, "data")
+        check_kinds(type(self), vars(self), "data.")
         for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars", "near_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -391,7 +391,7 @@ class FinetuneConfig:
     """What a teacher's scores are divided by before they become probabilities."""
 
     def __post_init__(self) -> None:
-        check_kinds(self, "tune")
+        check_kinds(type(self), vars(self), "tune.")
         for name in ("epochs", "batch_rows", "max_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"tune.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -432,6 +432,7 @@ def from_json(cls: Any, values: Any, where: str) -> Any:
             rebuilt[name] = from_json(nested, value, where)
         else:
             rebuilt[name] = tuple(value) if isinstance(value, list) else value
+    check_kinds(cls, rebuilt, f"{where}: ")
     try:
         return cls(**rebuilt)
     except TypeError as error:

@@ -1,5 +1,6 @@
 """Whether the values of a dataclass are what its annotations say, as a file or a caller may have them otherwise."""
 
+from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
@@ -8,13 +9,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ufbert.errors import UserError
 
 
-def check_kinds(config: Any, name: str) -> None:
-    """Raise UserError if a field of a dataclass, which the sentence calls `name`, holds what its annotation does not allow: a
-    word that is none of those it names, a number where a word belongs, or no number (NaN)."""
-    for field_name, hint in _hints(type(config)).items():
-        value = getattr(config, field_name)
-        if not _fits(value, hint):
-            raise UserError(f"{name}.{field_name} is {value!r}; it must be {_words(hint)}.")
+def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
+    """Raise UserError if a value is not what the annotation of the dataclass's field of that name allows: a word that is none
+    of those it names, a number where a word belongs, no number (NaN). `before` stands before the field's name in the
+    sentence."""
+    for name, hint in _hints(cls).items():
+        if name in values and not _fits(values[name], hint):
+            shown = repr(values[name])
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            raise UserError(f"{before}{name} is {shown}; it must be {_words(hint)}.")
 
 
 _hints = cache(get_type_hints)

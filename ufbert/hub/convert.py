@@ -111,8 +111,8 @@ def _check_decoder(layout: Layout, used: Tensors, where: str) -> None:
     words = layout.rules[0].name
     if not any(copy in used for copy, source in layout.copies.items() if source == words):
         raise UserError(
-            f"The config.json of {where} says tie_word_embeddings=False, and the weights have no decoder of their own; "
-            "mend one of them."
+            f"The config.json of {where} says tie_word_embeddings=False, and the weights hold only one of embedding and "
+            "decoder; mend one of them."
         )
 
 

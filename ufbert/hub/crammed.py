@@ -22,7 +22,7 @@ FIELDS = Fields(
     used=COMMON_USED
     | {
         "arch.attention.num_attention_heads": 12, "arch.classification_head.head_dim": 1024,
-        "arch.embedding.embedding_dim": None, "arch.embedding.max_seq_length": 128,
+        "arch.embedding.embedding_dim": 0, "arch.embedding.max_seq_length": 128,
         "arch.embedding.normalization": False, "arch.embedding.pad_token_id": 0,
         "arch.embedding.vocab_size": 32768, "arch.final_norm": False, "arch.hidden_dropout_prob": 0.1,
         "arch.hidden_size": 768, "arch.init.std": 0.02, "arch.intermed_depth": 0, "arch.intermed_size": 3072,
@@ -129,7 +129,7 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
         odd.append(f"arch.intermed_type={kind!r}")
     if activation is None or (is_tree and is_glu):
         odd.append(f"arch.nonlin={nonlinearity!r}")
-    if values["arch.embedding.embedding_dim"] not in (None, values["arch.hidden_size"]):
+    if values["arch.embedding.embedding_dim"] not in (0, values["arch.hidden_size"]):
         odd.append(f"arch.embedding.embedding_dim={values['arch.embedding.embedding_dim']!r}, unlike hidden_size")
     if odd or activation is None:
         raise UserError(f"This crammedBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")

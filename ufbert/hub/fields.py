@@ -54,7 +54,7 @@ COMMON_IGNORED = frozenset({
     "use_cache",
 })  # fmt: skip
 """Of transformers' base class: generation, training, storage, reports, and ids that the tokenizer knows better."""
-NULLABLE = ("classifier_dropout", "num_labels", "pad_token_id", "tpu_short_seq_length")
+NULLABLE = ("classifier_dropout", "embedding_dim", "num_labels", "pad_token_id", "tpu_short_seq_length")
 """Fields in which null means as much as absence."""
 
 

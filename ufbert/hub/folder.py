@@ -40,7 +40,7 @@ class TaskInfo:
     0 and 1 instead of a value."""
 
     def __post_init__(self) -> None:
-        check_kinds(self, "task")
+        check_kinds(type(self), vars(self), "task.")
 
 
 @dataclass(frozen=True)

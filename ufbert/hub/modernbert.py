@@ -46,7 +46,7 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     express."""
     activation, odd = activation_name(values, "hidden_activation"), []
     if not _all_global(values):
-        odd.append("local attention in some layers")
+        odd.append("local attention in some layers (layer_types, global_attn_every_n_layers)")
     if heads and activation_name(values, "classifier_activation") != activation:
         odd.append(f"classifier_activation={values['classifier_activation']!r}, unlike hidden_activation")
     if "classifier" in heads and values["classifier_pooling"] not in ("cls", "mean"):

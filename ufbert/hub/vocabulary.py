@@ -8,11 +8,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json
+from ufbert.hub.files import read_json, refuse_pointer
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """A `tokenizer.json`. Raises UserError if it cannot be parsed."""
+    refuse_pointer(Path(path))
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -43,6 +44,7 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
 
 def wordpiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     """BERT's WordPiece tokenizer from a `vocab.txt`, one piece a line, with the settings of `tokenizer_config.json`."""
+    refuse_pointer(path)
     try:
         pieces = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
