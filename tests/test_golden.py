@@ -49,7 +49,7 @@ def close(found, wanted):
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_values_and_gradients_equal_the_reference(name, backend):
-    (form, config, heads, params, _, _), golden = load_case(name, backend)
+    (form, config, heads, params, *_), golden = load_case(name, backend)
     ids = jnp.asarray(golden["input_ids"], jnp.int32)
     types = jnp.asarray(golden.get("token_type_ids", np.zeros_like(ids)), jnp.int32)
     real = jnp.asarray(golden["attention_mask"], jnp.int32) if "attention_mask" in golden else None
@@ -86,7 +86,7 @@ def test_values_and_gradients_equal_the_reference(name, backend):
 
 
 def test_a_classifier_equals_the_reference():
-    (_, config, heads, params, labels, _), golden = load_case("hf_bert_classifier")
+    (_, config, heads, params, labels, *_), golden = load_case("hf_bert_classifier")
     assert (heads, labels) == (("classifier",), ("LABEL_0", "LABEL_1", "LABEL_2"))
     ids, real, types = (
         jnp.asarray(golden[name], jnp.int32) for name in ("input_ids", "attention_mask", "token_type_ids")

@@ -9,8 +9,9 @@ import ufbert
 
 ROOT = Path(ufbert.__file__).parent
 BELOW = {
-    "config": {"errors"},
+    "config": {"errors", "kinds"},
     "errors": set(),
+    "kinds": {"errors"},
     "device": {"errors", "places", "processes"},
     "processes": {"errors"},
     "places": set(),
@@ -25,7 +26,7 @@ BELOW = {
     "report": {"config", "errors", "writers"},
     "checkpoint": {"errors", "processes", "writers"},
     "data": {"config", "errors", "places"},
-    "hub": {"nn", "ops", "data", "config", "errors"},
+    "hub": {"nn", "ops", "data", "config", "errors", "kinds"},
     "pretrain": {
         "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
         "processes", "report", "claim",

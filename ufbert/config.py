@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ufbert.errors import UserError
+from ufbert.kinds import check_kinds
 
 FORMAT_VERSION = 1
 """Version of `config.json` in model and run folders; a folder of a newer format is refused."""
@@ -139,10 +140,13 @@ class ModelConfig:
     """Type of the matrix products. auto: float32 on a CPU, bfloat16 on an accelerator. Parameters stay float32."""
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "model.")
         positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
         for name in (*positive, "leaf_width", "n_experts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+            if not 1 <= getattr(self, name) <= 2**20:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie between 1 and {2**20:,}.")
+        if self.n_layers > 1024:
+            raise UserError(f"model.n_layers is {self.n_layers}; it must be at most 1,024.")
         weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
         for name in (*weights, "fixed_len", "pad_id"):
             if getattr(self, name) < 0:
@@ -167,6 +171,8 @@ class ModelConfig:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
             raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
+        if self.pad_id >= self.vocab_size:
+            raise UserError(f"model.pad_id is {self.pad_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
         if self.fixed_len > self.max_len:
             raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
 
@@ -247,6 +253,7 @@ class PretrainConfig:
     """On several devices, split parameters and optimizer state among them instead of keeping a copy on each."""
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "train.")
         for name in ("micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -306,6 +313,7 @@ class DataConfig:
     character) first."""
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "data.")
         for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars", "near_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -383,6 +391,7 @@ class FinetuneConfig:
     """What a teacher's scores are divided by before they become probabilities."""
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "tune.")
         for name in ("epochs", "batch_rows", "max_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"tune.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -405,11 +414,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
+def from_json(cls: Any, values: Any, where: str) -> Any:
     """Rebuild a config dataclass of type `cls` from `to_json` values.
 
     Raises UserError, naming `where`, for a field that `cls` does not have or a value of the wrong kind.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds {values!r} where an object of settings belongs.")
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -421,7 +432,10 @@ def from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
             rebuilt[name] = from_json(nested, value, where)
         else:
             rebuilt[name] = tuple(value) if isinstance(value, list) else value
+    check_kinds(cls, rebuilt, f"{where}: ")
     try:
         return cls(**rebuilt)
     except TypeError as error:
         raise UserError(f"{where} holds a value of the wrong kind: {error}.") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -19,7 +19,8 @@ CONFIGS = {
     | {"model_type": "bert", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "type_vocab_size": 2},
     "hf_fnet": COMMON
     | {"model_type": "fnet", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "type_vocab_size": 2},
-    "hf_modernbert": COMMON | {"model_type": "modernbert", "norm_eps": 1e-5, "global_rope_theta": 1000.0},
+    "hf_modernbert": COMMON
+    | {"model_type": "modernbert", "norm_eps": 1e-5, "global_rope_theta": 1000.0, "global_attn_every_n_layers": 1},
 }
 CONFIGS["hf_bert_classifier"] = CONFIGS["hf_bert"] | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}}
 CONFIGS["hf_fnet"] |= {"hidden_act": "gelu_new", "tpu_short_seq_length": T}

@@ -210,7 +210,7 @@ def _teacher(place: str, task: Task) -> ModelFolder:
     """The model that teaches a task. Raises UserError if it was made for other labels."""
     folder = Path(place) / task.name if (Path(place) / task.name).is_dir() else Path(place)
     teacher = load_model(folder)
-    if teacher.task is None or teacher.task.labels != task.label_names:
+    if teacher.task is None or teacher.task.labels != task.label_names or teacher.task.independent:
         raise UserError(f"The teacher {folder} was not fine-tuned for {task.name}'s labels.")
     return teacher
 

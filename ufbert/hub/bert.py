@@ -4,11 +4,66 @@ from typing import Any
 
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.errors import UserError
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
 from ufbert.hub.layout import Layout, Rule, linear, norm, same
+
+SHARED: dict[str, Any] = COMMON_USED | {
+    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_hidden_layers": 12,
+}  # fmt: skip
+BERT_FIELDS = Fields(
+    used=SHARED
+    | {"hidden_act": "gelu", "num_attention_heads": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30522},
+    fixed=COMMON_FIXED | {"position_embedding_type": ("absolute", None)},
+    head_fixed={},
+    ignored=COMMON_IGNORED
+    | {"attention_probs_dropout_prob", "classifier_dropout"}
+    | {  # of google-research/bert, for classes that nothing has used since
+        "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+        "pooler_type",
+    },
+)  # fmt: skip
+FNET_FIELDS = Fields(
+    used=SHARED
+    | {
+        "hidden_act": "gelu_new", "pad_token_id": 3, "tpu_short_seq_length": 512, "type_vocab_size": 4, "vocab_size": 32000,
+    },
+    fixed=COMMON_FIXED,
+    head_fixed={},
+    ignored=COMMON_IGNORED | {"use_tpu_fourier_optimizations"},  # the same transform by matrices
+)  # fmt: skip
+
+READ_CLASSES: dict[str, tuple[str, ...]] = {
+    "Model": (), "ForMaskedLM": ("masked_lm",), "ForPreTraining": ("masked_lm",), "ForSequenceClassification": ("classifier",),
+}  # fmt: skip
+"""Heads of each class that is read, by the end of its name; a pooler besides, where the file has one."""
+OTHER_CLASSES = {
+    "ForTokenClassification": "which gives every token a label",
+    "ForQuestionAnswering": "which marks the answer to a question in a text",
+    "ForMultipleChoice": "which chooses among several texts",
+    "ForNextSentencePrediction": "which says whether one text follows another",
+    "LMHeadModel": "which writes a text from left to right",
+}
+"""What the classes that are not read are for."""
+PARTS: dict[str, tuple[str, ...]] = {
+    "cls.predictions.": ("masked_lm",), "cls.seq_relationship.": (), "classifier.": ("classifier",), "qa_outputs.": (),
+}  # fmt: skip
+"""The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+
+
+def tied(root: str) -> dict[str, str]:
+    """Copies of tensors in a checkpoint whose encoder's names begin with `root`, and what they repeat."""
+    return {
+        "cls.predictions.decoder.weight": f"{root}embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
 
 ACTIVATION_NAMES: dict[str, ActivationName] = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
@@ -17,7 +72,7 @@ ACTIVATION_NAMES: dict[str, ActivationName] = {
 
 def activation_name(values: dict[str, Any], key: str) -> ActivationName:
     """Our name of the nonlinearity under `key` of a foreign config. Raises UserError for one there is not."""
-    name = values.get(key, "gelu")
+    name = values[key]
     if name not in ACTIVATION_NAMES:
         raise UserError(f"This checkpoint uses {key}={name!r}, which the encoder does not express.")
     return ACTIVATION_NAMES[name]
@@ -29,16 +84,14 @@ def foreign_activation(config: ModelConfig) -> str:
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The `config.json` of a BERT or FNet as our configuration. Raises UserError for what the encoder does not express."""
-    is_fnet = values["model_type"] == "fnet"
-    position_kind = values.get("position_embedding_type") or "absolute"
-    if position_kind != "absolute":
-        raise UserError(f"This checkpoint uses {position_kind} positions, which the encoder does not express for BERT.")
+    """The used fields of a BERT's or FNet's `config.json` as our configuration. Raises UserError for what the encoder does not
+    express."""
+    is_fnet = "tpu_short_seq_length" in values
     d, max_len = values["hidden_size"], values["max_position_embeddings"]
     return ModelConfig(
         vocab_size=values["vocab_size"],
         max_len=max_len,
-        fixed_len=min(values.get("tpu_short_seq_length") or max_len, max_len) if is_fnet else 0,
+        fixed_len=min(values["tpu_short_seq_length"] or max_len, max_len) if is_fnet else 0,
         d_model=d,
         n_layers=values["num_hidden_layers"],
         n_heads=1 if is_fnet else values["num_attention_heads"],
@@ -58,7 +111,7 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
         norm_eps=values["layer_norm_eps"],
         init_std=values["initializer_range"],
         dropout=values["hidden_dropout_prob"],
-        pad_id=values.get("pad_token_id") or 0,
+        pad_id=values["pad_token_id"],
     )
 
 
@@ -100,34 +153,31 @@ def heads_of(names: set[str]) -> tuple[str, ...]:
     """The heads that a checkpoint of these tensors has."""
     if "classifier.weight" in names:
         return ("classifier",)
-    heads = ("masked_lm",) if "cls.predictions.bias" in names else ()
-    return (*heads, "pooler") if any(name.endswith("pooler.dense.weight") for name in names) else heads
+    return ("masked_lm",) if any(name.startswith("cls.predictions.") for name in names) else ()
 
 
 def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
     """The tensors of a checkpoint of this configuration."""
     root = "fnet" if config.only_len else "bert"
     theirs, ours = f"{root}.embeddings", "encoder.embeddings"
-    words = f"{theirs}.word_embeddings.weight"
-    rules = [same(words, f"{ours}.tokens"), same(f"{theirs}.position_embeddings.weight", f"{ours}.positions")]
+    rules = [same(f"{theirs}.word_embeddings.weight", f"{ours}.tokens")]
+    rules += [same(f"{theirs}.position_embeddings.weight", f"{ours}.positions")]
     rules += [same(f"{theirs}.token_type_embeddings.weight", f"{ours}.types")]
     rules += norm(f"{theirs}.LayerNorm", f"{ours}.norm")
     if config.embedding_projection:
         rules += linear(f"{theirs}.projection", f"{ours}.projection", bias=True)
     for i in range(config.n_layers):
         rules += _layer(f"{root}.encoder.layer.{i}", f"encoder.layer_{i:02d}", is_fnet=root == "fnet")
-    copies: dict[str, str] = {}
     if "masked_lm" in heads:
         rules += linear("cls.predictions.transform.dense", "masked_lm.transform", bias=True)
         rules += norm("cls.predictions.transform.LayerNorm", "masked_lm.norm")
         rules += [same("cls.predictions.bias", "masked_lm.bias")]
-        copies = {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": "cls.predictions.bias"}
     if "classifier" in heads:
         rules += linear(f"{root}.pooler.dense", "classifier.pooler.dense", bias=True)
         rules += linear("classifier", "classifier.out", bias=True)
     elif "pooler" in heads:
         rules += linear(f"{root}.pooler.dense", "pooler.dense", bias=True)
-    return Layout(rules, copies)
+    return Layout(rules, tied(f"{root}."))
 
 
 def _layer(theirs: str, ours: str, *, is_fnet: bool) -> list[Rule]:

@@ -51,6 +51,7 @@ def import_command(args: list[str]) -> None:
     _refuse_existing(options.out)
     from ufbert import nn
     from ufbert.hub.convert import import_weights, read_checkpoint, with_tokenizer
+    from ufbert.hub.files import first_few
     from ufbert.hub.folder import save_model
     from ufbert.hub.leaf_layer import from_state, is_state, save_layer
 
@@ -65,8 +66,10 @@ def import_command(args: list[str]) -> None:
         raise UserError(f"{options.source} has no config.json beside it; name one with --config FILE.")
     found = import_weights(tensors, values, options.source, fixed_len=options.fixed_len)
     save_model(options.out, with_tokenizer(found, folder, options.tokenizer))
+    for note in found.notes:
+        print(note)
     if found.skipped:
-        print(f"left aside, since nothing here uses them: {', '.join(found.skipped)}")
+        print(f"not used, since this model has no place for them: {first_few(found.skipped)}")
     model = found.config
     print(
         f"model {options.out}: {found.format.label}, {model.n_layers} layers x {model.d_model}, "

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,42 +11,13 @@ import numpy as np
 from ufbert.config import ModelConfig
 from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
-from ufbert.hub import bert, crammed, modernbert
-from ufbert.hub.files import read_json, read_tensors, write_folder
+from ufbert.hub.fields import SIGMOID, Answers, read_answers, unread
+from ufbert.hub.files import first_few, read_all_tensors, read_json, write_folder
 from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, unflatten
+from ufbert.hub.formats import FORMATS, Format, class_name, configuration, format_of, heads_of
 from ufbert.hub.layout import Layout, Tensors, to_ours, to_theirs
+from ufbert.hub.names import BUFFERS, Named, present_day, with_tied
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
-
-
-class Format(NamedTuple):
-    """A family of foreign checkpoints."""
-
-    label: str
-    """What a person calls it."""
-    kinds: tuple[str, ...]
-    """Values of `model_type` in its `config.json`."""
-    root: str
-    """Prefix of its encoder's tensors, which a checkpoint of the bare encoder lacks; empty if it always has it."""
-    skipped: str
-    """Pattern of names that hold nothing this package uses: buffers, and heads it does not have."""
-    model_config: Callable[[dict[str, Any], tuple[str, ...]], ModelConfig]
-    foreign_config: Callable[[ModelConfig, tuple[str, ...], int], dict[str, Any]]
-    heads_of: Callable[[set[str]], tuple[str, ...]]
-    layout: Callable[[ModelConfig, tuple[str, ...]], Layout]
-
-
-BUFFERS = r".*embeddings\.(position_ids|token_type_ids)|.*rotary_emb\..*|.*\.pe"
-_BERT_SKIPPED = BUFFERS + r"|cls\.seq_relationship\..*"
-_BERT = (bert.model_config, bert.foreign_config, bert.heads_of, bert.layout)
-_CRAMMED = (crammed.model_config, crammed.foreign_config, crammed.heads_of, crammed.layout)
-_MODERN = (modernbert.model_config, modernbert.foreign_config, modernbert.heads_of, modernbert.layout)
-FORMATS = (
-    Format("Hugging Face BERT", ("bert",), "bert.", _BERT_SKIPPED, *_BERT),
-    Format("Hugging Face FNet", ("fnet",), "fnet.", _BERT_SKIPPED, *_BERT),
-    Format("Hugging Face ModernBERT", ("modernbert",), "model.", BUFFERS, *_MODERN),
-    Format("crammedBERT / UltraFastBERT", ("crammedBERT",), "", BUFFERS, *_CRAMMED),
-)
-HEAD_NAMES = ("cls.", "classifier.", "head.", "decoder.")
 
 
 class Weights(NamedTuple):
@@ -59,9 +28,13 @@ class Weights(NamedTuple):
     heads: tuple[str, ...]
     params: dict[str, Any]
     labels: tuple[str, ...]
-    """Class names of a classifier; empty for regression."""
+    """Class names of a classifier; empty for one score."""
     skipped: list[str]
-    """Tensors left aside because they hold nothing that is used here."""
+    """Tensors that hold nothing that is used here, by the names that the file has for them."""
+    independent: bool
+    """Whether each score of a classifier is a probability of its own, by a sigmoid."""
+    notes: list[str]
+    """What else a person should know, a sentence each."""
 
 
 def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any] | None, Path]:
@@ -71,15 +44,7 @@ def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarra
     """
     if not source.exists():
         raise UserError(f"There is no checkpoint at {source}.")
-    folder = source if source.is_dir() else source.parent
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    if (source / "model.safetensors").is_file():
-        files = [source / "model.safetensors"]
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        raise UserError(f"{source} has no .safetensors file; other weight files are not read, for they can run code.")
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        tensors |= read_tensors(file)
+    tensors, folder = read_all_tensors(source), source if source.is_dir() else source.parent
     path = Path(config) if config else folder / "config.json"
     return tensors, read_json(path) if config or path.is_file() else None, folder
 
@@ -87,31 +52,68 @@ def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarra
 def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixed_len: int = 0) -> Weights:
     """Configuration and parameters from a checkpoint's tensors and its `config.json`.
 
-    Raises UserError for a kind that is not known, for an architecture that the encoder does not express, and, naming
-    each, for missing, unexpected or misshapen tensors.
+    The class that `architectures` names decides which heads there are, and the tensors decide where it names none.
+
+    Raises UserError for a kind or class that is not known, for an architecture that the encoder does not express, for a value
+    of another kind than its field's, and, naming the first few, for missing, unexpected or misshapen tensors.
     """
-    kind = values.get("model_type")
-    found = next((f for f in FORMATS if kind in f.kinds), None)
-    if found is None:
-        known = ", ".join(f.label for f in FORMATS)
-        raise UserError(f"{where} holds a model of type {kind!r}; this package imports {known}.")
-    renamed = {_clean(name, found.root): array for name, array in tensors.items()}
-    skipped = sorted(name for name in renamed if re.fullmatch(found.skipped, name))
-    used = {name: array for name, array in renamed.items() if name not in skipped}
-    heads = found.heads_of(set(used))
-    try:
-        config = found.model_config(values, heads)
-    except KeyError as error:
-        raise UserError(f"The config.json of {where} lacks {error}.") from error
+    name = class_name(values, where)
+    found = format_of(values, name, tensors, where)
+    named = with_tied(present_day(tensors, found.root, found.parts, where), found.tied)
+    heads, notes = heads_of(found, name, set(named.tensors), where)
+    unused = {
+        tensor
+        for tensor in named.tensors
+        if BUFFERS.fullmatch(tensor)
+        or any(tensor.startswith(part) and not set(owners) & set(heads) for part, owners in found.head_parts.items())
+    }
+    used = {tensor: array for tensor, array in named.tensors.items() if tensor not in unused}
+    config = configuration(found, values, heads, where)
     if fixed_len:
         config = replace(config, fixed_len=fixed_len)
-    labels = _labels(values, used) if "classifier" in heads else ()
-    shapes = flat_shapes(config, heads, max(1, len(labels)) if "classifier" in heads else 0)
-    flat = to_ours(found.layout(config, heads), used, shapes, where)
-    params = unflatten({name: flat[name].astype(np.float32) for name in shapes})
+    answers = Answers((), False)
+    if "classifier" in heads:
+        weight = used.get("classifier.weight", used.get("head.weight"))
+        answers = read_answers(values, 1 if weight is None else weight.shape[0], where)
+    shapes = flat_shapes(config, heads, max(1, len(answers.labels)) if "classifier" in heads else 0)
+    layout = found.layout(config, heads)
+    if any(path not in shapes for rule in layout.rules for path in rule.paths):
+        raise UserError(f"The config.json of {where} says type_vocab_size=0, which the encoder does not express.")
+    _check_vocabulary(layout, used, config, where, named)
+    if "masked_lm" in heads and values.get("tie_word_embeddings") is False:
+        _check_decoder(layout, used, where)
+    flat = to_ours(layout, used, shapes, where, named.shown)
+    params = unflatten({path: flat[path].astype(np.float32) for path in shapes})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
-    return Weights(found, config, heads, params, labels, skipped)
+    if named.wrappers:
+        notes.append(f"taken out of the tensors' names: {', '.join(f'{wrapper}.' for wrapper in named.wrappers)}")
+    strange = unread(found.by_path(values), found.fields)
+    if strange:
+        notes.append(f"fields of config.json that no class of this format has, not read: {first_few(strange)}")
+    skipped = sorted(named.shown(tensor) for tensor in unused)
+    return Weights(found, config, heads, params, answers.labels, skipped, answers.independent, notes)
+
+
+def _check_vocabulary(layout: Layout, used: Tensors, config: ModelConfig, where: str, named: Named) -> None:
+    """Raise UserError if the embedding has another number of rows than the vocabulary."""
+    words = layout.rules[0].name
+    rows = used[words].shape[0] if words in used and used[words].ndim == 2 else config.vocab_size
+    if rows != config.vocab_size:
+        raise UserError(
+            f"{named.shown(words)} of {where} has {rows:,} rows, and vocab_size of its config.json is {config.vocab_size:,}; "
+            "one of them belongs to another checkpoint."
+        )
+
+
+def _check_decoder(layout: Layout, used: Tensors, where: str) -> None:
+    """Raise UserError if a decoder that is said not to be tied is missing (one that differs is refused as untied)."""
+    words = layout.rules[0].name
+    if not any(copy in used for copy, source in layout.copies.items() if source == words):
+        raise UserError(
+            f"The config.json of {where} says tie_word_embeddings=False, and the weights hold only one of embedding and "
+            "decoder; mend one of them."
+        )
 
 
 def with_tokenizer(weights: Weights, folder: Path, tokenizer: str = "") -> ModelFolder:
@@ -121,22 +123,8 @@ def with_tokenizer(weights: Weights, folder: Path, tokenizer: str = "") -> Model
     """
     words = find_tokenizer(folder, tokenizer)
     check_fits(words, weights.config.vocab_size, tokenizer or str(folder))
-    task = TaskInfo("imported", weights.labels, {}) if "classifier" in weights.heads else None
+    task = TaskInfo("imported", weights.labels, {}, weights.independent) if "classifier" in weights.heads else None
     return ModelFolder(weights.config, weights.params, words, task)
-
-
-def _clean(name: str, root: str) -> str:
-    """A tensor's name with the root that a bare encoder's checkpoint lacks, and with the norms' present-day names."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-    return name if not root or name.startswith((root, *HEAD_NAMES)) else root + name
-
-
-def _labels(values: dict[str, Any], tensors: Tensors) -> tuple[str, ...]:
-    """Class names of a classifier; none for regression, which has one output."""
-    weight = tensors.get("classifier.weight", tensors.get("head.weight"))
-    count = 1 if weight is None else weight.shape[0]
-    names = values.get("id2label") or {}
-    return () if count == 1 else tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
 
 
 def export_model(model: ModelFolder, folder: Path, to: str) -> str:
@@ -149,13 +137,13 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
     n_outputs = (max(1, len(model.task.labels)) if model.task else 1) if "classifier" in heads else 0
     reasons = []
     for candidate in FORMATS:
-        if (candidate.kinds == ("crammedBERT",)) != (to == "ultrafastbert"):
+        if (candidate.kind == "crammedBERT") != (to == "ultrafastbert"):
             continue
         try:
             values = candidate.foreign_config(config, heads, n_outputs)
-            if values["model_type"] not in candidate.kinds:
+            if values["model_type"] != candidate.kind:
                 continue
-            different = _differences(config, candidate.model_config(values, heads), heads)
+            different = _differences(config, configuration(candidate, values, heads, "this model"), heads)
             layout = candidate.layout(config, heads)
             covered = {path for rule in layout.rules for path in rule.paths}
             missing = sorted(covered ^ set(flat_shapes(config, heads, n_outputs)))
@@ -217,8 +205,14 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
         values["id2label"] = {str(i): label for i, label in enumerate(model.task.labels)}
         values["label2id"] = {label: i for i, label in enumerate(model.task.labels)}
     elif model.task is not None:
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
-    if found.kinds[0] in ("fnet", "modernbert"):  # whose classes assume other ids where none are given
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if model.task is not None and model.task.independent:
+        values |= (
+            {"problem_type": "multi_label_classification"} if model.task.labels else {"sentence_transformers": SIGMOID}
+        )
+    elif model.task is not None and not model.task.labels:
+        values["problem_type"] = "regression"
+    if found.kind in ("fnet", "modernbert"):  # whose classes assume other ids where none are given
         ids = special_ids(model.tokenizer)
         values |= {"bos_token_id": ids.cls, "eos_token_id": ids.sep, "cls_token_id": ids.cls, "sep_token_id": ids.sep}
     tensors = to_theirs(layout, flatten(model.params))
@@ -227,4 +221,4 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
     files = {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
     files |= tokenizer_files(model.tokenizer, model.config.only_len or model.config.max_len)
     write_folder(folder, tensors, files)
-    return f"{found.label} ({', '.join(values.get('architectures') or values['arch']['architectures'])})"
+    return f"{found.label} ({', '.join(values['architectures'])})"

@@ -10,63 +10,157 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.config import ModelConfig
+from ufbert.config import ActivationName, ModelConfig
 from ufbert.errors import UserError
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
+from ufbert.hub.files import first_few
 from ufbert.hub.layout import Layout, Rule, linear, norm, reshaped, same, stacked_linears
 
 WORDS = "encoder.embedding.word_embedding.weight"
+TIED = {"decoder.weight": WORDS}
+FIELDS = Fields(
+    used=COMMON_USED
+    | {
+        "arch.attention.num_attention_heads": 12, "arch.classification_head.head_dim": 1024,
+        "arch.embedding.embedding_dim": 0, "arch.embedding.max_seq_length": 128,
+        "arch.embedding.normalization": False, "arch.embedding.pad_token_id": 0,
+        "arch.embedding.vocab_size": 32768, "arch.final_norm": False, "arch.hidden_dropout_prob": 0.1,
+        "arch.hidden_size": 768, "arch.init.std": 0.02, "arch.intermed_depth": 0, "arch.intermed_size": 3072,
+        "arch.intermed_type": "ff", "arch.nonlin": "GELU", "arch.norm_eps": 1e-12,
+        "arch.num_transformer_layers": 16,
+    },
+    fixed={name: same for name, same in COMMON_FIXED.items() if name != "auto_map"}  # this class is in no library
+    | {
+        "arch.architectures": (["ScriptableCrammedBERT"], None),
+        "arch.attention.causal_attention": (False, None),
+        "arch.attention.qkv_bias": (False, None),
+        "arch.attention.rotary_embedding": (False, None),
+        "arch.attention.sequence_op": ("torch-softmax",),
+        "arch.attention.skip_output_projection": (False, None),
+        "arch.attention.type": ("self-attention",),
+        "arch.deepnorm_scaling": (False, None),
+        "arch.embedding.pos_embedding": ("scaled-sinusoidal",),
+        "arch.ffn_layer_frequency": (1, None),
+        "arch.layer_macro_type": ("transformer", None),
+        "arch.maximal_recurrence": (None,),
+        "arch.norm": ("LayerNorm",),
+        "arch.norm_scheme": ("pre", None),
+        "arch.recurrent_layers": (None,),
+        "arch.setup": (None,),
+        "arch.use_bias": (False, None),
+    },
+    head_fixed={
+        "masked_lm": {
+            "arch.decoder_bias": (False, None),
+            "arch.objective_layout": ("MLM", None),
+            "arch.skip_head_transform": (True,),
+            "arch.tie_weights": (True, None),
+        },
+        "classifier": {
+            "arch.classification_head.include_ff_layer": (True,),
+            "arch.classification_head.nonlin": ("Tanh",),
+            "arch.classification_head.pooler": ("zero_index",),  # an average here counts padding, too
+        },
+    },
+    ignored=COMMON_IGNORED
+    | {
+        "auto_map",
+        "arch.attention.dropout_prob", "arch.attention.high_level_fusion", "arch.attention.hybrid_layers",
+        "arch.attention.low_level_fusion", "arch.attention.seq_op_in_fp32",
+        "arch.classification_head.classifier_dropout", "arch.embedding.dropout_prob",
+        "arch.embedding.stable_low_precision", "arch.gradient_checkpointing", "arch.init.type",
+        "arch.layer_drop_theta", "arch.layer_fusion", "arch.loss", "arch.num_labels", "arch.sparse_prediction",
+        "arch.training_scheme", "arch.z_loss_factor",
+    },
+)  # fmt: skip
+"""Settings lie under `arch`, and are named by their path."""
+REQUIRED = (
+    "arch.attention.num_attention_heads", "arch.embedding.max_seq_length", "arch.embedding.vocab_size",
+    "arch.hidden_size", "arch.intermed_size", "arch.nonlin", "arch.norm_eps", "arch.num_transformer_layers",
+)  # fmt: skip
+READ_CLASSES: dict[str, tuple[str, ...]] = {
+    "": (),
+    "ForPreTraining": ("masked_lm",),
+    "ForSequenceClassification": ("classifier",),
+}
+OTHER_CLASSES = {
+    "ForTokenClassification": "which gives every token a label",
+    "ForSCRIPTTraining": "which learns to tell replaced tokens",
+}
+PARTS: dict[str, tuple[str, ...]] = {
+    "decoder.": ("masked_lm",), "prediction_head.": ("masked_lm",), "pooler.": ("classifier",), "head.": ("classifier",),
+}  # fmt: skip
+"""The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+NONLINEARITIES: dict[str, ActivationName] = {"GELU": "gelu", "ReLU": "relu"}
+
+
+def by_path(values: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` with what lies under `arch` by its path (`arch.attention.type`); what must stand at one value and is
+    absent there is None, as for its class.
+
+    Raises UserError if there is no `arch`, or it lacks what the class cannot do without.
+    """
+    arch = values.get("arch")
+    if not isinstance(arch, dict):
+        raise UserError(f"This crammedBERT's config.json says arch={arch!r}, where an object of settings belongs.")
+    flat = {name: value for name, value in values.items() if name != "arch"}
+    for name in {*FIELDS.fixed, *(name for more in FIELDS.head_fixed.values() for name in more)}:
+        if name.startswith("arch."):
+            flat[name] = None
+    for name, value in arch.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"arch.{name}.{last}".removesuffix("."): x for last, x in inner}
+    lacking = [name for name in REQUIRED if flat.get(name) is None]
+    if lacking:
+        raise UserError(f"This crammedBERT's config.json lacks {first_few(lacking)}; name another with --config.")
+    return flat
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The `config.json` of such a checkpoint, which has these heads, as our configuration.
+    """The used fields of the `config.json` of a checkpoint that has these heads, as our configuration.
 
     Raises UserError for an architecture this package does not express.
     """
-    arch = values["arch"]
-    embedding, attention = arch["embedding"], arch["attention"]
-    fixed = {
-        "norm_scheme": (arch["norm_scheme"], "pre"),
-        "norm": (arch["norm"], "LayerNorm"),
-        "pos_embedding": (embedding["pos_embedding"], "scaled-sinusoidal"),
-        "rotary_embedding": (attention["rotary_embedding"], False),
-        "qkv_bias": (attention["qkv_bias"], arch["use_bias"]),
-        "use_bias": (arch["use_bias"], False),
-        "decoder_bias": (arch["decoder_bias"], False),
-        "skip_head_transform": (arch["skip_head_transform"], True),
-        "tie_weights": (arch["tie_weights"], True),
-    }
-    odd = [f"{name}={have!r}" for name, (have, want) in fixed.items() if have != want]
-    is_tree, is_glu = arch["intermed_type"] == "fff", arch["nonlin"] == "GELUglu"
-    if not is_tree and arch["nonlin"] not in ("GELU", "GELUglu"):
-        odd.append(f"nonlin={arch['nonlin']!r}")
-    pooler = arch["classification_head"]["pooler"]
-    if "classifier" in heads and pooler != "zero_index":  # its average counts padding too
-        odd.append(f"pooler={pooler!r}")
-    if odd:
+    kind, nonlinearity = values["arch.intermed_type"], values["arch.nonlin"]
+    is_tree, is_glu = kind == "fff", nonlinearity.endswith("glu")
+    activation = NONLINEARITIES.get(nonlinearity.removesuffix("glu"))
+    odd = []
+    if kind not in ("ff", "fff"):
+        odd.append(f"arch.intermed_type={kind!r}")
+    if activation is None or (is_tree and is_glu):
+        odd.append(f"arch.nonlin={nonlinearity!r}")
+    if values["arch.embedding.embedding_dim"] not in (0, values["arch.hidden_size"]):
+        odd.append(f"arch.embedding.embedding_dim={values['arch.embedding.embedding_dim']!r}, unlike hidden_size")
+    if odd or activation is None:
         raise UserError(f"This crammedBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
     return ModelConfig(
-        vocab_size=embedding["vocab_size"],
-        max_len=embedding["max_seq_length"],
-        d_model=arch["hidden_size"],
-        n_layers=arch["num_transformer_layers"],
-        n_heads=attention["num_attention_heads"],
+        vocab_size=values["arch.embedding.vocab_size"],
+        max_len=values["arch.embedding.max_seq_length"],
+        d_model=values["arch.hidden_size"],
+        n_layers=values["arch.num_transformer_layers"],
+        n_heads=values["arch.attention.num_attention_heads"],
         feedforward=("tree",) if is_tree else ("glu",) if is_glu else ("dense",),
-        d_hidden=max(1, arch["intermed_size"] // (2 if is_glu else 1)),
-        n_trees=arch["intermed_size"] if is_tree else 1,
-        tree_depth=arch["intermed_depth"] if is_tree else 0,
-        embedding_norm=embedding["normalization"],
-        final_norm=arch["final_norm"],
-        pooler_width=arch["classification_head"]["head_dim"],
-        norm_eps=arch["norm_eps"],
-        init_std=arch["init"]["std"],
-        dropout=arch["hidden_dropout_prob"],
-        pad_id=embedding["pad_token_id"],
+        d_hidden=max(1, values["arch.intermed_size"] // (2 if is_glu else 1)),
+        activation="gelu" if is_tree else activation,
+        n_trees=values["arch.intermed_size"] if is_tree else 1,
+        tree_depth=values["arch.intermed_depth"] if is_tree else 0,
+        tree_activation=activation if is_tree else "gelu",
+        embedding_norm=values["arch.embedding.normalization"],
+        final_norm=values["arch.final_norm"],
+        pooler_width=values["arch.classification_head.head_dim"],
+        norm_eps=values["arch.norm_eps"],
+        init_std=values["arch.init.std"],
+        dropout=values["arch.hidden_dropout_prob"],
+        pad_id=values["arch.embedding.pad_token_id"],
     )
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
     """A `config.json` of that layout for our configuration; `model_config` reads it back."""
     kind = config.layers[0][1]
+    nonlinearity = {ours: theirs for theirs, ours in NONLINEARITIES.items()}.get(
+        config.tree_activation if kind == "tree" else config.activation, "GELU"
+    )
     arch = {
         "architectures": ["ScriptableCrammedBERT"],
         "attention": {
@@ -107,23 +201,26 @@ def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) 
         "intermed_size": config.n_trees if kind == "tree" else config.d_hidden * (2 if kind == "glu" else 1),
         "intermed_type": "fff" if kind == "tree" else "ff",
         "loss": "cross-entropy",
-        "nonlin": "GELUglu" if kind == "glu" else "GELU",
+        "nonlin": nonlinearity + ("glu" if kind == "glu" else ""),
         "norm": "LayerNorm",
         "norm_eps": config.norm_eps,
         "norm_scheme": "pre",
         "num_labels": n_outputs or None,
         "num_transformer_layers": config.n_layers,
-        "objective_layout": "MLM" if "masked_lm" in heads else "",
+        "objective_layout": "MLM",
         "skip_head_transform": True,
         "sparse_prediction": 0.25,
         "tie_weights": True,
         "use_bias": False,
     }
-    return {"arch": arch, "model_type": "crammedBERT"}
+    kinds = ("classifier", "ForSequenceClassification"), ("masked_lm", "ForPreTraining")
+    name = "ScriptableLM" + next((suffix for head, suffix in kinds if head in heads), "")
+    return {"arch": arch, "architectures": [name], "model_type": "crammedBERT"}
 
 
 def heads_of(names: set[str]) -> tuple[str, ...]:
-    """The heads that a checkpoint of these tensors has."""
+    """The heads that a checkpoint of these tensors has; one that may be for masked language models, whose head is the tied
+    embedding alone, is."""
     return ("classifier",) if "head.weight" in names else ("masked_lm",)
 
 
@@ -155,8 +252,7 @@ def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
         rules += linear("pooler.dense", "classifier.pooler.dense", bias=True) + linear(
             "head", "classifier.out", bias=True
         )
-    copies = {"decoder.weight": WORDS} if "masked_lm" in heads else {}
-    return Layout(rules, copies, constants, writes_copies=True)
+    return Layout(rules, TIED, constants, writes_copies="masked_lm" in heads)
 
 
 def _grouped_qkv(name: str, path: str, config: ModelConfig) -> Rule:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,79 @@ from safetensors.numpy import save_file
 from ufbert.errors import UserError
 from ufbert.ops.native import aligned
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a Git LFS pointer begins."""
+MAX_HEADER = 100_000_000
+"""Longest header, in bytes, that the safetensors library reads."""
+KINDS: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_, "I8": np.int8,
+    "I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
+}  # fmt: skip
+"""Types of numbers in a safetensors file that NumPy has, too."""
+
+
+def first_few(names: Sequence[str], count: int = 6) -> str:
+    """Names for a sentence: all of them, or the first few and how many more there are."""
+    more = len(names) - count
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:count])} and {more} more"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError if a file holds a Git LFS pointer instead of what it is named for."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself: a clone without git-lfs leaves such pointers. Fetch the "
+                "files with `git lfs pull`, or download them again."
+            )
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if the file is absent, unreadable or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        refuse_pointer(path)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
         raise UserError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return value
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file; bfloat16 and float16 become float32. Raises UserError if it is damaged."""
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length in bytes and content, by tensor, of the header of a safetensors file.
+
+    Raises UserError if it is absent, a Git LFS pointer or damaged, or if it names a type of numbers that is not read.
+    """
     if not path.is_file():
         raise UserError(f"There is no tensor file {path}.")
+    try:
+        refuse_pointer(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, MAX_HEADER))
+        header = json.loads(text)
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        odd = {name: tensor["dtype"] for name, tensor in tensors.items() if tensor["dtype"] not in KINDS}
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or cut short: it has no readable header.") from error
+    if odd:
+        names = first_few([f"{name} ({kind})" for name, kind in odd.items()])
+        raise UserError(
+            f"{path} holds tensors of a type that is not read: {names}. Convert them to F32, F16 or BF16 with the library that "
+            "wrote them."
+        )
+    return length, tensors
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file; bfloat16 and float16 become float32. Raises UserError if it is damaged, or holds a
+    type of numbers that is not read."""
+    read_header(path)
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -42,6 +97,49 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged or cut short: {error}.") from error
     halves = ("float16", "bfloat16")
     return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
+
+
+def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, or of a folder: its `model.safetensors`, the files that its
+    `model.safetensors.index.json` names, or all of its safetensors files.
+
+    Raises UserError if there is none, if one is missing or damaged, and if two hold a tensor of the same name.
+    """
+    index = source / "model.safetensors.index.json"
+    wanted: dict[str, Any] = {}
+    if not source.is_dir():
+        files = [source]
+    elif (source / "model.safetensors").is_file():
+        files = [source / "model.safetensors"]
+    elif index.is_file():
+        wanted = read_json(index).get("weight_map") or {}
+        if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files.")
+        files = [source / name for name in sorted(set(wanted.values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{source} lacks {len(missing)} of the {len(files)} files that {index.name} names: {first_few(missing)}. "
+                "Download them into that folder."
+            )
+    else:
+        files = sorted(source.glob("*.safetensors"))
+    if not files or any(path.suffix != ".safetensors" for path in files):
+        raise UserError(f"{source} has no .safetensors file; other weight files are not read, for they can run code.")
+    tensors: dict[str, np.ndarray] = {}
+    homes: dict[str, Path] = {}
+    for path in files:
+        for name, array in read_tensors(path).items():
+            if name in tensors:
+                raise UserError(
+                    f"{homes[name].name} and {path.name} in {source} both hold {name}; name the file to read instead of the "
+                    "folder."
+                )
+            tensors[name], homes[name] = array, path
+    astray = [name for name, file in wanted.items() if name not in tensors or homes[name].name != file]
+    if astray:
+        raise UserError(f"The files of {source} do not hold what {index.name} says: {first_few(astray)}.")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -61,23 +159,20 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, none of them read. Raises UserError if it is damaged."""
+    """Every tensor of a safetensors file, none of them read. Raises UserError if it is damaged, or holds anything but floating
+    point numbers."""
+    length, header = read_header(path)
     try:
         with safe_open(path, framework="numpy"):
             pass  # it has looked whether all is there
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-        return {
-            name: StoredTensor(
-                path, np.dtype(kinds[one["dtype"]]), tuple(one["shape"]), 8 + length + one["data_offsets"][0]
-            )
-            for name, one in header.items()
-            if name != "__metadata__"
-        }
-    except (SafetensorError, OSError, KeyError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short: {error}.") from error
+    return {
+        name: StoredTensor(
+            path, np.dtype(KINDS[tensor["dtype"]]), tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
+        )
+        for name, tensor in header.items()
+    }
 
 
 def write_folder(

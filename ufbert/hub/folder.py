@@ -18,8 +18,12 @@ from ufbert.config import FORMAT_VERSION, ModelConfig, from_json, to_json
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json, read_tensors, stored_tensors, write_folder
-from ufbert.hub.layout import check_tensors
+from ufbert.hub.layout import check_floats, check_tensors
 from ufbert.hub.vocabulary import read_tokenizer
+from ufbert.kinds import check_kinds
+
+HEADS = ("masked_lm", "pooler", "classifier")
+"""Parameter groups that a model may have besides the encoder."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class TaskInfo:
     """Class names in the order of the classifier's scores; empty for regression."""
     metrics: dict[str, float]
     """Dev metrics of the weights in this folder."""
+    independent: bool = False
+    """Whether each score is a probability of its own, by a sigmoid: labels that do not exclude each other, or one score between
+    0 and 1 instead of a value."""
+
+    def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "task.")
 
 
 @dataclass(frozen=True)
@@ -107,12 +117,16 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     model = from_json(ModelConfig, config["model"], str(config_path))
     task = from_json(TaskInfo, config["task"], str(config_path)) if config.get("task") else None
     heads = tuple(config.get("heads", ()))
+    odd = [name for name in heads if name not in HEADS]
+    if odd:
+        raise UserError(f"{config_path} names heads that this version does not know: {', '.join(map(repr, odd))}.")
     n_outputs = 0
     if "classifier" in heads:
         n_outputs = max(1, len(task.labels)) if task is not None else 1
     expected = flat_shapes(model, heads, n_outputs)
     tensors: Mapping[str, Any] = stored_tensors(weights_path) if lazily else read_tensors(weights_path)
     check_tensors({name: array.shape for name, array in tensors.items()}, expected, str(weights_path))
+    check_floats(tensors, str(weights_path))
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
@@ -145,8 +159,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         other = f"a {kind} model of another library" if kind else "not a model folder of this package"
         raise UserError(f"{path.parent} holds {other}; `ufbert import` reads those of other libraries.")
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this ufbert reads up to {FORMAT_VERSION}. Upgrade it.")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version!r}; this ufbert reads up to {FORMAT_VERSION}. Upgrade it.")
+    unknown = sorted(set(config) - {"format", "format_version", "model", "heads", "task"})
+    if unknown:
+        raise UserError(f"{path} has a setting this version does not know: {', '.join(unknown)}.")
+    if not isinstance(config.get("heads", []), list):
+        raise UserError(f"{path} says heads={config['heads']!r}, where a list of names belongs.")
     return config
 
 

@@ -6,11 +6,12 @@ comparison of gradients; none of them can disagree with another.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ufbert.errors import UserError
+from ufbert.hub.files import first_few
 
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -78,29 +79,44 @@ def expected_shapes(layout: Layout, ours: Shapes) -> dict[str, tuple[int, ...]]:
     return shapes | {name: np.shape(value) for name, value in layout.constants.items()}
 
 
-def check_tensors(found: Shapes, expected: Shapes, where: str) -> None:
-    """Raise UserError naming each missing, unexpected or misshapen tensor."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {found[name]} instead of {shape}"
+def check_tensors(found: Shapes, expected: Shapes, where: str, shown: Callable[[str], str] = lambda name: name) -> None:
+    """Raise UserError naming the first few missing, unexpected or misshapen tensors, by what `shown` makes of their names."""
+    missing = [f"{shown(name)} is missing" for name in expected if name not in found]
+    unexpected = [f"{shown(name)} is unexpected" for name in found if name not in expected]
+    misshapen = [
+        f"{shown(name)} has shape {found[name]} instead of {shape}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    problems = [first_few(names, 4) for names in (missing, unexpected, misshapen) if names]
     if problems:
         raise UserError(f"{where} does not fit its configuration: {'; '.join(problems)}.")
 
 
-def to_ours(layout: Layout, tensors: Tensors, ours: Shapes, where: str) -> dict[str, np.ndarray]:
+def check_floats(tensors: Mapping[str, Any], where: str, shown: Callable[[str], str] = lambda name: name) -> None:
+    """Raise UserError naming the first few tensors that hold whole numbers or truth values instead of weights."""
+    odd = [f"{shown(name)} ({array.dtype.name})" for name, array in tensors.items() if array.dtype.kind in "biu"]
+    if odd:
+        raise UserError(
+            f"{where} holds weights that are no floating point numbers: {first_few(odd)}. Quantised weights of other libraries "
+            "are not read; take the checkpoint they were made of."
+        )
+
+
+def to_ours(
+    layout: Layout, tensors: Tensors, ours: Shapes, where: str, shown: Callable[[str], str] = lambda name: name
+) -> dict[str, np.ndarray]:
     """Our parameters, flat by path, from a checkpoint's tensors.
 
-    Raises UserError naming each missing, unexpected or misshapen tensor, and copies that differ from their original.
+    Raises UserError naming missing, unexpected or misshapen tensors, by what `shown` makes of their names, tensors that are no
+    floating point numbers, and copies that differ from their original.
     """
     expected = expected_shapes(layout, ours)
     copies = {name: source for name, source in layout.copies.items() if name in tensors}
     found = {name: tuple(array.shape) for name, array in tensors.items()}
-    check_tensors(found, {**expected, **{name: expected[source] for name, source in copies.items()}}, where)
-    different = [name for name, source in copies.items() if not np.array_equal(tensors[name], tensors[source])]
+    check_tensors(found, {**expected, **{name: expected[source] for name, source in copies.items()}}, where, shown)
+    check_floats({rule.name: tensors[rule.name] for rule in layout.rules}, where, shown)
+    different = [shown(name) for name, source in copies.items() if not np.array_equal(tensors[name], tensors[source])]
     if different:
         raise UserError(f"{where} has untied weights, which this encoder ties: {', '.join(different)}.")
     return split_all(layout, tensors)

@@ -9,29 +9,50 @@ from typing import Any
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.hub.bert import activation_name, foreign_activation
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
 from ufbert.hub.layout import Layout, linear, norm, same, stacked_linears
 
 WORDS = "model.embeddings.tok_embeddings.weight"
+TIED = {"decoder.weight": WORDS}
+FIELDS = Fields(
+    used=COMMON_USED
+    | {
+        "classifier_activation": "gelu", "classifier_dropout": 0.0, "classifier_pooling": "cls",
+        "global_attn_every_n_layers": 3, "global_rope_theta": None, "hidden_activation": "gelu", "hidden_size": 768,
+        "initializer_range": 0.02, "intermediate_size": 1152, "layer_types": None, "max_position_embeddings": 8192,
+        "norm_eps": 1e-5, "num_attention_heads": 12, "num_hidden_layers": 22, "pad_token_id": 50283,
+        "rope_parameters": None, "rope_theta": None, "vocab_size": 50368,
+    },
+    fixed=COMMON_FIXED
+    | {"attention_bias": (False,), "mlp_bias": (False,), "norm_bias": (False,), "rope_scaling": (None,)},
+    head_fixed={
+        "masked_lm": {"classifier_bias": (False,), "decoder_bias": (True,)}, "classifier": {"classifier_bias": (False,)},
+    },
+    ignored=COMMON_IGNORED
+    | {
+        "attention_dropout", "deterministic_flash_attn", "embedding_dropout", "initializer_cutoff_factor", "mlp_dropout",
+        "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction",
+    }
+    | {"local_attention", "local_rope_theta"},  # of layers that are refused
+)  # fmt: skip
+PARTS: dict[str, tuple[str, ...]] = {
+    "head.": ("masked_lm", "classifier"), "decoder.": ("masked_lm",), "classifier.": ("classifier",), "qa_outputs.": (),
+}  # fmt: skip
+"""The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The `config.json` of a ModernBERT as our configuration. Raises UserError for what the encoder does not express."""
-    fixed = {
-        name: values[name]
-        for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
-        if values.get(name, False)
-    }
-    if not values.get("decoder_bias", True):
-        fixed["decoder_bias"] = False
-    local = values.get("layer_types", ["full_attention"])
-    if values.get("global_attn_every_n_layers", 1) != 1 or set(local) != {"full_attention"}:
-        fixed["local attention in some layers"] = True
-    if fixed:
-        odd = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
-        raise UserError(f"This ModernBERT checkpoint uses what the encoder does not express: {odd}.")
-    rope = values.get("rope_parameters") or {}
-    base = values.get("global_rope_theta") or rope.get("full_attention", rope).get("rope_theta", 160000.0)
-    activation = activation_name(values, "hidden_activation")
+    """The used fields of a ModernBERT's `config.json` as our configuration. Raises UserError for what the encoder does not
+    express."""
+    activation, odd = activation_name(values, "hidden_activation"), []
+    if not _all_global(values):
+        odd.append("local attention in some layers (layer_types, global_attn_every_n_layers)")
+    if heads and activation_name(values, "classifier_activation") != activation:
+        odd.append(f"classifier_activation={values['classifier_activation']!r}, unlike hidden_activation")
+    if "classifier" in heads and values["classifier_pooling"] not in ("cls", "mean"):
+        odd.append(f"classifier_pooling={values['classifier_pooling']!r}")
+    if odd:
+        raise UserError(f"This ModernBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
     d = values["hidden_size"]
     return ModelConfig(
         vocab_size=values["vocab_size"],
@@ -45,17 +66,57 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
         first_norm=False,
         norm_bias=False,
         positions="rotary",
-        rotary_base=float(base),
+        rotary_base=_rotary_base(values),
         head_transform=True,
         head_bias=True,
-        pooling="mean" if values.get("classifier_pooling") == "mean" else "first",
+        pooling="mean" if values["classifier_pooling"] == "mean" else "first",
         pooler="transform",
         pooler_width=d,
         norm_eps=values["norm_eps"],
         init_std=values["initializer_range"],
-        dropout=values.get("classifier_dropout", 0.0),
+        dropout=values["classifier_dropout"],
         pad_id=values["pad_token_id"],
     )
+
+
+def _all_global(values: dict[str, Any]) -> bool:
+    """Whether every token sees every token in every layer: what `layer_types` says, or else every n-th layer does."""
+    layers, types = values["num_hidden_layers"], values["layer_types"]
+    if types is None:
+        return values["global_attn_every_n_layers"] == 1 or layers == 1
+    return isinstance(types, list) and len(types) == layers and set(map(str, types)) == {"full_attention"}
+
+
+def _rotary_base(values: dict[str, Any]) -> float:
+    """The base of the rotary wavelengths in global layers: of `rope_parameters` (transformers 5), `global_rope_theta` or its
+    other name `rope_theta` (4). Raises UserError for scaled positions, and where two of them disagree."""
+    rope = values["rope_parameters"]
+    rope = {} if rope is None else rope
+    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope
+    if not isinstance(rope, dict) or not isinstance(rope.get("sliding_attention", {}), dict):
+        raise UserError(
+            f"This ModernBERT's config.json says rope_parameters={rope!r}, where an object belongs; mend it."
+        )
+    odd = [
+        f"rope_parameters.{name}={value!r}"
+        for name, value in rope.items()
+        if name not in ("rope_theta", "sliding_attention")
+        and (name, value) not in (("rope_type", "default"), ("type", "default"))
+    ]
+    if odd:
+        raise UserError(f"This ModernBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
+    given = {"rope_parameters.rope_theta": rope.get("rope_theta")}
+    given |= {name: values[name] for name in ("global_rope_theta", "rope_theta")}
+    bases = {name: base for name, base in given.items() if base is not None}
+    for name, base in bases.items():
+        if type(base) not in (int, float) or not 0 < base < 1e30:
+            raise UserError(
+                f"This ModernBERT's config.json says {name}={base!r}, where a positive number belongs; mend it."
+            )
+    if len(set(bases.values())) > 1:
+        both = ", ".join(f"{name}={base!r}" for name, base in bases.items())
+        raise UserError(f"This ModernBERT's config.json contradicts itself: {both}; take out the wrong one.")
+    return float(next(iter(bases.values()), 160000.0))
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
@@ -98,7 +159,7 @@ def heads_of(names: set[str]) -> tuple[str, ...]:
     """The heads that a checkpoint of these tensors has."""
     if "classifier.weight" in names:
         return ("classifier",)
-    return ("masked_lm",) if "head.dense.weight" in names else ()
+    return ("masked_lm",) if names & {"head.dense.weight", "decoder.bias"} else ()
 
 
 def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
@@ -124,4 +185,4 @@ def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
         rules += linear("head.dense", "masked_lm.transform", bias=False)
         rules += norm("head.norm", "masked_lm.norm", bias=False)
         rules += [same("decoder.bias", "masked_lm.bias")]
-    return Layout(rules, {"decoder.weight": WORDS} if "masked_lm" in heads else {})
+    return Layout(rules, TIED)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json
+from ufbert.hub.files import read_json, refuse_pointer
 from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
 
 STATE = ("truncation", "padding")
@@ -68,13 +68,6 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
 
 def _parsed(path: Path) -> Tokenizer:
     """The tokenizer of a file, without what is no part of tokenising; a line says what was taken off."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    if pointer:
-        raise UserError(f"{path} is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`.")
     state = read_json(path)
     _check_parts(state, path)
     for name in STATE:
@@ -169,7 +162,8 @@ def wordpiece(path: Path, values: dict[str, Any], names: Mapping[str, str] = Map
     """BERT's WordPiece tokenizer from a `vocab.txt`, one piece a line, with the values of `tokenizer_config.json` and its names
     of some of the special tokens. An empty line has no piece; of two equal ones the last counts."""
     try:
-        pieces = path.read_text(encoding="utf-8").split("\n")
+        refuse_pointer(path)
+        pieces = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
     if pieces[0].startswith("version https://git-lfs"):

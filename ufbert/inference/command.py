@@ -50,7 +50,8 @@ class FillMaskOptions(AskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(AskOptions):
-    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines."""
+    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines. Labels that do not
+    exclude each other are all printed."""
 
     texts: Annotated[tuple[str, ...], _positional()] = ()
     """One text, or two for a task on pairs."""
@@ -99,7 +100,12 @@ def predict_command(args: list[str]) -> None:
             f"predict takes one text, or two for a task on pairs, not {len(options.texts)}; or --lines FILE."
         )
     text, *pair = options.texts
-    answer = _load(options, options.texts).classify([text], pair or None)[0]
+    predictor = _load(options, options.texts)
+    if predictor.has_independent_labels:
+        for label, probability in predictor.label_probabilities([text], pair or None)[0].items():
+            print(f"{label}  {probability:.2%}")
+        return
+    answer = predictor.classify([text], pair or None)[0]
     print(answer.label if answer.probability is None else f"{answer.label}  {answer.probability:.2%}")
 
 
@@ -121,5 +127,10 @@ def _predict_lines(options: PredictOptions) -> None:
             )
     texts = [found[0] for found in parts]
     predictor = _load(options, texts)
-    for answer in predictor.classify(texts, [found[1] for found in parts] if columns == 2 else None):
+    pairs = [found[1] for found in parts] if columns == 2 else None
+    if predictor.has_independent_labels:
+        for odds in predictor.label_probabilities(texts, pairs):
+            print("\t".join(f"{label}\t{probability:.4f}" for label, probability in odds.items()))
+        return
+    for answer in predictor.classify(texts, pairs):
         print(answer.label if answer.probability is None else f"{answer.label}\t{answer.probability:.4f}")

@@ -11,7 +11,7 @@ from ufbert.data.encode import Encoded, encode_texts, uncut_ids
 from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
-from ufbert.hub.folder import ModelFolder, load_model
+from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.engine import Dtype, Engine
 
 MASK = "[MASK]"
@@ -105,19 +105,40 @@ class Predictor:
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Answer]:
         """The class of each text, or of each text and the one at its place in `pairs`, with its probability; the value for a
-        regression model."""
+        regression model, and the one score, between 0 and 1, of a model that was made to give it. Labels that do not exclude
+        each other are what `label_probabilities` answers."""
+        task = self._task()
+        if self.has_independent_labels:
+            raise UserError("This model's labels do not exclude each other; ask for the probability of each of them.")
+        if not task.labels:
+            scores = self._scores(texts, pairs)
+            values = [sigmoid(score) if task.independent else score for score in scores]
+            return [Answer(f"{value[0]:.2f}", None) for value in values]
+        odds = [softmax(score) for score in self._scores(texts, pairs)]
+        return [Answer(task.labels[int(row.argmax())], float(row.max())) for row in odds]
+
+    def label_probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, float]]:
+        """The probability of every label for each text, or for each text and the one at its place in `pairs`: they add up to 1,
+        or each stands by itself where labels do not exclude each other."""
+        task = self._task()
+        if not task.labels:
+            raise UserError("This model answers with a value, and has no labels.")
+        probabilities = sigmoid if task.independent else softmax
+        odds = [probabilities(score) for score in self._scores(texts, pairs)]
+        return [dict(zip(task.labels, map(float, row), strict=True)) for row in odds]
+
+    @property
+    def has_independent_labels(self) -> bool:
+        """Whether several labels may hold for one text."""
+        return self.task is not None and self.task.independent and bool(self.task.labels)
+
+    def _task(self) -> TaskInfo:
         if self.task is None or "classifier" not in self.heads:
             raise UserError("This model folder has no classifier; fine-tune it first (finetune.py).")
-        labels, answers = self.task.labels, []
-        if not texts:
-            return []
-        for scores in self.engine.scores(self.rows(texts, pairs)):
-            if labels:
-                odds = softmax(scores)
-                answers.append(Answer(labels[int(odds.argmax())], float(odds.max())))
-            else:
-                answers.append(Answer(f"{scores[0]:.2f}", None))
-        return answers
+        return self.task
+
+    def _scores(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Float[np.ndarray, " c"]]:
+        return [np.asarray(score) for score in self.engine.scores(self.rows(texts, pairs))] if texts else []
 
     def encode(self, texts: Sequence[str]) -> list[Float[np.ndarray, "tokens d"]]:
         """Hidden states of each text's tokens, from [CLS] to [SEP]."""
@@ -159,6 +180,11 @@ def softmax(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
     """In float64."""
     odds = np.exp(logits.astype(np.float64) - logits.max())
     return odds / odds.sum()
+
+
+def sigmoid(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
+    """In float64."""
+    return 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
 def shown(text: str) -> str:

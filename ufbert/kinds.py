@@ -1,0 +1,56 @@
+"""Whether the values of a dataclass are what its annotations say, as a file or a caller may have them otherwise."""
+
+from collections.abc import Mapping
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ufbert.errors import UserError
+
+
+def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
+    """Raise UserError if a value is not what the annotation of the dataclass's field of that name allows: a word that is none
+    of those it names, a number where a word belongs, no number (NaN). `before` stands before the field's name in the
+    sentence."""
+    for name, hint in _hints(cls).items():
+        if name in values and not _fits(values[name], hint):
+            shown = repr(values[name])
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            raise UserError(f"{before}{name} is {shown}; it must be {_words(hint)}.")
+
+
+_hints = cache(get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_fits(part, inner[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(part, Real) for part in value.values())
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and value == value
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """What a hint allows, for a sentence."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin in (Union, UnionType):
+        return " or ".join(_words(part) for part in inner)
+    if origin is tuple:
+        return f"a list, each entry {_words(inner[0])}"
+    if origin is dict:
+        return "numbers by name"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, f"a {hint.__name__}"
+    )
