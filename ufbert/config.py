@@ -31,7 +31,7 @@ def _check_numbers(config: Any, group: str) -> None:
             if isinstance(value, float) and not abs(value) <= LARGEST:
                 raise UserError(f"{group}.{f.name} is {value}; it must be a finite number.")
             if isinstance(value, int) and abs(value) > MOST:
-                raise UserError(f"{group}.{f.name} has {len(str(abs(value)))} digits; it must be at most {MOST}.")
+                raise UserError(f"{group}.{f.name} is too large or too small a number; it must be at most {MOST}.")
 
 
 def _check_least(config: Any, group: str, least: int, *names: str) -> None:
@@ -359,6 +359,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.seq_len > self.model.max_len:
             raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
+        for rate in (*self.train.mask_rate, self.train.eval_mask_rate):
+            if not round(rate * self.data.seq_len):
+                raise UserError(
+                    f"train.mask_rate {rate} of data.seq_len {self.data.seq_len} tokens is no token; raise either."
+                )
         only = self.model.only_len
         if only and (self.data.seq_len != only or self.data.short_until > 0):
             raise UserError(
