@@ -18,6 +18,21 @@ Scale = Literal["auto", "tiny", "mini", "small", "base"]
 Recipe = Literal["crammed", "modern"]
 
 
+def _check_least(config: Any, group: str, least: int, *names: str) -> None:
+    """Raises UserError for a field of those names that is less."""
+    for name in names:
+        if getattr(config, name) < least:
+            wanted = f"be at least {least}" if least else "not be negative"
+            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must {wanted}.")
+
+
+def _check_share(config: Any, group: str, *names: str) -> None:
+    """Raises UserError for a field of those names that does not lie in [0, 1)."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must lie in [0, 1).")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One encoder. A BERT, a crammed BERT, an UltraFastBERT, an FNet and a Switch encoder are settings of these fields.
@@ -142,15 +157,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "model.")
         positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
+        _check_least(self, "model", 1, *positive, "leaf_width", "n_experts")
         for name in (*positive, "leaf_width", "n_experts"):
-            if not 1 <= getattr(self, name) <= 2**20:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie between 1 and {2**20:,}.")
+            if getattr(self, name) > 2**20:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at most {2**20:,}.")
         if self.n_layers > 1024:
             raise UserError(f"model.n_layers is {self.n_layers}; it must be at most 1,024.")
         weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
-        for name in (*weights, "fixed_len", "pad_id"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must not be negative.")
+        _check_least(self, "model", 0, *weights, "fixed_len", "pad_id", "n_token_types", "norm_eps", "init_std")
         for name in ("leaf_temperature", "capacity_factor", "rotary_base"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive.")
@@ -163,8 +177,7 @@ class ModelConfig:
             raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
         if not 0 <= self.tree_depth <= 20:
             raise UserError(f"model.tree_depth is {self.tree_depth}; it must lie between 0 and 20.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"model.dropout is {self.dropout}; it must lie in [0, 1).")
+        _check_share(self, "model", "dropout")
         for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
             object.__setattr__(self, name, tuple(kinds))  # a list could not be looked up among what is compiled
             if not 1 <= len(kinds) <= self.n_layers:
@@ -254,12 +267,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "train.")
-        for name in ("micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("position_scale_lr", "batch_rows", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative.")
+        _check_least(self, "train", 1, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
+        _check_least(self, "train", 0, "position_scale_lr", "batch_rows", "weight_decay", "adam_eps", "ramp_until")
+        _check_share(self, "train", "adam_b1", "adam_b2", "muon_momentum")
         for name in ("peak_lr", "clip_norm", "checkpoint_minutes"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be positive.")
@@ -314,13 +324,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "data.")
-        for name in ("seq_len", "short_len", "eval_rows", "tokenizer_chars", "near_window"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.max_tokens < 0:
-            raise UserError(f"data.max_tokens is {self.max_tokens}; it must not be negative.")
-        if not 0.0 <= self.filter_worst < 1.0:
-            raise UserError(f"data.filter_worst is {self.filter_worst}; it must lie in [0, 1).")
+        _check_least(self, "data", 1, "short_len", "eval_rows", "tokenizer_chars", "near_window")
+        _check_least(self, "data", 3, "seq_len")  # [CLS], a piece and [SEP]
+        _check_least(self, "data", 0, "max_tokens", "short_until")
+        _check_share(self, "data", "filter_worst")
         if not 0.0 < self.near_threshold <= 1.0:
             raise UserError(f"data.near_threshold is {self.near_threshold}; it must lie in (0, 1].")
         if self.short_until > 0 and self.seq_len % self.short_len:
@@ -343,6 +350,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.seq_len > self.model.max_len:
             raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
+        for rate in (*self.train.mask_rate, self.train.eval_mask_rate):
+            if not round(rate * self.data.seq_len):
+                raise UserError(
+                    f"train.mask_rate {rate} of data.seq_len {self.data.seq_len} tokens is no token; raise either."
+                )
         only = self.model.only_len
         if only and (self.data.seq_len != only or self.data.short_until > 0):
             raise UserError(
@@ -392,14 +404,16 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "tune.")
-        for name in ("epochs", "batch_rows", "max_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"tune.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lr", "weight_decay", "clip_norm", "early_stop"):
-            if getattr(self, name) < 0:
-                raise UserError(f"tune.{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("warmup", "dropout", "teacher_weight"):
-            if not 0.0 <= getattr(self, name) <= 1.0 or (name == "dropout" and self.dropout == 1.0):
+        _check_least(self, "tune", 1, "epochs", "batch_rows")
+        if self.max_len < 3:
+            raise UserError(
+                f"tune.max_len is {self.max_len}; a row needs room for [CLS] and [SEP] and at least one piece of text, so that "
+                "it must be at least 3."
+            )
+        _check_least(self, "tune", 0, "lr", "weight_decay", "clip_norm", "early_stop", "adam_eps")
+        _check_share(self, "tune", "dropout", "adam_b1", "adam_b2")
+        for name in ("warmup", "teacher_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"tune.{name} is {getattr(self, name)}; it must lie between 0 and 1.")
         if self.temperature <= 0:
             raise UserError(f"tune.temperature is {self.temperature}; it must be positive.")

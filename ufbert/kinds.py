@@ -8,6 +8,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ufbert.errors import UserError
 
+MOST = 2**63 - 1
+"""Largest whole number that a field may be."""
+LARGEST = 3.4e38
+"""Largest number that single precision has, in which all is computed; neither an infinity nor NaN is below it."""
+
 
 def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
     """Raise UserError if a value is not what the annotation of the dataclass's field of that name allows: a word that is none
@@ -34,10 +39,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(part, Real) for part in value.values())
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool) and _within(value, MOST)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and value == value
+        return isinstance(value, Real) and not isinstance(value, bool) and _within(value, LARGEST)
     return isinstance(value, hint)
+
+
+def _within(value: Any, most: float) -> bool:
+    return bool(-most <= value <= most)
 
 
 def _words(hint: Any) -> str:
@@ -51,6 +60,6 @@ def _words(hint: Any) -> str:
         return f"a list, each entry {_words(inner[0])}"
     if origin is dict:
         return "numbers by name"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+    return {int: "a whole number below 2^63", float: "a finite number", bool: "true or false", str: "text"}.get(
         hint, f"a {hint.__name__}"
     )

@@ -3,9 +3,12 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
+from conftest import REPO
 
 from ufbert.data import text_files
 from ufbert.data.corpora import demo_path, open_corpus, source_of
@@ -30,6 +33,97 @@ def test_hub_datasets_stream_from_local_files(tmp_path):
     assert list(corpus.documents()) == [f"text {i}" for i in range(5)]
     with pytest.raises(UserError, match="no field 'text'; it has body, n"):
         open_corpus(f"hf:{tmp_path / 'data'}")
+
+
+def parquet(place, values, kind=None):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    place.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pa.table({"text": pa.array(values, kind)}), place)
+    return f"hf:{place.parent}"
+
+
+def test_hub_texts_may_be_bytes_or_missing(tmp_path):
+    import pyarrow as pa
+
+    texts = ["größer", None, " ", "a\u2028b"]
+    for kind in (pa.string(), pa.large_string(), pa.binary(), pa.string_view()):
+        values = [text and text.encode() for text in texts] if kind == pa.binary() else texts
+        corpus = open_corpus(parquet(tmp_path / str(kind) / "train.parquet", values, kind))
+        assert list(corpus.documents()) == ["größer", "a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([5, 6], "row 0: the field 'text' is of type int, not a text; name a field of texts"),
+        ([["a"], ["b"]], "row 0: the field 'text' is of type list"),
+        ([{"a": "b"}], "row 0: the field 'text' is of type dict"),
+        ([b"good", b"b\xff"], r"row 1: the field 'text' holds bytes that are not UTF-8 \(invalid start byte\)"),
+    ],
+)
+def test_hub_columns_that_hold_no_texts_are_a_sentence(tmp_path, values, words):
+    spec = parquet(tmp_path / "data" / "train.parquet", values)
+    with pytest.raises(UserError, match=words):
+        list(open_corpus(spec).documents())
+
+
+def test_a_stream_is_closed_whatever_ends_its_reading(monkeypatch):
+    import datasets
+
+    closed = []
+
+    class Stream:
+        def __iter__(self):
+            try:
+                yield from ({"text": text} for text in ("a", "b", 3))
+            finally:
+                closed.append(True)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Stream())
+    with pytest.raises(UserError, match="has no field 'body'"):
+        open_corpus("hf:x::body")
+    assert len(closed) == 1
+    corpus = open_corpus("hf:x")
+    documents = corpus.documents()
+    assert next(documents) == "a"
+    documents.close()
+    assert len(closed) == 3
+    with pytest.raises(UserError, match="row 2"):
+        list(corpus.documents())
+    assert len(closed) == 4
+
+
+LATE = """
+import io, sys, threading, time
+import pyarrow, pyarrow.dataset, pyarrow.parquet
+from ufbert.data.corpora import datasets_library
+
+class Slow(io.BytesIO):
+    slow, asked = False, threading.Event()
+    def read(self, *size):
+        if self.slow:
+            self.asked.set()
+            time.sleep(1.0)
+        return super().read(*size)
+
+datasets_library()
+file = Slow()
+pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), file)
+fragment = pyarrow.dataset.ParquetFileFormat().make_fragment(file)
+fragment.ensure_complete_metadata()
+file.slow = True
+threading.Thread(target=next, args=(fragment.scanner().to_batches(),), daemon=True).start()
+assert file.asked.wait(60)
+sys.exit(2)
+"""
+"""Ends while one of Arrow's threads reads a file of Python's, whose next step needs the interpreter."""
+
+
+def test_a_process_that_ends_while_arrow_reads_is_not_aborted():
+    found = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, cwd=REPO)
+    assert found.returncode == 2, found.stderr
 
 
 def test_a_hub_corpus_out_of_reach_names_the_remedies():

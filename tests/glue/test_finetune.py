@@ -14,7 +14,7 @@ from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded, bucket, encode_texts
 from ufbert.glue.batches import epoch_batches
-from ufbert.glue.finetune import Run, finetune_task, learning_rate
+from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, learning_rate, start_params
 from ufbert.glue.protocols import PROTOCOLS, find_protocol
 from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.tasks import TASKS
@@ -104,6 +104,33 @@ def test_scores_are_those_of_the_saved_model_and_every_row_counts(model, pooling
     for i in (0, 5):
         answer = float(predictor.classify([rows.texts[i]], [rows.pairs[i]])[0].label)
         assert answer == pytest.approx(found.trace.scores["dev"][i, 0], abs=0.006)
+
+
+def test_a_run_that_diverges_is_told_from_one_that_does_not(model):
+    data = toy("sst2")
+    wrecked, well = finetune_task(model, data, QUICK, [Run(0, 1e25), Run(1, 5e-4)])
+    assert isinstance(wrecked, Diverged)
+    assert wrecked.run == Run(0, 1e25)
+    assert 2 <= wrecked.update <= 24
+    assert isinstance(well, Tuned)
+    assert np.isfinite(well.trace.losses).all()
+    (alone, _) = finetune_task(model, data, QUICK, [Run(1, 1e25), Run(0, 1e25)])
+    assert isinstance(alone, Diverged)
+
+
+def test_only_the_output_layer_of_a_classifier_is_drawn_anew(family):
+    model = family("bert", "classifier")
+    old = model.params["classifier"]
+    runs = [Run(0, 1.0), Run(1, 1.0)]
+    started = start_params(model, model.config, TASKS["mnli"], runs, from_scratch=False)["classifier"]
+    for i in range(2):
+        jax.tree.map(
+            lambda found, wanted, i=i: np.testing.assert_array_equal(found[i], wanted), started["pooler"], old["pooler"]
+        )
+    assert started["out"]["kernel"].shape == (2, 16, 3)
+    assert np.abs(started["out"]["kernel"][0] - started["out"]["kernel"][1]).max() > 0
+    fresh = start_params(model, model.config, TASKS["mnli"], runs, from_scratch=True)["classifier"]
+    assert np.abs(fresh["pooler"]["dense"]["kernel"][0] - old["pooler"]["dense"]["kernel"]).max() > 0
 
 
 def test_the_best_epoch_can_be_kept_and_a_run_can_stop_early(model):

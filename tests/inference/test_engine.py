@@ -259,6 +259,19 @@ def test_bad_requests_get_a_sentence(made):
     assert cut.encode([" ".join(9 * WORDS)])[0].shape == (48, 32)
 
 
+def test_a_model_that_computes_no_finite_numbers_gets_a_sentence(made):
+    model = made("crammed")
+    broken = {**model.params["classifier"]["out"], "bias": np.array([np.nan, 0.0], np.float32)}
+    wrecked = replace(model, params={**model.params, "classifier": {**model.params["classifier"], "out": broken}})
+    with pytest.raises(UserError, match="computes of the text 'one' is no finite number: its weights have diverged"):
+        Predictor(wrecked).classify(["one"])
+    norm = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), model.params["encoder"]["final_norm"])
+    wrecked = replace(model, params={**model.params, "encoder": {**model.params["encoder"], "final_norm": norm}})
+    for ask in (lambda one: one.encode(["one"]), lambda one: one.fill_mask(["one [MASK]"])):
+        with pytest.raises(UserError, match="is no finite number"):
+            ask(Predictor(wrecked))
+
+
 def test_warming_up_compiles_what_is_asked_for(made):
     one = Predictor(made("crammed"), mode="latency").engine
     one.warm_up([3, 4, 30], one.scores)

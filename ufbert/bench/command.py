@@ -66,6 +66,8 @@ class BenchTrainOptions:
     """The shape of the data."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
         for name in ("rows", "checked", "updates", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")

@@ -67,6 +67,8 @@ class BenchEncoderOptions:
     """File that gets a picture (.svg or .png); beside the JSON file, where there is one, unless named."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
         for name in ("layers", "d_model", "vocab_size", "fourier_len", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -80,7 +82,7 @@ class BenchEncoderOptions:
                 raise UserError(f"{shape!r} is not a shape; 8x128 is one.")
         if not self.shapes or not self.ours:
             raise UserError("Name at least one shape and one of ours.")
-        if self.tree_depth < 1 or self.threads < 0 or not self.seconds_a_block > 0:
+        if self.tree_depth < 1 or self.threads < 0 or not 0 < self.seconds_a_block < 1e6:
             raise UserError("tree_depth and seconds_a_block must be above 0, and threads not negative.")
         if self.plot and not self.plot.endswith((".svg", ".png")):
             raise UserError(f"plot is {self.plot!r}; its name must end in .svg or .png.")

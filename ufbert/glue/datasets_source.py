@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ufbert.data.corpora import datasets_library
 from ufbert.errors import UserError
 from ufbert.glue.records import Columns, Record, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
@@ -104,11 +105,9 @@ class HubSource(_DatasetsSource):
 
     def _splits(self, config: str) -> Any:
         """The splits of a configuration by name, none if the dataset does not have it."""
-        import datasets
-
         if config not in self._fetched:
             try:
-                self._fetched[config] = datasets.load_dataset(self.name, config)
+                self._fetched[config] = datasets_library().load_dataset(self.name, config)
             except Exception as error:  # the library raises many kinds; all but one mean that nothing can be had
                 if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
                     raise UserError(
@@ -131,10 +130,10 @@ class FolderSource(_DatasetsSource):
         return bool(self._files(task, split))
 
     def read(self, task: Task, split: str) -> Rows | None:
-        import datasets
         import pyarrow as pa
         import pyarrow.parquet
 
+        datasets = datasets_library()
         paths = self._files(task, split)
         if not paths:
             return None

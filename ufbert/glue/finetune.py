@@ -18,6 +18,7 @@ import optax
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Batch, Encoded, encode_texts
+from ufbert.errors import UserError
 from ufbert.glue.batches import epoch_batches
 from ufbert.glue.metrics import score
 from ufbert.glue.outcome import decide
@@ -49,6 +50,14 @@ class Trace(NamedTuple):
     """By dev and test split, the classifier's scores (rows, outputs), in the labels' unit."""
     truncated: int
     """Rows of all splits that were cut to the longest row a model reads."""
+
+
+class Diverged(NamedTuple):
+    """A run of which something was no finite number: its loss, or the scores of its last weights."""
+
+    run: Run
+    update: int
+    """At which update first, the first being 1."""
 
 
 class Tuned(NamedTuple):
@@ -121,9 +130,9 @@ def finetune_task(
     teacher: ModelFolder | None = None,
     keep_best: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, of, what: None,
-) -> list[Tuned]:
-    """Fine-tune `model`'s encoder under a fresh classifier (whose pooler is the model's, where it has one), once for each of
-    `runs`, all at once.
+) -> list[Tuned | Diverged]:
+    """Fine-tune `model`'s encoder under a fresh classifier (whose pooler is the model's or its classifier's, where it has one),
+    once for each of `runs`, all at once.
 
     `from_scratch` starts each run from random weights instead; `probe` leaves the encoder as it is; a `teacher` for the
     same task has its scores learnt beside the labels. The weights of the last epoch are kept, or with `keep_best` those of
@@ -140,7 +149,7 @@ def finetune_task(
     target = _target_of(task, data.train)
     targets = ((np.asarray(data.train.labels) - target.mean) / target.spread).astype(np.float32)
     taught = None if teacher is None else (scores_of(teacher, data.train, tune) - target.mean) / target.spread
-    params = _start(model, config, task, runs, from_scratch)
+    params = start_params(model, config, task, runs, from_scratch)
     features, truncated = None, rows.truncated + sum(part.truncated for part in held.values())
     if probe:
         encoder = jax.tree.map(lambda leaf: leaf[0], params["encoder"])  # the same for every run
@@ -163,8 +172,10 @@ def finetune_task(
             step += 1
             progress(step, total, f"epoch {epoch + 1}/{tune.epochs}")
         scores = {name: _rescaled(predict_rows(steps.predict, state.params, held[name]), target) for name in data.dev}
-        found = [metrics_of(data, {name: of_runs[i] for name, of_runs in scores.items()}) for i in range(len(runs))]
         losses[before:] = [np.asarray(loss) for loss in losses[before:]]
+        if not np.isfinite(losses).all(axis=0).any():
+            break  # no run is left
+        found = [metrics_of(data, {name: of_runs[i] for name, of_runs in scores.items()}) for i in range(len(runs))]
         mean = np.mean(losses[before:], axis=0)
         for i, metrics in enumerate(found):
             curves[i].append({"epoch": epoch + 1, "loss": float(mean[i]), **metrics[task_split(data)]})
@@ -187,6 +198,14 @@ def finetune_task(
     ]  # fmt: skip
 
 
+def _first_bad_update(trace: Trace) -> int:
+    """The first update, from 1, whose loss is not finite, or the last one if its weights' scores are not; 0 for none."""
+    bad = np.flatnonzero(~np.isfinite(trace.losses))
+    if len(bad):
+        return int(bad[0]) + 1
+    return 0 if all(np.isfinite(scores).all() for scores in trace.scores.values()) else len(trace.losses)
+
+
 def task_split(data: TaskData) -> str:
     """The dev split that decides."""
     return next(iter(data.dev))
@@ -202,7 +221,7 @@ def _target_of(task: Task, train: Rows) -> _Target:
     return _Target(float(np.mean(train.labels or [0.0])), float(np.std(train.labels or [0.0])) or 1.0)
 
 
-def _start(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run], from_scratch: bool) -> Any:
+def start_params(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run], from_scratch: bool) -> Any:
     """Parameters of every run, stacked."""
 
     def one(run: Run) -> Any:
@@ -211,8 +230,9 @@ def _start(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run],
         if from_scratch:
             encoder = nn.init(config, jax.random.key(run.seed), heads=())["encoder"]
         classifier = nn.init_classifier(config, head_key, task.n_outputs)
-        if "pooler" in model.params and not from_scratch:
-            classifier = {**classifier, "pooler": model.params["pooler"]}
+        pooler = model.params.get("pooler") or model.params.get("classifier", {}).get("pooler")
+        if pooler and not from_scratch:
+            classifier = {**classifier, "pooler": pooler}
         return {"encoder": encoder, "classifier": classifier}
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one(run) for run in runs])
@@ -343,7 +363,12 @@ def scores_of(model: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarra
     setting = Setting(model.config, tune, False, False, False)
     encoded = _encoded(model, rows, tune)
     stacked = jax.tree.map(lambda leaf: leaf[None], model.params)
-    return predict_rows(steps_of(setting).predict, stacked, encoded)[0].astype(np.float32)
+    scores = predict_rows(steps_of(setting).predict, stacked, encoded)[0].astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise UserError(
+            "The teacher's scores are no finite numbers; fine-tune another teacher, at a lower rate (--tune.lr)."
+        )
+    return scores
 
 
 def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
@@ -351,15 +376,20 @@ def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
 
 
 def metrics_of(data: TaskData, scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """By dev split, the task's metrics of scores (rows, outputs)."""
+    """By dev split, the task's metrics of scores (rows, outputs); what is no finite number counts as 0."""
+    finite = {name: np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0) for name, found in scores.items()}
     return {
-        name: score(data.task.metrics, decide(data.task, scores[name]), np.asarray(rows.labels))
+        name: score(data.task.metrics, decide(data.task, finite[name]), np.asarray(rows.labels))
         for name, rows in data.dev.items()
     }
 
 
-def _outcome(run: Run, data: TaskData, model: ModelFolder, params: Any, target: _Target, trace: Trace) -> Tuned:
+def _outcome(
+    run: Run, data: TaskData, model: ModelFolder, params: Any, target: _Target, trace: Trace
+) -> Tuned | Diverged:
     """A run's scores and its model folder, whose classifier answers in the labels' unit."""
+    if update := _first_bad_update(trace):
+        return Diverged(run, update)
     metrics = metrics_of(data, trace.scores)
     info = TaskInfo(data.task.name, data.task.label_names, metrics[task_split(data)])
     out = params["classifier"]["out"]

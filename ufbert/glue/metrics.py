@@ -21,6 +21,7 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Linear correlation; 0 where one vector is constant."""
+    predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
     a, b = predicted - np.mean(predicted), labels - np.mean(labels)
     norm = np.sqrt(np.sum(a * a) * np.sum(b * b))
     return float(np.sum(a * b) / norm) if norm > 0 else 0.0

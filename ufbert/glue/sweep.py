@@ -14,7 +14,7 @@ import numpy as np
 from ufbert.config import FORMAT_VERSION
 from ufbert.errors import UserError
 from ufbert.glue.command import FREE_ON_RESUME, FinetuneOptions
-from ufbert.glue.finetune import Run, Trace, Tuned, finetune_task, format_metrics, metrics_of
+from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task, format_metrics, metrics_of
 from ufbert.glue.outcome import averages, dev_outcome, write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
 from ufbert.glue.rows import Rows, TaskData
@@ -31,6 +31,7 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
     teachers = {data.task.name: _teacher(options.teacher, data.task) for data in sets} if options.teacher else {}
     print(f"protocol {protocol.name}: {protocol.text(model.config)}")
     eta = _Eta([_work(data, protocol) for data in sets])
+    failed: list[str] = []
     mnli = next((data.task.name for data in sets if "mnli" in (data.task.name, data.task.cut_of)), "")
     for number, data in enumerate(sets, 1):
         task, began = data.task, time.monotonic()
@@ -46,10 +47,17 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
             f"rows, {len(runs)} run(s){_counted(data)}"
         )
         first = task.name in protocol.mnli_first
+        if first and mnli not in results["tasks"]:
+            failed.append(f"{task.name}, for want of {mnli}")
+            eta.skip(number - 1)
+            continue
         start = load_model(folder / mnli) if first else model
         done = _runs(
             options, protocol, start, data, runs, teachers.get(task.name), folder, live, eta, f"[{number}/{len(sets)}]"
         )
+        if not done:
+            failed.append(task.name)
+            continue
         entry = _finish_task(folder, data, done, protocol)
         entry |= {"starts_from": mnli if first else "model", "seconds": time.monotonic() - began}
         results["tasks"][task.name] = entry
@@ -57,11 +65,22 @@ def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets
         live.say(f"[{number}/{len(sets)}] {task.name}: {_said(entry)} ({entry['seconds']:.0f} s)")
         write_json(folder / "glue.json", results)
         shutil.rmtree(folder / "partial", ignore_errors=True)
+    if failed and not results["tasks"]:
+        raise UserError(_failure(failed))
     table, page = write_glue_report(folder)
     print(
         f"\n{table.read_text(encoding='utf-8')}\nresults {folder / 'glue.json'}, {table}, {page}; one model folder per task"
     )
+    if failed:
+        raise UserError(_failure(failed))
     return results
+
+
+def _failure(tasks: list[str]) -> str:
+    return (
+        f"No run of {'; '.join(tasks)} kept a finite loss, so that no model of it was saved; take a lower rate (--tune.lr) or "
+        "clip gradients (--tune.clip-norm 1), in a new --out."
+    )
 
 
 def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: ModelFolder) -> dict[str, Any]:
@@ -75,7 +94,7 @@ def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: Mo
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"There is no sweep in {folder} to resume.") from error
         for name, value in asked.items():
-            if before.get(name) != value:
+            if name in before and before[name] != value:  # an option that is newer than the sweep
                 raise UserError(
                     f"{folder} was started with {name}={before.get(name)}; it cannot go on with {name}={value}."
                 )
@@ -116,13 +135,14 @@ def _runs(
     eta: "_Eta",
     where: str,
 ) -> list[Tuned]:
-    """All runs of a task, as many at once as asked for. What groups gave is kept in `partial/` until the task is done."""
+    """All runs of a task that did not diverge, as many at once as asked for. What groups gave is kept in `partial/` until the
+    task is done."""
     size, done = options.runs_at_once or len(runs), []
     groups = [runs[i : i + size] for i in range(0, len(runs), size)]
     for number, group in enumerate(groups):
         kept = [_stored(folder, data, run) for run in group]
         if all(kept):
-            done += kept
+            done += [one for one in kept if isinstance(one, Tuned)]
             live.say(f"{where} {data.task.name}, {_named(group)}: done before")
             continue
 
@@ -137,10 +157,11 @@ def _runs(
             keep_best=options.keep == "best", progress=progress,
         )  # fmt: skip
         for one in found:
-            live.say(f"{where} {data.task.name}, {_named([one.run])}: dev {format_metrics(_first(one.metrics))}")
+            said = f"dev {format_metrics(_first(one.metrics))}" if isinstance(one, Tuned) else _said_of(one)
+            live.say(f"{where} {data.task.name}, {_named([one.run])}: {said}")
             if len(groups) > 1:
                 _store(folder, data, one)
-        done += found
+        done += [one for one in found if isinstance(one, Tuned)]
     eta.task_done()
     return done
 
@@ -149,19 +170,27 @@ def _place(folder: Path, data: TaskData, run: Run) -> Path:
     return folder / "partial" / f"{data.task.name}-{run.seed}-{run.lr:g}"
 
 
-def _store(folder: Path, data: TaskData, tuned: Tuned) -> None:
+def _said_of(diverged: Diverged) -> str:
+    return f"the loss was no finite number any more at update {diverged.update:,}, so that this run does not count"
+
+
+def _store(folder: Path, data: TaskData, tuned: Tuned | Diverged) -> None:
     """Keep a run until its task is done; the model folder comes last and marks it whole."""
     place = _place(folder, data, tuned.run)
     place.mkdir(parents=True, exist_ok=True)
+    if isinstance(tuned, Diverged):
+        return write_json(place / "diverged.json", {"update": tuned.update})
     arrays: dict[str, Any] = {"losses": tuned.trace.losses, **tuned.trace.scores}
     np.savez(place / "arrays.npz", **arrays)
     write_json(place / "trace.json", {"curve": tuned.trace.curve, "truncated": tuned.trace.truncated})
     save_model(place / "model", tuned.model)
 
 
-def _stored(folder: Path, data: TaskData, run: Run) -> Tuned | None:
+def _stored(folder: Path, data: TaskData, run: Run) -> Tuned | Diverged | None:
     """A run that was kept, or None."""
     place = _place(folder, data, run)
+    if (place / "diverged.json").is_file():
+        return Diverged(run, json.loads((place / "diverged.json").read_text(encoding="utf-8"))["update"])
     if not (place / "model").is_dir():
         return None
     with np.load(place / "arrays.npz") as found:
@@ -178,7 +207,7 @@ def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Prot
     for one in done:
         by_rate.setdefault(one.run.lr, []).append(one)
     medians = {lr: float(np.median([_first(one.metrics)[main] for one in runs])) for lr, runs in by_rate.items()}
-    lr = max(medians, key=lambda rate: medians[rate])
+    lr = max(medians, key=lambda rate: (len(by_rate[rate]), medians[rate]))  # a rate that wrecks some seeds comes last
     runs = by_rate[lr]
     order = np.argsort([_first(one.metrics)[main] for one in runs], kind="stable")
     saved = runs[int(order[(len(runs) - 1) // 2])]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from ufbert.data.text_files import read_lines
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
 
@@ -57,7 +58,7 @@ class PredictOptions(AskOptions):
     """One text, or two for a task on pairs."""
     lines: str = ""
     """UTF-8 file with a text on each line (two, with a tab between them, for a task on pairs), each of which gets a line:
-    label, tab, probability."""
+    label, tab, probability. Only newlines end a line."""
 
 
 def _load(options: AskOptions, texts: Sequence[str]) -> "Predictor":
@@ -79,8 +80,8 @@ def fill_mask_command(args: list[str]) -> None:
     import tyro
 
     options = tyro.cli(FillMaskOptions, args=args, prog="ufbert fill-mask")
-    if options.top < 1:
-        raise UserError(f"--top is {options.top}; it must be at least 1.")
+    if not 1 <= options.top < 2**31:
+        raise UserError(f"--top is {options.top}; it must lie between 1 and 2^31 - 1.")
     predictor = _load(options, [options.text])
     for number, guesses in enumerate(predictor.fill_mask([options.text], options.top)[0], start=1):
         print(f"mask {number}")
@@ -112,19 +113,15 @@ def predict_command(args: list[str]) -> None:
 def _predict_lines(options: PredictOptions) -> None:
     if options.texts:
         raise UserError("Give texts or --lines, not both.")
-    try:
-        lines = Path(options.lines).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"Cannot read {options.lines}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{options.lines} is not UTF-8 (byte {error.start}).") from error
-    parts = [line.split("\t") for line in lines]
+    parts = [line.split("\t") for line in read_lines(Path(options.lines))]
     columns = len(parts[0]) if parts else 1
     for number, found in enumerate(parts, start=1):
         if len(found) != columns or columns > 2 or not all(part.strip() for part in found):
             raise UserError(
                 f"{options.lines}:{number}: {len(found)} texts, some perhaps empty, where 1 or 2 are wanted."
             )
+    if not parts:
+        raise UserError(f"{options.lines} has no lines.")
     texts = [found[0] for found in parts]
     predictor = _load(options, texts)
     pairs = [found[1] for found in parts] if columns == 2 else None

@@ -1,6 +1,6 @@
 """Ask a model folder: fill masks, classify, encode. Texts come in lists of any length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -91,7 +91,8 @@ class Predictor:
                 )
             if len(places) < wanted:
                 raise UserError(f"The text {shown(text)} is too long, and a {MASK} of it was cut off. Shorten it.")
-        return [[self._guesses(row, top) for row in logits] for logits in self.engine.logits(rows, positions)]
+        logits = _finite(texts, self.engine.logits(rows, positions))
+        return [[self._guesses(row, top) for row in of_text] for of_text in logits]
 
     def _guesses(self, logits: Float[np.ndarray, " v"], top: int) -> list[Guess]:
         odds = softmax(logits)
@@ -138,11 +139,11 @@ class Predictor:
         return self.task
 
     def _scores(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Float[np.ndarray, " c"]]:
-        return [np.asarray(score) for score in self.engine.scores(self.rows(texts, pairs))] if texts else []
+        return _finite(texts, self.engine.scores(self.rows(texts, pairs))) if texts else []
 
     def encode(self, texts: Sequence[str]) -> list[Float[np.ndarray, "tokens d"]]:
         """Hidden states of each text's tokens, from [CLS] to [SEP]."""
-        return self.engine.hidden(self.rows(texts))
+        return _finite(texts, self.engine.hidden(self.rows(texts)))
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """The texts as word pieces."""
@@ -174,6 +175,17 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
         found = [float(value) for name, value in used.items() if name.endswith(".changed_routes")]
         shares.append((sum(found) / max(1, len(found)), sum(len(rows.ids[i]) for i in picks)))
     return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
+
+
+def _finite(texts: Sequence[str], found: Iterable[Float[np.ndarray, "..."]]) -> list[Float[np.ndarray, "..."]]:
+    """What a model computes of each text. Raises UserError if any of it is no finite number."""
+    for text, numbers in zip(texts, found, strict=True):
+        if not np.isfinite(numbers).all():
+            raise UserError(
+                f"What this model computes of the text {shown(text)} is no finite number: its weights have diverged "
+                "in training or are damaged; use another model folder."
+            )
+    return list(found)
 
 
 def softmax(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:

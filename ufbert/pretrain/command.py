@@ -66,6 +66,15 @@ class TrainOptions:
     data: DataConfig = field(default_factory=DataConfig)
     """The shape of the data."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}; it must lie between 0 and 4294967295.")
+        for name in ("price", "max_hours_wall"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a finite number, 0 or more."
+                )
+
     @property
     def run(self) -> RunConfig:
         """The preset that these options amount to."""
