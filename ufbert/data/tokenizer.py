@@ -125,7 +125,13 @@ def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = Mappin
 def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
     """Have the model use an unknown piece that its vocabulary holds; those that need one fail at the first unknown word."""
     unknown, pieces = getattr(tokenizer.model, "unk_token", None), tokenizer.get_vocab(with_added_tokens=False)
-    if isinstance(tokenizer.model, models.Unigram) or unknown in pieces:
+    if isinstance(tokenizer.model, models.Unigram):
+        try:
+            tokenizer.encode("".join(pieces)[::-1] + "\U00012000")
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"The tokenizer {where} has no unknown piece ({error}); set its `unk_id`.") from error
+        return
+    if unknown in pieces:
         return
     if isinstance(tokenizer.model, models.BPE) and unknown is None:
         return  # it has a piece for every byte, or leaves out what it does not know
@@ -179,12 +185,12 @@ _LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 def _without_long_words(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
     """The text without words that will be [UNK], for which the trainer would need the square of their length."""
+    return _LONG.sub(lambda run: _short_words(run.group(), pre_tokenizer), text)
 
-    def short(run: re.Match[str]) -> str:
-        words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run.group()))
-        return " ".join(word for word in words if len(word) <= LONGEST_WORD)
 
-    return _LONG.sub(short, text)
+def _short_words(run: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
+    words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run))
+    return " ".join(word for word in words if len(word) <= LONGEST_WORD)
 
 
 def _interruptibly(work: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers of other libraries, in and out."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,12 +22,12 @@ MODEL_FIELDS = {
     "WordPiece": ("type", "vocab", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word"),
     "BPE": (
         "type", "vocab", "merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
-        "byte_fallback", "ignore_merges", "dropout", "cache_capacity",
+        "byte_fallback", "ignore_merges", "dropout",
     ),
     "WordLevel": ("type", "vocab", "unk_token"),
     "Unigram": ("type", "vocab", "unk_id", "byte_fallback"),
 }  # fmt: skip
-"""Fields of each kind of model; all count, but for BPE's `dropout`, which is taken off, and the size of its cache."""
+"""Fields of each kind of model; all count but BPE's `dropout`, which is taken off."""
 NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merges.txt", "vocab.json")
 """Vocabularies of other libraries that a folder may have instead."""
 
@@ -114,6 +115,12 @@ def _check_parts(state: dict[str, Any], path: Path) -> None:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
             raise UserError(f"{path}: the added token {token!r} needs a text `content` and a whole `id`; mend it.")
         odd += [f"added_tokens.{name}" for name in token if name not in TOKEN_FIELDS]
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict) and len(set(map(repr, vocab.values()))) < len(vocab):
+        number, times = Counter(map(repr, vocab.values())).most_common(1)[0]
+        raise UserError(
+            f"{path} gives {times} pieces the id {number}, of which the library keeps one. Number them anew."
+        )
     if odd:
         raise UserError(f"{path} has parts that are not known here: {', '.join(dict.fromkeys(odd))}. Remove them.")
 
@@ -161,7 +168,7 @@ def _bert_normalizer(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_vocabulary(path: Path, settings: Settings) -> Tokenizer:
     tokenizer = wordpiece(path, settings.values, settings.names)
-    _add(tokenizer, settings, path.parent)
+    _add(tokenizer, settings, path.parent, flags_count=True)
     return made_fit(tokenizer, str(path), settings.names)
 
 
@@ -192,12 +199,14 @@ def wordpiece(path: Path, values: dict[str, Any], names: Mapping[str, str] = Map
     return tokenizer
 
 
-def _add(tokenizer: Tokenizer, settings: Settings, folder: Path) -> None:
-    """Add the tokens of a folder's settings, those with an id first. Raises UserError if one gets another id than it says."""
+def _add(tokenizer: Tokenizer, settings: Settings, folder: Path, *, flags_count: bool = False) -> None:
+    """Add the tokens of a folder's settings, those with an id first; if `flags_count`, theirs go before those of tokens that
+    are there. Raises UserError if one gets another id than it says."""
     for number, token in sorted(settings.numbered.items()):
         _add_token(tokenizer, token)
         _check_id(tokenizer, token.content, number, folder)
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    there = settings.numbered if flags_count else tokenizer.get_added_tokens_decoder()
+    added = {token.content for token in there.values()}
     for token in settings.special:
         if token.content not in added:
             before = tokenizer.token_to_id(token.content)
