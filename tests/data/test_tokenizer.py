@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ufbert.config import DataConfig
 from ufbert.data import tokenizer as tokenizers_here
@@ -108,3 +108,19 @@ def test_stored_truncation_and_padding_do_not_touch_the_rows(tmp_path, corpus_fi
     tokenizer.enable_padding(length=64)
     stored = prepare(corpus, tmp_path / "stored", recipe, tokenizer=tokenizer)
     assert plain.manifest.fingerprint == stored.manifest.fingerprint
+
+
+def test_a_tokenizer_given_to_train_is_made_fit(tmp_path, corpus_file):
+    from ufbert.pretrain.command import TrainOptions
+    from ufbert.pretrain.run import _locate
+
+    trained, path = train_wordpiece(["the cat sees the dog"], 60), tmp_path / "tokenizer.json"
+    found = []
+    for post_processor in (trained.post_processor, processors.ByteLevel()):  # one that puts nothing around a text
+        trained.post_processor = post_processor
+        trained.enable_truncation(16)
+        trained.save(str(path))
+        options = TrainOptions(corpus=f"text:{corpus_file}", tokenizer=str(path), prepared=str(tmp_path / "prepared"))
+        found.append(_locate(options))
+    assert found[0].recipe == found[1].recipe
+    assert [len(each.tokenizer.encode("the cat " * 20).ids) for each in found] == [42, 42]
