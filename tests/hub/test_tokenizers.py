@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ufbert.data.encode import encode_texts
 from ufbert.data.prepare import Recipe
-from ufbert.data.tokenizer import fingerprint, made_fit, special_ids, special_names, train_wordpiece, vocabulary_size
+from ufbert.data.tokenizer import fingerprint, special_ids, special_names, vocabulary_size
 from ufbert.errors import UserError
 from ufbert.hub import vocabulary
 from ufbert.hub.tokenizer_settings import HARMLESS, USED, WITHOUT_EFFECT
@@ -276,26 +276,6 @@ def test_what_is_no_part_of_tokenising_is_taken_off_and_said(folder, part, value
         assert fingerprint(tokenizer) == fingerprint(Tokenizer.from_str(json.dumps(state())))
 
 
-def test_merges_are_never_left_out_at_random(folder, capfd):
-    made = _bpe()
-    stored = json.loads(made.to_str())
-    stored["model"]["dropout"] = 0.9
-    tokenizer = read_tokenizer(folder(tokenizer__json=stored) / "tokenizer.json")
-    assert {tuple(ids(tokenizer, "the cat sees")) for _ in range(20)} == {tuple(ids(made, "the cat sees"))}
-    assert "dropout 0.9" in capfd.readouterr().err
-
-
-def _bpe() -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(["the cat sees the café"] * 9, trainer)
-    return made_fit(made, "here")
-
-
 def test_a_missing_post_processor_is_put_there_and_unmarked_specials_are_marked(folder, capfd):
     empty = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     nothing = json.loads(empty.__getstate__())
@@ -357,20 +337,6 @@ def test_a_tokenizer_json_that_cannot_be_read_is_one_sentence(folder, content, s
         read_tokenizer(folder(tokenizer__json=content) / "tokenizer.json")
 
 
-def test_other_kinds_of_models_are_run_as_they_are(folder):
-    assert ids(_bpe(), "café")[1:-1]
-    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in PIECES], unk_id=1))
-    for made, wanted in ((words, [2, THE, 4, 1, 3]), (unigram, [2, THE, 4, 1, 3])):
-        tokenizer = read_tokenizer(folder(tokenizer__json=made.to_str()) / "tokenizer.json")
-        assert [number for number in ids(tokenizer, "the[MASK]x") if number != 1] == [n for n in wanted if n != 1]
-    lacking = json.loads(unigram.to_str())
-    lacking["model"]["unk_id"] = None
-    with pytest.raises(UserError, match="has no unknown piece"):
-        read_tokenizer(folder(tokenizer__json=lacking) / "tokenizer.json")
-
-
 def test_gaps_in_ids_are_kept_in_and_out(folder, tmp_path):
     pieces = [*PIECES[:10], "", "sees", *PIECES[10:]]  # an empty line, and a piece twice: the last counts
     tokenizer = find_tokenizer(folder(vocab__txt=lines(pieces)), "")
@@ -384,52 +350,6 @@ def test_gaps_in_ids_are_kept_in_and_out(folder, tmp_path):
     for name in (SETTINGS, "vocab.txt"):
         (tmp_path / "out" / name).write_text(files[name])
     assert ids(find_tokenizer(tmp_path / "out", ""), "sees .") == [2, 11, last, 3]
-
-
-def _exported(name: str) -> Tokenizer:
-    trained = train_wordpiece(["the cat sees the café 日本 foo food foobar"] * 9, 90)
-    if name == "cased":
-        trained.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
-    if name == "added":
-        trained.add_tokens([AddedToken("foo", single_word=True), AddedToken("Cat", normalized=True)])
-        trained.add_special_tokens([AddedToken("[E1]", lstrip=True)])
-    if name == "no BERT normaliser":
-        trained.normalizer = normalizers.Lowercase()
-    if name == "another pre-tokenizer":
-        trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if name == "another pair":
-        pair = "[CLS] $A [SEP] [SEP] $B [SEP]"
-        special = list(zip(SPECIAL[2:4], (2, 3), strict=True))
-        trained.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair=pair, special_tokens=special
-        )
-    return _bpe() if name == "byte level" else trained
-
-
-@pytest.mark.parametrize(
-    ("name", "is_berts"),
-    [
-        ("own", True), ("cased", True), ("added", True), ("no BERT normaliser", False), ("another pre-tokenizer", False),
-        ("another pair", False), ("byte level", False),
-    ],
-)  # fmt: skip
-def test_what_is_exported_reads_back_to_the_same_ids_under_the_class_that_it_is(name, is_berts, tmp_path):
-    tokenizer = _exported(name)
-    files = tokenizer_files(tokenizer, 16)
-    settings = json.loads(files[SETTINGS])
-    assert settings["tokenizer_class"] == ("BertTokenizerFast" if is_berts else "PreTrainedTokenizerFast")
-    assert ("vocab.txt" in files) == is_berts
-    texts = ["The Cat sees café.", "[E1] foo food Cats", "日本 [MASK]x", "the, cat-sees"]
-    for left_out in ((), ("tokenizer.json",)) if is_berts else ((),):
-        out = tmp_path / f"out{len(left_out)}"
-        out.mkdir()
-        for file, content in files.items():
-            if file not in left_out:
-                (out / file).write_text(content, encoding="utf-8")
-        back = find_tokenizer(out, "")
-        for text in texts:
-            assert ids(back, text) == ids(tokenizer, text)
-            assert back.encode(text, "the cat").type_ids == tokenizer.encode(text, "the cat").type_ids
 
 
 def test_a_vocab_txt_that_cannot_hold_the_pieces_is_not_written():
