@@ -127,7 +127,7 @@ def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
     unknown, pieces = getattr(tokenizer.model, "unk_token", None), tokenizer.get_vocab(with_added_tokens=False)
     if isinstance(tokenizer.model, models.Unigram):
         try:
-            tokenizer.encode("".join(pieces)[::-1] + "\U00012000")
+            tokenizer.encode("\U00012000")  # a letter of cuneiform
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"The tokenizer {where} has no unknown piece ({error}); set its `unk_id`.") from error
         return
@@ -135,7 +135,7 @@ def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
         return
     if isinstance(tokenizer.model, models.BPE) and unknown is None:
         return  # it has a piece for every byte, or leaves out what it does not know
-    known = next((one for one in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if one in pieces), None)
+    known = next((piece for piece in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if piece in pieces), None)
     if known is None:
         raise UserError(
             f"The tokenizer {where} calls its unknown piece {unknown!r}, and its vocabulary has none of that name; "
