@@ -13,7 +13,7 @@ from ufbert.data.tokenizer import fingerprint, special_ids, special_names, vocab
 from ufbert.errors import UserError
 from ufbert.hub import vocabulary
 from ufbert.hub.tokenizer_settings import HARMLESS, USED, WITHOUT_EFFECT
-from ufbert.hub.vocabulary import find_tokenizer, read_tokenizer, tokenizer_files
+from ufbert.hub.vocabulary import find_tokenizer, read_for_training, read_tokenizer, tokenizer_files
 
 FIELDS = json.loads(Path(__file__).with_name("tokenizer_fields.json").read_text())
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -290,20 +290,26 @@ def test_a_missing_post_processor_is_put_there_and_unmarked_specials_are_marked(
         row = tokenizer.encode("the [MASK]", "cat")
         assert (row.ids, row.type_ids) == ([2, THE, 4, 3, CAT, 3], [0, 0, 0, 0, 1, 1])
         said = capfd.readouterr().err
-        assert "says nothing of [CLS] and [SEP]" in said
+        assert "does not put [CLS] and [SEP] around a text; now it does" in said
         assert "does not mark [PAD], [UNK], [CLS], [SEP], [MASK] as special" in said
 
 
-def test_post_processors_of_another_shape_are_kept_or_refused(folder):
+def test_post_processors_of_another_shape_are_kept_but_for_training(folder, capfd):
     roberta = {"type": "RobertaProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2], "trim_offsets": True,
                "add_prefix_space": True}  # fmt: skip
     tokenizer = read_tokenizer(folder(tokenizer__json=state(post_processor=roberta)) / "tokenizer.json")
     assert tokenizer.encode("the", "cat").ids == [2, THE, 3, 3, CAT, 3]
-    only_cls = processors.TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)])
-    with pytest.raises(UserError, match=r"makes .* of the text 'a', and everything here needs"):
-        read_tokenizer(
-            folder(tokenizer__json=state(post_processor=json.loads(only_cls.__getstate__()))) / "tokenizer.json"
-        )
+    crammed = processors.TemplateProcessing(  # as crammedBERT was pretrained
+        single="$A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made = folder(tokenizer__json=state(post_processor=json.loads(crammed.__getstate__())))
+    capfd.readouterr()
+    assert ids(read_tokenizer(made / "tokenizer.json"), "the cat") == [THE, CAT, 3]
+    assert capfd.readouterr().err == ""
+    assert ids(find_tokenizer(made, ""), "the cat") == [THE, CAT, 3]
+    assert "of the text 'a', and not [CLS] a [SEP]; it is kept" in capfd.readouterr().err
+    assert ids(read_for_training(made / "tokenizer.json"), "the cat") == [2, THE, CAT, 3]
+    assert "does not put [CLS] and [SEP] around a text; now it does" in capfd.readouterr().err
     others = processors.TemplateProcessing(single="the $A sees", special_tokens=[("the", THE), ("sees", SEES)])
     tokenizer = read_tokenizer(
         folder(tokenizer__json=state(post_processor=json.loads(others.__getstate__()))) / "tokenizer.json"

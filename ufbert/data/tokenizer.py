@@ -38,10 +38,10 @@ class SpecialIds(NamedTuple):
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
     """The tokenizer's own name of each of SPECIAL_TOKENS: its model's for the unknown piece, its post-processor's for those
     around a text, and for the others the first of the known names that it has. Raises UserError if it lacks one."""
-    edges, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
+    around, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
     own = {"[UNK]": unknown if unknown and tokenizer.token_to_id(unknown) is not None else None}
-    if len(edges) == 2:
-        own |= {"[CLS]": tokenizer.id_to_token(edges[0]), "[SEP]": tokenizer.id_to_token(edges[1])}
+    if around:
+        own |= {"[CLS]": tokenizer.id_to_token(around[0]), "[SEP]": tokenizer.id_to_token(around[1])}
     names = {token: own.get(token) or known_name(tokenizer, token) for token in SPECIAL_TOKENS}
     missing = [token for token, name in names.items() if name is None]
     if missing:
@@ -60,10 +60,25 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*(number for number in ids if number is not None))
 
 
-def wrapping(tokenizer: Tokenizer) -> list[int]:
-    """Ids that the post-processor puts around a text; none without one."""
+def wrapping(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids that its post-processor puts before and after a text; None if it does not make `[CLS] text [SEP]` of it."""
     row = tokenizer.encode("a")
-    return [number for number, is_put in zip(row.ids, row.special_tokens_mask, strict=True) if is_put]
+    is_put = row.special_tokens_mask
+    return (
+        (row.ids[0], row.ids[-1]) if sum(is_put) == 2 and is_put[0] and is_put[-1] and not any(row.type_ids) else None
+    )
+
+
+def wrap(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Have the tokenizer make `[CLS] text [SEP]` of a text, if it does not. Raises UserError if it lacks one of the two."""
+    if wrapping(tokenizer):
+        return
+    cls, sep = (names.get(token) or known_name(tokenizer, token) for token in ("[CLS]", "[SEP]"))
+    before, after = (tokenizer.token_to_id(name) if name else None for name in (cls, sep))
+    if cls is None or sep is None or before is None or after is None:
+        raise UserError(f"The tokenizer {where} has no [CLS] or no [SEP] to put around a text; take another one.")
+    tokenizer.post_processor = processors.BertProcessing((sep, after), (cls, before))
+    note(f"{where} does not put {cls} and {sep} around a text; now it does")
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -88,26 +103,16 @@ def note(line: str) -> None:
 
 def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
     """The tokenizer, changed in place to do what this package promises: an unknown piece is [UNK], special tokens are found in
-    texts, and a text is `[CLS] text [SEP]`, of any length. `names` are what its folder calls some of SPECIAL_TOKENS.
+    texts, and a text of any length is `[CLS] text [SEP]`, unless its file puts something else around it. `names` are what its
+    folder calls some of SPECIAL_TOKENS.
 
     A line says what was changed. Raises UserError if the promise cannot be kept.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _settle_unknown(tokenizer, where, names.get("[UNK]"))
-    edges = wrapping(tokenizer)
-    if not edges:
-        cls, sep = (names.get(token) or known_name(tokenizer, token) for token in ("[CLS]", "[SEP]"))
-        ids = [tokenizer.token_to_id(name) if name else None for name in (cls, sep)]
-        if cls and sep and ids[0] is not None and ids[1] is not None:
-            tokenizer.post_processor = processors.BertProcessing((sep, ids[1]), (cls, ids[0]))
-            note(f"{where} says nothing of {cls} and {sep} around a text; they are put there")
-    plain, row = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    if edges and (len(edges) != 2 or row.ids != [edges[0], *plain.ids, edges[1]] or any(row.type_ids)):
-        raise UserError(
-            f"The tokenizer {where} makes {' '.join(row.tokens)!r} of the text 'a', and everything here needs "
-            "'[CLS] text [SEP]'; change its post_processor."
-        )
+    if not any(tokenizer.encode("a").special_tokens_mask):  # else the model knows other tokens around a text
+        wrap(tokenizer, where, names)
     own = special_names(tokenizer)
     for token, name in names.items():
         if own[token] != name:

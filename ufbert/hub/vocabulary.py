@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names
+from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names, wrap, wrapping
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json
 from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
@@ -35,9 +35,16 @@ NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merge
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, fit for use here (`made_fit`).
 
-    Raises UserError if it cannot be read, has parts that are not known, or breaks what this package promises.
+    Raises UserError if it cannot be read, has parts that are not known, or lacks a special token.
     """
     return made_fit(_parsed(Path(path)), str(path))
+
+
+def read_for_training(path: str | Path) -> Tokenizer:
+    """As `read_tokenizer`, and a text is `[CLS] text [SEP]`, since pretraining puts both around every document."""
+    tokenizer = read_tokenizer(path)
+    wrap(tokenizer, str(path))
+    return tokenizer
 
 
 def find_tokenizer(folder: Path, given: str) -> Tokenizer:
@@ -51,7 +58,7 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
         if not path.is_file():
             raise UserError(f"The tokenizer {given} is not a file. Name one with --tokenizer FILE.")
         if path.suffix != ".txt":
-            return read_tokenizer(path)
+            return _told(read_tokenizer(path), path)
         beside = path.parent / "tokenizer_config.json"
         settings = read_settings(path.parent if beside.is_file() else folder)
         return _of_vocabulary(path, settings)
@@ -59,12 +66,22 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
     path = folder / "tokenizer.json"
     check_read(settings, folder)
     if path.is_file():
-        return _of_file(path, settings)
+        return _told(_of_file(path, settings), path)
     if not (folder / "vocab.txt").is_file():
         others = [name for name in NOT_READ if (folder / name).is_file()]
         also = f" ({', '.join(others)} cannot be read; have transformers save a tokenizer.json)" if others else ""
         raise UserError(f"{folder} has no tokenizer.json and no vocab.txt{also}. Name one with --tokenizer FILE.")
     return _of_vocabulary(folder / "vocab.txt", settings)
+
+
+def _told(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer; a line tells if its texts are not as this package makes them."""
+    if not wrapping(tokenizer):
+        row = " ".join(tokenizer.encode("a").tokens)
+        note(
+            f"{path} makes {row!r} of the text 'a', and not [CLS] a [SEP]; it is kept, for the model may know no other"
+        )
+    return tokenizer
 
 
 def _parsed(path: Path) -> Tokenizer:
