@@ -163,13 +163,16 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     texts = [_without_long_words(normalizer.normalize_str(document), pre_tokenizer) for document in documents]
-    alphabet = _alphabet(texts, at_most=vocab_size // 4)
+    standalone = {
+        c for c in set().union(*texts) if len(pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(f"a{c}a"))) == 3
+    }
+    alphabet = _alphabet(texts, standalone, vocab_size)
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         # Left to itself the trainer numbers "##" pieces in the order of a randomised hash map.
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in alphabet if c not in standalone)],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,
@@ -220,19 +223,26 @@ RARE = 1e-4
 """Share of a text's characters that may stay out of the alphabet for being the rarest."""
 
 
-def _alphabet(texts: Iterable[str], at_most: int) -> list[str]:
-    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand, or as many as it takes to
-    write all but RARE of the text, or `at_most`."""
+def _alphabet(texts: Iterable[str], standalone: set[str], vocab_size: int) -> list[str]:
+    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand or a quarter of the vocabulary,
+    or as many as it takes to write all but RARE of the text.
+
+    They leave a quarter of the vocabulary to other pieces. A character takes two places, unless it is a word by itself
+    (`standalone`: punctuation, Chinese characters).
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    left, needed = sum(counts[c] for c in ranked), 0
-    rare = RARE * left
-    while left > rare:
-        left -= counts[ranked[needed]]
-        needed += 1
-    return sorted(ranked[: min(at_most, max(1000, needed))])
+    left = sum(counts[c] for c in ranked)
+    rare, places, taken = RARE * left, 3 * vocab_size // 4, 0
+    for c in ranked:
+        places -= 1 if c in standalone else 2
+        if places < 0 or (taken >= min(1000, vocab_size // 4) and left <= rare):
+            break
+        left -= counts[c]
+        taken += 1
+    return sorted(ranked[:taken])
 
 
 def unknown_characters(tokenizer: Tokenizer, texts: list[str], unknown: int) -> tuple[int, int]:
