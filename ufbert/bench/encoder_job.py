@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from ufbert import nn
 from ufbert.config import ModelConfig
@@ -82,4 +82,5 @@ def numbered_words(vocab_size: int) -> Tokenizer:
     words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(vocab_size - len(SPECIAL_TOKENS)))]
     made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.add_special_tokens(list(SPECIAL_TOKENS))
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return made

@@ -102,6 +102,8 @@ def prepare(
     try:
         with private_folder(folder.parent) as scratch:
             tokenizer = tokenizer or _train_tokenizer(corpus, recipe, progress)
+            tokenizer.no_truncation()  # a caller's may be set
+            tokenizer.no_padding()
             (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             manifest = _write_rows(corpus, tokenizer, recipe, scratch, progress, say)
             _check_unchanged(corpus)
@@ -230,8 +232,6 @@ def _write_rows(
         )
     path = folder / "documents.ids"
     store = DocumentStore(path)
-    tokenizer.no_truncation()  # a caller's may be set
-    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a "[MASK]" in the text is text
     try:
         tally, exhausted = _collect(corpus, tokenizer, recipe, store, progress)

@@ -38,10 +38,10 @@ class SpecialIds(NamedTuple):
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
     """The tokenizer's own name of each of SPECIAL_TOKENS: its model's for the unknown piece, its post-processor's for those
     around a text, and for the others the first of the known names that it has. Raises UserError if it lacks one."""
-    edges, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
+    around, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
     own = {"[UNK]": unknown if unknown and tokenizer.token_to_id(unknown) is not None else None}
-    if len(edges) == 2:
-        own |= {"[CLS]": tokenizer.id_to_token(edges[0]), "[SEP]": tokenizer.id_to_token(edges[1])}
+    if around:
+        own |= {"[CLS]": tokenizer.id_to_token(around[0]), "[SEP]": tokenizer.id_to_token(around[1])}
     names = {token: own.get(token) or known_name(tokenizer, token) for token in SPECIAL_TOKENS}
     missing = [token for token, name in names.items() if name is None]
     if missing:
@@ -60,10 +60,25 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*(number for number in ids if number is not None))
 
 
-def wrapping(tokenizer: Tokenizer) -> list[int]:
-    """Ids that the post-processor puts around a text; none without one."""
+def wrapping(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids that its post-processor puts before and after a text; None if it does not make `[CLS] text [SEP]` of it."""
     row = tokenizer.encode("a")
-    return [number for number, is_put in zip(row.ids, row.special_tokens_mask, strict=True) if is_put]
+    is_put = row.special_tokens_mask
+    return (
+        (row.ids[0], row.ids[-1]) if sum(is_put) == 2 and is_put[0] and is_put[-1] and not any(row.type_ids) else None
+    )
+
+
+def wrap(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Have the tokenizer make `[CLS] text [SEP]` of a text, if it does not. Raises UserError if it lacks one of the two."""
+    if wrapping(tokenizer):
+        return
+    cls, sep = (names.get(token) or known_name(tokenizer, token) for token in ("[CLS]", "[SEP]"))
+    before, after = (tokenizer.token_to_id(name) if name else None for name in (cls, sep))
+    if cls is None or sep is None or before is None or after is None:
+        raise UserError(f"The tokenizer {where} has no [CLS] or no [SEP] to put around a text; take another one.")
+    tokenizer.post_processor = processors.BertProcessing((sep, after), (cls, before))
+    note(f"{where} does not put {cls} and {sep} around a text; now it does")
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -88,26 +103,16 @@ def note(line: str) -> None:
 
 def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
     """The tokenizer, changed in place to do what this package promises: an unknown piece is [UNK], special tokens are found in
-    texts, and a text is `[CLS] text [SEP]`, of any length. `names` are what its folder calls some of SPECIAL_TOKENS.
+    texts, and a text of any length is `[CLS] text [SEP]`, unless its file puts something else around it. `names` are what its
+    folder calls some of SPECIAL_TOKENS.
 
     A line says what was changed. Raises UserError if the promise cannot be kept.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _settle_unknown(tokenizer, where, names.get("[UNK]"))
-    edges = wrapping(tokenizer)
-    if not edges:
-        cls, sep = (names.get(token) or known_name(tokenizer, token) for token in ("[CLS]", "[SEP]"))
-        ids = [tokenizer.token_to_id(name) if name else None for name in (cls, sep)]
-        if cls and sep and ids[0] is not None and ids[1] is not None:
-            tokenizer.post_processor = processors.BertProcessing((sep, ids[1]), (cls, ids[0]))
-            note(f"{where} says nothing of {cls} and {sep} around a text; they are put there")
-    plain, row = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    if edges and (len(edges) != 2 or row.ids != [edges[0], *plain.ids, edges[1]] or any(row.type_ids)):
-        raise UserError(
-            f"The tokenizer {where} makes {' '.join(row.tokens)!r} of the text 'a', and everything here needs "
-            "'[CLS] text [SEP]'; change its post_processor."
-        )
+    if not any(tokenizer.encode("a").special_tokens_mask):  # else the model knows other tokens around a text
+        wrap(tokenizer, where, names)
     own = special_names(tokenizer)
     for token, name in names.items():
         if own[token] != name:
@@ -125,11 +130,17 @@ def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = Mappin
 def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
     """Have the model use an unknown piece that its vocabulary holds; those that need one fail at the first unknown word."""
     unknown, pieces = getattr(tokenizer.model, "unk_token", None), tokenizer.get_vocab(with_added_tokens=False)
-    if isinstance(tokenizer.model, models.Unigram) or unknown in pieces:
+    if isinstance(tokenizer.model, models.Unigram):
+        try:
+            tokenizer.encode("\U00012000")  # a letter of cuneiform
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"The tokenizer {where} has no unknown piece ({error}); set its `unk_id`.") from error
+        return
+    if unknown in pieces:
         return
     if isinstance(tokenizer.model, models.BPE) and unknown is None:
         return  # it has a piece for every byte, or leaves out what it does not know
-    known = next((one for one in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if one in pieces), None)
+    known = next((piece for piece in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if piece in pieces), None)
     if known is None:
         raise UserError(
             f"The tokenizer {where} calls its unknown piece {unknown!r}, and its vocabulary has none of that name; "
@@ -152,13 +163,16 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     texts = [_without_long_words(normalizer.normalize_str(document), pre_tokenizer) for document in documents]
-    alphabet = _alphabet(texts, at_most=vocab_size // 4)
+    standalone = {
+        c for c in set().union(*texts) if len(pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(f"a{c}a"))) == 3
+    }
+    alphabet = _alphabet(texts, standalone, vocab_size)
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         # Left to itself the trainer numbers "##" pieces in the order of a randomised hash map.
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in alphabet if c not in standalone)],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,
@@ -179,12 +193,12 @@ _LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 def _without_long_words(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
     """The text without words that will be [UNK], for which the trainer would need the square of their length."""
+    return _LONG.sub(lambda run: _short_words(run.group(), pre_tokenizer), text)
 
-    def short(run: re.Match[str]) -> str:
-        words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run.group()))
-        return " ".join(word for word in words if len(word) <= LONGEST_WORD)
 
-    return _LONG.sub(short, text)
+def _short_words(run: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
+    words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run))
+    return " ".join(word for word in words if len(word) <= LONGEST_WORD)
 
 
 def _interruptibly(work: Callable[[], None]) -> None:
@@ -209,19 +223,26 @@ RARE = 1e-4
 """Share of a text's characters that may stay out of the alphabet for being the rarest."""
 
 
-def _alphabet(texts: Iterable[str], at_most: int) -> list[str]:
-    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand, or as many as it takes to
-    write all but RARE of the text, or `at_most`."""
+def _alphabet(texts: Iterable[str], standalone: set[str], vocab_size: int) -> list[str]:
+    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand or a quarter of the vocabulary,
+    or as many as it takes to write all but RARE of the text.
+
+    They leave a quarter of the vocabulary to other pieces. A character takes two places, unless it is a word by itself
+    (`standalone`: punctuation, Chinese characters).
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    left, needed = sum(counts[c] for c in ranked), 0
-    rare = RARE * left
-    while left > rare:
-        left -= counts[ranked[needed]]
-        needed += 1
-    return sorted(ranked[: min(at_most, max(1000, needed))])
+    left = sum(counts[c] for c in ranked)
+    rare, places, taken = RARE * left, 3 * vocab_size // 4, 0
+    for c in ranked:
+        places -= 1 if c in standalone else 2
+        if places < 0 or (taken >= min(1000, vocab_size // 4) and left <= rare):
+            break
+        left -= counts[c]
+        taken += 1
+    return sorted(ranked[:taken])
 
 
 def unknown_characters(tokenizer: Tokenizer, texts: list[str], unknown: int) -> tuple[int, int]:

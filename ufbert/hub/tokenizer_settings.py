@@ -155,6 +155,7 @@ def _special_map(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """`special_tokens_map.json`, whose lists join those of `values`."""
     table = read_json(path) if path.is_file() else {}
     _check(table, path)
+    _special(table, path)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(table.get(key), list):
             earlier = values.get(key) or []

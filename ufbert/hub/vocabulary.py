@@ -1,6 +1,7 @@
 """Tokenizers of other libraries, in and out."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -8,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names
+from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names, wrap, wrapping
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json, refuse_pointer
 from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
@@ -21,12 +22,12 @@ MODEL_FIELDS = {
     "WordPiece": ("type", "vocab", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word"),
     "BPE": (
         "type", "vocab", "merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
-        "byte_fallback", "ignore_merges", "dropout", "cache_capacity",
+        "byte_fallback", "ignore_merges", "dropout",
     ),
     "WordLevel": ("type", "vocab", "unk_token"),
     "Unigram": ("type", "vocab", "unk_id", "byte_fallback"),
 }  # fmt: skip
-"""Fields of each kind of model; all count, but for BPE's `dropout`, which is taken off, and the size of its cache."""
+"""Fields of each kind of model; all count but BPE's `dropout`, which is taken off."""
 NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merges.txt", "vocab.json")
 """Vocabularies of other libraries that a folder may have instead."""
 
@@ -34,9 +35,16 @@ NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merge
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, fit for use here (`made_fit`).
 
-    Raises UserError if it cannot be read, has parts that are not known, or breaks what this package promises.
+    Raises UserError if it cannot be read, has parts that are not known, or lacks a special token.
     """
     return made_fit(_parsed(Path(path)), str(path))
+
+
+def read_for_training(path: str | Path) -> Tokenizer:
+    """As `read_tokenizer`, and a text is `[CLS] text [SEP]`, since pretraining puts both around every document."""
+    tokenizer = read_tokenizer(path)
+    wrap(tokenizer, str(path))
+    return tokenizer
 
 
 def find_tokenizer(folder: Path, given: str) -> Tokenizer:
@@ -50,7 +58,7 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
         if not path.is_file():
             raise UserError(f"The tokenizer {given} is not a file. Name one with --tokenizer FILE.")
         if path.suffix != ".txt":
-            return read_tokenizer(path)
+            return _told(read_tokenizer(path), path)
         beside = path.parent / "tokenizer_config.json"
         settings = read_settings(path.parent if beside.is_file() else folder)
         return _of_vocabulary(path, settings)
@@ -58,12 +66,22 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
     path = folder / "tokenizer.json"
     check_read(settings, folder)
     if path.is_file():
-        return _of_file(path, settings)
+        return _told(_of_file(path, settings), path)
     if not (folder / "vocab.txt").is_file():
         others = [name for name in NOT_READ if (folder / name).is_file()]
         also = f" ({', '.join(others)} cannot be read; have transformers save a tokenizer.json)" if others else ""
         raise UserError(f"{folder} has no tokenizer.json and no vocab.txt{also}. Name one with --tokenizer FILE.")
     return _of_vocabulary(folder / "vocab.txt", settings)
+
+
+def _told(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer; a line tells if its texts are not as this package makes them."""
+    if not wrapping(tokenizer):
+        row = " ".join(tokenizer.encode("a").tokens)
+        note(
+            f"{path} makes {row!r} of the text 'a', and not [CLS] a [SEP]; it is kept, for the model may know no other"
+        )
+    return tokenizer
 
 
 def _parsed(path: Path) -> Tokenizer:
@@ -107,6 +125,12 @@ def _check_parts(state: dict[str, Any], path: Path) -> None:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
             raise UserError(f"{path}: the added token {token!r} needs a text `content` and a whole `id`; mend it.")
         odd += [f"added_tokens.{name}" for name in token if name not in TOKEN_FIELDS]
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict) and len(set(map(repr, vocab.values()))) < len(vocab):
+        number, times = Counter(map(repr, vocab.values())).most_common(1)[0]
+        raise UserError(
+            f"{path} gives {times} pieces the id {number}, of which the library keeps one. Number them anew."
+        )
     if odd:
         raise UserError(f"{path} has parts that are not known here: {', '.join(dict.fromkeys(odd))}. Remove them.")
 
@@ -154,7 +178,7 @@ def _bert_normalizer(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_vocabulary(path: Path, settings: Settings) -> Tokenizer:
     tokenizer = wordpiece(path, settings.values, settings.names)
-    _add(tokenizer, settings, path.parent)
+    _add(tokenizer, settings, path.parent, flags_count=True)
     return made_fit(tokenizer, str(path), settings.names)
 
 
@@ -186,12 +210,14 @@ def wordpiece(path: Path, values: dict[str, Any], names: Mapping[str, str] = Map
     return tokenizer
 
 
-def _add(tokenizer: Tokenizer, settings: Settings, folder: Path) -> None:
-    """Add the tokens of a folder's settings, those with an id first. Raises UserError if one gets another id than it says."""
+def _add(tokenizer: Tokenizer, settings: Settings, folder: Path, *, flags_count: bool = False) -> None:
+    """Add the tokens of a folder's settings, those with an id first; if `flags_count`, theirs go before those of tokens that
+    are there. Raises UserError if one gets another id than it says."""
     for number, token in sorted(settings.numbered.items()):
         _add_token(tokenizer, token)
         _check_id(tokenizer, token.content, number, folder)
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    there = settings.numbered if flags_count else tokenizer.get_added_tokens_decoder()
+    added = {token.content for token in there.values()}
     for token in settings.special:
         if token.content not in added:
             before = tokenizer.token_to_id(token.content)

@@ -328,9 +328,9 @@ def _locate(options: TrainOptions, vocab_size: int = 0) -> Located:
     """
     given = None
     if options.tokenizer:
-        from ufbert.hub.vocabulary import read_tokenizer
+        from ufbert.hub.vocabulary import read_for_training
 
-        given = read_tokenizer(options.tokenizer)
+        given = read_for_training(options.tokenizer)
     return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
 
 
