@@ -174,6 +174,7 @@ def test_checkpoints_of_earlier_versions_are_held_to_their_sizes(checkpoints, sh
     folder = checkpoints.folder / "4"
     sizes = {name: size for name, (size, _) in json.loads((folder / "sizes.json").read_text()).items()}
     (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / ".DS_Store").write_text("of a file manager")
     assert checkpoints.restore(shapes, print).step == 4
     (folder / "sizes.json").write_text(json.dumps({**sizes, "_CHECKPOINT_METADATA": 1}))
     assert checkpoints.restore(shapes, lambda _: None).step == 3

@@ -213,11 +213,14 @@ def _is_whole(folder: Path) -> bool:
     and a checkpoint whose writer was killed before it could note anything is left to Orbax."""
     try:
         noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-        if all(isinstance(value, int) for value in noted.values()):
-            return noted == {name: path.stat().st_size for name, path in _files(folder).items()}
-        return noted == _contents(folder)
+        if noted and all(isinstance(value, int) for value in noted.values()):
+            return noted == {name: (folder / name).stat().st_size for name in noted}
+        found = _contents(folder)
+        return bool(noted) and noted == {
+            name: found.get(name) for name in noted
+        }  # what others put beside them is no damage
     except FileNotFoundError:
-        return folder.is_dir()
+        return folder.is_dir() and not (folder / SIZES).exists()
     except (OSError, ValueError, AttributeError):
         return False
 
