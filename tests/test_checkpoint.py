@@ -1,7 +1,9 @@
 """Checkpoints: the newest good one of the right run, or a sentence."""
 
 import json
+import logging
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,20 @@ def test_a_disk_that_refuses_is_a_sentence_and_costs_nothing(checkpoints, shapes
     ):
         checkpoints.save(9, state_of(9), 1.0, 90.0)
     assert checkpoints.restore(shapes, print).step == 4
+
+
+def test_a_checkpoint_that_cannot_be_begun_leaves_no_thread_waiting(tmp_path):
+    """They waited five minutes for a folder that could not be made, and the process with them."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2)
+    checkpoints.save(1, state_of(1), 1.0, 0.0)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write a checkpoint in .*; earlier ones are kept"):
+        checkpoints.save(2, state_of(2), 1.0, 0.0)
+    checkpoints.close()
+    assert not [thread for thread in threading.enumerate() if type(thread).__name__ == "_SignalingThread"]
+    assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)  # else tracebacks precede the sentence
 
 
 def test_a_kill_before_the_sizes_were_noted_costs_nothing(checkpoints, shapes):

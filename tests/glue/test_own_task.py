@@ -87,6 +87,8 @@ def test_any_text_comes_back_from_csv_and_json_lines(tmp_path_factory, texts, as
         ([1, 0, 1.0, "1"], None, ("0", "1"), ("accuracy", "f1")),
         (["nan", "inf"], None, ("inf", "nan"), ("accuracy", "f1")),
         (["1", "0.5"], None, (), ("pearson", "spearman")),
+        (["2020_1", "2020_2"], None, ("2020_1", "2020_2"), ("accuracy", "f1")),
+        ([*["0", "1"] * 9, "x", "x"], None, ("0", "1", "x"), ("accuracy",)),
         (["1", "0.5"], False, ("0.5", "1"), ("accuracy", "f1")),
         (range(20), None, tuple(map(str, range(20))), ("accuracy",)),
         (range(21), None, (), ("pearson", "spearman")),
@@ -131,6 +133,14 @@ def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix
         ({"text": "", "dev": ""}, "lacks dev and text; it needs train, dev, text and label"),
         ({"name": "../x"}, "cannot be named '../x'"),
         ({"name": "SST2"}, "no GLUE task's name"),
+        ({"name": ".x"}, "cannot be named '.x': take letters"),
+        ({"name": "x."}, "cannot be named 'x.': take letters"),
+        ({"name": "é" * 51}, "take letters, digits, - and _, at most 100"),
+        *(
+            ({"name": name}, f"cannot be named '{name}': a sweep keeps something else under it")
+            for name in ("partial", "Predictions", "submission", "glue.json", "glue.md", "REPORT.html")
+        ),
+        ({"labels": [["yes"]]}, r"labels must be a list of texts or numbers, without \['yes'\]"),
         ({"labels": ["yes", "no"], "regression": True}, "names labels and asks for regression"),
         ({"labels": ["1", "1.0"]}, "names a label twice: 1, 1"),
         ({"label_names": ["a"]}, r"2 labels \(no, yes\) and 1 label_names"),
@@ -153,6 +163,7 @@ def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
     ("name", "text", "words"),
     [
         ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json, line 2: broken JSON"),
+        ("toy.json", '{"train": "a", "train": "b"}', "broken JSON .the key 'train' stands there twice"),
         ("toy.json", "[1]", "must be an object with name, train"),
         ("toy.json", "\udcff", "is not UTF-8"),
         ("toy.py", "TASKS = {}", "does not describe a task"),
@@ -185,11 +196,19 @@ BROKEN = {
     "tsv": [
         ("a", "unequal columns, 1 instead of 2"),
         ('"a\tb"\tyes', "unequal columns, 3"),
-        ("a\t", "the label '' is not"),
+        ("a\t", "label is missing"),
     ],
     "jsonl": [
         ('{"text": "a"', r"broken JSON \(Expecting ',' delimiter at column 13\)"),
-        ('["a", "yes"]', "not a JSON object"),
+        ('["a", "yes"]', "not a JSON object, of which each line must hold one"),
+        ('{"text": "a", "label": ["yes", "no"]}', r"label is \['yes', 'no'\], not one label"),
+        ('{"text": "a", "label": {"yes": 1}}', r"label is {'yes': 1}, not one label"),
+        ('{"text": "a", "label": null}', "label is missing"),
+        ('{"text": ["a"], "label": "yes"}', r"text is \['a'\], not a text"),
+        ('{"text": null, "label": "yes"}', "text is missing"),
+        ('{"text": "a", "text": "b", "label": "yes"}', r"broken JSON \(the key 'text' stands there twice\)"),
+        ("[" * 100_000, r"broken JSON \(.*recursion"),
+        ('{"text": "a", "label": ' + "1" * 5000 + "}", r"broken JSON \(Exceeds the limit"),
         ('{"text": "a"}', "label is missing"),
         ('{"text": 5, "label": "yes"}', "text is 5, not a text"),
         ('{"label": "yes"}', "text is missing"),
@@ -217,6 +236,103 @@ def test_a_broken_row_is_named_by_file_and_line_or_left_out(tmp_path, suffix, ba
     assert (found.dev["dev"].labels, found.train.labels, found.train.skipped) == ([1.0, 0.0], [1.0, 0.0], 0)
 
 
+def test_broken_training_rows_are_named_before_labels_are_judged(tmp_path):
+    array = '[\n {\n  "text": "good",\n  "label": 1\n }\n]\n'
+    with pytest.raises(UserError, match=r"train\.jsonl, line 1: broken JSON .* each line must hold one whole object"):
+        read_own(put(tmp_path, train_jsonl=array, dev_jsonl=array))
+    lists = '{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["x", "y"]}\n'
+    with pytest.raises(UserError, match=r"train\.jsonl, line 1: label is \['x'\], not one label"):
+        read_own(put(tmp_path, train_jsonl=lists, dev_jsonl=lists))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        ([f"{i / 10}" for i in range(40)], "(0.1 has a fraction|values)"),
+        ([str(i % 30) for i in range(60)], "values"),
+        (["1", "0"] * 20, "2 classes"),
+    ],
+)
+@pytest.mark.parametrize("odd", ["N/A", "<1.0", "nan", "1_0"])
+def test_one_odd_label_among_numbers_is_a_broken_row_and_what_numbers_are_is_said(tmp_path, labels, kind, odd):
+    rows = [*labels[:20], odd, *labels[20:]]
+    table = "text,label\n" + "".join(f"a,{label}\n" for label in rows)
+    own, said = put(tmp_path, train_csv=table, dev_csv="text,label\na,1\n"), []
+    with pytest.raises(UserError, match=rf"train\.csv, line 22: .*'{odd}' is not (a |one of )"):
+        read_own(own, say=said.append)
+    data = read_own(own, skip_bad_rows=True)
+    assert (data.train.skipped, len(data.train.labels)) == (1, len(labels))
+    assert data.train.labels == [float(label) for label in labels] if kind != "2 classes" else [1.0, 0.0] * 20
+    (line,) = said
+    assert "label are numbers and taken for " + ("2 classes" if kind == "2 classes" else "values") in line
+    other = "values" if kind == "2 classes" else "classes"
+    assert f"for {other} give --labels {other}" in line
+    forced = read_own(replace(own, regression=False), skip_bad_rows=True)
+    assert odd in forced.task.labels
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Yes", "yes"), ("a b", "a  b"), ("1", "01"), ("1e3", "1000"), ("ﬁt", "fit")]
+)
+def test_labels_that_only_look_different_are_refused_unless_both_are_named(tmp_path, one, other):
+    table = f"text,label\na,{one}\nb,{other}\nc,x\n"
+    own = put(tmp_path, train_csv=table, dev_csv=table)
+    with pytest.raises(UserError, match="which are perhaps one; write them alike"):
+        read_own(own)
+    assert read_own(replace(own, labels=("x", one, other))).train.labels == [1.0, 2.0, 0.0]
+
+
+def test_a_column_whose_labels_are_nearly_all_different_is_refused(tmp_path):
+    table = "text,label\n" + "".join(f"a,name {i}\n" for i in range(40))
+    with pytest.raises(UserError, match=r"40 rows have 40 different labels, .* is label the right column"):
+        read_own(put(tmp_path, train_csv=table, dev_csv=table))
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
+    for suffix, comma in (("csv", ","), ("tsv", "\t")):
+        table = "text,text,label\na,b,yes\nc,d,no\n".replace(",", comma)
+        with pytest.raises(UserError, match=rf"train\.{suffix} has 2 columns text; rename or remove"):
+            read_own(put(tmp_path, **{f"train_{suffix}": table, f"dev_{suffix}": table}))
+        (tmp_path / f"train.{suffix}").unlink()
+    table = "text,label,,\na,yes,,\nb,no,,\n"
+    assert read_own(put(tmp_path, train_csv=table, dev_csv=table)).train.texts == ["a", "b"]
+
+
+def test_a_field_of_any_length_is_read(tmp_path):
+    table = f'text,label\n"{"word " * 30_000}",yes\nb,no\n'
+    assert len(read_own(put(tmp_path, train_csv=table, dev_csv=table)).train.texts[0]) == 149_999
+
+
+ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+"""What `str.splitlines` takes for the ends of lines besides newlines and carriage returns."""
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_only_newlines_end_a_row(tmp_path, suffix):
+    text = f"a{'b'.join(ENDS)}c"
+    line = f'{{"text": {json.dumps(text, ensure_ascii=False)}, "label": "%s"}}'
+    rows = {"jsonl": [line % "yes", line % "no"], "csv": ["text,label", f"{text},yes", f"{text},no"]}
+    rows["tsv"] = [row.replace(",", "\t") for row in rows["csv"]]
+    table = "\n".join(rows[suffix])
+    found = read_own(put(tmp_path, **{f"train_{suffix}": table, f"dev_{suffix}": table}))
+    assert found.train == Rows([text, text], None, [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("text,label\na,x\n".encode("utf-16"), r"train\.csv is not UTF-8: it begins as UTF-16 does"),
+        ("text,label\na,x\n".encode("utf-16-le"), r"train\.csv is not UTF-8: it begins as UTF-16 does"),
+        (b"text,label\ra,x\rb,y\r", r"train\.csv ends its lines with carriage returns alone"),
+    ],
+)
+def test_files_of_other_encodings_and_line_ends_are_named(tmp_path, data, words):
+    own = put(tmp_path, train_csv="", dev_csv="")
+    (tmp_path / "train.csv").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        read_own(own)
+
+
 @pytest.mark.parametrize("value", ["much", "nan", "-inf"])
 def test_a_value_that_is_no_number_is_named(tmp_path, value):
     own = put(tmp_path, train_csv="text,label\na,0.5\nb,1\n", dev_csv=f"text,label\na,{value}\nb,2\n")
@@ -229,7 +345,8 @@ def test_a_value_that_is_no_number_is_named(tmp_path, value):
     ("train", "dev", "words"),
     [
         ("", "text,label\na,1\n", r"train\.csv is empty"),
-        ("text,label\n", "text,label\na,1\n", r"train\.csv has no rows with a label"),
+        ("text,label\n", "text,label\na,1\n", r"train\.csv has no rows\."),
+        ("text,label\na,\nb,\n", "text,label\na,1\n", r"train\.csv has no rows; 2 bad ones were left out"),
         ("text,label\na,1\nb,0\n", "text,label\n", r"dev\.csv has no rows\."),
         ("text,label\na,1\nb,0\n", "text,label\na,2\n", r"dev\.csv has no rows; 1 bad ones were left out"),
         ("text,label\na,1\nb,1\n", "text,label\na,1\n", "all rows have the label 1, so that there is nothing to learn"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.errors import UserError
-from ufbert.glue.datasets_source import dataset_split
+from ufbert.glue.datasets_source import dataset_columns, dataset_split
 from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.sources import choose_tasks, load_task, open_source
 from ufbert.glue.tasks import TASKS, find_task
@@ -280,7 +280,7 @@ BROKEN = {
     "bad": "unequal columns, 1 instead of 2",
     "good\t1\t1": "unequal columns, 3 instead of 2",
     "good\t7": "'7' is not one of the labels 0, 1",
-    "good\t": "'' is not one of the labels 0, 1",
+    "good\t": "label is missing",
     "b\udcffd\t1": "not UTF-8",
 }
 """Bad lines (a lone surrogate is written as the byte it stands for), and what is said of them."""
@@ -337,7 +337,9 @@ def test_a_broken_file_is_an_error_however_rows_are_treated(tmp_path, text, word
 @pytest.mark.parametrize("score", ["high", "nan", "inf", "1e99", ""])
 def test_a_score_that_is_no_number_is_named(tmp_path, score):
     write(tmp_path, "STS-B", "train", f"sentence1\tsentence2\tscore\na\tb\t2.5\na\tb\t{score}\n")
-    with pytest.raises(UserError, match=rf"STS-B/train\.tsv, line 3: '({score}|inf)' is not a (finite )?number"):
+    with pytest.raises(
+        UserError, match=rf"STS-B/train\.tsv, line 3: ('({score}|inf)' is not a (finite )?number|score is missing)"
+    ):
         read(tmp_path, "stsb", "train")
 
 
@@ -428,6 +430,86 @@ def test_a_dataset_that_numbers_the_classes_otherwise_is_read_by_their_names(tmp
     assert [TASKS["mnli"].labels[int(y)] for y in found.labels] == ["contradiction", "entailment", "neutral"]
 
 
+def classes(place, column, names, labels, kind="string"):
+    """Parquet files of one split whose features name the classes; a text for each label."""
+    texts = [f"text {i}".encode() if kind == "binary" else f"text {i}" for i in range(len(labels))]
+    features = datasets.Features({column: datasets.Value(kind), "label": datasets.ClassLabel(names=names)})
+    place.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict({column: texts, "label": labels}, features).to_parquet(place)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "wanted"),
+    [
+        ("sst2", ["positive", "negative"], [1.0, 0.0]),
+        ("sst2", ["Negative", "POSITIVE"], [0.0, 1.0]),
+        ("sst2", ["1", "0"], [1.0, 0.0]),
+        ("cola", ["acceptable", "unacceptable"], [1.0, 0.0]),
+    ],
+)
+def test_class_names_of_a_datasets_features_decide_in_every_split(tmp_path, config, names, wanted):
+    for split, named in (("train", names), ("validation", names[::-1])):
+        classes(tmp_path / config / f"{split}.parquet", "sentence", named, [0, 1, 1])
+    data = load_task(open_source(f"hf:{tmp_path}"), TASKS[config])
+    assert data.train.labels == [wanted[0], wanted[1], wanted[1]]
+    assert data.dev["dev"].labels == [wanted[1], wanted[0], wanted[0]]
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "stsb"])
+def test_the_hubs_own_class_names_are_known_in_any_order(name):
+    task = TASKS[name]
+    columns = dataset_columns("here", task, "train", list(HUB_NAMES[name]))
+    assert [columns.read_label(i) for i in range(len(task.labels))] == list(range(len(task.labels)))
+    assert [columns.read_label(text) for text in HUB_NAMES[name]] == list(range(len(task.labels)))
+    turned = dataset_columns("here", task, "train", list(HUB_NAMES[name])[::-1])
+    assert [turned.read_label(i) for i in range(len(task.labels))] == list(range(len(task.labels)))[::-1]
+
+
+HUB_NAMES = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+}
+"""As the features of nyu-mll/glue name them, in their order, which is also that of the task's classes."""
+
+
+@pytest.mark.parametrize(
+    "names", [["bad", "good"], ["negative"], ["negative", "neutral", "positive"], ["0", "positive"]]
+)
+def test_class_names_that_are_not_the_tasks_are_a_sentence(tmp_path, names):
+    classes(tmp_path / "sst2" / "train.parquet", "sentence", names, [0])
+    with pytest.raises(
+        UserError, match=rf"split train: its classes are named {', '.join(names)}, where .* negative, positive"
+    ):
+        open_source(f"hf:{tmp_path}").read(TASKS["sst2"], "train")
+
+
+def test_parts_of_a_split_that_name_the_classes_otherwise_are_refused(tmp_path):
+    classes(tmp_path / "sst2" / "train-00000-of-00002.parquet", "sentence", ["negative", "positive"], [0])
+    classes(tmp_path / "sst2" / "train-00001-of-00002.parquet", "sentence", ["positive", "negative"], [0])
+    with pytest.raises(
+        UserError, match=r"train-00000-of-00002\.parquet and the other parts of its split have different"
+    ):
+        open_source(f"hf:{tmp_path}").read(TASKS["sst2"], "train")
+
+
+def test_texts_stored_as_bytes_are_read_as_utf_8(tmp_path):
+    classes(tmp_path / "sst2" / "train.parquet", "sentence", ["negative", "positive"], [0, 1], "binary")
+    assert open_source(f"hf:{tmp_path}").read(TASKS["sst2"], "train") == Rows(["text 0", "text 1"], None, [0.0, 1.0])
+
+
+def test_two_cuts_of_one_name_are_refused(tmp_path):
+    for folder in ("QQP-10k", "QQP-10K"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match="QQP-10K and QQP-10k differ by case alone"):
+        open_source(f"dir:{tmp_path}").cuts()
+
+
 def test_broken_rows_of_tfds_are_named_by_split_and_row(tmp_path):
     rows = [(["good"], 1), (["unlabelled"], -1), ([b"b\xff"], 0)]
     write_tfds(tmp_path, TASKS["cola"], {"cola": {"train": rows, "validation": rows[:1], "test": rows[2:]}})
@@ -436,10 +518,13 @@ def test_broken_rows_of_tfds_are_named_by_split_and_row(tmp_path):
     assert open_source(f"tfds:{tmp_path}", skip_bad_rows=True).read(TASKS["cola"], "train") == Rows(
         ["good"], None, [1.0], 2
     )
-    with pytest.raises(UserError, match="split test, row 0: not UTF-8"):
+    with pytest.raises(UserError, match="split test, row 0: sentence is not UTF-8"):
         open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "test")
-    shutil.copytree(tmp_path / "glue" / "cola" / "2.0.0", tmp_path / "glue" / "sst2" / "10.0.0")
-    assert open_source(f"tfds:{tmp_path}").read(TASKS["sst2"], "dev") == Rows(["good"], None, [1.0])
+    shutil.copytree(tmp_path / "glue" / "cola", tmp_path / "glue" / "sst2")
+    with pytest.raises(UserError, match="split train: its classes are named unacceptable, acceptable"):
+        open_source(f"tfds:{tmp_path}").read(TASKS["sst2"], "train")
+    (tmp_path / "glue" / "cola" / "2.0.0").rename(tmp_path / "glue" / "cola" / "10.0.0")
+    assert open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "dev") == Rows(["good"], None, [1.0])
 
 
 def test_tfds_files_that_need_tensorflow_or_are_damaged_are_refused(tfds_folder, tmp_path):

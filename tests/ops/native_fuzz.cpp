@@ -2,9 +2,9 @@
 //
 //     native_fuzz --calls 100000 --seed 1
 //
-// tests/ops/test_native.py builds it, with the sanitizers or against the library that Python loads. It goes through all the
-// instruction sets of this processor, or keeps to the one that UFBERT_ISA names. Every call has its own seed: a mismatch says
-// with which --seed and --first it comes back. Arrays are as long as they must be and no longer, and aligned to their elements
+// tests/ops/test_native.py builds it, with the sanitizers or against the library that Python loads, and native_fuzz_all.py lets
+// it run for long on one instruction set after the other. It goes through all the instruction sets of this processor, or keeps
+// to the one that UFBERT_ISA names. Every call has its own seed: a mismatch says with which --seed and --first it comes back. Arrays are as long as they must be and no longer, and aligned to their elements
 // only, so that the address sanitizer sees any access beside them.
 
 #include "native_fuzz.h"
@@ -97,7 +97,7 @@ void fuzz_forward(Random& random, Tree& t) {
   t.expect_outputs(base);
   Array<float> again(random, t.b * t.d);
   if (with) std::copy_n(residual.data, t.b * t.d, again.data);
-  run(t.call(with ? again.data : nullptr, again.data, false), threads % 4 + 1);
+  elsewhere([&] { run(t.call(with ? again.data : nullptr, again.data, false), threads % 4 + 1); });
   expect_same("path saved or not, threads, residual in place", t.y.data, again.data, t.b * t.d);
   for (int64_t i = 0; t.b && i < 3; ++i) {
     const int64_t first = random.in(0, t.b - 1);
@@ -141,7 +141,7 @@ void fuzz_backward(Random& random, Tree& t) {
   Gradients found(random, t), again(random, t);
   const int64_t threads = random.in(1, 4);
   found.compute(t, g, threads);
-  again.compute(t, g, threads % 4 + 1);
+  elsewhere([&] { again.compute(t, g, threads % 4 + 1); });
   expect_same("dx, threads", found.dx.data, again.dx.data, found.dx.size);
   expect_same("d_in, threads", found.d_in.data, again.d_in.data, found.d_in.size);
   expect_same("d_bias, threads", found.d_bias.data, again.d_bias.data, found.d_bias.size);
@@ -156,7 +156,7 @@ void fuzz_backward(Random& random, Tree& t) {
     const Sum back = dot(&g[row * d], &t.w_out.value[at * d], d);
     Sum dz;
     dz.add(steep, steep_off, back.value);
-    const double dz_off = dz.slack + std::fabs(steep) * back.rounding(dot_steps(d));
+    const double dz_off = dz.rounding(1) + std::fabs(steep) * back.rounding(dot_steps(d));
     const double value = active(t.activation, z), off = active_off(t.activation, z);
     visited[at] = 1;
     d_bias[at].add(dz.value, dz_off, 1);
@@ -242,7 +242,7 @@ void fuzz_leaf(Random& random, LeafTree& t) {
   }
   Array<float> again(random, t.b * t.o);
   Array<int32_t> leaf(random, t.b);
-  t.run(t.x.data, t.b, again.data, leaf.data, threads % 4 + 1);
+  elsewhere([&] { t.run(t.x.data, t.b, again.data, leaf.data, threads % 4 + 1); });
   expect_same("threads", t.y.data, again.data, t.b * t.o);
   for (int64_t i = 0; t.b && i < 3; ++i) {
     const int64_t row = random.in(0, t.b - 1);
@@ -298,7 +298,7 @@ void one_call(Random& random) {
 }
 
 int main(int count, char** words) {
-  long long calls = 2000, first = 0;
+  long long calls = 2000, first = 0, mismatches = 0;
   for (int i = 1; i + 1 < count; i += 2) {
     const std::string name = words[i];
     (name == "--calls" ? calls : name == "--seed" ? seed : first) = std::atoll(words[i + 1]);
@@ -320,13 +320,11 @@ int main(int count, char** words) {
     try {
       one_call(random);
     } catch (const Mismatch& found) {
+      if (++mismatches > 10) continue;  // they are counted, but ten are enough to read
       std::printf("mismatch: %s\n", found.what.c_str());
       say_where();
-      return 1;
     }
-    const long long done = number - first + 1;
-    if (done % std::max(1LL, calls / 10) == 0) std::printf("%lld calls\n", done), std::fflush(stdout);
   }
-  std::printf("%lld calls, 0 mismatches (seed %lld, %zu instruction sets)\n", calls, seed, sets.size());
-  return 0;
+  std::printf("%lld calls, %lld mismatches (seed %lld, %zu instruction sets)\n", calls, mismatches, seed, sets.size());
+  return mismatches > 0;
 }

@@ -13,12 +13,16 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 using namespace ufbert;
 
 extern "C" const char* ufbert_isa();
 
 constexpr double kEpsilon = 1.0 / (1 << 24);  // half a step of float32 at one
-constexpr double kTiny = 1e-44;               // what a product below float32's normal range may lose
+constexpr double kTiny = std::numeric_limits<float>::min();  // 2^-126: what is nearer to zero counts as zero and becomes zero
 constexpr double kGradient = 1e-5;            // gradients, of the largest in their array
 
 // ---- drawing ----
@@ -154,6 +158,10 @@ template <typename... T>
   throw Mismatch{text};
 }
 
+// The rule for every instruction set, thread and type: what is nearer to zero than 2^-126 counts as zero. Infinity times such
+// a number is therefore no number, as it is times zero.
+double flushed(double x) { return std::fabs(x) < kTiny ? 0 : x; }
+
 // A sum of products in double: its terms' sizes, and how far their float32 factors may be off. It is open if it depends on
 // rounding whether it is finite: a factor that may be zero, times infinity.
 struct Sum {
@@ -161,11 +169,11 @@ struct Sum {
   bool open = false;
 
   void add(double factor, double off, double exact) {
-    const double term = factor * exact;
+    const double term = flushed(factor) * flushed(exact);
     value += term;
     size += std::fabs(term);
     if (off > 0) {
-      slack += off * std::fabs(exact);
+      slack += off * std::fabs(flushed(exact));
       if (std::isinf(exact) && std::fabs(factor) <= off) open = true;
     }
   }
@@ -188,7 +196,7 @@ double active(Activation activation, double z) {
     default: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
   }
 }
-// erf comes to 2e-7; half of the smallest number is zero.
+// erf comes to 2e-7; half of a small number may count as zero.
 double active_off(Activation activation, double z) {
   return activation == kRelu || z == 0 || !std::isfinite(z) ? 0 : 4e-7 * std::fabs(z) + kTiny;
 }
@@ -214,6 +222,21 @@ void expect_same(const char* what, const float* one, const float* other, int64_t
   for (int64_t i = 0; i < size; ++i)
     if (std::memcmp(one + i, other + i, 4) && !(std::isnan(one[i]) && std::isnan(other[i])))
       mismatch("%s: element %lld is %.9g and %.9g", what, (long long)i, one[i], other[i]);
+}
+
+// A call from a thread that flushes and rounds otherwise than this one, and is left as it was.
+template <typename F>
+void elsewhere(F call) {
+#if defined(__x86_64__)
+  const unsigned here = _mm_getcsr(), there = here ^ 0xa040;  // both flushing bits, and rounding down
+  _mm_setcsr(there);
+  call();
+  const unsigned then = _mm_getcsr();
+  _mm_setcsr(here);
+  if ((then ^ there) & ~0x3fu) mismatch("the caller's floating-point control was %x, is %x", there, then);
+#else
+  call();
+#endif
 }
 
 // Whether the sums of row `row` are right.

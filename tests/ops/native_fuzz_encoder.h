@@ -8,9 +8,11 @@ extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, f
 extern "C" int ufbert_linear(const Linear*, int64_t threads);
 extern "C" int ufbert_attention(const Attention*, int64_t threads);
 extern "C" int ufbert_norm(const Norm*, int64_t threads);
+extern "C" int ufbert_add(const Add*, int64_t threads);
 
-double to_half(float x) {  // the nearest bfloat16, ties to even
+double to_half(float x) {  // the nearest bfloat16, ties to even; what counts as zero is not rounded up from there
   if (!std::isfinite(x)) return x;
+  if (flushed(x) == 0) return 0;
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
@@ -68,10 +70,10 @@ struct Layer {
         const float value = x[row * d + i];
         double factor = value, off = 0;
         if (type == kInt8) factor = finite ? in_steps(value, step, off) : NAN;
-        if (half_rows) factor = to_half(value), off = std::fabs(value) < 1.2e-38 ? 1.2e-38 : 0;
+        if (half_rows) factor = to_half(value);
         for (int64_t j = 0; j < f; ++j) {
           double weight = w[i * f + j], weight_off = 0;
-          if (type == kBfloat16) weight = to_half(w[i * f + j]), weight_off = half_rows && std::fabs(weight) < 1.2e-38 ? 1.2e-38 : 0;
+          if (type == kBfloat16) weight = to_half(w[i * f + j]);
           if (type == kInt8) {
             const float by = std::max(column[j], 1e-35f) / 127.0f;
             weight = std::isnan(column[j]) ? NAN : in_steps(w[i * f + j], by, weight_off);
@@ -91,7 +93,7 @@ void fuzz_linear(Random& random, Layer& l) {
   l.run(l.x.data, l.b, l.y.data, threads);
   l.expect();
   Array<float> again(random, l.b * l.f);
-  l.run(l.x.data, l.b, again.data, threads % 4 + 1);
+  elsewhere([&] { l.run(l.x.data, l.b, again.data, threads % 4 + 1); });
   expect_same("linear, threads", l.y.data, again.data, l.b * l.f);
   for (int64_t i = 0; l.b && i < 3; ++i) {
     const int64_t first = random.in(0, l.b - 1), count = std::min<int64_t>(l.b - first, random.in(1, 8));
@@ -123,7 +125,7 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
   const int64_t threads = random.in(1, 4);
   if (ufbert_attention(&a, threads)) mismatch("there are no kernels");
   a.y = again.data;
-  ufbert_attention(&a, threads % 4 + 1);
+  elsewhere([&] { ufbert_attention(&a, threads % 4 + 1); });
   expect_same("attention, threads", y.data, again.data, size);
   for (int64_t place = 0; place < b * t * h; ++place) {
     const int64_t head = place % h, i = place / h % t, row = place / h / t;
@@ -151,17 +153,17 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
     }
     none |= most == -INFINITY;
     off = 2 * off + 4e-7 * (1 + std::fabs(none ? 0 : most));
-    for (double& z : logit) total += z = std::exp(z - most);
+    for (double& z : logit) total += z = std::exp(std::max(z - most, -87.3365402));  // never zero: see exp() in vectors.h
     for (int64_t c = 0; c < k; ++c) {
       Sum sum;
       double largest = 0;
       for (size_t s = 0; s < seen.size(); ++s) {
         const double v = value[((row * t + seen[s]) * h + head) * k + c];
-        sum.add(logit[s] / total, 0, v);
+        sum.add(logit[s], 0, v);
         if (std::isfinite(v)) largest = std::max(largest, std::fabs(v));
       }
-      const double wanted = none ? NAN : sum.value;
-      if (!agrees(found[c], wanted, 2 * std::expm1(2 * off) * largest + sum.rounding(double(seen.size()) + 8)))
+      const double wanted = none ? NAN : sum.value / total, rounding = sum.rounding(double(seen.size()) + 8) / total;
+      if (!agrees(found[c], wanted, 2 * std::expm1(2 * off) * largest + rounding + kTiny))
         mismatch("attention[%lld, %lld, %lld, %lld] is %.9g, should be %.9g", (long long)row, (long long)i, (long long)head,
                  (long long)c, found[c], wanted);
     }
@@ -178,7 +180,7 @@ void fuzz_norm(Random& random, int64_t b, int64_t d, bool special) {
   const int64_t threads = random.in(1, 4);
   if (ufbert_norm(&m, threads)) mismatch("there are no kernels");
   m.y = again.data;
-  ufbert_norm(&m, threads % 4 + 1);
+  elsewhere([&] { ufbert_norm(&m, threads % 4 + 1); });
   expect_same("norm, threads", y.data, again.data, b * d);
   for (int64_t row = 0; row < b; ++row) {
     double mean = 0, variance = 0, largest = 0;
@@ -193,6 +195,21 @@ void fuzz_norm(Random& random, int64_t b, int64_t d, bool special) {
       if (!agrees(y[row * d + i], wanted, off))
         mismatch("norm[%lld, %lld] is %.9g, should be %.9g within %.2g", (long long)row, (long long)i, y[row * d + i], wanted, off);
     }
+  }
+}
+
+void fuzz_add(Random& random, int64_t size, bool special) {
+  const Array<float> one = draw(random, size, 1.0f, special), other = draw(random, size, 1.0f, special);
+  Array<float> y(random, size), again(random, size);
+  Add a{size, one.data, other.data, y.data};
+  const int64_t threads = random.in(1, 4);
+  if (ufbert_add(&a, threads)) mismatch("there are no kernels");
+  a.y = again.data;
+  elsewhere([&] { ufbert_add(&a, threads % 4 + 1); });
+  expect_same("add, threads", y.data, again.data, size);
+  for (int64_t i = 0; i < size; ++i) {
+    const float wanted = float(flushed(flushed(one[i]) + flushed(other[i])));
+    if (!agrees(y[i], wanted, 0)) mismatch("add[%lld] is %.9g, should be %.9g", (long long)i, y[i], wanted);
   }
 }
 
@@ -211,6 +228,10 @@ void encoder_call(Random& random, bool special, char* described, size_t room) {
     while (b * t * t * h * k > 3000000) t = (t + 1) / 2;
     std::snprintf(described, room, "attention b=%lld t=%lld h=%lld k=%lld special=%d", (long long)b, (long long)t, (long long)h, (long long)k, special);
     fuzz_attention(random, b, t, h, k, special);
+  } else if (random.chance(20)) {
+    const int64_t size = random.chance(80) ? random.in(0, 300) : random.in(0, 600000);
+    std::snprintf(described, room, "add size=%lld special=%d", (long long)size, special);
+    fuzz_add(random, size, special);
   } else {
     const int64_t b = std::min<int64_t>(draw_rows(random), 300), d = draw_width(random);
     std::snprintf(described, room, "norm b=%lld d=%lld special=%d", (long long)b, (long long)d, special);

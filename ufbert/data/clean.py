@@ -36,6 +36,10 @@ class Tally:
     characters: int = 0
     removed: dict[str, Removal] = field(default_factory=dict)
     """By step, in the order of the steps; a step that is switched off is absent."""
+    unknown: int = 0
+    """Characters lost to [UNK] in a sample of the documents."""
+    sampled: int = 0
+    """Characters of that sample that are not blanks."""
 
     def add(self, documents: int, characters: int) -> None:
         """Count documents that were read."""

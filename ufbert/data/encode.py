@@ -67,3 +67,9 @@ def encode_texts(
         tokenizer.no_truncation()
     ids, types = [row.ids for row in found], [row.type_ids for row in found]
     return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in found))
+
+
+def uncut_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's ids, however many they are."""
+    with _cutting:
+        return tokenizer.encode(text).ids

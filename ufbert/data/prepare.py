@@ -27,11 +27,20 @@ from ufbert.data.rows import DATA_FORMAT, Manifest, PreparedData, open_prepared
 from ufbert.data.scratch import private_folder, publish
 from ufbert.data.shards import RowWriter, Shard
 from ufbert.data.store import DocumentStore, Spans
-from ufbert.data.tokenizer import SpecialIds, fingerprint, special_ids, train_wordpiece
+from ufbert.data.tokenizer import (
+    SpecialIds,
+    fingerprint,
+    special_ids,
+    train_wordpiece,
+    unknown_characters,
+    vocabulary_size,
+)
 from ufbert.errors import UserError
 
 HELDOUT_EVERY = 50
 HELDOUT_TOKENS = 1_000_000
+SAMPLE_CHARS = 20_000
+"""Characters of every 50th document read that are looked at for [UNK]."""
 _BATCH_DOCUMENTS, _BATCH_CHARS = 1024, 4_000_000
 
 EXACT, NEAR, EMPTY, WORST = "exact duplicates", "near duplicates", "documents without tokens", "worst quality"
@@ -179,6 +188,9 @@ def _collect(
     for batch, encodings in _encoded(_batches(corpus.documents(), exact), tokenizer):
         tally.add(batch.documents, batch.characters)
         tally.remove(EXACT, batch.repeated)
+        sample = [text[:SAMPLE_CHARS] for text in batch.texts[::HELDOUT_EVERY]]
+        unknown, sampled = unknown_characters(tokenizer, sample, special.unk)
+        tally.unknown, tally.sampled = tally.unknown + unknown, tally.sampled + sampled
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.uint16, int(lengths.sum()))
         characters = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
@@ -211,10 +223,15 @@ def _write_rows(
     corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, folder: Path, progress: Say, say: Say
 ) -> Manifest:
     """Both passes. Leaves shards in `folder`, beside what else is there."""
-    if tokenizer.get_vocab_size() > 65536:
-        raise UserError(f"The tokenizer has {tokenizer.get_vocab_size():,} tokens; ids are stored in 2 bytes: 65,536.")
+    if vocabulary_size(tokenizer) > 65536:
+        raise UserError(
+            f"The tokenizer has ids up to {vocabulary_size(tokenizer) - 1:,}; they are stored in 2 bytes: up to 65,535. "
+            "Take a smaller one."
+        )
     path = folder / "documents.ids"
     store = DocumentStore(path)
+    tokenizer.no_truncation()  # a caller's may be set
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a "[MASK]" in the text is text
     try:
         tally, exhausted = _collect(corpus, tokenizer, recipe, store, progress)
@@ -252,7 +269,8 @@ def _write_rows(
         documents=documents,
         tokens=tokens,
         seq_len=recipe.seq_len,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary_size(tokenizer),
+        unknown_share=tally.unknown / max(1, tally.sampled),
         tokenizer_sha256=fingerprint(tokenizer),
         train=[asdict(shard) for shard in shards[0]],
         heldout=[asdict(shard) for shard in shards[1]],

@@ -18,7 +18,7 @@ from ufbert.data.shards import Rows, Shard, verify
 from ufbert.data.tokenizer import fingerprint
 from ufbert.errors import UserError
 
-DATA_FORMAT = 2
+DATA_FORMAT = 3
 """Version of the prepared folder; one of another version is prepared anew."""
 
 
@@ -48,7 +48,9 @@ class Manifest:
     """Ids of the documents kept, [CLS] and [SEP] included."""
     seq_len: int
     vocab_size: int
-    """Tokens in the tokenizer."""
+    """The tokenizer's largest id plus one."""
+    unknown_share: float
+    """Share of the text's characters that are lost to [UNK], by every 50th document read."""
     tokenizer_sha256: str
     train: list[dict[str, Any]]
     """The shards (`shards.Shard`): name, rows, sha256."""

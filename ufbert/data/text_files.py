@@ -72,6 +72,15 @@ def split_long(text: str) -> Iterator[str]:
         yield text.strip()
 
 
+def first_line_fault(line: bytes) -> str:
+    """What the first line of a file says against reading it as UTF-8 with lines that end in newlines; "" for nothing."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
+        return "is not UTF-8: it begins as UTF-16 does, or holds zero bytes; save it as UTF-8"
+    if not line.endswith(b"\n") and b"\r" in line.rstrip():
+        return "ends its lines with carriage returns alone, as old Macs did; save it with newlines"
+    return ""
+
+
 def _cut(text: str) -> tuple[str, str]:
     """`text` in two parts, cut after its last blank, or at its end if its second half has none."""
     at = max(text.rfind(blank) for blank in "\n \t") + 1
@@ -88,6 +97,8 @@ def _lines(path: Path, meter: Meter) -> Iterator[str]:
             file = io.BufferedReader(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1 << 18)
             rest, decoder = "", None
             while piece := file.readline(MAX_CHARS):
+                if number == 1 and decoder is None and (fault := first_line_fault(piece)):
+                    raise UserError(f"{path} {fault}.")
                 ends = len(piece) < MAX_CHARS or piece.endswith(b"\n")
                 if decoder is None and ends:  # all but monstrous lines
                     text = piece.decode("utf-8")

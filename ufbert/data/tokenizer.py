@@ -1,8 +1,12 @@
 """WordPiece: trained on the corpus at hand, used the same way everywhere."""
 
 import hashlib
+import re
+import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -32,15 +36,22 @@ class SpecialIds(NamedTuple):
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokenizer's own name of each of SPECIAL_TOKENS. Raises UserError if it lacks one."""
-    found = {
-        token: next((name for name in (token, *OTHER_NAMES[token]) if tokenizer.token_to_id(name) is not None), None)
-        for token in SPECIAL_TOKENS
-    }
-    names = {token: name for token, name in found.items() if name is not None}
-    if len(names) < len(found):
-        raise UserError(f"The tokenizer has no {', '.join(token for token in found if token not in names)}.")
-    return names
+    """The tokenizer's own name of each of SPECIAL_TOKENS: its model's for the unknown piece, its post-processor's for those
+    around a text, and for the others the first of the known names that it has. Raises UserError if it lacks one."""
+    edges, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
+    own = {"[UNK]": unknown if unknown and tokenizer.token_to_id(unknown) is not None else None}
+    if len(edges) == 2:
+        own |= {"[CLS]": tokenizer.id_to_token(edges[0]), "[SEP]": tokenizer.id_to_token(edges[1])}
+    names = {token: own.get(token) or known_name(tokenizer, token) for token in SPECIAL_TOKENS}
+    missing = [token for token, name in names.items() if name is None]
+    if missing:
+        raise UserError(f"The tokenizer has no {', '.join(missing)}; take another one.")
+    return {token: name for token, name in names.items() if name is not None}
+
+
+def known_name(tokenizer: Tokenizer, token: str) -> str | None:
+    """The first of the names by which a special token is known that the tokenizer has."""
+    return next((name for name in (token, *OTHER_NAMES[token]) if tokenizer.token_to_id(name) is not None), None)
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
@@ -49,17 +60,101 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*(number for number in ids if number is not None))
 
 
+def wrapping(tokenizer: Tokenizer) -> list[int]:
+    """Ids that the post-processor puts around a text; none without one."""
+    row = tokenizer.encode("a")
+    return [number for number, is_put in zip(row.ids, row.special_tokens_mask, strict=True) if is_put]
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The rows that an embedding table needs: the largest id plus one, which is more than the tokens where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_fits(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Raises UserError if an id lies past an embedding table of so many rows."""
+    piece, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise UserError(
+            f"The tokenizer of {where} gives {piece!r} the id {number:,}, and the model has {rows:,} embeddings; "
+            "take the tokenizer that the model was trained with."
+        )
+
+
+def note(line: str) -> None:
+    """Say what was changed about a tokenizer, where it does not mix with a command's answers."""
+    print(f"tokenizer: {line}", file=sys.stderr, flush=True)
+
+
+def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
+    """The tokenizer, changed in place to do what this package promises: an unknown piece is [UNK], special tokens are found in
+    texts, and a text is `[CLS] text [SEP]`, of any length. `names` are what its folder calls some of SPECIAL_TOKENS.
+
+    A line says what was changed. Raises UserError if the promise cannot be kept.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _settle_unknown(tokenizer, where, names.get("[UNK]"))
+    edges = wrapping(tokenizer)
+    if not edges:
+        cls, sep = (names.get(token) or known_name(tokenizer, token) for token in ("[CLS]", "[SEP]"))
+        ids = [tokenizer.token_to_id(name) if name else None for name in (cls, sep)]
+        if cls and sep and ids[0] is not None and ids[1] is not None:
+            tokenizer.post_processor = processors.BertProcessing((sep, ids[1]), (cls, ids[0]))
+            note(f"{where} says nothing of {cls} and {sep} around a text; they are put there")
+    plain, row = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    if edges and (len(edges) != 2 or row.ids != [edges[0], *plain.ids, edges[1]] or any(row.type_ids)):
+        raise UserError(
+            f"The tokenizer {where} makes {' '.join(row.tokens)!r} of the text 'a', and everything here needs "
+            "'[CLS] text [SEP]'; change its post_processor."
+        )
+    own = special_names(tokenizer)
+    for token, name in names.items():
+        if own[token] != name:
+            raise UserError(
+                f"The folder of {where} calls the {token} token {name!r}, and its tokenizer {own[token]!r}; "
+                "make both say the same."
+            )
+    marked = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    if unmarked := [name for name in own.values() if name not in marked]:
+        tokenizer.add_special_tokens(unmarked)
+        note(f"{where} does not mark {', '.join(unmarked)} as special; they are now found in texts")
+    return tokenizer
+
+
+def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
+    """Have the model use an unknown piece that its vocabulary holds; those that need one fail at the first unknown word."""
+    unknown, pieces = getattr(tokenizer.model, "unk_token", None), tokenizer.get_vocab(with_added_tokens=False)
+    if isinstance(tokenizer.model, models.Unigram) or unknown in pieces:
+        return
+    if isinstance(tokenizer.model, models.BPE) and unknown is None:
+        return  # it has a piece for every byte, or leaves out what it does not know
+    known = next((one for one in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if one in pieces), None)
+    if known is None:
+        raise UserError(
+            f"The tokenizer {where} calls its unknown piece {unknown!r}, and its vocabulary has none of that name; "
+            "add it to the vocabulary, or take another tokenizer."
+        )
+    tokenizer.model.unk_token = known
+    note(f"{where} calls its unknown piece {unknown!r}, which its vocabulary lacks; {known!r} is used")
+
+
+LONGEST_WORD = 100
+"""Characters of the longest word that a tokenizer trained here cuts into pieces; a longer one is [UNK], as in BERT."""
+
+
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """A lower-casing, accent-stripping WordPiece tokenizer of at most `vocab_size` tokens.
 
     Encoding wraps text as `[CLS] text [SEP]` and pairs as `[CLS] a [SEP] b [SEP]`. The same documents give the same
-    tokenizer.
+    tokenizer. An interrupt ends the training at once.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
-    texts = [normalizer.normalize_str(document) for document in documents]
-    alphabet = _alphabet(texts, limit=min(1000, vocab_size // 4))
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [_without_long_words(normalizer.normalize_str(document), pre_tokenizer) for document in documents]
+    alphabet = _alphabet(texts, at_most=vocab_size // 4)
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    draft.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    draft.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         # Left to itself the trainer numbers "##" pieces in the order of a randomised hash map.
@@ -68,10 +163,10 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    draft.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100))
+    _interruptibly(lambda: draft.train_from_iterator(texts, trainer))
+    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ids = special_ids(tokenizer)
@@ -79,13 +174,64 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
-    """The `limit` most frequent characters that are not blanks, ties by code point, sorted."""
+_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+
+
+def _without_long_words(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
+    """The text without words that will be [UNK], for which the trainer would need the square of their length."""
+
+    def short(run: re.Match[str]) -> str:
+        words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run.group()))
+        return " ".join(word for word in words if len(word) <= LONGEST_WORD)
+
+    return _LONG.sub(short, text)
+
+
+def _interruptibly(work: Callable[[], None]) -> None:
+    """Do what lets go of Python for minutes, so that a signal is heard meanwhile."""
+    failed: list[BaseException] = []
+
+    def worker() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=worker, daemon=True)  # one that is left behind does not keep the process
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
+
+
+RARE = 1e-4
+"""Share of a text's characters that may stay out of the alphabet for being the rarest."""
+
+
+def _alphabet(texts: Iterable[str], at_most: int) -> list[str]:
+    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand, or as many as it takes to
+    write all but RARE of the text, or `at_most`."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    ranked = sorted(counts, key=lambda c: (-counts[c], c))
-    return sorted([c for c in ranked if not c.isspace()][:limit])
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    left, needed = sum(counts[c] for c in ranked), 0
+    rare = RARE * left
+    while left > rare:
+        left -= counts[ranked[needed]]
+        needed += 1
+    return sorted(ranked[: min(at_most, max(1000, needed))])
+
+
+def unknown_characters(tokenizer: Tokenizer, texts: list[str], unknown: int) -> tuple[int, int]:
+    """How many of the texts' characters are lost to the unknown piece, of how many that are not blanks."""
+    lost = total = 0
+    for text, row in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        spans = (text[a:b] for number, (a, b) in zip(row.ids, row.offsets, strict=True) if number == unknown)
+        lost += sum(len("".join(span.split())) for span in spans)
+        total += len("".join(text.split()))
+    return lost, total
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -44,6 +44,9 @@ class FinetuneOptions:
     """Its column of second texts; optional."""
     label: str = ""
     """Its label column: classes, or numbers to predict."""
+    labels: Literal["auto", "classes", "values"] = "auto"
+    """What numbers in the label column are; auto takes them for values where one has a fraction or there are more than 20
+    different ones, and says so."""
     protocol: ProtocolName = "auto"
     """crammed, small (crammed with a learning rate by width), bert (best of four learning rates), mnli-first; auto takes
     crammed from width 768 up and small below."""
@@ -76,8 +79,14 @@ class FinetuneOptions:
         if self.probe and self.from_scratch:
             raise UserError("--probe reads a pretrained encoder; it does not go with --from-scratch.")
         for name in ("runs_at_once", "train_rows"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
+            if not 0 <= getattr(self, name) < 2**31:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between 0 and 2^31 - 1."
+                )
+        if self.labels != "auto" and not (self.is_own and not self.task_file):
+            raise UserError(
+                "--labels is for a task of your own that --train and the like describe; a task file says it itself."
+            )
         if self.is_own and self.protocol == "mnli-first":
             raise UserError("The protocol mnli-first is for GLUE's tasks.")
 
@@ -92,9 +101,11 @@ class FinetuneOptions:
         try:
             found = tuple(int(part) for part in self.seeds.split(",")) if self.seeds else ()
         except ValueError as error:
-            raise UserError(f"--seeds {self.seeds!r} is not a list of whole numbers.") from error
+            raise UserError(f"--seeds {self.seeds[:60]!r} is not a list of whole numbers.") from error
         if len(set(found)) < len(found):
             raise UserError(f"--seeds {self.seeds} names a seed twice.")
+        if wrong := [seed for seed in found if not 0 <= seed < 2**32]:
+            raise UserError(f"--seeds names {wrong[0]}; a seed must lie between 0 and 4294967295.")
         return found
 
 
@@ -164,8 +175,9 @@ def probing(protocol: Protocol) -> Protocol:
 def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
     """(Names of official tasks that the source lacks, rows of the tasks to run)."""
     if options.is_own:
-        own = OwnTask(**{name: getattr(options, name) for name in OWN})
-        return [], [read_own(own, options.skip_bad_rows)]
+        described = {name: getattr(options, name) for name in OWN}
+        own = OwnTask(**described, regression={"auto": None, "classes": False, "values": True}[options.labels])
+        return [], [read_own(own, options.skip_bad_rows, print)]
     source = open_source(options.glue_source, options.skip_bad_rows)
     chosen, absent = choose_tasks(source, options.tasks)
     if options.protocol == "mnli-first":

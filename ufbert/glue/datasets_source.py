@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.errors import UserError
-from ufbert.glue.records import Columns, Record, class_number, collect, number, require_columns, single_number
+from ufbert.glue.records import Columns, Record, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tables import read_table
 from ufbert.glue.tasks import Task
@@ -20,28 +20,48 @@ def dataset_split(task: Task, split: str) -> tuple[str, str]:
     return ("ax", "test") if split == "ax" else (task.name, _SPLITS.get(split, split))
 
 
-def dataset_columns(task: Task, split: str, names: list[str] | None = None) -> Columns:
-    """The columns of a split. `names` are those that the dataset itself gives its class numbers: where they are the task's
-    labels, they decide which class a number is."""
+def dataset_columns(place: str, task: Task, split: str, names: list[str] | None = None) -> Columns:
+    """The columns of a split. `names` are those that the dataset itself gives its class numbers; they decide which class a
+    number is. Raises UserError if they are not the task's."""
     if split in task.test:
         return Columns(task.hub_text)
     if task.is_regression:
         return Columns(task.hub_text, "label", single_number)
-    in_order = names is None or set(names) != set(task.labels)
-    return Columns(task.hub_text, "label", partial(_class, task.labels, task.labels if in_order else tuple(names)))
+    order = tuple(range(len(task.labels))) if names is None else _order(task, names)
+    if order is None:
+        raise UserError(
+            f"{place}: its classes are named {', '.join(names or ())}, where those of {task.name} are "
+            f"{', '.join(task.label_names)}; name them so in the dataset's features, or give the rows as a task of your own."
+        )
+    return Columns(task.hub_text, "label", partial(_class, task, order))
 
 
-def _class(labels: tuple[str, ...], names: tuple[str, ...], value: Any) -> float:
-    """The class of a label's text, or of its place in `names`. Raises ValueError for another."""
-    if isinstance(value, str) and value.strip() in labels:
-        return class_number(labels, value)
+def _order(task: Task, names: list[str]) -> tuple[int, ...] | None:
+    """The task's class of each of a dataset's class names; None if they are not the task's."""
+    for known in (task.labels, task.label_names, task.hub_labels):
+        plain = list(map(_plain, known))
+        if sorted(map(_plain, names)) == sorted(plain):
+            return tuple(plain.index(_plain(name)) for name in names)
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace("_", " ").replace("-", " ")
+
+
+def _class(task: Task, order: tuple[int, ...], value: Any) -> float:
+    """The class of a label's text, or of a class number that stands for a place in `order`. Raises ValueError for another."""
+    for known in (task.labels, task.label_names, task.hub_labels):
+        plain = list(map(_plain, known))
+        if isinstance(value, str) and _plain(value) in plain:
+            return float(plain.index(_plain(value)))
     try:
         place = number(value)
     except ValueError:
         place = -1.0
-    if place not in range(len(names)):
-        raise ValueError(f"{value!r} is not a class number below {len(names)}, nor one of {', '.join(labels)}")
-    return class_number(labels, names[int(place)])
+    if place not in range(len(order)):
+        raise ValueError(f"{value!r} is not a class number below {len(order)}, nor one of {', '.join(task.labels)}")
+    return float(order[int(place)])
 
 
 class _DatasetsSource(Source):
@@ -56,8 +76,8 @@ class _DatasetsSource(Source):
 
     def _rows(self, task: Task, split: str, dataset: Any) -> Rows:
         names = getattr(dataset.features.get("label"), "names", None)
-        columns = dataset_columns(task, split, names)
         place = self.place(task, split)
+        columns = dataset_columns(place, task, split, names)
         require_columns(place, columns, dataset.column_names)
         used = [name for name in (*columns.text, columns.label) if name]
         table = dataset.select_columns(used).with_format("arrow")[:]
@@ -120,14 +140,19 @@ class FolderSource(_DatasetsSource):
             return None
         if ".csv" in paths[0].suffixes:
             return self._csv_rows(task, split, paths[0])
+        parts: list[Any] = []
         try:
             if paths[0].is_dir():
-                dataset = datasets.load_from_disk(str(paths[0]))
+                dataset: Any = datasets.load_from_disk(str(paths[0]))
             else:
-                table = pa.concat_tables([pyarrow.parquet.read_table(path) for path in paths])
-                dataset = datasets.Dataset(table)
+                parts = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path in paths]
+                dataset = datasets.Dataset(pa.concat_tables([part.data.table for part in parts]))
         except Exception as error:  # either library raises many kinds for a damaged file
             raise UserError(f"{paths[0]} cannot be read ({cause(error)}).") from error
+        if any(part.features != dataset.features for part in parts):
+            raise UserError(
+                f"{paths[0]} and the other parts of its split have different columns or classes; write them alike."
+            )
         return self._rows(task, split, dataset)
 
     def _files(self, task: Task, split: str) -> list[Path]:
@@ -141,7 +166,7 @@ class FolderSource(_DatasetsSource):
 
     def _csv_rows(self, task: Task, split: str, path: Path) -> Rows:
         table = read_table(path)
-        columns = dataset_columns(task, split)
+        columns = dataset_columns(str(path), task, split)
         require_columns(str(path), columns, table.columns or ())
         return collect(str(path), table.records, columns, self.skip_bad_rows)
 

@@ -1,8 +1,12 @@
 """A task of one's own: rows in TSV, CSV or JSON-lines files, described by a task file or by options."""
 
+import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,12 @@ from ufbert.glue.tasks import TASKS, Task
 
 MAX_WHOLE_NUMBERS = 20
 """Whole-number labels of which there are more are values, not classes, unless the task says otherwise."""
+NUMBERS_SHARE = 0.95
+"""Labels are numbers if at least this share of the training rows has one. What else stands there is then a broken row."""
+RESERVED = ("glue.json", "glue.md", "partial", "predictions", "report.html", "submission")
+"""Names in a sweep's folder that are not tasks' model folders."""
+MAX_NAME = 100
+"""Bytes of a task's name, which becomes a part of longer file names."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +58,23 @@ class OwnTask:
     """The main one first: accuracy, f1, matthews, pearson, spearman; by default accuracy (and f1 for two classes), or pearson
     and spearman."""
     regression: bool | None = None
-    """Whether labels are values; by default they are if all of the training rows are numbers and either one has a fraction or
-    there are more than 20 different ones."""
+    """Whether labels are values. By default they are if 95 % of the training rows or more have numbers, and one of these has a
+    fraction or there are more than 20 different ones."""
 
 
 OWN_KEYS = {field.name: field.type for field in fields(OwnTask) if field.name != "task_file"}
 """What a task file may say."""
 
 
-def read_own(own: OwnTask, skip_bad_rows: bool = False) -> TaskData:
-    """All rows of one's own task.
+def read_own(own: OwnTask, skip_bad_rows: bool = False, say: Callable[[str], object] = lambda line: None) -> TaskData:
+    """All rows of one's own task. `say` gets a line where numbers could be classes or values, with what they are taken for.
 
     Raises UserError for a description that does not fit itself or the files, and for a broken row, a label that no training
     row has included; `skip_bad_rows` leaves such rows out and counts them.
     """
     own = _described(own)
-    task = _task(own)
-    label = number if task.is_regression else partial(_class, task.labels)
+    task = _task(own, _classes(own, skip_bad_rows, say))
+    label = _number if task.is_regression else partial(_class, task.labels)
     labelled = Columns(tuple(map(str, task.text)), own.label, label)
     train, dev = (_read(path, labelled, skip_bad_rows) for path in (own.train, own.dev))
     test = {"test": _read(own.test, Columns(labelled.text), skip_bad_rows)} if own.test else {}
@@ -88,10 +98,7 @@ def _described(own: OwnTask) -> OwnTask:
     own = replace(own, name=own.name or "own", labels=tuple(map(_label_text, own.labels)))
     if lacking := [key for key in ("train", "dev", "text", "label") if not getattr(own, key)]:
         raise UserError(f"{where} lacks {' and '.join(lacking)}; it needs train, dev, text and label.")
-    if not re.fullmatch(r"\w[\w.-]*", own.name) or own.name.lower() in TASKS:
-        raise UserError(
-            f"{where} cannot be named {own.name!r}: take letters, digits, - and _, and no GLUE task's name."
-        )
+    _check_name(where, own.name)
     if own.labels and own.regression:
         raise UserError(f"{where} names labels and asks for regression; choose one.")
     if len(set(own.labels)) < len(own.labels):
@@ -99,20 +106,22 @@ def _described(own: OwnTask) -> OwnTask:
     return own
 
 
-def _task(own: OwnTask) -> Task:
-    """The task, with what its description leaves to the training rows. Raises UserError if the parts do not fit."""
-    labels = own.labels
-    if not labels and own.regression is not True:
-        found = _labels_in(own)
-        numbers = [value for value in map(_value, found) if value is not None]
-        if len(numbers) < len(found):
-            labels = tuple(sorted(found))
-        elif own.regression is False or (
-            len(numbers) <= MAX_WHOLE_NUMBERS and all(value == int(value) for value in numbers)
-        ):
-            labels = tuple(sorted(found, key=float))
-        if len(labels) == 1:
-            raise UserError(f"{own.train}: all rows have the label {labels[0]}, so that there is nothing to learn.")
+def _check_name(where: str, name: str) -> None:
+    """Raises UserError for a name that cannot be a folder's in every file system, or is one of a sweep's own."""
+    plain = name.casefold()
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(".") or len(name.encode()) > MAX_NAME:
+        wanted = f"take letters, digits, - and _, at most {MAX_NAME} of them"
+    elif plain in TASKS:
+        wanted = "take no GLUE task's name"
+    elif plain in RESERVED:
+        wanted = "a sweep keeps something else under it; rename the task file, or name the task in it"
+    else:
+        return
+    raise UserError(f"{where} cannot be named {name if len(name) < 60 else name[:57] + '...'!r}: {wanted}.")
+
+
+def _task(own: OwnTask, labels: tuple[str, ...]) -> Task:
+    """The task with these labels, none for values. Raises UserError if the parts of its description do not fit."""
     names = own.label_names or labels
     if len(names) != len(labels):
         raise UserError(f"The task has {len(labels)} labels ({_listed(labels)}) and {len(names)} label_names.")
@@ -121,30 +130,75 @@ def _task(own: OwnTask) -> Task:
     )
     _check_metrics(metrics, len(labels))
     text = (own.text, own.pair) if own.pair else (own.text,)
-    return Task(
-        own.name,
-        own.name,
-        text,
-        own.label,
-        labels,
-        names,
-        metrics,
-        hub_text=text,
-        test={"test": ""} if own.test else {},
+    test = {"test": ""} if own.test else {}
+    return Task(own.name, own.name, text, own.label, labels, names, metrics, hub_text=text, test=test)
+
+
+def _classes(own: OwnTask, skip_bad_rows: bool, say: Callable[[str], object]) -> tuple[str, ...]:
+    """The classes in order, () where labels are values: those that the description names, or those of the training rows.
+
+    Raises UserError for a broken training row, and for labels of which nothing can be learnt.
+    """
+    if own.labels or own.regression:
+        return own.labels
+    counts = _labels_in(own, skip_bad_rows)
+    found, numbers = set(counts), {label for label in counts if _value(label) is not None}
+    if own.regression is None and sum(counts[label] for label in numbers) >= NUMBERS_SHARE * counts.total():
+        found = numbers
+        if _are_values(own, numbers, say):
+            return ()
+    elif own.regression is None and len(found) > counts.total() / 2 > MAX_WHOLE_NUMBERS / 2:
+        raise UserError(
+            f"{own.train}: the {counts.total()} rows have {len(found)} different labels, of which nothing can be learnt; is "
+            f"{own.label} the right column? --labels takes them for classes or for values all the same."
+        )
+    _check_alike(own.train, found)
+    return tuple(sorted(found, key=float if found == numbers else str))
+
+
+def _are_values(own: OwnTask, numbers: set[str], say: Callable[[str], object]) -> bool:
+    """Whether labels that are numbers are values, not classes. Says so, and how to have the other."""
+    if len(numbers) == 1:
+        raise UserError(f"{own.train}: all rows have the label {min(numbers)}, so that there is nothing to learn.")
+    fraction = next((label for label in sorted(numbers) if not float(label).is_integer()), "")
+    are_values = bool(fraction) or len(numbers) > MAX_WHOLE_NUMBERS
+    size = f"{len(numbers)} whole ones, {'' if are_values else 'not '}more than {MAX_WHOLE_NUMBERS}"
+    why = f"{fraction} has a fraction" if fraction else f"there are {size}"
+    taken, other = ("values", "classes") if are_values else (f"{len(numbers)} classes", "values")
+    say(
+        f"the labels in {own.label} are numbers and taken for {taken}, since {why}; for {other} give --labels {other}, or "
+        f"in a task file regression: {str(not are_values).lower()}"
     )
+    return are_values
 
 
-def _labels_in(own: OwnTask) -> set[str]:
-    """Every label of the training rows, those of broken rows left out: they are named when the rows are read. Raises UserError
-    if there is none."""
-    table = read_table(Path(own.train))
-    if table.columns is not None:
-        require_columns(own.train, Columns((own.text,), own.label), table.columns)
-    values = (record.values.get(own.label) for record in table.records)
-    found = {_label_text(value) for value in values if value is not None} - {""}
-    if not found:
-        raise UserError(f"{own.train} has no rows with a label.")
-    return found
+def _labels_in(own: OwnTask, skip_bad_rows: bool) -> Counter[str]:
+    """How many training rows have each label. Raises UserError for a broken row, and if all rows have one label."""
+    counts: Counter[str] = Counter()
+
+    def count(label: Any) -> float:
+        counts[_label_text(label)] += 1
+        return math.nan
+
+    texts = (own.text, own.pair) if own.pair else (own.text,)
+    _read(own.train, Columns(texts, own.label, count), skip_bad_rows)
+    if len(counts) == 1:
+        raise UserError(f"{own.train}: all rows have the label {min(counts)}, so that there is nothing to learn.")
+    return counts
+
+
+def _check_alike(place: str, labels: set[str]) -> None:
+    """Raises UserError for two labels that a person would take for one: equal but for case or blanks, or as numbers."""
+    seen: dict[str | Decimal, str] = {}
+    for label in sorted(labels):
+        is_number = _value(label) is not None
+        key = Decimal(label) if is_number else " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        other = seen.setdefault(key, label)
+        if other != label:
+            raise UserError(
+                f"{place} has the labels {other!r} and {label!r}, which are perhaps one; write them alike, or name both under "
+                "`labels` in a task file."
+            )
 
 
 def _check_metrics(metrics: Iterable[str], n_labels: int) -> None:
@@ -172,6 +226,10 @@ def _label_text(value: Any) -> str:
     """A label as text; a whole number is the same label with and without a decimal point."""
     text = str(value).strip()
     return text.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0*", text) else text
+
+
+def _number(value: Any) -> float:
+    return number(_label_text(value))
 
 
 def _value(text: str) -> float | None:

@@ -22,7 +22,7 @@ class Record(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Which columns become texts and labels."""
+    """Which columns become texts and labels. Texts are texts, or bytes that hold UTF-8."""
 
     text: tuple[str, ...]
     """One or two."""
@@ -67,17 +67,30 @@ def _parse(record: Record, columns: Columns) -> tuple[list[str], float]:
     if columns.read_label is None:
         return texts, math.nan
     label = record.values.get(columns.label)
-    if label is None:
+    if label is None or (isinstance(label, str) and not label.strip()):
         raise ValueError(f"{columns.label} is missing")
+    if isinstance(label, list | tuple | dict | bytes | np.ndarray):
+        raise ValueError(f"{columns.label} is {_shown(label)}, not one label")
     return texts, columns.read_label(label)
 
 
 def _text(column: str, value: Any) -> str:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{column} is not UTF-8") from error
     if not isinstance(value, str):
-        raise ValueError(f"{column} is missing" if value is None else f"{column} is {value!r}, not a text")
+        raise ValueError(f"{column} is missing" if value is None else f"{column} is {_shown(value)}, not a text")
     if not is_unicode(value):
         raise ValueError(f"{column} holds half of a surrogate pair")
     return value.strip()
+
+
+def _shown(value: Any) -> str:
+    """A value's beginning, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def is_unicode(text: str) -> bool:
@@ -90,9 +103,13 @@ def is_unicode(text: str) -> bool:
 
 
 def require_columns(place: str, columns: Columns, there: Iterable[str]) -> None:
-    """Raises UserError if a file or a dataset that has the columns `there` lacks one that is read."""
+    """Raises UserError if a file or a dataset that has the columns `there` lacks one that is read, or has it twice."""
     there = list(there)
-    lacking = [name for name in (*columns.text, columns.label) if name and name not in there]
+    read = [name for name in (*columns.text, columns.label) if name]
+    for name in read:
+        if there.count(name) > 1:
+            raise UserError(f"{place} has {there.count(name)} columns {name}; rename or remove all but one.")
+    lacking = [name for name in read if name not in there]
     if lacking:
         raise UserError(
             f"{place} has no column {' and no column '.join(lacking)}; it has {', '.join(there) or 'none'}."
@@ -101,6 +118,8 @@ def require_columns(place: str, columns: Columns, there: Iterable[str]) -> None:
 
 def number(value: Any) -> float:
     """A finite number. Raises ValueError for anything else."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError(f"{value!r} is not a number")  # though Python reads 2020_01 as 202001
     try:
         found = float(value)
     except (TypeError, ValueError) as error:

@@ -6,8 +6,9 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ufbert.data.text_files import first_line_fault
 from ufbert.errors import UserError
 from ufbert.glue.records import Record, is_unicode
 
@@ -82,6 +83,9 @@ def _tsv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
+    csv.field_size_limit(
+        2**31 - 1
+    )  # a field may be as long as a text is; the library's own bound is 131,072 characters
     reader = csv.reader(_lines(path), strict=True)
     while True:
         line = reader.line_num + 1
@@ -102,12 +106,26 @@ def _json_records(path: Path) -> Iterator[Record]:
             continue
         values, fault = {}, _encoding_fault(text)
         try:
-            values = {} if fault else json.loads(text.strip())
+            values = {} if fault else json.loads(text.strip(), object_pairs_hook=object_of_pairs)
         except json.JSONDecodeError as error:
-            fault = f"broken JSON ({error.msg} at column {error.colno})"
+            fault = f"broken JSON ({error.msg} at column {error.colno}), where each line must hold one whole object"
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a key that stands twice, a number of 5,000 digits, 1,000 brackets
+            fault = f"broken JSON ({error})"
         if not isinstance(values, dict):
-            values, fault = {}, "not a JSON object"
+            values, fault = {}, "not a JSON object, of which each line must hold one"
         yield Record(line, values, fault)
+
+
+def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands in it twice, of which Python would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return values
 
 
 def _encoding_fault(text: str) -> str:
@@ -122,7 +140,11 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8", "surrogateescape")
-                yield text.removeprefix("\ufeff") if number == 1 else text
+                if number == 1:
+                    if fault := first_line_fault(line):
+                        raise UserError(f"{path} {fault}.")
+                    text = text.removeprefix("\ufeff")
+                yield text
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

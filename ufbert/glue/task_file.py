@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from ufbert.errors import UserError
+from ufbert.glue.tables import object_of_pairs
 
 PATHS = ("train", "dev", "test")
 """Keys that name files, from the task file's folder."""
@@ -37,6 +38,8 @@ def _value(path: Path, key: str, value: Any, kinds: Mapping[str, Any]) -> Any:
     if kinds[key] is str and isinstance(value, str):
         return value
     if kinds[key] == tuple[str, ...] and isinstance(value, list | tuple):
+        if texts := [item for item in value if not isinstance(item, str | int | float)]:
+            raise UserError(f"{path}: {key} must be a list of texts or numbers, without {texts[0]!r}.")
         return tuple(map(str, value))
     if kinds[key] == bool | None and isinstance(value, bool | NoneType):
         return value
@@ -46,11 +49,13 @@ def _value(path: Path, key: str, value: Any, kinds: Mapping[str, Any]) -> Any:
 
 def _json_values(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=object_of_pairs)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg}).") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON ({error}).") from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 

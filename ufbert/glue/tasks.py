@@ -24,6 +24,8 @@ class Task:
     """What a person calls the classes."""
     metrics: tuple[str, ...]
     """Official metrics, the main one first."""
+    hub_labels: tuple[str, ...] = ()
+    """What the hub's dataset calls the classes, where that is neither `labels` nor `label_names`."""
     header: bool = True
     """Whether train and dev files have a header; test files always do."""
     columns: int = 0
@@ -65,12 +67,12 @@ TASKS = {
         ),
         Task(
             "mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", BINARY, ("different", "paraphrase"),
-            ("f1", "accuracy"),
+            ("f1", "accuracy"), hub_labels=("not_equivalent", "equivalent"),
         ),
         Task("stsb", "STS-B", _PAIR, "score", (), (), ("pearson", "spearman")),
         Task(
             "qqp", "QQP", ("question1", "question2"), "is_duplicate", BINARY, ("different", "duplicate"),
-            ("f1", "accuracy"), hub_text=("question1", "question2"),
+            ("f1", "accuracy"), hub_labels=("not_duplicate", "duplicate"), hub_text=("question1", "question2"),
         ),
         Task(
             "mnli", "MNLI", _PAIR, "gold_label", ("entailment", "neutral", "contradiction"),

@@ -1,6 +1,5 @@
 """`tfds:PATH`: a data directory of tensorflow_datasets, PATH/glue/cola/2.0.0 and so on, read without TensorFlow."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class TfdsSource(Source):
         config, name = dataset_split(task, split)
         builder = self._builder(config)
         features, place = dict(builder.info.features.items()), self.place(task, split)
-        columns = dataset_columns(task, split, getattr(features.get("label"), "names", None))
+        columns = dataset_columns(place, task, split, getattr(features.get("label"), "names", None))
         require_columns(place, columns, features)
         try:
             values = list(builder.as_data_source(name))
@@ -51,7 +50,7 @@ class TfdsSource(Source):
             ) from error
         if "idx" in features:
             values.sort(key=lambda row: int(row["idx"]))
-        return collect(place, _records(values), columns, self.skip_bad_rows, unit="row")
+        return collect(place, (Record(i, row) for i, row in enumerate(values)), columns, self.skip_bad_rows, unit="row")
 
     def _builder(self, config: str) -> Any:
         """What reads the newest version of a configuration; None if there is none. Raises UserError for a damaged one."""
@@ -71,13 +70,3 @@ def _newest(folder: Path) -> Any:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
         raise UserError(f"{newest} is not a dataset that tensorflow_datasets prepared ({cause(error)}).") from error
-
-
-def _records(values: list[dict[str, Any]]) -> Iterator[Record]:
-    for i, row in enumerate(values):
-        try:
-            texts = {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
-        except UnicodeDecodeError:
-            yield Record(i, {}, "not UTF-8")
-        else:
-            yield Record(i, texts)

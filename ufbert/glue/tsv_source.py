@@ -1,6 +1,7 @@
 """`dir:PATH`: the official TSV files, PATH/SST-2/train.tsv and so on, and cuts of them such as PATH/QQP-10k."""
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from ufbert.errors import UserError
@@ -29,7 +30,11 @@ class TsvSource(Source):
 
     def cuts(self) -> list[Task]:
         found = [cut_of(folder.name) for folder in sorted(self.root.iterdir()) if folder.is_dir()]
-        return [task for task in found if task is not None]
+        cuts = [task for task in found if task is not None]
+        for one, other in pairwise(sorted(cuts, key=lambda cut: cut.name)):
+            if one.name == other.name:
+                raise UserError(f"{one.folder} and {other.folder} differ by case alone; rename one of these folders.")
+        return cuts
 
     def read(self, task: Task, split: str) -> Rows | None:
         path = self._path(task, split)

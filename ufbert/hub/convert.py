@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ufbert.config import ModelConfig
-from ufbert.data.tokenizer import special_ids
+from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
 from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.files import read_json, read_tensors, write_folder
@@ -117,13 +117,10 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
 def with_tokenizer(weights: Weights, folder: Path, tokenizer: str = "") -> ModelFolder:
     """The model of imported weights and the tokenizer of its folder (or the file given).
 
-    Raises UserError if there is no tokenizer, or it has more tokens than the model.
+    Raises UserError if there is no tokenizer, or one of its ids lies past the model's embeddings.
     """
     words = find_tokenizer(folder, tokenizer)
-    if words.get_vocab_size() > weights.config.vocab_size:
-        raise UserError(
-            f"The tokenizer has {words.get_vocab_size():,} tokens, the model only {weights.config.vocab_size:,}."
-        )
+    check_fits(words, weights.config.vocab_size, tokenizer or str(folder))
     task = TaskInfo("imported", weights.labels, {}) if "classifier" in weights.heads else None
     return ModelFolder(weights.config, weights.params, words, task)
 
@@ -148,6 +145,7 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
     Raises UserError, saying why, if the layout cannot express the model, and if the disk refuses.
     """
     config, heads = model.config, model.heads
+    check_fits(model.tokenizer, config.vocab_size, "this model")
     n_outputs = (max(1, len(model.task.labels)) if model.task else 1) if "classifier" in heads else 0
     reasons = []
     for candidate in FORMATS:
@@ -227,6 +225,6 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
     if not {"masked_lm", "classifier"} & set(model.heads):  # a bare encoder
         tensors = {name.removeprefix(found.root): array for name, array in tensors.items()}
     files = {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
-    files |= tokenizer_files(model.tokenizer, model.config.only_len or model.config.max_len, found.kinds[0])
+    files |= tokenizer_files(model.tokenizer, model.config.only_len or model.config.max_len)
     write_folder(folder, tensors, files)
     return f"{found.label} ({', '.join(values.get('architectures') or values['arch']['architectures'])})"

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ufbert import nn
 from ufbert.config import FORMAT_VERSION, ModelConfig, from_json, to_json
+from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json, read_tensors, stored_tensors, write_folder
 from ufbert.hub.layout import check_tensors
@@ -89,8 +90,8 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     """Read a model folder; `lazily`, parameters are left in the file until they are asked for their numbers, and are not kept,
     so that an engine that packs them never holds both.
 
-    Raises UserError, in one sentence, if it is absent, of another kind, incomplete, truncated, or if a tensor does not
-    fit the configuration; nothing is loaded partly.
+    Raises UserError, in one sentence, if it is absent, of another kind, incomplete, truncated, or if a tensor or the
+    tokenizer does not fit the configuration; nothing is loaded partly.
     """
     folder = Path(folder)
     config_path, weights_path, tokenizer_path = (
@@ -115,7 +116,9 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
-    return ModelFolder(model, params, read_tokenizer(tokenizer_path), task)
+    tokenizer = read_tokenizer(tokenizer_path)
+    check_fits(tokenizer, model.vocab_size, str(folder))
+    return ModelFolder(model, params, tokenizer, task)
 
 
 def flat_shapes(model: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ufbert.data.encode import Encoded, encode_texts
+from ufbert.data.encode import Encoded, encode_texts, uncut_ids
 from ufbert.data.tokenizer import special_ids, special_names
 from ufbert.device import Device, use_device
 from ufbert.errors import UserError
@@ -52,6 +52,7 @@ class Predictor:
         self.engine = Engine(model, dtype, exact_routing, mode)
         self.config, self.tokenizer, self.task, self.heads = model.config, model.tokenizer, model.task, model.heads
         self.truncate = truncate
+        self.mask_name, self.mask = special_names(model.tokenizer)[MASK], special_ids(model.tokenizer).mask
 
     @classmethod
     def load(
@@ -79,18 +80,28 @@ class Predictor:
         for text in texts:
             if MASK not in text:
                 raise UserError(f"The text {shown(text)} has no {MASK} to fill.")
-        mask_name = special_names(self.tokenizer)[MASK]
-        rows, mask = self.rows([text.replace(MASK, mask_name) for text in texts]), special_ids(self.tokenizer).mask
-        positions = [[i for i, token in enumerate(ids) if token == mask] for ids in rows.ids]
-        for text, found in zip(texts, positions, strict=True):
-            if len(found) < text.count(MASK):
-                raise UserError(f"The text {shown(text)} is too long, and a {MASK} of it was cut off.")
-        return [[self._guesses(one, top) for one in logits] for logits in self.engine.logits(rows, positions)]
+        named = [text.replace(MASK, self.mask_name) for text in texts]
+        rows = self.rows(named)
+        positions = [[i for i, token in enumerate(ids) if token == self.mask] for ids in rows.ids]
+        for text, as_named, places in zip(texts, named, positions, strict=True):
+            wanted = text.count(MASK)
+            if len(places) < wanted and uncut_ids(self.tokenizer, as_named).count(self.mask) < wanted:
+                raise UserError(
+                    f"The model's tokenizer does not find the {MASK} of {shown(text)} as a token; write blanks around it."
+                )
+            if len(places) < wanted:
+                raise UserError(f"The text {shown(text)} is too long, and a {MASK} of it was cut off. Shorten it.")
+        return [[self._guesses(row, top) for row in logits] for logits in self.engine.logits(rows, positions)]
 
     def _guesses(self, logits: Float[np.ndarray, " v"], top: int) -> list[Guess]:
         odds = softmax(logits)
         best = np.argsort(-odds, kind="stable")[:top]
-        return [Guess(self.tokenizer.id_to_token(int(i)) or "[UNK]", float(odds[i])) for i in best]
+        return [Guess(self._written(int(i)), float(odds[i])) for i in best]
+
+    def _written(self, number: int) -> str:
+        """A piece as its tokenizer's decoder writes it; as it is stored where that is no text (a part of a character)."""
+        text = self.tokenizer.decode([number], skip_special_tokens=False).strip()
+        return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(number) or f"<id {number}>"
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Answer]:
         """The class of each text, or of each text and the one at its place in `pairs`, with its probability; the value for a

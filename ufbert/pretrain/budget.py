@@ -10,6 +10,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -109,9 +110,14 @@ class WallClock:
     budget is what can be spent until then, so that the learning rate is at its end by that time."""
 
     def __init__(
-        self, seconds: float, spent_before: float = 0.0, started: float | None = None, deadline: float | None = None
+        self,
+        seconds: float,
+        spent_before: float = 0.0,
+        started: float | None = None,
+        deadline: float | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._started = time.monotonic() if started is None else started
+        self._now, self._started = now, now() if started is None else started
         if deadline is not None:
             seconds = min(seconds, spent_before + deadline - self._started)
         self.seconds: float | None = seconds
@@ -119,7 +125,7 @@ class WallClock:
         self._reserve, self._furthest = 0.0, 0.0
 
     def spent(self) -> float:
-        return self.spent_before + time.monotonic() - self._started
+        return self.spent_before + self._now() - self._started
 
     def fraction(self, step: int) -> float:
         trainable = max(1e-9, self._budget - self._reserve)

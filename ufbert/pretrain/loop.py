@@ -7,9 +7,8 @@ share of the budget comes; (4) last evaluation; (5) last save. The clock covers 
 
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.evaluation import Heldout, evaluate, heldout_of
+from ufbert.pretrain.reserve import EndCosts
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state, state_of
@@ -76,11 +76,8 @@ class _Session:
     metrics: Writer
     live: LiveLine
     flops_per_token: float
-    save_seconds: float
-    """Of a whole checkpoint, waited for: an estimate until one is measured."""
-    eval_seconds: float = 0.0
+    costs: EndCosts
     heldout_loss: float = float("inf")
-    update_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     skipped_in_row: int = 0
     rollbacks: int = 0
     complained: bool = False
@@ -97,11 +94,6 @@ class _Session:
     def over(self, step: int) -> bool:
         """Whether no further work of update `step` may begin. All must ask, in the same order."""
         return self.clock.done(step) or self.asked() is not None
-
-    def reserve(self) -> float:
-        """Seconds to keep for the end: updates in flight, the last evaluation, the last checkpoint and model folder."""
-        update, evals = max(self.update_seconds, default=0.0), 1 if self.state.average is None else 2
-        return 1.0 + 2.0 * update + 1.5 * evals * self.eval_seconds + 2.0 * self.save_seconds
 
 
 def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings) -> dict[str, Any]:
@@ -123,17 +115,20 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
         session = _Session(
             run, data, around, clock, layout, steps, heldout, checkpoints, signals, shapes, state, metrics, live,
             flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model, run.micro_tokens) == "masked"),
-            save_seconds=0.5 + size / 200e6,
+            costs=EndCosts(save_guess=0.5 + size / 200e6, evaluations=1 if state.average is None else 2),
         )  # fmt: skip
         try:
             if restored is not None:
                 _note_resumption(session, restored.spent)
             if not clock.done(session.step):
+                compiling = _compile_evaluation(session)
                 _evaluate(session, record=restored is None)
-                # The first update compiles, which costs about twice what compiling the evaluation just did: where that much
-                # is not left, as after a late resume, it must not begin.
-                clock.reserve(session.reserve() + 2.0 * session.eval_seconds)
-                _updates(session, key)
+                # The first update compiles, which costs about twice what compiling the evaluation did: where that much is not
+                # left, as after a late resume, it must not begin. The schedule knows nothing of it.
+                clock.reserve(session.costs.reserve() + 2.0 * compiling)
+                if not session.over(session.step):
+                    clock.reserve(session.costs.reserve())
+                    _updates(session, key)
             if (asked := session.asked()) is not None:
                 raise _interruption(session, asked)
             return _finish(session)
@@ -188,7 +183,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
                     _checkpoint(session)
             last = time.monotonic()
-        clock.reserve(session.reserve())
+        clock.reserve(session.costs.reserve())
         fraction = clock.fraction(step)
         picks = order.take(position, rows_per_update(cfg, fraction))
         length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
@@ -206,7 +201,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
         _report(session, pending)
         now = time.monotonic()
         if waited:
-            session.update_seconds.append(now - last)
+            session.costs.updated(now - last, len(picks) * length)
             speed = len(picks) * run.data.seq_len / max(now - last, 1e-9)
         pending = {
             "step": step, "outcome": outcome, "lr": float(controls.lr), "mask_rate": mask_rate(cfg, fraction),
@@ -290,11 +285,19 @@ def _roll_back(session: _Session) -> None:
     session.metrics.write({"step": session.step, "event": "rolled back", "to_step": step})
 
 
+def _compile_evaluation(session: _Session) -> float:
+    """Evaluate one batch, which compiles; the seconds that takes are not what a later evaluation will take."""
+    began, first = time.monotonic(), replace(session.heldout, batches=session.heldout.batches[:1])
+    evaluate(session.steps, session.state.params, first, session.layout)
+    return time.monotonic() - began
+
+
 def _evaluate(session: _Session, record: bool = True) -> None:
     """Held-out loss in nats; written to the metrics under `heldout_loss` if it is to be recorded."""
     began, clock = time.monotonic(), session.clock
     found = evaluate(session.steps, session.state.params, session.heldout, session.layout)
-    session.eval_seconds, session.heldout_loss = time.monotonic() - began, found.loss
+    session.costs.evaluated(time.monotonic() - began)
+    session.heldout_loss = found.loss
     if not record:
         return
     step, gain = session.step, session.heldout.unigram_loss - found.loss
@@ -315,12 +318,13 @@ def _evaluate(session: _Session, record: bool = True) -> None:
 
 
 def _checkpoint(session: _Session, wait: bool = False) -> None:
-    """Start to save the state; the first time, and if asked, wait for it: that measures what the last save will take."""
-    began, first = time.monotonic(), not session.checkpoints.steps()
+    """Start to save the state; the session's first time, and if asked, wait for it: that measures what a save takes."""
+    seconds, first = session.checkpoints.wait(), not session.costs.knows_saves
+    if seconds is not None:
+        session.costs.saved(seconds)
     session.checkpoints.save(session.step, session.state, session.heldout_loss, session.clock.spent())
-    if wait or first:
-        session.checkpoints.wait()
-        session.save_seconds = time.monotonic() - began
+    if (wait or first) and (seconds := session.checkpoints.wait()) is not None:
+        session.costs.saved(seconds)
 
 
 def _interruption(session: _Session, asked: signal.Signals) -> Interrupted:

@@ -355,6 +355,7 @@ def _prepare(located: Located, tokens_planned: float) -> PreparedData:
         f"{facts.train_rows:,} training and {facts.heldout_rows:,} held-out rows of {facts.seq_len} tokens, "
         f"{facts.vocab_size:,} word pieces; licence: {facts.licence}"
     )
+    live.say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
     if tokens_planned:
         live.say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
     return data

@@ -8,6 +8,7 @@ plain). Rows of a large batch are grouped by subtree, and shared among this proc
 helper threads; a row's answer depends neither on the batch nor on the number of threads.
 
 Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
+On every thread and with every instruction set, numbers nearer to zero than 2^-126 count as zero, as they do in XLA.
 """
 
 import ctypes
@@ -27,6 +28,9 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "symmetric_gelu")
 """Names by the kernels' numbers."""
 
 
+_library = functools.cache(load)
+
+
 @functools.cache
 def unavailable() -> str:
     """ "" if the kernels can be used by this process, else why not. Compiles them if need be."""
@@ -41,7 +45,7 @@ def unavailable() -> str:
 
 def instruction_set() -> str:
     """The kernels in use: avx512bf16, avx512, avx2 or plain. Raises CannotBuild if there are none."""
-    return load().ufbert_isa().decode()
+    return _library().ufbert_isa().decode()
 
 
 def _register(library: ctypes.CDLL) -> None:
@@ -78,9 +82,38 @@ def _parts(weights: Weights) -> tuple[Array, Array]:
     return weights if isinstance(weights, Quantized) else (weights, jnp.zeros((0,), jnp.float32))
 
 
+_TREES = "x w_in w_in_scale bias w_out w_out_scale residual"
+_ARGUMENTS = {
+    "forward": _TREES,
+    "forward_saving": _TREES,
+    "backward": "x w_in w_out nodes z g",
+    "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
+    "linear": "x packed scale bias",
+    "norm": "x scale bias",
+    "add": "one other",
+    "attention": "qkv segment_ids",
+}
+"""Each kernel's arrays, in order."""
+
+
+def _check_types(name: str, args: tuple[Array, ...]) -> None:
+    """Raise TypeError for an array of a type that a kernel has not; XLA's own message names neither."""
+    for what, array in zip(_ARGUMENTS[name].split(), args, strict=True):
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype).name
+        wanted: tuple[str, ...] = ("int32",) if what in ("nodes", "segment_ids") else ("float32",)
+        if what in ("w_in", "w_out", "packed") and name != "backward":
+            wanted = TYPES
+        if dtype not in wanted:
+            raise TypeError(
+                f"native {name} takes {' or '.join(wanted)} as {what}, not {dtype}: cast it with .astype first"
+            )
+
+
 def _call(name: str, out: Any, *args: Array, threads: int, activation: str = "", **numbers: int | np.generic) -> Any:
+    """The result of a kernel. Raises CannotBuild if there are none, and TypeError for arrays of a type that it has not."""
     if unavailable():
         raise CannotBuild(unavailable())
+    _check_types(name, args)
     numbers["threads"] = threads
     if activation:
         numbers["activation"] = np.int32(ACTIVATIONS.index(activation))
@@ -187,8 +220,10 @@ def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
     """Weights, packed. Raises CannotBuild if there are no kernels."""
     if unavailable():
         raise CannotBuild(unavailable())
-    library, kind = load(), TYPES.index(dtype)
+    library, kind = _library(), TYPES.index(dtype)
     d, f = weights.shape
+    if max(d, f) > np.iinfo(np.int32).max:
+        raise ValueError(f"the native kernels count rows and columns up to 2^31 - 1, and there are {d} and {f}")
     size = library.ufbert_packed_size
     size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
     found = aligned(size(d, f, kind), jnp.dtype(dtype))
@@ -196,7 +231,8 @@ def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
     source = np.ascontiguousarray(weights, np.float32)
     do = library.ufbert_pack
     do.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
-    do(d, f, source.ctypes.data, found.ctypes.data, scale.ctypes.data, kind, 0)
+    if do(d, f, source.ctypes.data, found.ctypes.data, scale.ctypes.data, kind, 0):
+        raise MemoryError(f"there is not enough memory to pack weights of {d} rows and {f} columns")
     return Packed(jnp.asarray(found), jnp.asarray(scale))
 
 

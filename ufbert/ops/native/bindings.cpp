@@ -1,138 +1,18 @@
 // The kernels as XLA custom calls (jax.ffi), and as plain C functions for tests without XLA.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <memory>
-#include <mutex>
-#include <thread>
+#include <initializer_list>
 
-#include "kernels.h"
+#include "pool.h"
 
 #ifndef UFBERT_WITHOUT_XLA
 #include "xla/ffi/api/ffi.h"
 #endif
 
 namespace ufbert {
-
-// Tasks that any number of threads take by turns. The caller takes them too, and waits only for those that another thread
-// has begun: a helper that never got a processor costs nothing.
-struct Turns {
-  std::atomic<int64_t> next{0}, done{0};
-  int64_t count;
-  void (*task)(void*, int64_t);
-  void* self;
-  std::mutex lock;
-  std::condition_variable all_done;
-
-  Turns(int64_t count, void (*task)(void*, int64_t), void* self) : count(count), task(task), self(self) {}
-
-  void work() {
-    for (int64_t i = next++; i < count; i = next++) {
-      task(self, i);
-      if (++done == count) {
-        std::lock_guard<std::mutex> held(lock);
-        all_done.notify_one();
-      }
-    }
-  }
-
-  void wait() {
-    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
-    while (done < count && std::chrono::steady_clock::now() < until) {
-    }
-    if (done < count) {
-      std::unique_lock<std::mutex> held(lock);
-      all_done.wait(held, [&] { return done >= count; });
-    }
-  }
-};
-
-// The process's helper threads, one fewer than the processors it may use (or than $NPROC, which limits XLA, too). XLA's own
-// pool would do, but has a thread a processor beside the caller's, and waking one costs as much as a whole small layer. A
-// helper looks out for work for 50 microseconds after its last and then sleeps.
-class Helpers {
- public:
-  static Helpers& all() {
-    static Helpers* helpers = new Helpers;  // never destroyed: threads may outlive the statics
-    return *helpers;
-  }
-
-  int64_t count() const { return count_; }
-
-  void help(std::shared_ptr<Turns> turns, int64_t helpers) {
-    bool asleep;
-    {
-      std::lock_guard<std::mutex> held(lock_);
-      for (; started_ < std::min(helpers, count_); ++started_) std::thread([this] { live(); }).detach();
-      for (int64_t i = 0; i < helpers; ++i) waiting_.push_back(turns);
-      ++posted_;
-      asleep = sleeping_ > 0;
-    }
-    if (asleep) helpers > 1 ? woken_.notify_all() : woken_.notify_one();
-  }
-
- private:
-  Helpers() {
-    int64_t processors = std::max<int64_t>(1, std::thread::hardware_concurrency());
-    const char* limit = std::getenv("NPROC");
-    if (limit && std::atoi(limit) > 0) processors = std::min<int64_t>(processors, std::atoi(limit));
-    count_ = processors - 1;
-  }
-
-  std::shared_ptr<Turns> take() {
-    std::lock_guard<std::mutex> held(lock_);
-    if (waiting_.empty()) return nullptr;
-    auto turns = waiting_.front();
-    waiting_.pop_front();
-    return turns;
-  }
-
-  void live() {
-    using Clock = std::chrono::steady_clock;
-    for (;;) {
-      int64_t seen = posted_;
-      while (auto turns = take()) turns->work();
-      const auto until = Clock::now() + std::chrono::microseconds(50);
-      while (posted_ == seen && Clock::now() < until) {
-      }
-      if (posted_ != seen) continue;
-      std::unique_lock<std::mutex> held(lock_);
-      ++sleeping_;
-      woken_.wait(held, [&] { return posted_ != seen; });
-      --sleeping_;
-    }
-  }
-
-  std::mutex lock_;
-  std::condition_variable woken_;
-  std::deque<std::shared_ptr<Turns>> waiting_;
-  std::atomic<int64_t> posted_{0};
-  int64_t count_, started_ = 0, sleeping_ = 0;
-};
-
-// The caller and up to `limit` - 1 helpers; 0: as many as there are.
-struct SharedPool : Pool {
-  explicit SharedPool(int64_t limit) {
-    threads = 1 + Helpers::all().count();
-    if (limit > 0) threads = std::min(threads, limit);
-  }
-  void run(int64_t count, void (*task)(void*, int64_t), void* self) override {
-    if (threads == 1) {
-      for (int64_t i = 0; i < count; ++i) task(self, i);
-      return;
-    }
-    auto turns = std::make_shared<Turns>(count, task, self);
-    Helpers::all().help(turns, std::min(threads, count) - 1);
-    turns->work();
-    turns->wait();
-  }
-};
 
 // The set of kernels to use: the best that this processor has, or the one that UFBERT_ISA names. Null: it has not got that one.
 static const Kernels* chosen() {
@@ -147,61 +27,49 @@ static const Kernels* chosen() {
   return nullptr;
 }
 
+enum Outcome : int { kDone = 0, kNoKernels = 1, kNoMemory = 2 };
+
+// Lets the kernels of this processor do something. Nothing is thrown beyond here: XLA and C know no exceptions.
+template <typename F>
+Outcome compute(int64_t threads, F&& something) {
+  const Kernels* kernels = chosen();
+  if (!kernels) return kNoKernels;
+  try {
+    SharedPool pool(threads);
+    something(*kernels, pool);
+    return kDone;
+  } catch (const std::exception&) {  // memory, or a vector longer than any may be, which is the only thing they throw
+    return kNoMemory;
+  }
+}
+
 }  // namespace ufbert
 
 using namespace ufbert;
 
-// Each returns 0, or 1 if this processor lacks the instruction set that UFBERT_ISA names.
+// Each returns an Outcome, but for these two: "" or -1 if this processor lacks the instruction set that UFBERT_ISA names.
 extern "C" const char* ufbert_isa() {
   const Kernels* kernels = chosen();
   return kernels ? kernels->name : "";
 }
-extern "C" int ufbert_forward(const Forward* f, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->forward(*f, pool);
-  return !kernels;
-}
-extern "C" int ufbert_backward(const Backward* g, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->backward(*g, pool);
-  return !kernels;
-}
-extern "C" int ufbert_leaf_forward(const LeafForward* f, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->leaf_forward(*f, pool);
-  return !kernels;
-}
-extern "C" int ufbert_attention(const Attention* a, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->attention(*a, pool);
-  return !kernels;
-}
-extern "C" int ufbert_norm(const Norm* m, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->norm(*m, pool);
-  return !kernels;
-}
-extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // in bytes; -1 for the error above
+extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // in bytes
   const Kernels* kernels = chosen();
   return kernels ? kernels->packed_size(d, f, Type(type)) : -1;
 }
 extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->pack({d, f, w, packed, scale, Type(type)}, pool);
-  return !kernels;
+  return compute(threads, [&](const Kernels& k, Pool& pool) { k.pack({d, f, w, packed, scale, Type(type)}, pool); });
 }
-extern "C" int ufbert_linear(const Linear* l, int64_t threads) {
-  const Kernels* kernels = chosen();
-  SharedPool pool(threads);
-  if (kernels) kernels->linear(*l, pool);
-  return !kernels;
-}
+#define C_FUNCTION(kernel, Call)                                                                       \
+  extern "C" int ufbert_##kernel(const Call* call, int64_t threads) {                                  \
+    return compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.kernel(*call, pool); }); \
+  }
+C_FUNCTION(forward, Forward)
+C_FUNCTION(backward, Backward)
+C_FUNCTION(leaf_forward, LeafForward)
+C_FUNCTION(attention, Attention)
+C_FUNCTION(norm, Norm)
+C_FUNCTION(add, Add)
+C_FUNCTION(linear, Linear)
 
 #ifndef UFBERT_WITHOUT_XLA
 
@@ -231,10 +99,26 @@ ffi::Error no_kernels() {
 }
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
+ffi::Error said(Outcome outcome) {
+  if (outcome == kNoKernels) return no_kernels();
+  if (outcome == kNoMemory)
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "there is not enough memory for what the kernels write down meanwhile");
+  return ffi::Error::Success();
+}
+
+// Whether the kernels can count what these sizes count (their numbers of rows and nodes have 32 bits), and all of it together.
+bool countable(std::initializer_list<int64_t> sizes) {
+  int64_t all = 1;
+  for (int64_t size : sizes)
+    if (size > INT32_MAX || __builtin_mul_overflow(all, std::max<int64_t>(1, size), &all)) return false;
+  return all <= INT64_MAX / 8;
+}
+
 template <typename B>
 bool has(const B& buffer, int64_t count) {
   return int64_t(buffer.element_count()) == count;
 }
+constexpr int64_t kMostSteps = 32;  // of a tree whose nodes are counted
 bool full_tree(int64_t n) { return n > 0 && !(n & (n + 1)); }
 bool known(int32_t activation) { return activation >= kGelu && activation <= kSymmetricGelu; }
 bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
@@ -248,18 +132,18 @@ bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
 constexpr char kNodes[] = "a tree has 2^(D+1) - 1 nodes";
 constexpr char kUnfit[] = "the weights' shapes do not fit each other";
 constexpr char kUnfitRows[] = "the rows' shapes do not fit each other and the weights";
+constexpr char kTooMany[] = "there are more rows, nodes or elements than the kernels can count";
 constexpr char kUnknown[] = "there is no such activation";
 
 ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
                        F32 out_scale, F32 residual, ffi::Result<F32> y, S32* nodes, F32* z, int64_t layer, int64_t layers,
                        int32_t activation, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   Forward f{};
   const auto shape = w_in.dimensions();
   if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
   if (layers < 1 || layer < 0 || layer >= layers || shape[0] % layers) return wrong("there is no such layer in the weights");
   f.b = x.dimensions()[0], f.m = shape[0] / layers, f.n = shape[1], f.d = shape[2];
+  if (!countable({f.b, f.m, kMostSteps, f.d}) || !countable({shape[0], f.n, f.d})) return wrong(kTooMany);
   const int64_t trees = shape[0] * f.n;
   if (!read_type(w_in, f.in_type) || !read_type(w_out, f.out_type)) return wrong("weights are float32, bfloat16 or int8");
   if (f.in_type != f.out_type && f.in_type != kFloat32) return wrong("input weights have the type of the others, or float32");
@@ -284,9 +168,7 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
   f.y = y->typed_data();
   if (nodes) f.nodes = nodes->typed_data(), f.z = z->typed_data();
   f.activation = Activation(activation);
-  SharedPool pool(threads);
-  kernels->forward(f, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.forward(f, pool); }));
 }
 
 ffi::Error forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
@@ -303,12 +185,12 @@ ffi::Error forward_saving(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ff
 
 ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Result<F32> dx,
                     ffi::Result<F32> d_in, ffi::Result<F32> d_bias, ffi::Result<F32> d_out, int32_t activation, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   const auto shape = w_in.dimensions();
   if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
   Backward gradient{};
   gradient.b = x.dimensions()[0], gradient.m = shape[0], gradient.n = shape[1], gradient.d = shape[2];
+  if (!countable({gradient.b, gradient.m, kMostSteps, gradient.d}) || !countable({gradient.m, gradient.n, gradient.d}))
+    return wrong(kTooMany);
   const int64_t rows = gradient.b * gradient.d, trees = gradient.m * gradient.n;
   if (!full_tree(gradient.n)) return wrong(kNodes);
   if (!has(w_out, trees * gradient.d) || !has(*d_in, trees * gradient.d) || !has(*d_out, trees * gradient.d) ||
@@ -325,21 +207,18 @@ ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Re
   gradient.dx = dx->typed_data(), gradient.d_in = d_in->typed_data();
   gradient.d_bias = d_bias->typed_data(), gradient.d_out = d_out->typed_data();
   gradient.activation = Activation(activation);
-  SharedPool pool(threads);
-  kernels->backward(gradient, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.backward(gradient, pool); }));
 }
 
 ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in,
                         ffi::AnyBuffer w_out, F32 out_scale, F32 b_out, ffi::Result<F32> y, ffi::Result<S32> leaf,
                         int32_t activation, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   LeafForward f{};
   const auto in = w_in.dimensions(), out = w_out.dimensions();
   if (in.size() != 3 || out.size() != 3 || x.dimensions().size() != 2)
     return wrong("rows are (b, d), leaves (g, d, w) and (g, w, o)");
   f.b = x.dimensions()[0], f.g = in[0], f.d = in[1], f.w = in[2], f.o = out[2];
+  if (!countable({f.b, f.d, f.o}) || !countable({f.g, f.d, f.w}) || !countable({f.g, f.w, f.o})) return wrong(kTooMany);
   if (!read_type(w_in, f.type) || w_out.element_type() != w_in.element_type()) return wrong("leaves are of one type");
   if (f.g < 1 || (f.g & (f.g - 1)) || !has(node_b, f.g - 1)) return wrong("a tree has 2^D leaves and 2^D - 1 nodes");
   const int64_t scales = f.type == kInt8 ? f.g * f.w : 0;
@@ -353,64 +232,51 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
   f.y = y->typed_data(), f.leaf = leaf->typed_data();
   f.activation = Activation(activation);
-  SharedPool pool(threads);
-  kernels->leaf_forward(f, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.leaf_forward(f, pool); }));
 }
 
 ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   const auto shape = qkv.dimensions();
   if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
   Attention a{};
   a.b = shape[0], a.t = shape[1], a.h = shape[3], a.k = shape[4];
+  if (!countable({a.b, a.t, 3, a.h, a.k})) return wrong(kTooMany);
   if (!has(*y, a.b * a.t * a.h * a.k) || !(has(segment, 0) || has(segment, a.b * a.t))) return wrong(kUnfitRows);
   a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
   a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
-  SharedPool pool(threads);
-  kernels->attention(a, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.attention(a, pool); }));
 }
 
 ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   const auto shape = x.dimensions();
   if (shape.size() != 2) return wrong("rows are (b, d)");
+  if (!countable({shape[0], shape[1]})) return wrong(kTooMany);
   const Norm m{shape[0], shape[1], x.typed_data(), scale.typed_data(), data_or_null(bias), y->typed_data(), eps};
   if (!has(scale, m.d) || !(has(bias, 0) || has(bias, m.d)) || !has(*y, m.b * m.d)) return wrong(kUnfitRows);
-  SharedPool pool(threads);
-  kernels->norm(m, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.norm(m, pool); }));
 }
 
 ffi::Error add(F32 one, F32 other, ffi::Result<F32> y, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   const Add a{int64_t(one.element_count()), one.typed_data(), other.typed_data(), y->typed_data()};
   if (!has(other, a.size) || !has(*y, a.size)) return wrong(kUnfitRows);
-  SharedPool pool(threads);
-  kernels->add(a, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.add(a, pool); }));
 }
 
 ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result<F32> y, int64_t threads) {
-  const Kernels* kernels = chosen();
-  if (!kernels) return no_kernels();
   Linear l{};
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
   l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
+  if (!countable({l.b, l.d, 4}) || !countable({l.d, l.f, 16}) || !countable({l.b, l.f})) return wrong(kTooMany);
   if (!read_type(packed, l.type)) return wrong("weights are float32, bfloat16 or int8");
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
   if (int64_t(packed.size_bytes()) != kernels->packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
     return wrong("these weights were not packed for rows of this width by kernels like these");
   if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
   l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
   l.y = y->typed_data();
-  SharedPool pool(threads);
-  kernels->linear(l, pool);
-  return ffi::Error::Success();
+  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.linear(l, pool); }));
 }
 
 }  // namespace

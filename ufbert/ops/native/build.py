@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
-import struct
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,10 +44,12 @@ def compiler() -> str:
 
 
 def library() -> Path:
-    """The compiled kernels, made now unless the cache has them.
+    """The compiled kernels, made now unless the cache has them as they were made.
 
-    The name in the cache depends on the sources, the compiler, its flags, jax's headers and the kind of processor.
-    Processes that need it at once wait for the first; none ever sees half a file. Raises CannotBuild.
+    They are code, so they are taken only from a folder and a file that belong to this user or root and that nobody else may
+    write. The name in the cache depends on the sources, the compiler, its flags, jax's headers and the kind of processor, and
+    ends in the checksum of the file. Where a folder `native` is another user's, this one has a folder beside it. Processes
+    that need the kernels at once wait for the first; none ever sees half a file. Raises CannotBuild.
     """
     if sys.platform == "win32":
         raise CannotBuild("they have not been tried on Windows")
@@ -55,20 +57,68 @@ def library() -> Path:
     version = _said([command, "--version"])
     texts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")) if path.suffix in (".cpp", ".h")]
     what = repr((texts, version, FLAGS, INSTRUCTION_SETS, jax.lib.__version__, platform.machine()))
-    folder = user_cache() / "native"
-    wanted = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.so"
-    if wanted.is_file():
-        return wanted
+    key = hashlib.sha256(what.encode()).hexdigest()[:20]
+    reasons = []
+    for folder in (user_cache() / "native", user_cache() / f"native-{os.getuid()}"):
+        try:
+            if (own := _own_folder(folder)) and (made := _whole(folder, key)):
+                return made
+            if own:
+                return _make(folder, key, command)
+            reasons.append(f"{folder} is another user's, or others may write there ($UFBERT_CACHE names another cache)")
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+    raise CannotBuild(reasons[0])
+
+
+def _own_folder(folder: Path) -> bool:
+    """Whether only this user and root may write in a folder, which is made, or closed to others, where that is possible."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid == os.getuid() and status.st_mode & 0o022:  # a habit of systems where every user has a group
+        folder.chmod(status.st_mode & 0o755)
+        status = folder.stat()
+    owners = {status.st_uid, folder.lstat().st_uid}
+    return owners <= {0, os.getuid()} and not status.st_mode & 0o022
+
+
+def _whole(folder: Path, key: str) -> Path | None:
+    return next((path for path in sorted(folder.glob(f"{key}-*.so")) if not _flaw(path)), None)
+
+
+def _flaw(path: Path) -> str:
+    """ "" if compiled kernels may be loaded, else why not."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not wanted.is_file():
-                print("compiling the native tree kernels, once (some seconds)", file=sys.stderr, flush=True)
-                compile_to(wanted, command)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise CannotBuild(f"{folder} cannot be written ({error.strerror})") from error
-    return wanted
+        return f"cannot be opened as a file ({error.strerror})"
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a file"
+        if status.st_uid not in (0, os.getuid()):
+            return "belongs to another user"
+        if status.st_mode & 0o022:
+            return "may be written by other users"
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if path.stem.endswith(f"-{digest[:32]}") else "is not as it was made"
+
+
+def _make(folder: Path, key: str, command: str) -> Path:
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if made := _whole(folder, key):  # by another process, meanwhile
+            return made
+        print("compiling the native tree kernels, once (some seconds)", file=sys.stderr, flush=True)
+        for path in folder.glob(f"{key}-*.so"):
+            print(f"{path} {_flaw(path)}: it is deleted, and they are compiled again", file=sys.stderr, flush=True)
+            path.unlink()
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+            fresh = Path(scratch) / "kernels.so"
+            compile_to(fresh, command)
+            fresh.chmod(0o755)
+            digest = hashlib.sha256(fresh.read_bytes()).hexdigest()
+            return fresh.rename(folder / f"{key}-{digest[:32]}.so")
 
 
 def compile_to(target: Path, command: str, extra: tuple[str, ...] = (), xla: bool = True) -> None:
@@ -100,8 +150,6 @@ def compile_to(target: Path, command: str, extra: tuple[str, ...] = (), xla: boo
 def load() -> ctypes.CDLL:
     """The compiled kernels in this process. Raises CannotBuild, also if $UFBERT_ISA names what this processor lacks."""
     path = library()
-    if not _is_whole(path):
-        raise CannotBuild(f"{path} is cut short (delete it, and it will be made again)")
     try:
         found = ctypes.CDLL(str(path))
         found.ufbert_isa.restype = ctypes.c_char_p
@@ -110,16 +158,6 @@ def load() -> ctypes.CDLL:
     if not found.ufbert_isa():
         raise CannotBuild(f"UFBERT_ISA is {os.environ['UFBERT_ISA']!r}, which this processor or this build has not got")
     return found
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether an ELF library reaches to the end of its section table, its last part. Half of one kills who loads it."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return True  # not for us to say; the loader says what is wrong
-    (table,), (size, count) = struct.unpack_from("=Q", header, 40), struct.unpack_from("=HH", header, 58)
-    return path.stat().st_size >= table + size * count
 
 
 def _said(command: list[str]) -> str:

@@ -168,9 +168,10 @@ int64_t packed_size(int64_t d, int64_t f, Type type) {
   return packed_elements<Bytes8>(d, f) + 4 * whole(f, kPanel);  // and the sums of the columns
 }
 
-INLINE uint16_t half(float x) {  // to the nearest, ties to even
+INLINE uint16_t half(float x) {  // to the nearest, ties to even; zero for what counts as zero
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
+  if (!(bits & 0x7f800000)) return uint16_t(bits >> 16 & 0x8000);
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -340,7 +341,11 @@ void linear_bytes(const Linear& l, Pool& pool) {
 }
 
 void linear(const Linear& l, Pool& pool) {
-  if (l.b == 0) return;
+  if (l.b == 0 || l.f == 0) return;
+  if (l.d == 0) {
+    for (int64_t i = 0; i < l.b * l.f; ++i) l.y[i] = l.bias ? l.bias[i % l.f] : 0.0f;
+    return;
+  }
   if (l.type == kInt8) return linear_bytes(l, pool);
   if (l.type == kFloat32) return linear_floats<Floats>(l, l.x, pool);
 #if defined(__AVX512BF16__)
@@ -442,7 +447,7 @@ void attention(const Attention& a, Pool& pool) {
     }
   }
   auto piece = [&](int64_t i) { look(a, work[i]); };
-  if (!work.empty()) for_each(pool, int64_t(work.size()), piece);
+  if (!work.empty() && a.k > 0) for_each(pool, int64_t(work.size()), piece);
 }
 
 // ---- LayerNorm ----

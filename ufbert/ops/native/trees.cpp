@@ -249,6 +249,10 @@ void forward_as(const Forward& f, Pool& pool) {
 }
 
 void forward(const Forward& f, Pool& pool) {
+  if (f.m == 0) {
+    for (int64_t i = 0; i < f.b * f.d; ++i) f.y[i] = f.residual ? f.residual[i] : 0.0f;
+    return;
+  }
   if (f.in_type == kFloat32 && f.out_type == kFloat32) return forward_as<float, float>(f, pool);
   if (f.in_type == kBfloat16 && f.out_type == kBfloat16) return forward_as<uint16_t, uint16_t>(f, pool);
   if (f.in_type == kInt8 && f.out_type == kInt8) return forward_as<int8_t, int8_t>(f, pool);
@@ -318,6 +322,7 @@ void backward(const Backward& g, Pool& pool) {
   std::vector<int32_t> key(b), order, start, node(b * steps);
   std::vector<float> dz(b * steps + 16), value(b * steps + 16);
   std::vector<int8_t> change(b);
+  if (g.m == 0) std::fill(g.dx, g.dx + b * d, 0.0f);
   for (int64_t k = 0; k < g.m; ++k) {
     const float *w_in = g.w_in + k * g.n * d, *w_out = g.w_out + k * g.n * d;
     float *d_in = g.d_in + k * g.n * d, *d_out = g.d_out + k * g.n * d, *d_bias = g.d_bias + k * g.n;
@@ -432,6 +437,7 @@ void leaf_forward_as(const LeafForward& f, Pool& pool) {
         for (int64_t j = 0; j < f.w; ++j) active[j] *= f.out_scale[leaf * f.w + j];
       float* y = f.y + row * f.o;
       const float* base = f.b_out + leaf * f.o;
+      if (f.w == 0) std::copy(base, base + f.o, y);
       for (int64_t j = 0; j < f.w; j += kMaxSteps) {
         const W* some[1][kMaxSteps];
         const int64_t count = std::min<int64_t>(kMaxSteps, f.w - j);

@@ -111,9 +111,10 @@ INLINE Vector erf(Vector v) {
   return v >= four ? fill(1.0f) : (v <= -four ? fill(-1.0f) : found);
 }
 
-// e to the v: e^(n ln 2) times a polynomial in what is left, as in Cephes' expf; below -87.3 what it is there, 1e-38.
+// e to the v: e^(n ln 2) times a polynomial in what is left, as in Cephes' expf; below -87.3 what it is there, 1.18e-38, the
+// smallest number that does not count as zero.
 INLINE Vector exp(Vector v) {
-  const Vector high = fill(88.3762626647949f), low = fill(-87.3365478515625f), shift = fill(12582912.0f);  // 1.5 * 2^23: rounds
+  const Vector high = fill(88.3762626647949f), low = fill(-87.3365402f), shift = fill(12582912.0f);  // 1.5 * 2^23: rounds
   v = v > high ? high : (v < low ? low : v);
   const Vector n = (v * fill(1.44269504088896341f) + shift) - shift;
   const Vector r = (v - n * fill(0.693359375f)) - n * fill(-2.12194440e-4f);
