@@ -143,7 +143,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not {"heldout_loss", "unigram_loss", "spent_seconds"} <= found.keys():
         print(f"{path} is damaged; it is written anew from the last checkpoint")
         return None
     return found
