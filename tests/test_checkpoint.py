@@ -190,6 +190,7 @@ def test_checkpoints_of_earlier_versions_are_held_to_their_sizes(checkpoints, sh
     folder = checkpoints.folder / "4"
     sizes = {name: size for name, (size, _) in json.loads((folder / "sizes.json").read_text()).items()}
     (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / ".DS_Store").write_text("of a file manager")
     assert checkpoints.restore(shapes, print).step == 4
     (folder / "sizes.json").write_text(json.dumps({**sizes, "_CHECKPOINT_METADATA": 1}))
     assert checkpoints.restore(shapes, lambda _: None).step == 3
@@ -200,6 +201,7 @@ def test_a_damaged_one_neither_ends_the_next_save_nor_takes_the_place_of_a_good_
     flip(largest_file(checkpoints.folder / "2"))
     again = Checkpoints(checkpoints.folder, IDENTITY, keep=2)
     assert again.restore(shapes, lambda _: None).step == 3
+    assert again.steps() == [2, 3]  # 4 is to be saved again when the run comes there
     again.save(5, state_of(5), 9.0, 50.0)
     again.wait()
     assert again.steps() == [2, 3, 5]  # nobody has looked at 2, the best

@@ -93,9 +93,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove all but the newest and the best. What could not be used counts for nothing and goes as well."""
-        good = [step for step in self.steps() if step not in self._damaged]
+        good = self.steps()
         best = min(good, key=lambda step: _loss(self.folder / str(step)))
-        for step in self.steps():
+        for step in self._stored():
             if step not in (*good[-self._keep :], best):
                 _remove((self.folder / str(step)).rename(self.folder / f"{step}.removed"))
 
@@ -118,7 +118,11 @@ class Checkpoints:
             self._watcher.shutdown()
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Steps that have a checkpoint which is not known to be damaged, oldest first."""
+        return [step for step in self._stored() if step not in self._damaged]
+
+    def _stored(self) -> list[int]:
+        """Steps that have a checkpoint, good or not, oldest first."""
         if not self.folder.is_dir():
             return []
         names = (path.name for path in self.folder.iterdir())
@@ -132,7 +136,7 @@ class Checkpoints:
         """
         self.wait()
         refused = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._stored()):
             about = _about(self.folder / str(step))
             identity: Any = about.get("identity")
             spent: Any = about.get("spent")
@@ -213,11 +217,14 @@ def _is_whole(folder: Path) -> bool:
     and a checkpoint whose writer was killed before it could note anything is left to Orbax."""
     try:
         noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-        if all(isinstance(value, int) for value in noted.values()):
-            return noted == {name: path.stat().st_size for name, path in _files(folder).items()}
-        return noted == _contents(folder)
+        if noted and all(isinstance(value, int) for value in noted.values()):
+            return noted == {name: (folder / name).stat().st_size for name in noted}
+        found = _contents(folder)
+        return bool(noted) and noted == {
+            name: found.get(name) for name in noted
+        }  # what others put beside them is no damage
     except FileNotFoundError:
-        return folder.is_dir()
+        return folder.is_dir() and not (folder / SIZES).exists()
     except (OSError, ValueError, AttributeError):
         return False
 

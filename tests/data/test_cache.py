@@ -118,6 +118,40 @@ def test_a_foreign_tokenizer_or_manifest_is_refused(text, tmp_path):
     assert again.manifest == one.manifest
 
 
+def test_manifests_that_make_no_sense_are_passed_over_with_a_line(text, tmp_path):
+    one, _, _ = obtain(text, tmp_path / "cache")
+    good = json.loads((one.folder / "manifest.json").read_text())
+    shard = good["train"][0]
+    odd = [
+        "", "5", "[]", "null", '"x"', "{", "[" * 100_000, "{}", json.dumps({**good, "format_version": 3, "new": 1}),
+        *(json.dumps({k: v for k, v in good.items() if k != name}) for name in good),
+        *(json.dumps({**good, name: wrong}) for name in good for wrong in (None, 5.5, [{"a": 1}])),
+        json.dumps({**good, "train": [5]}), json.dumps({**good, "train": [{}]}), json.dumps({**good, "recipe": {}}),
+        *(json.dumps({**good, "train": [{**shard, **wrong}]}) for wrong in ({"rows": "x"}, {"name": "../x"}, {"more": 1})),
+    ]  # fmt: skip
+    for number, content in enumerate(odd):
+        (tmp_path / "cache" / f"odd-{number:03}").mkdir()
+        (tmp_path / "cache" / f"odd-{number:03}" / "manifest.json").write_text(content)
+    (tmp_path / "cache" / "odd-folder" / "manifest.json").mkdir(parents=True)
+    (tmp_path / "cache" / "odd-file").write_text("")
+    again, said, fresh = obtain(text, tmp_path / "cache")
+    assert not fresh
+    assert again.folder == one.folder
+    assert said[-1] == f"prepared before: {one.folder}"
+    named = {line.split("/odd-")[1].split(" ")[0] for line in said[:-1] if line.startswith("passed over: ")}
+    assert named == {"folder", *(f"{number:03}" for number in range(len(odd)))}
+    assert len(said) == len(odd) + 2
+
+
+def test_a_file_where_prepared_data_is_to_be_is_replaced(text, tmp_path):
+    one, _, _ = obtain(text, tmp_path / "cache")
+    scratch.shutil.rmtree(one.folder)
+    one.folder.write_text("a file")
+    again, _, fresh = obtain(text, tmp_path / "cache")
+    assert fresh
+    assert again.folder == one.folder
+
+
 def test_the_folder_is_chosen_by_option_then_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("UFBERT_CACHE", raising=False)

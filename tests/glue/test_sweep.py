@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 
+from ufbert.claim import claimed
 from ufbert.errors import UserError
 from ufbert.glue import sweep as sweeping
 from ufbert.glue.command import finetune_command, subset
@@ -119,6 +120,26 @@ def test_a_teacher_can_be_a_sweep_and_must_fit(run_folder, toy_glue, tmp_path):
     wrong = f"--teacher={tmp_path / 'teacher' / 'sst2'}"
     with pytest.raises(UserError, match="was not fine-tuned for rte's labels"):
         finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--tasks=rte", wrong))
+
+
+def test_a_sweep_folder_in_use_or_damaged_is_a_sentence(run_folder, toy_glue, tmp_path):
+    args = options(run_folder, toy_glue, tmp_path / "out", "--tasks=rte", "--seeds=0")
+    with claimed(tmp_path / "out"):
+        for more in ([], ["--resume"]):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+                finetune_command([*args, *more])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="There is no sweep in"):
+        finetune_command([*args, "--resume"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    for text, words in (("", "damaged"), ("[]", "damaged"), ('{"options": 5}', "damaged"), ("{}", "damaged")):
+        (tmp_path / "out" / "glue.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            finetune_command([*args, "--resume"])
+    (tmp_path / "out" / "glue.json").write_text('{"options": {}, "format_version": 2}')
+    with pytest.raises(UserError, match="has format version 2; this ufbert reads 1"):
+        finetune_command([*args, "--resume"])
 
 
 def test_a_sweep_goes_on_at_the_task_and_at_the_run(run_folder, toy_glue, tmp_path, monkeypatch, capsys):

@@ -49,11 +49,12 @@ def locate(
     """Data that is ready for a corpus and its options, or else the corpus, opened. `prepared` is as for `cache_folder`.
 
     A ready folder serves if its options are equal and its corpus has not changed since, or is gone. One that is damaged is
-    removed where the corpus is still there. Raises UserError if there is neither data nor corpus.
+    removed where the corpus is still there; one whose manifest makes no sense, or is of another version, is passed over with a
+    word to `say`. Raises UserError if there is neither data nor corpus.
     """
     source, recipe, root = source_of(spec), Recipe.of(data, vocab_size, tokenizer), cache_folder(prepared)
     gone = source["files"] is None
-    for folder in _fitting(root, source, recipe):
+    for folder in _fitting(root, source, recipe, say):
         try:
             found = open_prepared(folder)
         except UserError as error:
@@ -64,8 +65,13 @@ def locate(
         say(f"the corpus {spec} is gone; its prepared text is used: {folder}" if gone else f"prepared before: {folder}")
         return Located(found, None, folder, recipe, tokenizer)
     corpus, folder = open_corpus(spec), root / prepared_name(source, recipe)
-    if folder.exists() and _manifest(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # it would be in the way of its successor
+    if folder.exists() and _manifest(folder, lambda _: None) is None:  # it would be in the way of its successor
+        try:
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder} is damaged and cannot be removed: {error.strerror}; remove it yourself."
+            ) from error
     return Located(None, corpus, folder, recipe, tokenizer)
 
 
@@ -99,19 +105,20 @@ def reopen(folder: str, fingerprint: str, say: Say) -> PreparedData | None:
     return data
 
 
-def _fitting(root: Path, source: Source, recipe: Recipe) -> Iterator[Path]:
+def _fitting(root: Path, source: Source, recipe: Recipe, say: Say) -> Iterator[Path]:
     """Folders under `root` that hold what the recipe would make of the source."""
     for path in sorted(root.glob("*/manifest.json")):
-        manifest = _manifest(path.parent)
+        manifest = _manifest(path.parent, say)
         if manifest is not None and _same_source(source, manifest.source) and _same_rows(recipe, manifest):
             yield path.parent
 
 
-def _manifest(folder: Path) -> Manifest | None:
-    """A folder's manifest, or None where there is none of this version."""
+def _manifest(folder: Path, say: Say) -> Manifest | None:
+    """A folder's manifest, or None, with a word to `say`, where there is none of this version."""
     try:
         return read_manifest(folder)
-    except UserError:
+    except UserError as error:
+        say(f"passed over: {error}")
         return None
 
 

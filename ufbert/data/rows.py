@@ -7,9 +7,9 @@ shards `train-00000.bin`, ... and `heldout-00000.bin`, ... (see `shards.py`) and
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -104,9 +104,32 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if values.get("format_version") != DATA_FORMAT:
             raise UserError(f"{folder} holds prepared data of another version; delete it to prepare the data anew.")
-        return Manifest(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        manifest = Manifest(**values)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} does not hold prepared data: {error}.") from error
+    kinds = {field.name: get_origin(field.type) or field.type for field in fields(Manifest)}
+    wrong = [name for name, kind in kinds.items() if not _is_a(kind, values[name])]
+    wrong += [
+        f"recipe.{name}"
+        for name in ("max_tokens", "vocab_size")
+        if not wrong and not _is_a(int, manifest.recipe.get(name))
+    ]
+    wrong += ["a shard"] if not wrong and not all(map(_is_shard, manifest.train + manifest.heldout)) else []
+    if wrong:
+        raise UserError(f"{folder} does not hold prepared data: {', '.join(wrong)} in its manifest makes no sense.")
+    return manifest
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _is_shard(value: Any) -> bool:
+    """Whether a manifest's entry names a file of its own folder, its rows and its checksum."""
+    kinds = {"name": str, "rows": int, "sha256": str}
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        return False
+    return all(_is_a(kind, value[name]) for name, kind in kinds.items()) and Path(value["name"]).name == value["name"]
 
 
 def open_prepared(folder: Path) -> PreparedData:

@@ -90,9 +90,15 @@ def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: Mo
     if options.resume:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            before = found["options"]
-        except (OSError, ValueError, KeyError) as error:
+            before, version = dict(found["options"]), found["format_version"]
+        except FileNotFoundError as error:
             raise UserError(f"There is no sweep in {folder} to resume.") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged, so the sweep cannot go on: {error}; start a new one.") from error
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}; this ufbert reads {FORMAT_VERSION}. Resume it with its own."
+            )
         for name, value in asked.items():
             if name in before and before[name] != value:  # an option that is newer than the sweep
                 raise UserError(

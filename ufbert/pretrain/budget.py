@@ -182,6 +182,13 @@ class Ledger:
         """Seconds that all earlier sessions used."""
         return sum(self.sessions.values(), 0.0)
 
+    def charge(self, seconds: float) -> None:
+        """Note what was spent by an earlier session whose own lines are lost."""
+        session = max(self.sessions, default=0) + 1
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"session": session, "spent": round(seconds, 3)}) + "\n")
+        self.sessions[session] = seconds
+
     def start(self, clock: Clock) -> None:
         """Begin to write the current session's time from `clock`, every second, until `close`."""
         session, before = max(self.sessions, default=0) + 1, self.spent_before

@@ -35,7 +35,7 @@ from ufbert.pretrain.command import (
     stored_run,
 )
 from ufbert.pretrain.watch import Reference, packaged_reference, reference_from_run
-from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, write_json
+from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, read_jsonl, write_json
 
 WHEN_DONE_FILE = "when_done.json"
 MAX_DEMO_PASSES = 40
@@ -143,7 +143,7 @@ def _summary(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not {"heldout_loss", "unigram_loss", "spent_seconds"} <= found.keys():
         print(f"{path} is damaged; it is written anew from the last checkpoint")
         return None
     return found
@@ -165,6 +165,7 @@ def _finish_late(options: TrainOptions, summary: dict[str, Any], release: Callab
 def _go_on(options: TrainOptions, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
     """Train a run further in a folder that is this process's own until `release`."""
     ledger, before = Ledger(folder / "ledger.jsonl"), stored_run(folder)
+    _make_good(ledger, folder)
     print(_headline(options))
     used, data = before.prepared_data, _prepared(folder)
     if data is None:
@@ -220,6 +221,16 @@ def _train(
             f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
         )
         return summary
+
+
+def _make_good(ledger: Ledger, folder: Path) -> None:
+    """Where the ledger is gone or damaged, charge what the metrics say was spent. They may be ahead of it by a moment."""
+    noted = [record.get("spent") for record in read_jsonl(folder / "metrics.jsonl")]
+    spent = max((float(value) for value in noted if isinstance(value, int | float) and 0 <= value < 1e12), default=0.0)
+    lost = spent - ledger.spent_before
+    if lost > 5.0 or (lost > 0.0 and not ledger.sessions):
+        print(f"{ledger.path} is damaged: {lost:.1f} s that metrics.jsonl knows of are not in it; they are charged")
+        ledger.charge(lost)
 
 
 def _name_unused_command(options: TrainOptions, stored: str) -> None:
