@@ -149,7 +149,7 @@ def test_more_rows_than_can_be_counted_are_a_sentence():
     with pytest.raises(ValueError, match="x of native norm is"):
         native.layer_norm(many, floats(0), None, 1e-5)
     with pytest.raises(ValueError, match="qkv of native attention is"):
-        native.attention(jnp.zeros((2**21, 2**21, 3, 2**21, 0)))
+        native.attention(jnp.zeros((1, 2**31, 3, 1, 0)))
     with pytest.raises(ValueError, match=r"weights to pack are \(0, 2147483648\)"):
         native.pack(np.zeros((0, 2**31), np.float32), "float32")
 
