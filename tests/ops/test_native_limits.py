@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ufbert.bench.encoder_options import BenchEncoderOptions
+from ufbert.bench.layer_options import BenchLayerOptions
+from ufbert.device import usable_threads, use_device
 from ufbert.ops import fff, native
 from ufbert.ops.native import build
 
@@ -45,12 +48,15 @@ from ufbert.ops import native
 from ufbert.ops.native import build
 
 def same(what, call, *args, rows=(0,)):
-    for b in (64, 700):
+    answers = []
+    for b, threads in ((64, 1), (64, 0), (700, 0)):
         many = [np.repeat(a[:1], b, 0) if i in rows else a for i, a in enumerate(args)]
-        for threads in (0, 1):
-            for found in jax.tree.leaves(jax.jit(lambda *args: call(*args, threads=threads))(*many)):
-                if found.shape[:1] == (b,):
-                    assert (found == found[:1]).all(), (what, b, threads)
+        jitted = jax.jit(lambda *args: call(*args, threads=threads))
+        for _ in range(1 if threads else 4):
+            answers += [[a for a in jax.tree.leaves(jitted(*many)) if a.shape[:1] == (b,)]]
+    for found in answers:
+        for one, other in zip(found, answers[0], strict=True):
+            assert (np.asarray(one) == np.asarray(other[:1])).all(), (what, len(one))
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -175,6 +181,16 @@ def test_weights_of_another_type_are_a_sentence():
 
 
 # ---- threads, memory and forks ----
+
+
+def test_more_threads_than_processors_are_as_many_as_those(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [usable_threads(n) for n in (0, 1, 8, 9, 5000)] == [8, 1, 8, 8, 8]
+    assert BenchLayerOptions(threads=5000).used_threads == BenchEncoderOptions(threads=5000).used_threads == 8
+    monkeypatch.setenv("NPROC", "1")
+    use_device("cpu", threads=5000)
+    assert os.environ["NPROC"] == "8"
+
 
 FUNCTIONS = """
 import ctypes, os, resource, signal, sys, threading
