@@ -60,10 +60,16 @@ def _nvidia_smi_lists_one() -> bool:
     return found.returncode == 0 and "GPU " in found.stdout
 
 
+def usable_threads(threads: int) -> int:
+    """How many of `threads` threads have a processor of their own here; as many as there are for 0."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(threads or processors, processors)
+
+
 def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     """Start jax on `device` and return its platform (cpu, gpu or tpu), after joining the other processes of a `distributed`
     run. What it compiles is kept in the user's cache, so that a second start is cheap (JAX_COMPILATION_CACHE_DIR, where set,
-    is obeyed instead). `threads` limits what a CPU computes with; 0 for all cores.
+    is obeyed instead). `threads` limits what a CPU computes with, which is never more than its cores; 0 for all of them.
 
     Raises UserError if the device cannot be had, and on `auto` if the system shows an accelerator that jax cannot use.
     """
@@ -71,7 +77,7 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     if threads < 0:
         raise UserError(f"--threads is {threads}; it must be 0, for all cores, or more.")
     if threads:
-        os.environ["NPROC"] = str(threads)  # what XLA and the native kernels go by
+        os.environ["NPROC"] = str(usable_threads(threads))  # what XLA and the native kernels go by
     if device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax

@@ -55,8 +55,9 @@ def build_fuzzer(program: Path, *link: str) -> Path:
 
 
 def fuzz(program: Path, calls: int, *more: str) -> None:
-    """Random calls, all of them right."""
-    done = subprocess.run([program, "--calls", str(calls), *more], capture_output=True, text=True)
+    """Random calls, all of them right, with helper threads."""
+    command, env = [program, "--calls", str(calls), *more], {**os.environ, "NPROC": "4"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{calls} calls, 0 mismatches" in done.stdout
 
@@ -87,10 +88,9 @@ def test_infinity_times_what_counts_as_zero_is_no_number_with_every_instruction_
     fuzz(fuzzer, 1, "--seed", "1", "--first", "748")
 
 
-def test_the_long_fuzzer_runs_every_instruction_set_by_itself():
-    done = subprocess.run(
-        [sys.executable, HERE / "native_fuzz_all.py", "--calls", "40"], capture_output=True, text=True
-    )
+def test_the_long_fuzzer_runs_every_instruction_set_by_itself(fuzzer):
+    command = [sys.executable, HERE / "native_fuzz_all.py", "--calls", "40", "--program", fuzzer]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == list(build.INSTRUCTION_SETS)

@@ -1,9 +1,9 @@
 """The options of `ufbert bench encoder`."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
+from ufbert.device import usable_threads
 from ufbert.errors import UserError
 
 Ours = Literal[
@@ -90,8 +90,7 @@ class BenchEncoderOptions:
     @property
     def used_threads(self) -> int:
         """Threads of every contestant."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or cores
+        return usable_threads(self.threads)
 
 
 def parse(args: list[str]) -> BenchEncoderOptions:

@@ -1,10 +1,10 @@
 """The options of `ufbert bench layer`."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from ufbert.bench.layer_job import Layers
+from ufbert.device import usable_threads
 from ufbert.errors import UserError
 
 Path = Literal["gather", "native", "native-bf16", "native-int8", "native-bf16-exact", "native-int8-exact"]
@@ -92,8 +92,7 @@ class BenchLayerOptions:
     @property
     def used_threads(self) -> int:
         """Threads of every contestant."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or cores
+        return usable_threads(self.threads)
 
 
 def parse(args: list[str]) -> BenchLayerOptions:

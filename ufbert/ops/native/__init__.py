@@ -95,14 +95,20 @@ _ARGUMENTS = {
 }
 """Each kernel's arrays, in order."""
 
+_MOST = np.iinfo(np.int32).max
+"""What rows, nodes and columns are counted up to."""
 
-def _check_types(name: str, args: tuple[Array, ...]) -> None:
-    """Raise TypeError for an array of a type that a kernel has not; XLA's own message names neither."""
+
+def _check(name: str, args: tuple[Array, ...]) -> None:
+    """Raise ValueError for arrays that cannot be counted, and TypeError for one of a type that a kernel has not: XLA's own
+    message names neither."""
     for what, array in zip(_ARGUMENTS[name].split(), args, strict=True):
         dtype = jax.dtypes.canonicalize_dtype(array.dtype).name
         wanted: tuple[str, ...] = ("int32",) if what in ("nodes", "segment_ids") else ("float32",)
         if what in ("w_in", "w_out", "packed") and name != "backward":
             wanted = TYPES
+        if max(array.shape, default=0) > _MOST:
+            raise ValueError(f"{what} of native {name} is {array.shape}: no side may be over 2^31 - 1")
         if dtype not in wanted:
             raise TypeError(
                 f"native {name} takes {' or '.join(wanted)} as {what}, not {dtype}: cast it with .astype first"
@@ -110,10 +116,10 @@ def _check_types(name: str, args: tuple[Array, ...]) -> None:
 
 
 def _call(name: str, out: Any, *args: Array, threads: int, activation: str = "", **numbers: int | np.generic) -> Any:
-    """The result of a kernel. Raises CannotBuild if there are none, and TypeError for arrays of a type that it has not."""
+    """The result of a kernel. Raises CannotBuild if there are none, and what `_check` does."""
     if unavailable():
         raise CannotBuild(unavailable())
-    _check_types(name, args)
+    _check(name, args)
     numbers["threads"] = threads
     if activation:
         numbers["activation"] = np.int32(ACTIVATIONS.index(activation))
@@ -222,8 +228,8 @@ def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
         raise CannotBuild(unavailable())
     library, kind = _library(), TYPES.index(dtype)
     d, f = weights.shape
-    if max(d, f) > np.iinfo(np.int32).max:
-        raise ValueError(f"the native kernels count rows and columns up to 2^31 - 1, and there are {d} and {f}")
+    if max(d, f) > _MOST:
+        raise ValueError(f"weights to pack are ({d}, {f}): no side may be over 2^31 - 1")
     size = library.ufbert_packed_size
     size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
     found = aligned(size(d, f, kind), jnp.dtype(dtype))

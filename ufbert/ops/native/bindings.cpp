@@ -1,10 +1,8 @@
 // The kernels as XLA custom calls (jax.ffi), and as plain C functions for tests without XLA.
 
-#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "pool.h"
 
@@ -106,19 +104,10 @@ ffi::Error said(Outcome outcome) {
   return ffi::Error::Success();
 }
 
-// Whether the kernels can count what these sizes count (their numbers of rows and nodes have 32 bits), and all of it together.
-bool countable(std::initializer_list<int64_t> sizes) {
-  int64_t all = 1;
-  for (int64_t size : sizes)
-    if (size > INT32_MAX || __builtin_mul_overflow(all, std::max<int64_t>(1, size), &all)) return false;
-  return all <= INT64_MAX / 8;
-}
-
 template <typename B>
 bool has(const B& buffer, int64_t count) {
   return int64_t(buffer.element_count()) == count;
 }
-constexpr int64_t kMostSteps = 32;  // of a tree whose nodes are counted
 bool full_tree(int64_t n) { return n > 0 && !(n & (n + 1)); }
 bool known(int32_t activation) { return activation >= kGelu && activation <= kSymmetricGelu; }
 bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
@@ -132,7 +121,6 @@ bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
 constexpr char kNodes[] = "a tree has 2^(D+1) - 1 nodes";
 constexpr char kUnfit[] = "the weights' shapes do not fit each other";
 constexpr char kUnfitRows[] = "the rows' shapes do not fit each other and the weights";
-constexpr char kTooMany[] = "there are more rows, nodes or elements than the kernels can count";
 constexpr char kUnknown[] = "there is no such activation";
 
 ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out,
@@ -143,7 +131,6 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
   if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
   if (layers < 1 || layer < 0 || layer >= layers || shape[0] % layers) return wrong("there is no such layer in the weights");
   f.b = x.dimensions()[0], f.m = shape[0] / layers, f.n = shape[1], f.d = shape[2];
-  if (!countable({f.b, f.m, kMostSteps, f.d}) || !countable({shape[0], f.n, f.d})) return wrong(kTooMany);
   const int64_t trees = shape[0] * f.n;
   if (!read_type(w_in, f.in_type) || !read_type(w_out, f.out_type)) return wrong("weights are float32, bfloat16 or int8");
   if (f.in_type != f.out_type && f.in_type != kFloat32) return wrong("input weights have the type of the others, or float32");
@@ -189,8 +176,6 @@ ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Re
   if (shape.size() != 3 || x.dimensions().size() != 2) return wrong("rows are (b, d), weights (m, n, d)");
   Backward gradient{};
   gradient.b = x.dimensions()[0], gradient.m = shape[0], gradient.n = shape[1], gradient.d = shape[2];
-  if (!countable({gradient.b, gradient.m, kMostSteps, gradient.d}) || !countable({gradient.m, gradient.n, gradient.d}))
-    return wrong(kTooMany);
   const int64_t rows = gradient.b * gradient.d, trees = gradient.m * gradient.n;
   if (!full_tree(gradient.n)) return wrong(kNodes);
   if (!has(w_out, trees * gradient.d) || !has(*d_in, trees * gradient.d) || !has(*d_out, trees * gradient.d) ||
@@ -218,7 +203,6 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   if (in.size() != 3 || out.size() != 3 || x.dimensions().size() != 2)
     return wrong("rows are (b, d), leaves (g, d, w) and (g, w, o)");
   f.b = x.dimensions()[0], f.g = in[0], f.d = in[1], f.w = in[2], f.o = out[2];
-  if (!countable({f.b, f.d, f.o}) || !countable({f.g, f.d, f.w}) || !countable({f.g, f.w, f.o})) return wrong(kTooMany);
   if (!read_type(w_in, f.type) || w_out.element_type() != w_in.element_type()) return wrong("leaves are of one type");
   if (f.g < 1 || (f.g & (f.g - 1)) || !has(node_b, f.g - 1)) return wrong("a tree has 2^D leaves and 2^D - 1 nodes");
   const int64_t scales = f.type == kInt8 ? f.g * f.w : 0;
@@ -240,7 +224,6 @@ ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees
   if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
   Attention a{};
   a.b = shape[0], a.t = shape[1], a.h = shape[3], a.k = shape[4];
-  if (!countable({a.b, a.t, 3, a.h, a.k})) return wrong(kTooMany);
   if (!has(*y, a.b * a.t * a.h * a.k) || !(has(segment, 0) || has(segment, a.b * a.t))) return wrong(kUnfitRows);
   a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
@@ -251,7 +234,6 @@ ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees
 ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64_t threads) {
   const auto shape = x.dimensions();
   if (shape.size() != 2) return wrong("rows are (b, d)");
-  if (!countable({shape[0], shape[1]})) return wrong(kTooMany);
   const Norm m{shape[0], shape[1], x.typed_data(), scale.typed_data(), data_or_null(bias), y->typed_data(), eps};
   if (!has(scale, m.d) || !(has(bias, 0) || has(bias, m.d)) || !has(*y, m.b * m.d)) return wrong(kUnfitRows);
   return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.norm(m, pool); }));
@@ -267,7 +249,6 @@ ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result
   Linear l{};
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
   l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
-  if (!countable({l.b, l.d, 4}) || !countable({l.d, l.f, 16}) || !countable({l.b, l.f})) return wrong(kTooMany);
   if (!read_type(packed, l.type)) return wrong("weights are float32, bfloat16 or int8");
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
