@@ -72,6 +72,23 @@ def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
     assert found.stdout.endswith("cpu\n")
 
 
+@pytest.mark.parametrize(("device", "named"), [("cpu", "the device 'cpu'"), ("auto", "JAX_PLATFORMS=cpu")])
+def test_a_device_that_is_not_there_is_named(monkeypatch, device, named):
+    import jax
+
+    from ufbert import device as room
+    from ufbert.errors import UserError
+
+    def backend() -> str:
+        raise AssertionError  # as jax does where it knows a platform and finds no device of it
+
+    monkeypatch.setattr(jax, "default_backend", backend)
+    monkeypatch.setattr(room, "keep_freed_memory", lambda: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(UserError, match=f"jax cannot use {named}: it finds no such device. Pass `--device cpu`"):
+        room.use_device(device)
+
+
 def test_wrong_fine_tuning_options(command, run_folder, tmp_path):
     model = f"--model={run_folder / 'model'}"
     source = f"--glue-source=dir:{tmp_path}"

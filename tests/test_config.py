@@ -21,9 +21,9 @@ def test_no_fraction_may_be_beyond_single_precision(value):
     for group, f in FIELDS:
         if f.type in (float, tuple[float, ...]):
             given = value if f.type is float else (0.5, value)
-            with pytest.raises(
-                UserError, match=rf"^{group}\.{f.name} is {re.escape(str(value))}; it must be a finite number\.$"
-            ):
+            wanted = "a finite number" if f.type is float else "a list, each entry a finite number"
+            sentence = rf"^{group}\.{f.name} is {re.escape(str(given))}; it must be {wanted}\.$"
+            with pytest.raises(UserError, match=sentence):
                 GROUPS[group](**{f.name: given})
             checked += 1
     assert checked > 35

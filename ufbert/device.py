@@ -88,8 +88,17 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
         platform = jax.default_backend()
-    except RuntimeError as error:
-        raise UserError(f"jax cannot use the device {device!r}: {str(error).splitlines()[0]}") from error
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # AssertionError where it knows a platform and finds no device of it
+        wanted = (
+            f"the device {device!r}" if device != "auto" else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        )
+        why = (str(error).splitlines() or ["it finds no such device"])[0]
+        raise UserError(
+            f"jax cannot use {wanted}: {why}. Pass `--device cpu`, or mend the driver or its plugin."
+        ) from error
     extra = visible_accelerator()
     if device == "auto" and platform == "cpu" and extra is not None and "JAX_PLATFORMS" not in os.environ:
         raise UserError(

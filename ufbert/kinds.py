@@ -20,9 +20,7 @@ def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
     sentence."""
     for name, hint in _hints(cls).items():
         if name in values and not _fits(values[name], hint):
-            shown = repr(values[name])
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise UserError(f"{before}{name} is {shown}; it must be {_words(hint)}.")
+            raise UserError(f"{before}{name} is {_shown(values[name])}; it must be {_words(hint)}.")
 
 
 _hints = cache(get_type_hints)
@@ -45,7 +43,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _within(value: Any, most: float) -> bool:
+def _shown(value: Any) -> str:
+    """A value's beginning, for a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _within(value: Any, most: int | float) -> bool:
     return bool(-most <= value <= most)
 
 

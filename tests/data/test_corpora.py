@@ -1,7 +1,9 @@
 """Corpora: what is read, in which pieces, and what damage is named."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -147,6 +149,36 @@ def test_damaged_files_are_named_with_their_line(tmp_path):
     (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cut short"):
         list(open_corpus(f"text:{tmp_path / 'cut.gz'}").documents())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"a line\n"), "is not text but gzip; its name must end in .gz"),
+        (b"PK\x03\x04" + bytes(20), "is not text but a zip archive or a workbook"),
+        (bz2.compress(b"a line\n"), "is not text but bzip2"),
+        (lzma.compress(b"a line\n"), "is not text but xz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "is not text but zstandard"),
+        (b"PAR1" + bytes(20), "is not text but parquet; name its folder as hf:FOLDER"),
+        ('\ufeff{"text": "a line"}\n{"text": "b"}\n'.encode(), "is JSON lines, not plain text; .* hf:FOLDER::FIELD"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_named_whatever_it_is_called(tmp_path, content, words):
+    (tmp_path / "corpus.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"corpus\.txt {words}"):
+        list(open_corpus(f"text:{tmp_path / 'corpus.txt'}").documents())
+
+
+def test_texts_that_look_like_other_files_and_names_with_commas_are_read(tmp_path):
+    for name, text in {
+        "a, b.txt": "{not JSON} but text\n",
+        "c.txt": "{1} is a set\n",
+        "d.txt": '"{}" is a string\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert list(open_corpus(f"text:{tmp_path / name}").documents()) == [text.strip()]
+    both = open_corpus(f"text:{tmp_path / 'c.txt'},{tmp_path / 'd.txt'}")
+    assert list(both.documents()) == ["{1} is a set", '"{}" is a string']
 
 
 def test_the_demo_text_is_read_where_it_is_installed():

@@ -210,6 +210,7 @@ BROKEN = {
         ("[" * 100_000, r"broken JSON \(.*recursion"),
         ('{"text": "a", "label": ' + "1" * 5000 + "}", r"broken JSON \(Exceeds the limit"),
         ('{"text": "a"}', "label is missing"),
+        ('{"text": "a", "label": NaN}', r"label is missing \(NaN\)"),
         ('{"text": 5, "label": "yes"}', "text is 5, not a text"),
         ('{"label": "yes"}', "text is missing"),
         ('{"text": "\\ud83d", "label": "yes"}', "text holds half of a surrogate pair"),

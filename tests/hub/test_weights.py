@@ -1,6 +1,7 @@
 """Weight files as people have them: tied, wrapped, sharded, of odd types, or not there at all."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,35 @@ def test_shards_are_read_together_and_missing_and_doubled_ones_named(tmp_path):
         Path(tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": odd}))
         with pytest.raises(UserError, match="has no weight_map"):
             read_checkpoint(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_named():
+    tensors, values = checkpoint("hf_bert")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    for bad in (np.nan, np.inf):
+        broken = tensors[name].copy()
+        broken[0, 1] = bad
+        with pytest.raises(UserError, match=rf"here has weights that are no finite numbers: {re.escape(name)}\."):
+            import_weights(tensors | {name: broken}, values, "here")
+
+
+def test_folders_without_their_own_safetensors_say_what_to_do(tmp_path):
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(tmp_path)
+
+    refused(r"no \.safetensors file\. Name a folder that has")
+    (tmp_path / "model.onnx").touch()
+    refused("ONNX, HDF5, msgpack and GGUF files are not read")
+    (tmp_path / "pytorch_model.bin").touch()
+    refused("can run code; .* save_pretrained")
+    (tmp_path / "snapshots" / "0a").mkdir(parents=True)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "snapshots" / "0a" / "model.safetensors")
+    refused(r"There is one in .*snapshots/0a; name that folder")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    refused("is an adapter of org/base, not a model; merge it")
+
+
+def test_json_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}

@@ -82,7 +82,8 @@ def source_of(spec: str) -> Source:
         path = demo_path()
         return {"kind": "demo", "files": None if path is None else [importlib.metadata.version(DEMO_PACKAGE)]}
     if kind == "text" and rest:
-        paths = [Path(name).absolute() for name in rest.split(",")]
+        names = [rest] if Path(rest).is_file() else rest.split(",")  # a name may hold commas
+        paths = [Path(name).absolute() for name in names]
         return {"kind": "text", "paths": [str(path) for path in paths], "files": _stamps(paths)}
     if kind == "hf" and rest:
         name, config, field = [*rest.split(":"), "", ""][:3]

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -88,13 +89,38 @@ def split_long(text: str) -> Iterator[str]:
         yield text.strip()
 
 
+_PACKED = {
+    b"\x1f\x8b": "gzip; its name must end in .gz",
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it, or save its table as text",
+    b"BZh": "bzip2; unpack it, or compress it with gzip",
+    b"\xfd7zXZ\0": "xz; unpack it, or compress it with gzip",
+    b"\x28\xb5\x2f\xfd": "zstandard; unpack it, or compress it with gzip",
+    b"PAR1": "parquet; name its folder as hf:FOLDER",
+}
+"""What a file is that begins so, and what to do about it."""
+
+
 def first_line_fault(line: bytes) -> str:
     """What the first line of a file says against reading it as UTF-8 with lines that end in newlines; "" for nothing."""
+    for start, kind in _PACKED.items():
+        if line.startswith(start):
+            return f"is not text but {kind}"
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
         return "is not UTF-8: it begins as UTF-16 does, or holds zero bytes; save it as UTF-8"
     if not line.endswith(b"\n") and b"\r" in line.rstrip():
         return "ends its lines with carriage returns alone, as old Macs did; save it with newlines"
     return ""
+
+
+def _json_fault(line: bytes) -> str:
+    """What is wrong with a text whose first line is a JSON object (its braces, keys and escapes would be learnt), or ""."""
+    try:
+        value = json.loads(line) if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") else None
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(value, dict):
+        return ""
+    return "is JSON lines, not plain text; put it into a folder and name that and the field of the text as hf:FOLDER::FIELD"
 
 
 def _cut(text: str) -> tuple[str, str]:
@@ -113,7 +139,7 @@ def _lines(path: Path, meter: Meter) -> Iterator[str]:
             file = io.BufferedReader(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1 << 18)
             rest, decoder = "", None
             while piece := file.readline(MAX_CHARS):
-                if number == 1 and decoder is None and (fault := first_line_fault(piece)):
+                if number == 1 and decoder is None and (fault := first_line_fault(piece) or _json_fault(piece)):
                     raise UserError(f"{path} {fault}.")
                 ends = len(piece) < MAX_CHARS or piece.endswith(b"\n")
                 if decoder is None and ends:  # all but monstrous lines

@@ -69,6 +69,8 @@ def _parse(record: Record, columns: Columns) -> tuple[list[str], float]:
     label = record.values.get(columns.label)
     if label is None or (isinstance(label, str) and not label.strip()):
         raise ValueError(f"{columns.label} is missing")
+    if isinstance(label, float) and math.isnan(label):  # what pandas has for a missing one
+        raise ValueError(f"{columns.label} is missing (NaN)")
     if isinstance(label, list | tuple | dict | bytes | np.ndarray):
         raise ValueError(f"{columns.label} is {_shown(label)}, not one label")
     return texts, columns.read_label(label)

@@ -83,6 +83,9 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
     if "masked_lm" in heads and values.get("tie_word_embeddings") is False:
         _check_decoder(layout, used, where)
     flat = to_ours(layout, used, shapes, where, named.shown)
+    bad = [named.shown(tensor) for tensor, array in used.items() if not np.isfinite(array).all()]
+    if bad:
+        raise UserError(f"{where} has weights that are no finite numbers: {first_few(bad)}. Take another checkpoint.")
     params = unflatten({path: flat[path].astype(np.float32) for path in shapes})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})

@@ -105,7 +105,12 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
 
     Raises UserError if there is none, if one is missing or damaged, and if two hold a tensor of the same name.
     """
-    index = source / "model.safetensors.index.json"
+    index, adapter = source / "model.safetensors.index.json", source / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path", "another model")
+        raise UserError(
+            f"{source} is an adapter of {base}, not a model; merge it into that with the library that made it."
+        )
     wanted: dict[str, Any] = {}
     if not source.is_dir():
         files = [source]
@@ -125,7 +130,7 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
     else:
         files = sorted(source.glob("*.safetensors"))
     if not files or any(path.suffix != ".safetensors" for path in files):
-        raise UserError(f"{source} has no .safetensors file; other weight files are not read, for they can run code.")
+        raise UserError(f"{source} has no .safetensors file. {_instead(source)}")
     tensors: dict[str, np.ndarray] = {}
     homes: dict[str, Path] = {}
     for path in files:
@@ -140,6 +145,22 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
     if astray:
         raise UserError(f"The files of {source} do not hold what {index.name} says: {first_few(astray)}.")
     return tensors
+
+
+def _instead(source: Path) -> str:
+    """What to do about a folder or file without safetensors, by what else is in it."""
+    names = sorted(path.name for path in source.iterdir()) if source.is_dir() else [source.name]
+    within = sorted(path.parent for path in source.glob("**/*.safetensors")) if source.is_dir() else []
+    if within:
+        return f"There is one in {within[0]}; name that folder."
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        return (
+            "PyTorch's own files are not read, for they can run code; load the model with the library that wrote it and call "
+            "save_pretrained, which writes safetensors."
+        )
+    if any(name.endswith((".onnx", ".h5", ".msgpack", ".gguf")) for name in names):
+        return "ONNX, HDF5, msgpack and GGUF files are not read; get the model's safetensors."
+    return "Name a folder that has config.json and model.safetensors."
 
 
 @dataclass(frozen=True)
