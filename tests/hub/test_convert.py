@@ -20,6 +20,8 @@ from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_
 from ufbert.hub.formats import FORMATS, configuration
 from ufbert.hub.layout import expected_shapes
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files, wordpiece
+from ufbert.inference.command import predict_command
+from ufbert.inference.predictor import Predictor
 from ufbert.presets import load_preset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -69,6 +71,7 @@ CASES = [
     ("ultrafastbert_1x11", {}, ("classifier",), "ultrafastbert"),
     ("crammed_bert", {}, ("masked_lm",), "ultrafastbert"),
     ("crammed_bert", {"feedforward": ("dense",)}, ("masked_lm",), "ultrafastbert"),
+    ("crammed_bert", {"activation": "relu"}, (), "ultrafastbert"),
 ]
 
 
@@ -205,6 +208,49 @@ def test_a_crammed_classifier_that_averages_padding_is_refused(vocabulary, tmp_p
     tensors, _, _ = read_checkpoint(tmp_path / "lm")
     values["architectures"] = ["ScriptableLMForPreTraining"]
     assert import_weights(tensors, values, "here").heads == ("masked_lm",)  # without a classifier it does not matter
+
+
+def test_a_crammed_embedding_may_lie_under_the_decoder_alone(vocabulary, tmp_path):
+    model = drawn(small("crammed_bert"), wordpiece(vocabulary, {}))
+    export_model(model, tmp_path / "out", "ultrafastbert")
+    tensors, values, _ = read_checkpoint(tmp_path / "out")
+    assert values is not None
+    del tensors[crammed.WORDS]
+    for path, array in flatten(import_weights(tensors, values, "here").params).items():
+        np.testing.assert_array_equal(array, flatten(model.params)[path])
+
+
+@pytest.mark.parametrize("labels", [("toxic", "insult", "threat"), ()])
+def test_scores_that_are_probabilities_of_their_own_stay_so_on_the_way_out_in_and_in_answers(
+    labels, vocabulary, tmp_path, capsys
+):
+    model = drawn(small("bert_base"), wordpiece(vocabulary, {}), ("classifier",), labels)
+    model = replace(model, task=TaskInfo("imported", labels, {}, independent=True))
+    export_model(model, tmp_path / "out", "hf")
+    tensors, values, folder = read_checkpoint(tmp_path / "out")
+    assert values is not None
+    save_model(tmp_path / "model", with_tokenizer(import_weights(tensors, values, "here"), folder))
+    predictor = Predictor(load_model(tmp_path / "model"))
+    assert predictor.task == model.task
+    (scores,) = predictor.engine.scores(predictor.rows(["the cat sees a dog"]))
+    odds = 1 / (1 + np.exp(-scores.astype(np.float64)))
+    if labels:
+        assert predictor.label_probabilities(["the cat sees a dog"])[0] == pytest.approx(
+            dict(zip(labels, odds, strict=True))
+        )
+        with pytest.raises(UserError, match="do not exclude each other"):
+            predictor.classify(["the cat sees a dog"])
+        predict_command(["--model", str(tmp_path / "model"), "the cat sees a dog"])
+        lines = [f"{label}  {share:.2%}" for label, share in zip(labels, odds, strict=True)]
+        assert capsys.readouterr().out.splitlines() == lines
+        (tmp_path / "texts").write_text("the cat sees a dog\n" * 2)
+        predict_command(["--model", str(tmp_path / "model"), "--lines", str(tmp_path / "texts")])
+        line = "\t".join(f"{label}\t{share:.4f}" for label, share in zip(labels, odds, strict=True))
+        assert capsys.readouterr().out.splitlines() == [line, line]
+    else:
+        assert predictor.classify(["the cat sees a dog"])[0] == (f"{odds[0]:.2f}", None)
+        with pytest.raises(UserError, match="answers with a value"):
+            predictor.label_probabilities(["the cat sees a dog"])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -58,11 +58,36 @@ def test_a_model_of_another_kind_is_refused(folder):
         load_model(folder)
 
 
-def test_a_newer_format_is_refused(folder):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"format_version": True}, "format version True"),
+        ({"format_version": 0}, "format version 0"),
+        ({"extra": 1}, "does not know: extra"),
+        ({"heads": ["masked_lm", "tagger"]}, "heads that this version does not know: 'tagger'"),
+        ({"heads": "masked_lm"}, "heads='masked_lm'"),
+        ({"model": [1]}, "object of settings"),
+        ({"model": {"norm": "x"}}, "norm is 'x'; it must be one of pre, post"),
+        ({"model": {"d_model": "32"}}, "d_model is '32'; it must be a whole number"),
+        ({"task": {"name": "x", "labels": "ab", "metrics": {}}}, "labels is 'ab'; it must be a list"),
+    ],
+)
+def test_a_newer_format_and_settings_of_another_kind_are_refused(folder, changes, words):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(UserError, match="format version 99"):
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=words):
         load_model(folder)
+
+
+def test_weights_of_types_that_are_no_weights_are_refused_however_they_are_read(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "encoder.layer_00.attention.out.kernel"
+    save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
+    for lazily in (False, True):
+        with pytest.raises(UserError, match=rf"{name} \(int8\)"):
+            load_model(folder, lazily=lazily)
 
 
 def test_truncated_and_misfitting_weights_are_refused(folder):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_fields import checkpoint
+from test_fields import GOLDEN, checkpoint
 
 from ufbert.errors import UserError
 from ufbert.hub.convert import import_weights, read_checkpoint
 from ufbert.hub.files import read_json, read_tensors, stored_tensors
 from ufbert.hub.folder import flatten
+from ufbert.hub.leaf_layer import from_state, load_layer, save_layer
 from ufbert.hub.vocabulary import find_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 438007537\n"
@@ -208,3 +209,31 @@ def test_folders_without_their_own_safetensors_say_what_to_do(tmp_path):
 def test_json_may_begin_with_a_mark(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def test_a_layer_folder_of_other_settings_or_numbers_is_refused_by_name(tmp_path):
+    golden = dict(np.load(GOLDEN / "leaf_tree.npz"))
+    state = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    layer = from_state(state, "here")
+    for changes, words in (
+        ({"depth": np.array([3, 3])}, r"8 leaves at depth \[3, 3\]"),
+        ({"depth": np.array(-1)}, "8 leaves at depth -1"),
+        ({"depth": np.array(10**12)}, "8 leaves at depth 1000000000000"),
+        ({"w1s": state["w1s"].astype(np.int8)}, r"w1s \(int8\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            from_state(state | changes, "here")
+    save_layer(tmp_path / "layer", layer, "relu")
+    assert load_layer(tmp_path / "layer")[1] == "relu"
+    config = json.loads((tmp_path / "layer" / "config.json").read_text())
+    for changes, words in (
+        ({"activation": "x"}, "activation='x'; it must be one of gelu"),
+        ({"activation": [1]}, "activation="),
+        ({"format_version": 2}, "format version 2"),
+        ({"format_version": "1"}, "format version '1'"),
+        ({"more": 1}, "does not know: more"),
+        ({"format": "x"}, "does not hold a leaf-tree layer"),
+    ):
+        (tmp_path / "layer" / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=words):
+            load_layer(tmp_path / "layer")

@@ -8,13 +8,15 @@ state in `model.safetensors`.
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 
+from ufbert.config import ActivationName
 from ufbert.errors import UserError
 from ufbert.hub.files import read_json, read_tensors, write_folder
-from ufbert.hub.layout import Tensors, check_tensors
+from ufbert.hub.layout import Tensors, check_floats, check_tensors
 from ufbert.ops.leaf_fff import LeafTree
 
 FORMAT, VERSION = "ufbert-leaf-layer", 1
@@ -42,9 +44,12 @@ def from_state(tensors: Tensors, where: str) -> LeafTree:
     shapes = {"node_w": (g - 1, d), "node_b": (g - 1, 1), "w_in": (g, d, w), "b_in": (g, w)}
     shapes |= {"w_out": (g, w, o), "b_out": (g, o)}
     check_tensors(found, {NAMES[name]: shape for name, shape in shapes.items()}, where)
-    depth = int(tensors["depth"]) if "depth" in tensors else g.bit_length() - 1
-    if g != 2**depth:
-        raise UserError(f"{where} does not fit its configuration: {g} leaves at depth {depth} instead of {2**depth}.")
+    check_floats({name: tensors[name] for name in NAMES.values()}, where)
+    depth = np.asarray(tensors.get("depth", g.bit_length() - 1))
+    if depth.size != 1 or g != 2 ** min(max(int(depth.reshape(())), 0), 40):
+        raise UserError(
+            f"{where} does not fit its configuration: {g} leaves at depth {depth.tolist()}, where 2^depth belong."
+        )
     arrays = {name: jnp.asarray(np.asarray(tensors[NAMES[name]], np.float32)) for name in NAMES}
     return LeafTree(**arrays | {"node_b": arrays["node_b"].reshape(-1)})
 
@@ -69,8 +74,16 @@ def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    if config.get("format") != FORMAT or not isinstance(config.get("format_version"), int):
+    if config.get("format") != FORMAT:
         raise UserError(f"{folder} does not hold a leaf-tree layer.")
-    if config["format_version"] > VERSION:
-        raise UserError(f"{folder} has format version {config['format_version']}; this ufbert reads up to {VERSION}.")
-    return from_state(read_tensors(folder / "model.safetensors"), str(folder)), config.get("activation", "relu")
+    version, activation = config.get("format_version"), config.get("activation", "relu")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise UserError(f"{folder} has format version {version!r}; this ufbert reads up to {VERSION}. Upgrade it.")
+    unknown = sorted(set(config) - {"format", "format_version", "activation"})
+    if unknown:
+        raise UserError(f"{folder} has a setting this version does not know: {', '.join(unknown)}.")
+    if activation not in get_args(ActivationName):
+        raise UserError(
+            f"{folder} says activation={activation!r}; it must be one of {', '.join(get_args(ActivationName))}."
+        )
+    return from_state(read_tensors(folder / "model.safetensors"), str(folder)), activation

@@ -152,6 +152,7 @@ def build(model: ModelFolder) -> Any:
     }
     if model.task is not None:
         about |= {"task": model.task.name, "labels": ",".join(model.task.labels)}
+        about |= {"independent": model.task.independent}
     helper.set_model_props(made, {name: str(value) for name, value in about.items()})
     return made
 
