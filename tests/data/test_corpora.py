@@ -181,6 +181,29 @@ def test_texts_that_look_like_other_files_and_names_with_commas_are_read(tmp_pat
     assert list(both.documents()) == ["{1} is a set", '"{}" is a string']
 
 
+def test_other_encodings_and_line_ends_are_named(tmp_path):
+    for data, words in (
+        ("one\n\ntwo\n".encode("utf-16"), r"a\.txt is not UTF-8: it begins as UTF-16 does"),
+        (b"one\r\rtwo\r", r"a\.txt ends its lines with carriage returns alone"),
+    ):
+        (tmp_path / "a.txt").write_bytes(data)
+        for read in (lambda path: list(open_corpus(f"text:{path}").documents()), text_files.read_lines):
+            with pytest.raises(UserError, match=words):
+                read(tmp_path / "a.txt")
+
+
+def test_only_newlines_end_lines(tmp_path):
+    ends = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{ends}\r\nsecond\n\nthird".encode())
+    assert list(open_corpus(f"text:{tmp_path / 'a.txt'}").documents()) == [f"{ends}\nsecond", "third"]
+    assert text_files.read_lines(tmp_path / "a.txt") == [ends, "second", "", "third"]
+    (tmp_path / "b.txt").write_bytes(b"fine\nb\xe9d\n")
+    with pytest.raises(UserError, match=r"b\.txt, line 2: not UTF-8"):
+        text_files.read_lines(tmp_path / "b.txt")
+    with pytest.raises(UserError, match=r"Cannot read .*none: No such file"):
+        text_files.read_lines(tmp_path / "none")
+
+
 def test_the_demo_text_is_read_where_it_is_installed():
     if demo_path() is None:
         with pytest.raises(UserError, match="--extra demo"):

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPO
@@ -191,6 +193,44 @@ def test_a_killed_sweep_leaves_nothing_half_and_goes_on(run_folder, toy_glue, tm
     assert not list(out.rglob(".*partial*"))
 
 
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_runs_that_diverge_do_not_count_and_a_task_without_others_leaves_no_model(
+    run_folder, toy_glue, tmp_path, monkeypatch, capsys, at_once
+):
+    from ufbert import nn
+    from ufbert.glue.finetune import Diverged, Trace, Tuned, metrics_of
+    from ufbert.hub.folder import TaskInfo, with_task
+
+    def stub(model, data, tune, runs, **named):
+        """Seed 1 of SST-2 alone does not diverge."""
+        classifier = nn.init_classifier(model.config, jax.random.key(0), 2)
+        scores = {"dev": np.eye(2)[[i % 2 for i in range(48)]]}
+        metrics = metrics_of(data, scores)
+        tuned = with_task(model, classifier, TaskInfo("sst2", data.task.label_names, metrics["dev"]))
+        trace = Trace([{"epoch": 1, "loss": 0.5, "accuracy": 1.0}], np.ones(10), scores, 0)
+        well = data.task.name == "sst2"
+        return [Tuned(run, tuned, metrics, trace) if well and run.seed == 1 else Diverged(run, 7) for run in runs]
+
+    monkeypatch.setattr(sweeping, "finetune_task", stub)
+    args = ("--tasks=cola,sst2", "--seeds=0,1,2", f"--runs-at-once={at_once}")
+    with pytest.raises(UserError, match=r"No run of cola kept a finite loss, .* no model .* lower rate \(--tune\.lr\)"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))
+    said = capsys.readouterr().out
+    assert re.search(
+        r"seed 2 at 0\.00\d+: the loss was no finite number any more at update 7, so that this run does not", said
+    )
+    results = json.loads((tmp_path / "out" / "glue.json").read_text())
+    assert list(results["tasks"]) == ["sst2"]
+    assert list(results["tasks"]["sst2"]["dev"]["dev"]["seeds"]) == ["1"]
+    assert (tmp_path / "out" / "sst2").is_dir()
+    assert not (tmp_path / "out" / "cola").exists()
+    with pytest.raises(UserError, match="No run of cola kept a finite loss"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "one", "--tasks=cola", "--seeds=0"))
+    first = ("--protocol=mnli-first", "--tasks=rte,mnli-devsplit", "--seeds=0")
+    with pytest.raises(UserError, match="No run of mnli-devsplit; rte, for want of mnli-devsplit kept"):
+        finetune_command(options(run_folder, toy_glue, tmp_path / "first", *first))
+
+
 def test_what_is_wrong_is_said_before_anything_is_written(run_folder, toy_glue, tmp_path):
     def refused(match, *more, source=toy_glue):
         with pytest.raises(UserError, match=match):
@@ -199,6 +239,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(run_folder, toy_glue, 
 
     refused("not a list of whole numbers", "--seeds=a")
     refused("names a seed twice", "--seeds=1,1")
+    refused("names -1; a seed must lie between 0 and 4294967295", "--seeds=-1", "--tasks=no such task")
+    refused(
+        "at most 4 tokens has no room for 3 special tokens and a piece of each", "--tasks=cola,rte", "--tune.max-len=4"
+    )
     refused("does not go with --from-scratch", "--probe", "--from-scratch")
     refused("--train-rows 1000 is more than the 160 rows", "--tasks=sst2", "--train-rows=1000")
     refused(r"did you mean sst2\?", "--tasks=sst3")

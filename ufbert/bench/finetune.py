@@ -16,6 +16,7 @@ from ufbert.bench.architectures import peer_of
 from ufbert.bench.contest import Race, compete
 from ufbert.config import FinetuneConfig, to_json
 from ufbert.data.encode import Encoded, encode_texts
+from ufbert.data.text_files import read_lines
 from ufbert.errors import UserError
 from ufbert.glue.batches import BatchRows, epoch_batches
 from ufbert.hub.folder import ModelFolder, flatten
@@ -50,11 +51,7 @@ def read_rows(path: Path) -> Texts:
 
     Raises UserError for a file that cannot be read or lacks a column, a row that is too short, or fewer than two labels.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from error
-    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [(number, line.split("\t")) for number, line in enumerate(read_lines(path), 1) if line.strip()]
     header = rows[0][1] if rows else []
     for name in ("sentence", "label"):
         if name not in header:

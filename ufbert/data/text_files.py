@@ -67,6 +67,8 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, cut at newlines only, without their ends and a byte order mark. Raises UserError."""
     try:
         data = path.read_bytes()
+        if fault := first_line_fault(data[: data.find(b"\n") + 1] or data):
+            raise UserError(f"{path} {fault}.")
         lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
@@ -74,8 +76,6 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(
             f"{path}, line {data.count(b'\n', 0, error.start) + 1}: not UTF-8; convert the file to UTF-8."
         ) from error
-    if fault := first_line_fault(data[: data.find(b"\n") + 1] or data):
-        raise UserError(f"{path} {fault}.")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 

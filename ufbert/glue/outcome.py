@@ -177,12 +177,12 @@ def read_predictions(path: Path, label_names: tuple[str, ...]) -> Predictions | 
     """
     try:
         head, *lines = [line.split("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-        label = head.index("label")
+        label, names = head.index("label"), list(map(_plain, label_names))
         columns = list(zip(*lines, strict=True))
         seeds = {int(name[11:]): i for i, name in enumerate(head) if name.startswith("prediction_")}
 
         def numbers(column: Iterable[str]) -> np.ndarray:
-            return np.array([label_names.index(text) if label_names else float(text) for text in column])
+            return np.array([names.index(text) if names else float(text) for text in column])
 
         predicted = {seed: numbers(columns[i]) for seed, i in seeds.items()}
         return Predictions([tuple(line[: label + 1]) for line in lines], numbers(columns[label]), predicted)
@@ -214,7 +214,7 @@ def _plain(text: str) -> str:
 
 
 def _shown(task: Task, values: Iterable[Any]) -> list[str]:
-    return [f"{x:.6g}" if task.is_regression else task.label_names[int(x)] for x in values]
+    return [f"{x:.6g}" if task.is_regression else _plain(task.label_names[int(x)]) for x in values]
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
