@@ -25,6 +25,8 @@ struct Floats {
 };
 
 #if defined(__AVX512BF16__)
+// The instruction reads what is nearer to zero than 2^-126 as zero, makes such results zero and rounds to the nearest, whatever
+// the thread's floating-point control says; with that control as pool.h sets it, the other instruction sets do the same.
 struct Halfs {
   typedef uint16_t Row;
   typedef uint16_t Weight;

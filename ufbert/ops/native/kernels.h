@@ -3,6 +3,9 @@
 // Letters as everywhere: b rows, d their width, m parallel trees, n nodes a tree, s = depth + 1 nodes on a path, t tokens,
 // h heads, k their width, f a layer's outputs. Arrays are contiguous, last index fastest, and aligned to their element type.
 // A null pointer leaves an optional array out.
+//
+// A number nearer to zero than 2^-126 counts as zero wherever it is read, and a result as small becomes zero, on every thread and
+// with every instruction set (pool.h). Infinity times such a number is therefore no number, as infinity times zero is.
 #pragma once
 
 #include <cstdint>
