@@ -11,6 +11,7 @@ ROOT = Path(ufbert.__file__).parent
 BELOW = {
     "config": {"errors"},
     "errors": set(),
+    "exits": set(),
     "device": {"errors", "places", "processes"},
     "processes": {"errors"},
     "places": set(),
@@ -27,7 +28,7 @@ BELOW = {
     "hub": {"nn", "ops", "data", "config", "errors"},
     "pretrain": {
         "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
-        "processes", "report",
+        "processes", "report", "exits",
     },
     "glue": {"config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
