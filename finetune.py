@@ -2,7 +2,7 @@
 
 import sys
 
-from ufbert.__main__ import main
+from ufbert.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["finetune", *sys.argv[1:]]))
+    run(["finetune", *sys.argv[1:]])

@@ -12,6 +12,7 @@ BELOW = {
     "config": {"errors", "kinds"},
     "errors": set(),
     "kinds": {"errors"},
+    "exits": set(),
     "device": {"errors", "places", "processes"},
     "processes": {"errors"},
     "places": set(),
@@ -29,7 +30,7 @@ BELOW = {
     "hub": {"nn", "ops", "data", "config", "errors", "kinds"},
     "pretrain": {
         "config", "errors", "device", "devices", "presets", "ops", "nn", "cost", "data", "hub", "writers", "checkpoint",
-        "processes", "report", "claim",
+        "processes", "report", "claim", "exits",
     },
     "glue": {"claim", "config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},

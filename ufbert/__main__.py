@@ -4,8 +4,13 @@ import gc
 import sys
 import time
 
+from ufbert import exits
+
 STARTED = time.monotonic()
 
+WORKING = ("train", "finetune")
+"""Verbs whose product is a folder: a console that is gone costs them nothing."""
+GO_ON = "`--resume --out=FOLDER` goes on with what is begun."
 VERBS = {
     "train": "pretrain a model from raw text within a budget (also: python train.py)",
     "plan": "say what a budget buys on a device: tokens, updates, memory, time, money",
@@ -36,10 +41,14 @@ def main(args: list[str]) -> int:
     gc.set_threshold(50_000, 20, 20)  # what jax imports and traces stays: looking through it is a tenth of every start
     try:
         run_verb(args[0], args[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        exits.silence(sys.stdout)  # else the interpreter fails once more to write what is left
+        if args[0] in WORKING:
+            print(f"error: the reader of this command's output is gone. {GO_ON}", file=sys.stderr)
         return 141
     except OSError as error:
         print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.", file=sys.stderr)
@@ -47,8 +56,11 @@ def main(args: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code
+    except exits.Stopped as stop:
+        print(f"{stop}: stopped. {GO_ON if args[0] in WORKING else ''}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the last checkpoint of a training run", file=sys.stderr)
+        print(f"SIGINT: stopped. {GO_ON}", file=sys.stderr)
         return 130
     return 0
 
@@ -97,9 +109,21 @@ def run_verb(verb: str, args: list[str]) -> None:
         raise UserError(f"There is no verb {verb!r}; {hint}")
 
 
-def run() -> None:
-    """Entry point of the `ufbert` script."""
-    sys.exit(main(sys.argv[1:]))
+def run(args: list[str] | None = None) -> None:
+    """Run a verb as a process of its own and end it: within seconds, whatever a library still waits for."""
+    args = sys.argv[1:] if args is None else args
+    exits.open_descriptors()
+    exits.WATCHER.start()
+    sys.stderr = exits.Console(sys.stderr, stops=False)
+    if args and args[0] in WORKING:
+        sys.stdout = exits.Console(sys.stdout, stops=True)
+    code = main(args)
+    jax = sys.modules.get("jax")
+    if (
+        code or jax is None or not jax.distributed.is_initialized()
+    ):  # processes that have ended well wait for each other
+        exits.leave_soon(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Held-out loss: the same rows and masks in every evaluation, of every recipe."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,13 +58,20 @@ def heldout_of(run: RunConfig, data: PreparedData) -> Heldout:
     return Heldout(batches, total / max(count, 1.0))
 
 
-def evaluate(steps: Steps, params: nn.Params, heldout: Heldout, layout: Layout) -> Evaluation:
-    """Held-out loss and accuracy of parameters."""
+def evaluate(
+    steps: Steps, params: nn.Params, heldout: Heldout, layout: Layout, stop: Callable[[], bool] = lambda: False
+) -> Evaluation | None:
+    """Held-out loss and accuracy of parameters; None if `stop`, asked after every batch but the last, said so."""
     even = len(heldout.batches[0]) % len(layout.devices) == 0  # a small held-out text is not worth splitting
-    found = [
-        steps.evaluate(params, layout.rows(rows) if even else rows, evaluation_key(i))
-        for i, rows in enumerate(heldout.batches)
-    ]
+    found = []
+    for i, rows in enumerate(heldout.batches):
+        if i > 1:
+            jax.block_until_ready(
+                found[-2]
+            )  # else all are dispatched before the first is done, and none can be left out
+        if i and stop():
+            return None
+        found.append(steps.evaluate(params, layout.rows(rows) if even else rows, evaluation_key(i)))
     loss, count, correct = (
         sum(float(getattr(sums, name)) for sums, _ in found) for name in ("loss", "count", "correct")
     )

@@ -27,7 +27,7 @@ from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock
-from ufbert.pretrain.evaluation import Heldout, evaluate, heldout_of
+from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
 from ufbert.pretrain.reserve import EndCosts
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
 from ufbert.pretrain.sharding import Layout
@@ -129,8 +129,8 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
                 if not session.over(session.step):
                     clock.reserve(session.costs.reserve())
                     _updates(session, key)
-            if (asked := session.asked()) is not None:
-                raise _interruption(session, asked)
+            if session.asked() is not None:
+                raise _interruption(session)
             return _finish(session)
         finally:
             metrics.close()
@@ -193,6 +193,7 @@ def _updates(session: _Session, key: jax.Array) -> None:
             jnp.float32(mask_rate(cfg, fraction)),
             jnp.int32(len(picks)),
         )
+        session.signals.save_first()
         outcome = _one_update(session, step, picks, length, jax.random.fold_in(key, step + 1), controls)
         if outcome is None:
             break
@@ -292,10 +293,18 @@ def _compile_evaluation(session: _Session) -> float:
     return time.monotonic() - began
 
 
+def _held_out(session: _Session, params: nn.Params) -> Evaluation:
+    """What an evaluation of these parameters finds; where a signal comes during it, save and raise Interrupted."""
+    found = evaluate(session.steps, params, session.heldout, session.layout, lambda: session.asked() is not None)
+    if found is None:
+        raise _interruption(session)
+    return found
+
+
 def _evaluate(session: _Session, record: bool = True) -> None:
     """Held-out loss in nats; written to the metrics under `heldout_loss` if it is to be recorded."""
     began, clock = time.monotonic(), session.clock
-    found = evaluate(session.steps, session.state.params, session.heldout, session.layout)
+    found = _held_out(session, session.state.params)
     session.costs.evaluated(time.monotonic() - began)
     session.heldout_loss = found.loss
     if not record:
@@ -327,8 +336,10 @@ def _checkpoint(session: _Session, wait: bool = False) -> None:
         session.costs.saved(seconds)
 
 
-def _interruption(session: _Session, asked: signal.Signals) -> Interrupted:
+def _interruption(session: _Session) -> Interrupted:
     """Save after a signal; what to raise then."""
+    asked = session.asked() or signal.SIGTERM
+    session.signals.save_first()
     session.checkpoints.wait()
     if session.step not in session.checkpoints.steps():
         _checkpoint(session, wait=True)
@@ -346,7 +357,7 @@ def _finish(session: _Session) -> dict[str, Any]:
     _evaluate(session)
     params, loss, averaged = session.state.params, session.heldout_loss, None
     if session.state.average is not None:
-        averaged = evaluate(session.steps, session.state.average, session.heldout, session.layout).loss
+        averaged = _held_out(session, session.state.average).loss
         if averaged < loss or not isfinite(loss):
             params, loss = session.state.average, averaged
     if not isfinite(loss):
