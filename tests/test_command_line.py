@@ -1,10 +1,15 @@
 """What a user types wrong gets one sentence and status 2; what is right answers."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import SMALL
+from conftest import REPO, SMALL
+
+from ufbert.places import expand_home
 
 
 def sentence(result) -> str:
@@ -54,8 +59,6 @@ def test_an_empty_corpus(command, tmp_path):
 def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a card'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}"
     }
@@ -63,9 +66,6 @@ def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
         "from ufbert.device import use_device\nfrom ufbert.errors import UserError\n"
         "try:\n    use_device('auto')\nexcept UserError as error:\n    print(error)\nprint(use_device('cpu'))"
     )
-    import subprocess
-    import sys
-
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "uv sync --extra cuda" in found.stdout
     assert "--device cpu" in found.stdout
@@ -87,6 +87,20 @@ def test_a_device_that_is_not_there_is_named(monkeypatch, device, named):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(UserError, match=f"jax cannot use {named}: it finds no such device. Pass `--device cpu`"):
         room.use_device(device)
+
+
+def test_a_console_that_lacks_a_letter_shows_its_code():
+    code = "from ufbert import __main__ as m; m.main = lambda args: print('caf\\xe9') or 0; m.run([])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPO)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "caf\\xe9\n", "")
+
+
+def test_a_home_folder_is_meant_wherever_a_path_begins_in_an_option(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--out=~/run", "text:~/a.txt,~/b~/c.txt", "~", "~other/x", "a ~/b", "--when-done=touch ~/x"]
+    wanted = ["--out=/home/me/run", "text:/home/me/a.txt,/home/me/b~/c.txt", "/home/me", *given[3:]]
+    assert [expand_home(option) for option in given] == wanted
 
 
 def test_wrong_fine_tuning_options(command, run_folder, tmp_path):

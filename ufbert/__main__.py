@@ -1,10 +1,13 @@
 """`python -m ufbert VERB`, also installed as `ufbert`. Each verb's work lives in its own package."""
 
 import gc
+import io
+import re
 import sys
 import time
 
 from ufbert import exits
+from ufbert.places import expand_home
 
 STARTED = time.monotonic()
 
@@ -39,8 +42,9 @@ def main(args: list[str]) -> int:
     from ufbert.errors import Interrupted, UserError
 
     gc.set_threshold(50_000, 20, 20)  # what jax imports and traces stays: looking through it is a tenth of every start
+    paths = re.compile(r"--[\w.-]+=|(text|hf|dir):")
     try:
-        run_verb(args[0], args[1:])
+        run_verb(args[0], [expand_home(arg) if paths.match(arg) else arg for arg in args[1:]])
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -112,6 +116,9 @@ def run_verb(verb: str, args: list[str]) -> None:
 def run(args: list[str] | None = None) -> None:
     """Run a verb as a process of its own and end it: within seconds, whatever a library still waits for."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter shows its code
     exits.open_descriptors()
     exits.WATCHER.start()
     sys.stderr = exits.Console(sys.stderr, stops=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ufbert.config import RunConfig, Scale
+from ufbert.places import expand_home
 
 if TYPE_CHECKING:
     from ufbert.hub.folder import ModelFolder
@@ -84,7 +85,7 @@ def _arguments(options: Mapping[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, bool):
             args.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
         elif isinstance(value, tuple | list):
-            args += [flag, *map(str, value)]
+            args += [flag, *(expand_home(str(part)) for part in value)]
         else:
-            args += [flag, str(value)]
+            args += [flag, expand_home(str(value))]
     return args
