@@ -95,6 +95,13 @@ def test_long_lists_of_names_end_in_a_number():
     assert len(str(caught.value)) < 300
 
 
+def test_a_classifier_of_no_dimension_is_misshapen():
+    tensors, values = checkpoint("hf_bert_classifier")
+    values |= {"id2label": None}
+    with pytest.raises(UserError, match=r"classifier\.weight has shape \(\) instead of \(1, 16\)"):
+        import_weights(tensors | {"classifier.weight": np.float32(1).reshape(())}, values, "here")
+
+
 def test_an_embedding_of_another_vocabulary_is_named():
     tensors, values = checkpoint("hf_bert")
     with pytest.raises(UserError, match=r"word_embeddings\.weight of here has 40 rows, and vocab_size .* is 41"):

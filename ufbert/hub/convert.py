@@ -74,7 +74,7 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
     answers = Answers((), False)
     if "classifier" in heads:
         weight = used.get("classifier.weight", used.get("head.weight"))
-        answers = read_answers(values, 1 if weight is None else weight.shape[0], where)
+        answers = read_answers(values, 1 if weight is None or weight.ndim == 0 else weight.shape[0], where)
     shapes = flat_shapes(config, heads, max(1, len(answers.labels)) if "classifier" in heads else 0)
     layout = found.layout(config, heads)
     if any(path not in shapes for rule in layout.rules for path in rule.paths):
