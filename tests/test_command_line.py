@@ -153,7 +153,7 @@ def test_predict_answers_a_file_line_by_line(command, tmp_path, run_folder):
     assert "not both" in sentence(command("predict", model, f"--lines={lines}", "a text"))
     assert "Cannot read" in sentence(command("predict", model, f"--lines={tmp_path / 'none.txt'}"))
     lines.write_bytes(b"caf\xe9\n")
-    assert "is not UTF-8 (byte 3)" in sentence(command("predict", model, f"--lines={lines}"))
+    assert "lines.txt, line 1: not UTF-8" in sentence(command("predict", model, f"--lines={lines}"))
     lines.write_text("a\tb\na\n")
     assert "lines.txt:2: 1 texts" in sentence(command("predict", model, f"--lines={lines}"))
     lines.write_text("a\n\nb\n")
