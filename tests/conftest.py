@@ -221,3 +221,17 @@ def write_sweep(folder: Path, tasks=("rte", "stsb"), seeds=(0, 1, 2), skill=0.7,
     }  # fmt: skip
     write_json(folder / "glue.json", {**found, **changes})
     return folder
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each instruction set that this processor has; native kernels use it during the test."""
+    from ufbert.ops import native
+
+    assert not native.unavailable(), native.unavailable()  # in the environment as it was, and known to XLA from here on
+    monkeypatch.setenv("UFBERT_ISA", request.param)
+    if not native.instruction_set():
+        pytest.skip(
+            f"this processor lacks {request.param}; the same text, compiled for those it has, fails in its stead"
+        )
+    return request.param
