@@ -43,8 +43,9 @@ class Checkpoints:
         best: Any = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], n=1, reverse=True)
         newest: Any = policies.LatestN(keep)
         either: Any = policies.AnyPreservationPolicy([newest, best])
-        # What it logs as an error it raises as well, and a traceback must not stand before our sentence.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # What it logs as an error it raises as well, and no traceback must stand beside our sentence.
+        for name in ("absl", "asyncio", "concurrent.futures"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ocp.Context()
         # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
         context.asynchronous.create_directories_asynchronously = False
