@@ -98,6 +98,13 @@ def test_wall_clock_keeps_its_reserve_and_never_runs_back():
     assert WallClock(10.0, started=97.0, now=lambda: 100.0).spent() == 3.0
 
 
+def test_a_schedule_ends_with_the_wall_where_that_comes_before_the_budget():
+    clock = WallClock(600.0, started=97.0, deadline=115.0, now=lambda: 106.0)
+    assert (clock.seconds, clock.fraction(0), clock.done(0)) == (18.0, 0.5, False)
+    clock.reserve(9.0)
+    assert (clock.fraction(0), clock.done(0)) == (1.0, True)
+
+
 def test_ledger_survives_a_cut_line_and_adds_sessions(tmp_path):
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
