@@ -46,8 +46,9 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: Identity, keep: int) -> None:
         """Raises UserError if the folder cannot be made."""
         self.folder, self._identity, self._keep = folder, identity, keep
-        # What orbax logs as an error it raises as well, and a traceback must not stand before our sentence.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # What these log as an error is raised as well, and no traceback must stand beside our sentence.
+        for name in ("absl", "asyncio", "concurrent.futures"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if processes.is_main():

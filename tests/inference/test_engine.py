@@ -218,7 +218,7 @@ def test_eight_threads_get_serial_answers(made):
     start = threading.Barrier(8)
 
     def ask(number: int):
-        start.wait(timeout=60)
+        start.wait(timeout=600)
         for _ in range(5):
             if number % 2:
                 assert predictor.classify(TEXTS) == serial
