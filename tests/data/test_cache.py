@@ -21,7 +21,7 @@ from ufbert.data import scratch
 from ufbert.data.cache import cache_folder, finish, locate, reopen
 from ufbert.data.corpora import Corpus
 from ufbert.data.prepare import Recipe, prepare
-from ufbert.data.rows import open_prepared
+from ufbert.data.rows import DATA_FORMAT, open_prepared
 from ufbert.data.scratch import private_folder, publish
 from ufbert.errors import UserError
 
@@ -357,6 +357,17 @@ def test_a_fifty_megabyte_line_is_used(tmp_path, monkeypatch):
     assert data.manifest.documents_read >= 50
     assert data.manifest.tokens_read >= 56 * 25_000
     assert data.manifest.characters_read == pytest.approx((tmp_path / "line.txt").stat().st_size, rel=1e-4)
+
+
+def test_rows_of_the_version_before_serve_the_run_that_began_with_them_and_no_new_one(text, tmp_path):
+    first = obtain(text, tmp_path / "root")
+    values = json.loads((first.folder / "manifest.json").read_text())
+    del values["unknown_share"]
+    (first.folder / "manifest.json").write_text(json.dumps({**values, "format_version": 2}))
+    begun = open_prepared(first.folder)
+    assert (begun.manifest.format_version, begun.manifest.train) == (2, first.manifest.train)
+    assert reopen(str(first.folder), begun.manifest.fingerprint, print) is not None
+    assert obtain(text, tmp_path / "root").manifest.format_version == DATA_FORMAT
 
 
 def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):

@@ -109,7 +109,9 @@ def _fitting(root: Path, source: Source, recipe: Recipe, say: Say) -> Iterator[P
     """Folders under `root` that hold what the recipe would make of the source."""
     for path in sorted(root.glob("*/manifest.json")):
         manifest = _manifest(path.parent, say)
-        if manifest is not None and _same_source(source, manifest.source) and _same_rows(recipe, manifest):
+        if manifest is None or manifest.format_version != DATA_FORMAT:
+            continue
+        if _same_source(source, manifest.source) and _same_rows(recipe, manifest):
             yield path.parent
 
 

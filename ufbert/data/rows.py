@@ -20,6 +20,8 @@ from ufbert.errors import UserError
 
 DATA_FORMAT = 3
 """Version of the prepared folder; one of another version is prepared anew."""
+RUNS_ONLY = 2
+"""The version before, of smaller alphabets: a run that has begun with such rows goes on with them, a new one does not."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ class PreparedData:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder. Raises UserError if there is none of this version."""
+    """The manifest of a prepared folder. Raises UserError if there is none of this version or the one before."""
     try:
         values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if values.get("format_version") != DATA_FORMAT:
+        if values.get("format_version") == RUNS_ONLY:  # it did not say how much is lost to [UNK]
+            values = {"unknown_share": 0.0, **values}
+        elif values.get("format_version") != DATA_FORMAT:
             raise UserError(f"{folder} holds prepared data of another version; delete it to prepare the data anew.")
         manifest = Manifest(**values)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
