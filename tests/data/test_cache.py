@@ -360,14 +360,17 @@ def test_a_fifty_megabyte_line_is_used(tmp_path, monkeypatch):
 
 
 def test_rows_of_the_version_before_serve_the_run_that_began_with_them_and_no_new_one(text, tmp_path):
-    first = obtain(text, tmp_path / "root")
+    first, _, _ = obtain(text, tmp_path / "root")
     values = json.loads((first.folder / "manifest.json").read_text())
     del values["unknown_share"]
-    (first.folder / "manifest.json").write_text(json.dumps({**values, "format_version": 2}))
-    begun = open_prepared(first.folder)
+    folder = first.folder.rename(first.folder.with_name("text-before"))  # its name, a hash, has the version in it
+    (folder / "manifest.json").write_text(json.dumps({**values, "format_version": 2}))
+    begun = open_prepared(folder)
     assert (begun.manifest.format_version, begun.manifest.train) == (2, first.manifest.train)
-    assert reopen(str(first.folder), begun.manifest.fingerprint, print) is not None
-    assert obtain(text, tmp_path / "root").manifest.format_version == DATA_FORMAT
+    assert reopen(str(folder), begun.manifest.fingerprint, print) is not None
+    again, _, fresh = obtain(text, tmp_path / "root")
+    assert fresh
+    assert again.manifest.format_version == DATA_FORMAT
 
 
 def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):

@@ -320,7 +320,7 @@ def test_post_processors_of_another_shape_are_kept_but_for_training(folder, capf
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
         (json.dumps(state())[:200], "is not readable JSON"),
         ("[]", "does not hold a JSON object"),
         ("{}", "is not a tokenizer.json: it has no `model`"),

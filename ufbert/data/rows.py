@@ -103,9 +103,9 @@ class PreparedData:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared folder. Raises UserError if there is none of this version or the one before."""
     try:
-        values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        values: Any = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if values.get("format_version") == RUNS_ONLY:  # it did not say how much is lost to [UNK]
-            values = {"unknown_share": 0.0, **values}
+            values.setdefault("unknown_share", 0.0)
         elif values.get("format_version") != DATA_FORMAT:
             raise UserError(f"{folder} holds prepared data of another version; delete it to prepare the data anew.")
         manifest = Manifest(**values)
@@ -118,6 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
         for name in ("max_tokens", "vocab_size")
         if not wrong and not _is_a(int, manifest.recipe.get(name))
     ]
+    wrong += ["unknown_share"] if not wrong and not 0.0 <= manifest.unknown_share <= 1.0 else []
     wrong += ["a shard"] if not wrong and not all(map(_is_shard, manifest.train + manifest.heldout)) else []
     if wrong:
         raise UserError(f"{folder} does not hold prepared data: {', '.join(wrong)} in its manifest makes no sense.")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,16 @@ def new_run(args: list[str], named: TrainOptions, started: float) -> dict[str, A
             held.enter_context(claimed_new(folder))
         resolved = resolve(args, platform or use_device(named.device))
         if not named.out:
+            if not Path("runs").exists():
+                held.callback(_remove_if_empty, Path("runs"))
             folder = new_folder(Path("runs"), _stem(resolved.options))
             held.enter_context(claimed_new(folder))
         return _prepare_and_train(resolved, folder, started, held.close)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _prepare_and_train(resolved: Resolved, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
