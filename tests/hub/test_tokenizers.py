@@ -309,6 +309,8 @@ def test_post_processors_of_another_shape_are_kept_but_for_training(folder, capf
     assert ids(find_tokenizer(made, ""), "the cat") == [THE, CAT, 3]
     assert "of the text 'a', and not [CLS] a [SEP]; it is kept" in capfd.readouterr().err
     assert ids(read_for_training(made / "tokenizer.json"), "the cat") == [2, THE, CAT, 3]
+    cased = folder(vocab__txt=lines(), tokenizer_config__json={"do_lower_case": False})
+    assert ids(read_for_training(cased / "vocab.txt"), "The cat") == [2, UPPER_THE, CAT, 3]
     assert "does not put [CLS] and [SEP] around a text; now it does" in capfd.readouterr().err
     others = processors.TemplateProcessing(single="the $A sees", special_tokens=[("the", THE), ("sees", SEES)])
     tokenizer = read_tokenizer(

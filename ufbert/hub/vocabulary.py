@@ -41,8 +41,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_for_training(path: str | Path) -> Tokenizer:
-    """As `read_tokenizer`, and a text is `[CLS] text [SEP]`, since pretraining puts both around every document."""
-    tokenizer = read_tokenizer(path)
+    """As `read_tokenizer`, and a text is `[CLS] text [SEP]`, since pretraining puts both around every document. A `vocab.txt`
+    is read with the settings beside it."""
+    is_vocabulary = Path(path).suffix == ".txt"
+    tokenizer = find_tokenizer(Path(path).parent, str(path)) if is_vocabulary else read_tokenizer(path)
     wrap(tokenizer, str(path))
     return tokenizer
 

@@ -116,10 +116,13 @@ def _predict_lines(options: PredictOptions) -> None:
     parts = [line.split("\t") for line in read_lines(Path(options.lines))]
     columns = len(parts[0]) if parts else 1
     for number, found in enumerate(parts, start=1):
-        if len(found) != columns or columns > 2 or not all(part.strip() for part in found):
+        if len(found) != columns or columns > 2:
+            wanted = "1 or 2 are" if columns > 2 else f"{columns}, as in line 1, {'is' if columns == 1 else 'are'}"
             raise UserError(
-                f"{options.lines}:{number}: {len(found)} texts, some perhaps empty, where 1 or 2 are wanted."
+                f"{options.lines}, line {number}: {len(found)} texts parted by tabs, where {wanted} wanted."
             )
+        if not all(part.strip() for part in found):
+            raise UserError(f"{options.lines}, line {number}: a text is empty; fill it, or take the line out.")
     if not parts:
         raise UserError(f"{options.lines} has no lines.")
     texts = [found[0] for found in parts]

@@ -39,7 +39,7 @@ class TrainOptions:
     """Train with several processes, on one machine or many that share their folders: auto (jax finds TPU pods, Slurm and
     Open MPI by itself) or HOST:PORT,INDEX,COUNT; give the same command to each, with --out."""
     tokenizer: str = ""
-    """A tokenizer.json to use instead of training one."""
+    """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
     prepared: str = ""
     """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
     recipe: Recipe = "crammed"
