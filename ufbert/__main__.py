@@ -126,9 +126,8 @@ def run(args: list[str] | None = None) -> None:
         sys.stdout = exits.Console(sys.stdout, stops=True)
     code = main(args)
     jax = sys.modules.get("jax")
-    if (
-        code or jax is None or not jax.distributed.is_initialized()
-    ):  # processes that have ended well wait for each other
+    waits = jax is not None and jax.distributed.is_initialized()  # processes that have ended well wait for each other
+    if code or not waits:
         exits.leave_soon(code)
     sys.exit(code)
 
