@@ -185,7 +185,7 @@ def datasets_library() -> Any:
     return datasets
 
 
-def wait_for_arrow(seconds: float = 5.0) -> bool:
+def wait_for_arrow(seconds: float = 10.0) -> bool:
     """Wait until Arrow's threads have let go of what a reader left half read, and return whether they have.
 
     They hold Python's own bytes and files, which they can give back only while the interpreter lives: one that comes too late
@@ -202,12 +202,13 @@ def wait_for_arrow(seconds: float = 5.0) -> bool:
     for function in pools:
         function.restype, function.argtypes = ctypes.c_void_p, ()
     tasks.restype, tasks.argtypes = ctypes.c_int, (ctypes.c_void_p,)
-    until = time.monotonic() + seconds
-    while busy := any(tasks(pool()) for pool in pools):
-        if time.monotonic() > until:
-            break
-        time.sleep(0.001)
-    return not busy
+    until, idle = time.monotonic() + seconds, 0
+    # One look is not enough: a task may pass its work from one pool to the other between the two questions, and a thread of
+    # Python's that has waited for it takes its turn only while this one sleeps.
+    while idle < 20 and time.monotonic() < until:
+        idle = 0 if any(tasks(pool()) for pool in pools) else idle + 1
+        time.sleep(0.01)
+    return idle == 20
 
 
 _ARROW_POOLS = ("_ZN5arrow8internal16GetCpuThreadPoolEv", "_ZN5arrow2io8internal15GetIOThreadPoolEv")
