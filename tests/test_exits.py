@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPO
@@ -40,6 +41,13 @@ def test_a_closed_pipe_asks_a_run_to_save_and_stop():
         assert signals.asked == signal.SIGPIPE
         print("text", file=exits.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
     assert exits.WATCHER.note is None
+
+
+def test_the_watcher_may_ask_from_its_own_thread():
+    with StopSignals() as signals, ThreadPoolExecutor(1) as watcher:
+        assert exits.WATCHER.note is not None
+        watcher.submit(exits.WATCHER.note, signal.SIGPIPE, None).result()
+        assert signals.asked == signal.SIGPIPE
 
 
 def process(body: str, **options) -> subprocess.Popen[str]:

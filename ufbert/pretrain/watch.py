@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,11 @@ class StopSignals:
         if self.asked is not None:
             return
         self.asked = signal.Signals(number)
-        for known in HURRYING:
-            if known in self._before:
-                signal.signal(known, self._before[known])
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError
-        ):  # the console may be gone, or in use at this moment
+        if threading.current_thread() is threading.main_thread():  # the watcher, which hears of a closed pipe, has its own
+            for known in HURRYING:
+                if known in self._before:
+                    signal.signal(known, self._before[known])
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the console may be gone, or in use at this moment
             print(f"{self.asked.name}: saving; once more ends it at once", flush=True)
 
 
