@@ -51,11 +51,15 @@ class StopSignals:
         if self.asked is not None:
             return
         self.asked = signal.Signals(number)
-        if threading.current_thread() is threading.main_thread():  # the watcher, which hears of a closed pipe, has its own
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # the watcher, which hears of a closed pipe, has its own
             for known in HURRYING:
                 if known in self._before:
                     signal.signal(known, self._before[known])
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the console may be gone, or in use at this moment
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError
+        ):  # the console may be gone, or in use at this moment
             print(f"{self.asked.name}: saving; once more ends it at once", flush=True)
 
 
