@@ -58,12 +58,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "gguf_file": (None,),
     "init_inputs": ([],),
     "auto_map": (None,),
-    "fix_mistral_regex": (False, None),
     **dict.fromkeys(("merges", "post_processor", "tokenizer", "tokenizer_object", "vocab"), (None,)),
     **dict.fromkeys(("tokenizer_padding", "tokenizer_truncation", "unk_id"), (None,)),
 }
 """Keys that would change the tokenizer in a way that is not read here, and the values with which they do not."""
 WITHOUT_EFFECT = frozenset({
+    "fix_mistral_regex",
     "add_bos_token", "add_eos_token", "add_prefix_space", "backend", "chat_control_tokens", "chat_template", "clean_text",
     "clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "device_map", "errors", "files_loaded", "is_local", "keep_accents", "local_files_only", "max_len", "max_length",
