@@ -162,6 +162,7 @@ def test_damaged_files_are_named_with_their_line(tmp_path):
         (b"PAR1" + bytes(20), "is not text but parquet; name its folder as hf:FOLDER"),
         ('\ufeff{"text": "a line"}\n{"text": "b"}\n'.encode(), "is JSON lines, not plain text; .* hf:FOLDER::FIELD"),
     ],
+    ids=["gzip", "zip", "bzip2", "xz", "zstandard", "parquet", "JSON lines"],  # gzip's bytes hold the time
 )  # fmt: skip
 def test_a_file_of_another_kind_is_named_whatever_it_is_called(tmp_path, content, words):
     (tmp_path / "corpus.txt").write_bytes(content)
