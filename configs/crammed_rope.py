@@ -9,7 +9,7 @@ Cost: 119,591,936 parameters, as crammed_bert but for the position scalar and tw
 
 from dataclasses import replace
 
-from ufbert.presets import load_preset
+from ufbert.config.presets import load_preset
 
 crammed = load_preset("crammed_bert")
 config = replace(crammed, model=replace(crammed.model, positions="rotary", qk_norm=True))

@@ -8,7 +8,7 @@ Cost: 82,894,592 parameters; no mask exists, so every row has exactly 128 tokens
 
 from dataclasses import replace
 
-from ufbert.presets import load_preset
+from ufbert.config.presets import load_preset
 
 bert = load_preset("bert_base")
 config = replace(

@@ -8,7 +8,7 @@ Cost: FNet's and four 768 x 768 matrices in each of two layers: 87,619,328 param
 
 from dataclasses import replace
 
-from ufbert.presets import load_preset
+from ufbert.config.presets import load_preset
 
 fnet = load_preset("fnet")
 config = replace(fnet, model=replace(fnet.model, mixer=("fourier",) * 10 + ("attention",) * 2))

@@ -9,7 +9,7 @@ Cost: 125,922,289 parameters, of which a token touches 12 neurons a layer; 1.6 M
 
 from dataclasses import replace
 
-from ufbert.presets import load_preset
+from ufbert.config.presets import load_preset
 
 ultrafast = load_preset("ultrafastbert_1x11")
 config = replace(ultrafast, model=replace(ultrafast.model, mixer=("fourier",)))

@@ -6,6 +6,6 @@ Expected: a model that visibly learns within minutes on two CPU cores.
 Cost: 919,551 parameters.
 """
 
-from ufbert.presets import load_preset, scaled
+from ufbert.config.presets import load_preset, scaled
 
 config = scaled(load_preset("ultrafastbert_1x11"), "tiny")

@@ -10,7 +10,7 @@ Cost: as ultrafastbert_1x11, 163,671,025 parameters.
 
 from dataclasses import replace
 
-from ufbert.presets import load_preset
+from ufbert.config.presets import load_preset
 
 plain = load_preset("ultrafastbert_1x11")
 config = replace(

@@ -185,7 +185,7 @@ def write_sweep(folder: Path, tasks=("rte", "stsb"), seeds=(0, 1, 2), skill=0.7,
     from ufbert.glue.outcome import averages, dev_outcome, write_predictions
     from ufbert.glue.rows import Rows
     from ufbert.glue.tasks import TASKS, cut_of
-    from ufbert.writers import write_json
+    from ufbert.runtime.files import write_json
 
     entries = {}
     for name in tasks:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from ufbert.checkpoint import Checkpoints
 from ufbert.errors import UserError
+from ufbert.pretrain.checkpoint import Checkpoints
 
 IDENTITY = {"configuration": "a", "tokenizer": "b"}
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import REPO
 from filelock import FileLock
 
-from ufbert.claim import LOCK, claimed, claimed_new, discard, new_folder, refuse_links
 from ufbert.errors import UserError
+from ufbert.runtime.claim import LOCK, claimed, claimed_new, discard, new_folder, refuse_links
 
 OWNER = """
 import subprocess, sys

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPO, SMALL
 
-from ufbert.places import expand_home
+from ufbert.runtime.files import expand_home
 
 
 def sentence(result) -> str:
@@ -76,8 +76,8 @@ def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
 def test_a_device_that_is_not_there_is_named(monkeypatch, device, named):
     import jax
 
-    from ufbert import device as room
     from ufbert.errors import UserError
+    from ufbert.runtime import device as room
 
     def backend() -> str:
         raise AssertionError  # as jax does where it knows a platform and finds no device of it

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import REPO
 
-from ufbert import exits
-from ufbert.pretrain.watch import StopSignals
+from ufbert.runtime import console
+from ufbert.runtime.signals import StopSignals
 
 NET = 120.0
 """Seconds after which a process is taken to hang: only a safety net."""
@@ -30,30 +30,30 @@ class Gone(io.StringIO):
 
 def test_a_console_that_is_gone_costs_only_what_it_would_have_shown():
     for error in (OSError(5, "Input/output error"), OSError(28, "No space left on device"), BrokenPipeError()):
-        print("text", file=exits.Console(Gone(error), stops=False), flush=True)
+        print("text", file=console.Console(Gone(error), stops=False), flush=True)
     with pytest.raises(BrokenPipeError):
-        print("text", file=exits.Console(Gone(BrokenPipeError()), stops=True))
+        print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))
 
 
 def test_a_closed_pipe_asks_a_run_to_save_and_stop():
     with StopSignals() as signals:
-        print("text", file=exits.Console(Gone(BrokenPipeError()), stops=True))
+        print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))
         assert signals.asked == signal.SIGPIPE
-        print("text", file=exits.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
-    assert exits.WATCHER.note is None
+        print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
+    assert signals.WATCHER.note is None
 
 
 def test_the_watcher_may_ask_from_its_own_thread():
     with StopSignals() as signals, ThreadPoolExecutor(1) as watcher:
-        assert exits.WATCHER.note is not None
-        watcher.submit(exits.WATCHER.note, signal.SIGPIPE, None).result()
+        assert signals.WATCHER.note is not None
+        watcher.submit(signals.WATCHER.note, signal.SIGPIPE, None).result()
         assert signals.asked == signal.SIGPIPE
 
 
 def process(body: str, **options) -> subprocess.Popen[str]:
     """A process that runs `body` as if it were the command line's work."""
     script = (
-        "import os, signal, sys, threading, time\nfrom ufbert import __main__, exits\nexits.GRACE = 0.5\n"
+        "import os, signal, sys, threading, time\nfrom ufbert import __main__\nfrom ufbert.runtime import signals\nexits.GRACE = 0.5\n"
         f"def work(args):\n{body}\n"
         "    return 0\n__main__.main = work\n__main__.run(['train'])"
     )
@@ -63,8 +63,12 @@ def process(body: str, **options) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-NOTED = "    exits.WATCHER.note = lambda number, frame: None\n    signal.signal(signal.SIGTERM, exits.WATCHER.note)\n"
-DEAF = "    exits.WATCHER.unsaved = True\n    print('ready', flush=True)\n    lock = threading.Lock(); lock.acquire()\n"
+NOTED = (
+    "    signals.WATCHER.note = lambda number, frame: None\n    signal.signal(signal.SIGTERM, signals.WATCHER.note)\n"
+)
+DEAF = (
+    "    signals.WATCHER.unsaved = True\n    print('ready', flush=True)\n    lock = threading.Lock(); lock.acquire()\n"
+)
 """Work that takes note of a signal, has something to save, and never comes to an end."""
 
 
@@ -80,7 +84,7 @@ def test_the_second_signal_ends_work_that_hears_of_none():
 
 
 def test_work_with_nothing_to_save_is_ended_where_it_does_not_end():
-    started = process(f"{NOTED}{DEAF}    exits.WATCHER.unsaved = False\n    lock.acquire()")
+    started = process(f"{NOTED}{DEAF}    signals.WATCHER.unsaved = False\n    lock.acquire()")
     started.stdout.readline()
     os.kill(started.pid, signal.SIGTERM)
     assert started.communicate(timeout=NET)[1] == "SIGTERM: stopped, with nothing to save\n"
@@ -95,10 +99,10 @@ def test_a_thread_that_hangs_does_not_hold_a_process_that_is_done():
 
 def test_two_hang_ups_are_one_request_and_an_ignored_one_is_none():
     """A terminal that closes may send two; nohup ignores both."""
-    hangs = "    exits.WATCHER.note = lambda number, frame: print(number, flush=True)\n"
+    hangs = "    signals.WATCHER.note = lambda number, frame: print(number, flush=True)\n"
     hangs += "    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:\n"
-    hangs += "        signal.signal(signal.SIGHUP, exits.WATCHER.note)\n"
-    hangs += "    exits.WATCHER.unsaved = True\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
+    hangs += "        signal.signal(signal.SIGHUP, signals.WATCHER.note)\n"
+    hangs += "    signals.WATCHER.unsaved = True\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
     for ignored, said in ((False, ["1\n", "1\n"]), (True, [])):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
         try:
@@ -136,7 +140,7 @@ def test_without_a_console_the_work_is_done(closed, tmp_path):
 
 
 def test_a_reader_that_is_gone_is_noticed_without_printing():
-    body = "    noted = threading.Event()\n    exits.WATCHER.note = lambda number, frame: noted.set()\n"
+    body = "    noted = threading.Event()\n    signals.WATCHER.note = lambda number, frame: noted.set()\n"
     body += "    print('ready', flush=True)\n    noted.wait()"
     started = process(body)
     started.stdout.readline()

@@ -7,12 +7,14 @@ from typing import get_args
 import pytest
 
 from ufbert.config import FeedForwardKind, Mixer
-from ufbert.cost import TOKENS_PER_WEIGHT, Speeds, forward_flops_per_token, neurons, plan, train_flops_per_token
+from ufbert.config.presets import load_preset
+from ufbert.cost.flops import forward_flops_per_token, neurons, train_flops_per_token
+from ufbert.cost.scale import TOKENS_PER_WEIGHT, plan
+from ufbert.cost.speeds import Speeds
 from ufbert.data.corpora import HUB_CORPUS, open_corpus
 from ufbert.errors import UserError
 from ufbert.nn.attention import MIXERS
 from ufbert.nn.feedforward import FEEDFORWARDS
-from ufbert.presets import load_preset
 from ufbert.pretrain import run as pretrain_run
 from ufbert.pretrain.command import TrainOptions
 

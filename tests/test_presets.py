@@ -12,11 +12,12 @@ from conftest import REPO
 from jax import export
 
 from ufbert import nn
-from ufbert.config import ModelConfig, PretrainConfig, RunConfig, from_json, to_json
-from ufbert.cost import forward_flops_per_token, neurons
+from ufbert.config import ModelConfig, PretrainConfig, RunConfig
+from ufbert.config.presets import load_preset, preset_folder, preset_names, preset_summary, scaled, with_recipe
+from ufbert.config.stored import from_json, to_json
+from ufbert.cost.flops import forward_flops_per_token, neurons
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, preset_folder, preset_names, preset_summary, scaled, with_recipe
 from ufbert.pretrain.step import Controls, build_steps, init_state
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)

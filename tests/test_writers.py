@@ -3,7 +3,8 @@
 import json
 import math
 
-from ufbert.writers import JsonlWriter, read_jsonl, to_json_text, write_json
+from ufbert.runtime.files import read_jsonl, to_json_text, write_json
+from ufbert.runtime.metrics import JsonlWriter
 
 
 def refuse(name):

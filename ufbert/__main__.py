@@ -6,8 +6,8 @@ import re
 import sys
 import time
 
-from ufbert import exits
-from ufbert.places import expand_home
+from ufbert.runtime import console, signals
+from ufbert.runtime.files import expand_home
 
 STARTED = time.monotonic()
 
@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        exits.silence(sys.stdout)  # else the interpreter fails once more to write what is left
+        console.silence(sys.stdout)  # else the interpreter fails once more to write what is left
         if args[0] in WORKING:
             print(f"error: the reader of this command's output is gone. {GO_ON}", file=sys.stderr)
         return 141
@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code
-    except exits.Stopped as stop:
+    except signals.Stopped as stop:
         print(f"{stop}: stopped. {GO_ON if args[0] in WORKING else ''}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
@@ -76,7 +76,7 @@ def run_verb(verb: str, args: list[str]) -> None:
 
         pretrain_command(args, STARTED)
     elif verb == "plan":
-        from ufbert.pretrain.plan_command import plan_command
+        from ufbert.plan.run import plan_command
 
         plan_command(args)
     elif verb == "finetune":
@@ -84,15 +84,15 @@ def run_verb(verb: str, args: list[str]) -> None:
 
         finetune_command(args)
     elif verb == "glue-table":
-        from ufbert.glue.table_command import glue_table_command
+        from ufbert.glue.compare import glue_table_command
 
         glue_table_command(args)
     elif verb in ("fill-mask", "predict"):
-        from ufbert.inference import command
+        from ufbert.inference import ask as command
 
         {"fill-mask": command.fill_mask_command, "predict": command.predict_command}[verb](args)
     elif verb == "presets":
-        from ufbert.listing import presets_command
+        from ufbert.plan.presets import presets_command
 
         presets_command(args)
     elif verb == "bench":
@@ -119,16 +119,16 @@ def run(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter shows its code
-    exits.open_descriptors()
-    exits.WATCHER.start()
-    sys.stderr = exits.Console(sys.stderr, stops=False)
+    console.open_descriptors()
+    signals.WATCHER.start()
+    sys.stderr = console.Console(sys.stderr, stops=False)
     if args and args[0] in WORKING:
-        sys.stdout = exits.Console(sys.stdout, stops=True)
+        sys.stdout = console.Console(sys.stdout, stops=True)
     code = main(args)
     jax = sys.modules.get("jax")
     waits = jax is not None and jax.distributed.is_initialized()  # processes that have ended well wait for each other
     if code or not waits:
-        exits.leave_soon(code)
+        signals.leave_soon(code)
     sys.exit(code)
 
 

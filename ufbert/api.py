@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ufbert.config import RunConfig, Scale
-from ufbert.places import expand_home
+from ufbert.runtime.files import expand_home
 
 if TYPE_CHECKING:
     from ufbert.hub.folder import ModelFolder
@@ -17,7 +17,7 @@ def preset(name: str, scale: Scale = "base", **model_fields: Any) -> RunConfig:
 
     Raises UserError for an unknown name, scale or impossible combination.
     """
-    from ufbert.presets import load_preset, scaled
+    from ufbert.config.presets import load_preset, scaled
 
     config = scaled(load_preset(name), scale)
     return replace(config, model=replace(config.model, **model_fields))

@@ -16,11 +16,11 @@ from ufbert.bench.contest import Race
 from ufbert.bench.finetune import Texts, make_plans, read_rows, start
 from ufbert.bench.finetune_command import parse
 from ufbert.config import ModelConfig
+from ufbert.config.presets import load_preset
 from ufbert.data.encode import encode_texts
 from ufbert.data.tokenizer import train_wordpiece
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, save_model
-from ufbert.presets import load_preset
 
 WORDS = ["good", "bad", "fine", "dull", "plot", "cast", "film", "story", "never", "always", "quite", "hardly"]
 BERT = replace(

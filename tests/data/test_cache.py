@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,12 @@ import pytest
 from conftest import REPO, SMALL
 
 from ufbert.config import DataConfig
-from ufbert.data import scratch
 from ufbert.data.cache import cache_folder, finish, locate, reopen
 from ufbert.data.corpora import Corpus
 from ufbert.data.prepare import Recipe, prepare
-from ufbert.data.rows import DATA_FORMAT, open_prepared
-from ufbert.data.scratch import private_folder, publish
+from ufbert.data.prepared import DATA_FORMAT, open_prepared
 from ufbert.errors import UserError
+from ufbert.runtime.files import private_folder, publish
 
 DATA = DataConfig(seq_len=32, tokenizer_chars=10**6, near_window=1000)
 
@@ -145,7 +145,7 @@ def test_manifests_that_make_no_sense_are_passed_over_with_a_line(text, tmp_path
 
 def test_a_file_where_prepared_data_is_to_be_is_replaced(text, tmp_path):
     one, _, _ = obtain(text, tmp_path / "cache")
-    scratch.shutil.rmtree(one.folder)
+    shutil.rmtree(one.folder)
     one.folder.write_text("a file")
     again, _, fresh = obtain(text, tmp_path / "cache")
     assert fresh
@@ -167,7 +167,7 @@ def test_the_folder_is_chosen_by_option_then_environment(monkeypatch, tmp_path):
 def test_what_a_dead_process_left_is_removed_and_a_living_one_is_left_alone(tmp_path):
     with private_folder(tmp_path) as alive:
         code = (
-            "import os, sys; from pathlib import Path; from ufbert.data.scratch import private_folder\n"
+            "import os, sys; from pathlib import Path; from ufbert.runtime.files import private_folder\n"
             "with private_folder(Path(sys.argv[1])) as folder:\n    (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)"
         )
         found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPO, check=False)
@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(text, tmp_path, monkeypa
     text.write_text("\n\n".join(f"a document of its own, number {i}" for i in range(100_000)))
     try:
         if not mounted:
-            monkeypatch.setattr("ufbert.data.store.DocumentStore.append", no_space)
+            monkeypatch.setattr("ufbert.data.spool.DocumentStore.append", no_space)
         with pytest.raises(
             UserError, match=r"Cannot write prepared data at .*No space left on device.*--prepared FOLDER"
         ):
@@ -266,9 +266,9 @@ def no_space(*args):
 @pytest.mark.parametrize(
     "where",
     [
-        "ufbert.data.store.DocumentStore.append",
+        "ufbert.data.spool.DocumentStore.append",
         "ufbert.data.shards.RowWriter._finish_shard",
-        "ufbert.data.rows.Manifest.write",
+        "ufbert.data.prepared.Manifest.write",
     ],
 )
 def test_a_disk_that_fills_up_at_any_step_leaves_nothing(text, tmp_path, monkeypatch, where):
@@ -392,7 +392,7 @@ def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):
     assert "preparing the text again" in found.stdout
     assert open_prepared(Path(used["folder"])).manifest.fingerprint == used["fingerprint"]
     (run / "summary.json").unlink()
-    scratch.shutil.rmtree(used["folder"])
+    shutil.rmtree(used["folder"])
     text.write_text(text.read_text().replace("cat", "cow"))
     found = command(*resume)
     assert found.returncode == 2

@@ -16,9 +16,8 @@ from ufbert.data import shards
 from ufbert.data.corpora import Corpus, open_corpus
 from ufbert.data.order import RowOrder
 from ufbert.data.prepare import EXACT, NEAR, WORST, Recipe, prepare
-from ufbert.data.progress import Progress
-from ufbert.data.rows import open_prepared
-from ufbert.data.text_files import Meter
+from ufbert.data.prepared import open_prepared
+from ufbert.data.text_files import Meter, Progress
 from ufbert.data.tokenizer import fingerprint, special_ids, train_wordpiece
 from ufbert.errors import UserError
 

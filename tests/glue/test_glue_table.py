@@ -9,8 +9,8 @@ from conftest import write_sweep
 
 from ufbert.errors import UserError
 from ufbert.glue.bootstrap import DRAWS, interval, resampled_scores
+from ufbert.glue.compare import glue_table, glue_table_command
 from ufbert.glue.metrics import accuracy, pearson
-from ufbert.glue.table_command import glue_table, glue_table_command
 from ufbert.report.glue_results import read_results
 from ufbert.report.glue_table import Difference
 

@@ -22,7 +22,7 @@ from ufbert.glue.outcome import (
 )
 from ufbert.glue.rows import Rows
 from ufbert.glue.tasks import TASKS, cut_of
-from ufbert.writers import write_json
+from ufbert.runtime.files import write_json
 
 
 def rows(labels, pairs=True):

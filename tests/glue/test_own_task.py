@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.errors import UserError
-from ufbert.glue.own import OwnTask, read_own
+from ufbert.glue.custom import OwnTask, read_own
 from ufbert.glue.rows import Rows
 
 ROWS = [("a river", "x", "yes"), ('"quoted", twice', "y", "no"), (" é ", "z", "yes")]

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-from ufbert.claim import claimed
 from ufbert.errors import UserError
 from ufbert.glue import sweep as sweeping
 from ufbert.glue.command import finetune_command, subset
@@ -24,6 +23,7 @@ from ufbert.glue.rows import Rows
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.pretrain.run import pretrain_command
+from ufbert.runtime.claim import claimed
 
 
 @pytest.fixture(scope="module")

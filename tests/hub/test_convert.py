@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from ufbert import nn
 from ufbert.config import ModelConfig
+from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
 from ufbert.hub import crammed
 from ufbert.hub.convert import export_model, import_weights, read_checkpoint, with_tokenizer
@@ -20,9 +21,8 @@ from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_
 from ufbert.hub.formats import FORMATS, configuration
 from ufbert.hub.layout import expected_shapes
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files, wordpiece
-from ufbert.inference.command import predict_command
+from ufbert.inference.ask import predict_command
 from ufbert.inference.predictor import Predictor
-from ufbert.presets import load_preset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "##s", "sees", ".", "a", "##t"]

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, from_json, to_json
+from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig
+from ufbert.config.checks import check_kinds
+from ufbert.config.stored import from_json, to_json
 from ufbert.errors import UserError
 from ufbert.hub import crammed
 from ufbert.hub.convert import import_weights
 from ufbert.hub.fields import COMMON_USED, read_answers, read_fields, unread
 from ufbert.hub.folder import TaskInfo
 from ufbert.hub.formats import FORMATS, Format, configuration
-from ufbert.kinds import check_kinds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LIBRARIES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("foreign_fields.json").read_text())

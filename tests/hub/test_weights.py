@@ -12,9 +12,9 @@ from test_fields import GOLDEN, checkpoint
 
 from ufbert.errors import UserError
 from ufbert.hub.convert import import_weights, read_checkpoint
-from ufbert.hub.files import read_json, read_tensors, stored_tensors
 from ufbert.hub.folder import flatten
 from ufbert.hub.leaf_layer import from_state, load_layer, save_layer
+from ufbert.hub.tensors import read_json, read_tensors, stored_tensors
 from ufbert.hub.vocabulary import find_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 438007537\n"

@@ -201,9 +201,9 @@ def test_a_model_for_native_kernels_runs_without_them_and_says_so(monkeypatch, c
 
 def test_layers_of_a_kind_are_drawn_apart_by_one_program():
     cfg = config(feedforward=("dense", "tree"), n_layers=6, d_hidden=7, tree_depth=2)
-    before = nn._init_layer._cache_size()
+    before = nn.model._init_layer._cache_size()
     layers = nn.init(cfg, jax.random.key(0))["encoder"]
-    assert nn._init_layer._cache_size() == before + 2
+    assert nn.model._init_layer._cache_size() == before + 2
     for part in ("dense", "tree"):
         drawn = [np.asarray(jax.tree.leaves(layers[f"layer_{i:02d}"][part])[-1]) for i in range(part == "tree", 6, 2)]
         assert len(np.unique(drawn)) > 0.9 * sum(one.size for one in drawn)

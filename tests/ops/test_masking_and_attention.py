@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert import nn
+from ufbert.config.presets import load_preset, preset_names
 from ufbert.ops.attention import attention, visible_tokens
 from ufbert.ops.losses import cross_entropy
 from ufbert.ops.masking import count_masked, mask_tokens
 from ufbert.ops.positions import sinusoid
-from ufbert.presets import load_preset, preset_names
 
 SPECIAL = (0, 2, 3)
 

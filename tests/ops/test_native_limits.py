@@ -12,9 +12,9 @@ import pytest
 
 from ufbert.bench.encoder_options import BenchEncoderOptions
 from ufbert.bench.layer_options import BenchLayerOptions
-from ufbert.device import usable_threads, use_device
 from ufbert.ops import fff, native
 from ufbert.ops.native import build
+from ufbert.runtime.device import usable_threads, use_device
 
 try:
     build.compiler()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from ufbert.writers import read_jsonl
+from ufbert.runtime.files import read_jsonl
 
 REPO = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ every update once and in order, and the configuration of the run that trained. I
 folder, and each must get one of its own.
 
 The `--tries` are made by light processes: they claim the folder as `ufbert train` does (`claimed_new`, `claimed`, `new_folder`
-of `ufbert/claim.py`), write with its writers and its ledger, and only pretend to train. The `--whole` ones run `train.py`, each
+of `runtime/claim.py`), write with its writers and its ledger, and only pretend to train. The `--whole` ones run `train.py`, each
 about ten seconds of a core.
 """
 
@@ -25,10 +25,11 @@ from pathlib import Path
 
 from fault_drill import REPO, sentences
 
-from ufbert.claim import claimed, claimed_new, new_folder
 from ufbert.errors import UserError
 from ufbert.pretrain.budget import Ledger, WallClock
-from ufbert.writers import JsonlWriter, read_jsonl, write_json
+from ufbert.runtime.claim import claimed, claimed_new, new_folder
+from ufbert.runtime.files import read_jsonl, write_json
+from ufbert.runtime.metrics import JsonlWriter
 
 STEPS = 60
 

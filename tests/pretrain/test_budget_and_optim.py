@@ -11,8 +11,8 @@ import pytest
 
 from ufbert import nn
 from ufbert.config import PretrainConfig
+from ufbert.config.presets import load_preset, preset_names
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, preset_names
 from ufbert.pretrain.budget import Budget, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.optim import (
     averaged,

@@ -6,24 +6,18 @@ from dataclasses import replace
 import pytest
 
 from ufbert import nn
-from ufbert.cost import (
-    Speeds,
-    device_peak,
-    peak_speeds,
-    routing_flops_per_token,
-    train_bytes_per_token,
-    train_flops_per_token,
-)
-from ufbert.devices import DEVICES, device_of_kind, find_device
+from ufbert.config.presets import load_preset, scaled
+from ufbert.cost.devices import DEVICES, device_of_kind, find_device
+from ufbert.cost.flops import routing_flops_per_token, train_bytes_per_token, train_flops_per_token
+from ufbert.cost.parts import PartSpeeds, local_speeds
+from ufbert.cost.speeds import Speeds, device_peak, peak_speeds
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled
-from ufbert.pretrain import plan_check
+from ufbert.plan import check as plan_check
+from ufbert.plan.check import Check
+from ufbert.plan.counts import RunCounts, StepCount, count_run, count_step, planned_model, real_update
+from ufbert.plan.estimate import Times, plan_run
+from ufbert.plan.run import plan_command
 from ufbert.pretrain.budget import Budget, parse_budget
-from ufbert.pretrain.counts import RunCounts, StepCount, count_run, count_step, planned_model, real_update
-from ufbert.pretrain.plan import Times, plan_run
-from ufbert.pretrain.plan_check import Check
-from ufbert.pretrain.plan_command import plan_command
-from ufbert.pretrain.speeds import PartSpeeds, local_speeds
 
 
 def on_cpu(name, scale="tiny", trees="gather"):

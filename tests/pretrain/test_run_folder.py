@@ -9,10 +9,10 @@ import sys
 import pytest
 from conftest import REPO, RUN, SMALL
 
-from ufbert.claim import LOCK, claimed
 from ufbert.errors import UserError
 from ufbert.pretrain.run import pretrain_command
-from ufbert.writers import read_jsonl
+from ufbert.runtime.claim import LOCK, claimed
+from ufbert.runtime.files import read_jsonl
 
 
 @pytest.fixture

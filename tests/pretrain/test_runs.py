@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
 from ufbert.pretrain.run import pretrain_command
-from ufbert.writers import read_jsonl
+from ufbert.runtime.files import read_jsonl
 
 
 def losses(folder):

@@ -6,16 +6,10 @@ import signal
 
 import pytest
 
+from ufbert.config.presets import preset_folder
 from ufbert.errors import UserError
-from ufbert.presets import preset_folder
-from ufbert.pretrain.watch import (
-    Point,
-    Reference,
-    StopSignals,
-    no_reference_complaint,
-    packaged_reference,
-    reference_from_run,
-)
+from ufbert.pretrain.reference import Point, Reference, no_reference_complaint, packaged_reference, reference_from_run
+from ufbert.runtime.signals import StopSignals
 
 CURVE = Reference("the run", (Point(0.0, 0.0, -1.0), Point(0.2, 1e6, 1.0), Point(0.6, 3e6, 2.0), Point(1.0, 5e6, 3.0)))
 

@@ -9,9 +9,9 @@ from ufbert.bench.architectures import ENCODERS, find_difference
 from ufbert.bench.contest import Race
 from ufbert.bench.report import show
 from ufbert.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, Scale
-from ufbert.device import use_device
+from ufbert.config.presets import load_preset, scaled
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled
+from ufbert.runtime.device import use_device
 
 USAGE = """usage: ufbert bench KIND [OPTIONS]; `ufbert bench KIND --help` lists the options
 

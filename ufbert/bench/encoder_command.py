@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from ufbert.bench.encoder_options import parse
-from ufbert.device import use_device
 from ufbert.errors import UserError
+from ufbert.runtime.device import use_device
 
 
 def encoder_command(args: list[str]) -> None:

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, processors
 
 from ufbert import nn
 from ufbert.config import ModelConfig
+from ufbert.config.presets import load_preset
 from ufbert.data.tokenizer import SPECIAL_TOKENS
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.hub.onnx_export import export_onnx
-from ufbert.presets import load_preset
 
 BATCHES = 8
 """Different batches of a shape: a call has others than the one before."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ufbert.device import usable_threads
 from ufbert.errors import UserError
+from ufbert.runtime.device import usable_threads
 
 Ours = Literal[
     "tree-float32", "tree-bfloat16", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8"

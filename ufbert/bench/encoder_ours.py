@@ -29,13 +29,13 @@ import numpy as np
 from ufbert import nn
 from ufbert.bench.layer_gates import type_of
 from ufbert.bench.layer_ours import read_bandwidth
-from ufbert.cost import least_seconds, measured_flops
+from ufbert.cost.speeds import least_seconds, measured_flops
 from ufbert.data.encode import Encoded
-from ufbert.device import give_back_freed_memory
 from ufbert.hub.folder import load_model
 from ufbert.inference.engine import Engine
 from ufbert.ops import native
 from ufbert.ops.fourier import fourier_mix
+from ufbert.runtime.memory import give_back_freed_memory
 
 CLEAR = 1e-5
 """A logit nearer to zero than this may turn either way in float32."""
@@ -192,7 +192,7 @@ def private_memory() -> int:
 
 if __name__ == "__main__":
     from ufbert.bench.layer_process import serve
-    from ufbert.device import use_device
+    from ufbert.runtime.device import use_device
 
     use_device("cpu", threads=int(sys.argv[2]))
     said = f"jax {importlib.metadata.version('jax')}, {native.instruction_set()} kernels, {sys.argv[2]} threads"

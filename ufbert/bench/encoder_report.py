@@ -9,7 +9,7 @@ from ufbert.bench.encoder_job import Shape
 from ufbert.bench.layer_gates import type_of
 from ufbert.bench.layer_report import BUSY, BYTES, distinct_nodes, spread, times
 from ufbert.config import ModelConfig
-from ufbert.cost import forward_flops_per_token
+from ufbert.cost.flops import forward_flops_per_token
 from ufbert.report.page import markdown_grid
 
 

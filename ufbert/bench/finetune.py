@@ -14,7 +14,8 @@ import numpy as np
 from ufbert import nn
 from ufbert.bench.architectures import peer_of
 from ufbert.bench.contest import Race, compete
-from ufbert.config import FinetuneConfig, to_json
+from ufbert.config import FinetuneConfig
+from ufbert.config.stored import to_json
 from ufbert.data.encode import Encoded, encode_texts
 from ufbert.data.text_files import read_lines
 from ufbert.errors import UserError

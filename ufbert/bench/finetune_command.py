@@ -8,8 +8,8 @@ from typing import Any, Literal
 from ufbert.bench.contest import Race
 from ufbert.bench.report import show
 from ufbert.config import FinetuneConfig
-from ufbert.device import use_device
 from ufbert.errors import UserError
+from ufbert.runtime.device import use_device
 
 PEER_SCRIPT = Path(__file__).parent / "torch_finetune_peer.py"
 PEERS = {"torch": "random", "torch-bucketed": "bucketed"}

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ufbert.bench.worker import serve
-from ufbert.config import FinetuneConfig, ModelConfig, from_json
-from ufbert.device import use_device
+from ufbert.config import FinetuneConfig, ModelConfig
+from ufbert.config.stored import from_json
+from ufbert.runtime.device import use_device
 
 
 def make_update(config: ModelConfig, tune: FinetuneConfig, params: Any, seed: int) -> Callable[..., Any]:

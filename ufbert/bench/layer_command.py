@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.bench.layer_options import BenchLayerOptions, parse
-from ufbert.device import use_device
 from ufbert.errors import UserError
+from ufbert.runtime.device import use_device
 
 CLAIMS = """Published, or implied by what was published, of one tree layer of UltraFastBERT 1x11 (12 of 4,095 neurons):
 

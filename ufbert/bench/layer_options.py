@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ufbert.bench.layer_job import Layers
-from ufbert.device import usable_threads
 from ufbert.errors import UserError
+from ufbert.runtime.device import usable_threads
 
 Path = Literal["gather", "native", "native-bf16", "native-int8", "native-bf16-exact", "native-int8-exact"]
 """The tree layer in jax, by the C++ kernels, and by them with narrow weights; `-exact`: with float32 input weights."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from ufbert.bench.layer_paths import Tree, gather_layer, native_layer, stacked, tree_layers, tree_nodes
 from ufbert.bench.layer_worker import Runner, Worker, jax_runner
-from ufbert.cost import least_seconds, measured_flops
+from ufbert.cost.speeds import least_seconds, measured_flops
 from ufbert.ops import native
 
 READ_BYTES = 1 << 28

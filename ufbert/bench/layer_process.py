@@ -27,7 +27,7 @@ def make(folder: Path, kind: str, threads: int, paths: list[str]) -> tuple[str, 
         facts = f"numpy {np.__version__}, {built['name']} {built['version']}"
         runners = {"numpy": Runner(dense.chain, dense.layer)}
         return facts, Worker(folder, runners, lambda x: x, len(arrays["dense_in"]))
-    from ufbert.device import use_device
+    from ufbert.runtime.device import use_device
 
     use_device("cpu")
     import jax.numpy as jnp

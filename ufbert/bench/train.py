@@ -13,7 +13,8 @@ import numpy as np
 from ufbert import nn
 from ufbert.bench.contest import Race, compete
 from ufbert.bench.worker import SPECIAL, masking_key
-from ufbert.config import RunConfig, to_json
+from ufbert.config import RunConfig
+from ufbert.config.stored import to_json
 from ufbert.hub.folder import flatten
 from ufbert.pretrain.step import mask_rows
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.config import RunConfig, from_json
+from ufbert.config import RunConfig
+from ufbert.config.stored import from_json
 from ufbert.data.tokenizer import SpecialIds
-from ufbert.device import use_device
+from ufbert.runtime.device import use_device
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 """Ids of the special tokens in the benchmark's rows."""

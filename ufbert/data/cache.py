@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from ufbert.config import DataConfig
 from ufbert.data.corpora import Corpus, Source, open_corpus, source_of
 from ufbert.data.prepare import Recipe, prepare
-from ufbert.data.rows import DATA_FORMAT, Manifest, PreparedData, open_prepared, read_manifest
+from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, open_prepared, read_manifest
 from ufbert.errors import UserError
-from ufbert.places import user_cache
+from ufbert.runtime.files import user_cache
 
 Say = Callable[[str], None]
 

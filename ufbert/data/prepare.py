@@ -22,11 +22,10 @@ from tokenizers import Encoding, Tokenizer
 from ufbert.config import DataConfig
 from ufbert.data.clean import ExactFilter, NearFilter, Removal, Tally, tokens_per_character, worst
 from ufbert.data.corpora import Corpus, source_of
-from ufbert.data.progress import Progress
-from ufbert.data.rows import DATA_FORMAT, Manifest, PreparedData, open_prepared
-from ufbert.data.scratch import private_folder, publish
+from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, open_prepared
 from ufbert.data.shards import RowWriter, Shard
-from ufbert.data.store import DocumentStore, Spans
+from ufbert.data.spool import DocumentStore, Spans
+from ufbert.data.text_files import Progress
 from ufbert.data.tokenizer import (
     SpecialIds,
     fingerprint,
@@ -36,6 +35,7 @@ from ufbert.data.tokenizer import (
     vocabulary_size,
 )
 from ufbert.errors import UserError
+from ufbert.runtime.files import private_folder, publish
 
 HELDOUT_EVERY = 50
 HELDOUT_TOKENS = 1_000_000

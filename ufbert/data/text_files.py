@@ -5,11 +5,13 @@ import gzip
 import io
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ufbert.errors import UserError
+from ufbert.runtime.console import clock
 
 MAX_CHARS = 1_000_000
 """Longest document in characters. A longer one becomes several, cut at a line end or a blank."""
@@ -166,3 +168,34 @@ def _lines(path: Path, meter: Meter) -> Iterator[str]:
         raise UserError(f"{path} is damaged or cut short after line {number - 1}: {error}.") from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+_WIDTH = 24
+
+
+class Progress:
+    """Progress of one pass over a corpus, by bytes read, or by tokens where only `max_tokens` says how many will be."""
+
+    def __init__(self, meter: Meter | None, max_tokens: int) -> None:
+        self._meter, self._max_tokens, self._began = meter, max_tokens, time.monotonic()
+
+    def share(self, tokens: int) -> float | None:
+        """The share that is done, or None if nobody can know."""
+        shares = []
+        if self._meter is not None and self._meter.total:
+            shares.append(self._meter.read / self._meter.total)
+        if self._max_tokens:
+            shares.append(tokens / self._max_tokens)
+        return min(1.0, max(shares)) if shares else None
+
+    def line(self, documents: int, tokens: int) -> str:
+        """The line to show after `documents` documents and `tokens` tokens."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        done = f"{documents:,} documents, {tokens / 1e6:,.1f} M tokens, {tokens / seconds / 1e3:,.0f} k tokens/s"
+        share = self.share(tokens)
+        if share is None:
+            return f"tokenising: {done}"
+        bar = "#" * round(share * _WIDTH)
+        left = f", {clock(seconds * (1 - share) / share)} left" if share > 0 else ""
+        of = f" of {self._meter.total / 1e6:,.1f} MB" if self._meter is not None and self._meter.total else ""
+        return f"tokenising [{bar:.<{_WIDTH}}] {share:.0%}{of}: {done}{left}"

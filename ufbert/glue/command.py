@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ufbert.claim import claimed, claimed_new, new_folder
-from ufbert.config import FinetuneConfig
+from ufbert.config import Device, FinetuneConfig, ProtocolName
 from ufbert.data.encode import encode_texts
-from ufbert.device import Device, use_device
 from ufbert.errors import UserError
-from ufbert.glue.own import OwnTask, read_own
-from ufbert.glue.protocols import PROTOCOLS, Protocol, ProtocolName, find_protocol
+from ufbert.glue.custom import OwnTask, read_own
+from ufbert.glue.protocols import PROTOCOLS, Protocol, find_protocol
 from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.sources import choose_tasks, load_task, open_source
+from ufbert.runtime.claim import claimed, claimed_new, new_folder
+from ufbert.runtime.device import use_device
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ufbert.data.corpora import datasets_library
 from ufbert.errors import UserError
 from ufbert.glue.records import Columns, Record, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
-from ufbert.glue.tables import read_table
+from ufbert.glue.table_files import read_table
 from ufbert.glue.tasks import Task
 
 HUB_NAME = "nyu-mll/glue"

@@ -10,7 +10,7 @@ from ufbert.errors import UserError
 from ufbert.glue.metrics import score
 from ufbert.glue.rows import Rows
 from ufbert.glue.tasks import TASKS, Task
-from ufbert.writers import write_text
+from ufbert.runtime.files import write_text
 
 DEV_ROWS = {
     "cola": {"dev": 1043}, "sst2": {"dev": 872}, "mrpc": {"dev": 408}, "stsb": {"dev": 1500}, "qqp": {"dev": 40430},

@@ -1,11 +1,8 @@
 """Protocols: everything about fine-tuning that makes two scores comparable, under a name."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
-from ufbert.config import FinetuneConfig, ModelConfig
-
-ProtocolName = Literal["auto", "crammed", "small", "bert", "mnli-first"]
+from ufbert.config import FinetuneConfig, ModelConfig, ProtocolName
 
 
 @dataclass(frozen=True)

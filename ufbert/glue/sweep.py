@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.config import FORMAT_VERSION
+from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
 from ufbert.glue.command import FREE_ON_RESUME, FinetuneOptions
 from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task, format_metrics, metrics_of
@@ -21,7 +21,8 @@ from ufbert.glue.rows import Rows, TaskData
 from ufbert.glue.tasks import Task
 from ufbert.hub.folder import ModelFolder, load_model, save_model
 from ufbert.report.glue_report import write_glue_report
-from ufbert.writers import LiveLine, write_json
+from ufbert.runtime.console import LiveLine
+from ufbert.runtime.files import write_json
 
 
 def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets: list[TaskData]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any
 
 from ufbert.errors import UserError
-from ufbert.glue.tables import object_of_pairs
+from ufbert.glue.table_files import object_of_pairs
 
 PATHS = ("train", "dev", "test")
 """Keys that name files, from the task file's folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from ufbert.errors import UserError
 from ufbert.glue.records import Columns, class_number, collect, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
-from ufbert.glue.tables import read_tsv
+from ufbert.glue.table_files import read_tsv
 from ufbert.glue.tasks import Task, cut_of
 
 DIAGNOSTIC = tuple(f"{folder}/diagnostic.tsv" for folder in ("diagnostic", "AX", "MNLI"))

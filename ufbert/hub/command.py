@@ -51,9 +51,9 @@ def import_command(args: list[str]) -> None:
     _refuse_existing(options.out)
     from ufbert import nn
     from ufbert.hub.convert import import_weights, read_checkpoint, with_tokenizer
-    from ufbert.hub.files import first_few
     from ufbert.hub.folder import save_model
     from ufbert.hub.leaf_layer import from_state, is_state, save_layer
+    from ufbert.hub.tensors import first_few
 
     tensors, values, folder = read_checkpoint(Path(options.source), options.config)
     if is_state(set(tensors)):
@@ -84,9 +84,9 @@ def export_command(args: list[str]) -> None:
     options = tyro.cli(ExportOptions, args=args, prog="ufbert export")
     _refuse_existing(options.out)
     from ufbert.hub.convert import export_model
-    from ufbert.hub.files import write_folder
     from ufbert.hub.folder import load_model
     from ufbert.hub.leaf_layer import load_layer, to_state
+    from ufbert.hub.tensors import write_folder
 
     if options.to == "fastfeedforward":
         layer, _ = load_layer(options.folder)

@@ -12,11 +12,11 @@ from ufbert.config import ModelConfig
 from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
 from ufbert.hub.fields import SIGMOID, Answers, read_answers, unread
-from ufbert.hub.files import first_few, read_all_tensors, read_json, write_folder
 from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, unflatten
 from ufbert.hub.formats import FORMATS, Format, class_name, configuration, format_of, heads_of
 from ufbert.hub.layout import Layout, Tensors, to_ours, to_theirs
 from ufbert.hub.names import BUFFERS, Named, present_day, with_tied
+from ufbert.hub.tensors import first_few, read_all_tensors, read_json, write_folder
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.errors import UserError
 from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
-from ufbert.hub.files import first_few
 from ufbert.hub.layout import Layout, Rule, linear, norm, reshaped, same, stacked_linears
+from ufbert.hub.tensors import first_few
 
 WORDS = "encoder.embedding.word_embedding.weight"
 TIED = {"decoder.weight": WORDS}

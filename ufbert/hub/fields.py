@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ufbert.errors import UserError
-from ufbert.hub.files import first_few
+from ufbert.hub.tensors import first_few
 
 
 class Fields(NamedTuple):

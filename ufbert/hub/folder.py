@@ -14,13 +14,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ufbert import nn
-from ufbert.config import FORMAT_VERSION, ModelConfig, from_json, to_json
+from ufbert.config import ModelConfig
+from ufbert.config.checks import check_kinds
+from ufbert.config.stored import FORMAT_VERSION, from_json, to_json
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json, read_tensors, stored_tensors, write_folder
 from ufbert.hub.layout import check_floats, check_tensors
+from ufbert.hub.tensors import read_json, read_tensors, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
-from ufbert.kinds import check_kinds
 
 HEADS = ("masked_lm", "pooler", "classifier")
 """Parameter groups that a model may have besides the encoder."""

@@ -7,9 +7,9 @@ from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.fields import Fields, read_fields, wrong_kind
-from ufbert.hub.files import first_few
 from ufbert.hub.layout import Layout, Tensors
 from ufbert.hub.names import without_wrappers
+from ufbert.hub.tensors import first_few
 
 
 class Format(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ufbert.errors import UserError
-from ufbert.hub.files import first_few
+from ufbert.hub.tensors import first_few
 
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -15,8 +15,8 @@ import numpy as np
 
 from ufbert.config import ActivationName
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json, read_tensors, write_folder
 from ufbert.hub.layout import Tensors, check_floats, check_tensors
+from ufbert.hub.tensors import read_json, read_tensors, write_folder
 from ufbert.ops.leaf_fff import LeafTree
 
 FORMAT, VERSION = "ufbert-leaf-layer", 1

@@ -15,8 +15,8 @@ import numpy as np
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import UserError
-from ufbert.hub.files import write_folder
 from ufbert.hub.folder import ModelFolder
+from ufbert.hub.tensors import write_folder
 from ufbert.nn import Params
 from ufbert.ops.positions import sinusoid
 

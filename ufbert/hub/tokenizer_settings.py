@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from ufbert.data.tokenizer import note
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json
+from ufbert.hub.tensors import read_json
 
 BERT_CLASSES = (
     "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "DPRContextEncoderTokenizer",

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names, wrap, wrapping
 from ufbert.errors import UserError
-from ufbert.hub.files import read_json, refuse_pointer
+from ufbert.hub.tensors import read_json, refuse_pointer
 from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
 
 STATE = ("truncation", "padding")

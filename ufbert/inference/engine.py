@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from ufbert import nn
 from ufbert.data.encode import Encoded
-from ufbert.device import give_back_freed_memory
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
 from ufbert.ops import native
+from ufbert.runtime.memory import give_back_freed_memory
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 

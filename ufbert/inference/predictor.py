@@ -7,12 +7,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ufbert.config import Device
 from ufbert.data.encode import Encoded, encode_texts, uncut_ids
 from ufbert.data.tokenizer import special_ids, special_names
-from ufbert.device import Device, use_device
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.engine import Dtype, Engine
+from ufbert.runtime.device import use_device
 
 MASK = "[MASK]"
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ufbert import processes
 from ufbert.errors import UserError
+from ufbert.runtime import distributed
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
@@ -149,14 +149,14 @@ class AgreedClock:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.seconds: float | None = None if clock.seconds is None else processes.from_main(clock.seconds)
+        self.seconds: float | None = None if clock.seconds is None else distributed.from_main(clock.seconds)
         self.spent_before = clock.spent_before
 
     def fraction(self, step: int) -> float:
-        return processes.from_main(self._clock.fraction(step))
+        return distributed.from_main(self._clock.fraction(step))
 
     def done(self, step: int) -> bool:
-        return bool(processes.from_main(float(self._clock.done(step))))
+        return bool(distributed.from_main(float(self._clock.done(step))))
 
     def left(self, step: int) -> str:
         return self._clock.left(step)

@@ -7,10 +7,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert.config import FORMAT_VERSION, DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale, from_json
-from ufbert.device import Device
+from ufbert.config import DataConfig, Device, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale
+from ufbert.config.presets import load_preset, scaled, with_recipe
+from ufbert.config.stored import FORMAT_VERSION, from_json
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled, with_recipe
 from ufbert.pretrain.budget import parse_budget
 from ufbert.pretrain.schedules import final_batch_rows
 
@@ -124,8 +124,8 @@ def resolve(args: list[str], platform: str) -> Resolved:
         options = replace(options, train=with_batch(options.train, scale, None))
         return Resolved(options, float(budget.steps * options.train.batch_rows * options.data.seq_len), reason)
     from ufbert import nn
-    from ufbert.cost import plan
-    from ufbert.pretrain.speeds import local_speeds
+    from ufbert.cost.parts import local_speeds
+    from ufbert.cost.scale import plan
 
     assert budget.seconds is not None
     speeds = local_speeds(scaled(preset, SPEED_SCALE))

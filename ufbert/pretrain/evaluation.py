@@ -10,7 +10,7 @@ import numpy as np
 
 from ufbert import nn
 from ufbert.config import RunConfig
-from ufbert.data.rows import PreparedData
+from ufbert.data.prepared import PreparedData
 from ufbert.data.tokenizer import special_ids
 from ufbert.ops.fff import effective_share, usage_summary
 from ufbert.pretrain.sharding import Layout

@@ -17,23 +17,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ufbert import nn, processes
-from ufbert.checkpoint import Checkpoints
+from ufbert import nn
 from ufbert.config import RunConfig
-from ufbert.cost import train_flops_per_token
+from ufbert.cost.flops import train_flops_per_token
 from ufbert.data.order import RowOrder
-from ufbert.data.rows import PreparedData
+from ufbert.data.prepared import PreparedData
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock
+from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
+from ufbert.pretrain.reference import Point, Reference, no_reference_complaint
 from ufbert.pretrain.reserve import EndCosts
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state, state_of
-from ufbert.pretrain.watch import Point, Reference, StopSignals, no_reference_complaint
-from ufbert.writers import LiveLine, Writer, memory_bytes, read_jsonl, write_json
+from ufbert.runtime import distributed
+from ufbert.runtime.console import LiveLine
+from ufbert.runtime.files import read_jsonl, write_json
+from ufbert.runtime.memory import memory_bytes
+from ufbert.runtime.metrics import Writer
+from ufbert.runtime.signals import StopSignals
 
 MAX_ROLLBACKS = 3
 """A run that must go back to a checkpoint more often than this is given up."""
@@ -88,7 +93,7 @@ class _Session:
 
     def asked(self) -> signal.Signals | None:
         """The signal to stop that this or another process of the run got. All must ask, in the same order."""
-        number = processes.highest(self.signals.asked or 0)
+        number = distributed.highest(self.signals.asked or 0)
         return signal.Signals(number) if number else None
 
     def over(self, step: int) -> bool:
@@ -365,8 +370,8 @@ def _finish(session: _Session) -> dict[str, Any]:
             f"The run has diverged: its held-out loss at step {session.step:,} is {loss}, so no model is written. Start a new "
             f"one with a lower --train.peak-lr, or go on from its last checkpoint with `train --resume --out={around.folder}`."
         )
-    params = processes.whole(params)
-    if processes.is_main():
+    params = distributed.whole(params)
+    if distributed.is_main():
         save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))
     step, rows = session.step, int(session.state.rows_seen)
     session.checkpoints.wait()
@@ -397,6 +402,6 @@ def _finish(session: _Session) -> dict[str, Any]:
         "devices": len(session.layout.devices),
         "processes": jax.process_count(),
     }
-    if processes.is_main():
+    if distributed.is_main():
         write_json(around.folder / "summary.json", summary)
     return summary

@@ -14,14 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ufbert import processes
-from ufbert.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
-from ufbert.config import FORMAT_VERSION, to_json
-from ufbert.cost import device_peak
+from ufbert.config.stored import FORMAT_VERSION, to_json
+from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import Located, finish, locate, reopen
 from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
-from ufbert.data.rows import PreparedData
-from ufbert.device import use_device
+from ufbert.data.prepared import PreparedData
 from ufbert.errors import Interrupted, UserError
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.command import (
@@ -34,8 +31,13 @@ from ufbert.pretrain.command import (
     stored_options,
     stored_run,
 )
-from ufbert.pretrain.watch import Reference, packaged_reference, reference_from_run
-from ufbert.writers import JsonlWriter, LiveLine, Sink, TensorBoardWriter, Writer, read_jsonl, write_json
+from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
+from ufbert.runtime import distributed
+from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
+from ufbert.runtime.console import LiveLine
+from ufbert.runtime.device import use_device
+from ufbert.runtime.files import read_jsonl, write_json
+from ufbert.runtime.metrics import JsonlWriter, Sink, TensorBoardWriter, Writer
 
 WHEN_DONE_FILE = "when_done.json"
 MAX_DEMO_PASSES = 40
@@ -63,7 +65,7 @@ def new_run(args: list[str], named: TrainOptions, started: float) -> dict[str, A
     if named.distributed:
         refuse_taken(folder)
         platform = use_device(named.device, named.distributed)
-        if not processes.is_main():
+        if not distributed.is_main():
             return _follow(folder, started)
     with ExitStack() as held:
         if named.out:
@@ -100,7 +102,7 @@ def _prepare_and_train(resolved: Resolved, folder: Path, started: float, release
     options = _fit_vocabulary(options, data)
     write_json(folder / CONFIG_FILE, _run_config(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
-    processes.together("prepared")
+    distributed.together("prepared")
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak, release)
 
@@ -110,7 +112,7 @@ def _follow(folder: Path, started: float) -> dict[str, Any]:
     processes wait for each other.)"""
     while (data := _prepared(folder)) is None:
         time.sleep(1.0)
-    processes.together("prepared")
+    distributed.together("prepared")
     options, ledger = replace(stored_options(folder), out=str(folder)), Ledger(folder / "ledger.jsonl")
     clock = _clock(options, ledger, started if ledger.sessions else None, stored_run(folder).started_at)
     return _train(options, data, clock, ledger, 0.0, lambda: None)
@@ -128,7 +130,7 @@ def resume_run(args: list[str], folder: Path, started: float) -> dict[str, Any]:
     options = resumed_options(args, folder)
     if options.distributed:
         use_device(options.device, options.distributed)
-        if not processes.is_main():
+        if not distributed.is_main():
             return _follow(folder, started)
     with ExitStack() as held:
         held.enter_context(claimed(folder))
@@ -188,7 +190,7 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
     clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
     peak = device_peak()[0]
-    processes.together("prepared")
+    distributed.together("prepared")
     return _train(options, data, clock, ledger, peak, release)
 
 
@@ -206,10 +208,10 @@ def _train(
         identity=_identity(options, data),
         peak_flops=peak,
         reference=_reference(options),
-        open_writer=(lambda step: _open_writer(options, step)) if processes.is_main() else lambda _: Writer(()),
+        open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
     agreed = AgreedClock(clock)
-    if not processes.is_main():
+    if not distributed.is_main():
         return train(options.run, data, agreed, around)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)

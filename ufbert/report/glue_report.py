@@ -8,7 +8,7 @@ from typing import Any
 
 from ufbert.report.glue_results import Average, DevResult, GlueResults, Scores, TaskResult, read_results
 from ufbert.report.page import facts, grid, markdown_grid, page, svg
-from ufbert.writers import write_text
+from ufbert.runtime.files import write_text
 
 
 def write_glue_report(folder: Path) -> tuple[Path, Path]:

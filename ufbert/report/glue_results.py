@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert.config import FORMAT_VERSION
+from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
 
 FORMAT = {"format": "ufbert-glue", "format_version": FORMAT_VERSION}

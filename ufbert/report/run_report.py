@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.report.page import facts, grid, number, page, svg
-from ufbert.writers import read_jsonl, write_text
+from ufbert.runtime.files import read_jsonl, write_text
 
 
 def write_report(folder: Path) -> Path:

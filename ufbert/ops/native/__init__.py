@@ -1,289 +1,41 @@
-"""C++ kernels of the tree layers, and of the rest of an encoder, for CPUs, called from inside jitted functions through
-`jax.ffi`.
+"""C++ kernels for CPUs, callable inside jitted functions. `kernels.h` says what they compute."""
 
-`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; they are compiled on first use (`build`). The kernels
-for AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other processor come from one text; the
-best that the processor has is taken, or the one that the environment variable UFBERT_ISA names (avx512bf16, avx512, avx2,
-plain). Rows of a large batch are grouped by subtree, and shared among this process's
-helper threads; a row's answer depends neither on the batch nor on the number of threads.
+from ufbert.ops.native.calls import (
+    ACTIVATIONS,
+    TYPES,
+    Packed,
+    Quantized,
+    add,
+    attention,
+    instruction_set,
+    layer_norm,
+    leaf_forward,
+    linear,
+    pack,
+    quantize,
+    restore,
+    tree_backward,
+    tree_forward,
+    tree_forward_saving,
+    unavailable,
+)
 
-Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
-On every thread and with every instruction set, numbers nearer to zero than 2^-126 count as zero, as they do in XLA.
-"""
-
-import ctypes
-import functools
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Num
-
-from ufbert.ops.native.build import CannotBuild, load
-
-TYPES = ("float32", "bfloat16", "int8")
-"""Names of the types of weights by the kernels' numbers."""
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "symmetric_gelu")
-"""Names by the kernels' numbers."""
-
-
-_library = functools.cache(load)
-
-
-@functools.cache
-def unavailable() -> str:
-    """ "" if the kernels can be used by this process, else why not. Compiles them if need be."""
-    if jax.default_backend() != "cpu":
-        return f"they are for CPUs, and this process computes on a {jax.default_backend()}"
-    try:
-        _register(load())
-    except CannotBuild as error:
-        return str(error)
-    return ""
-
-
-def instruction_set() -> str:
-    """The kernels in use: avx512bf16, avx512, avx2 or plain. Raises CannotBuild if there are none."""
-    return _library().ufbert_isa().decode()
-
-
-def _register(library: ctypes.CDLL) -> None:
-    for name in ("forward", "forward_saving", "backward", "leaf_forward", "attention", "norm", "add", "linear"):
-        symbol = getattr(library, f"ufbert_xla_{name}")
-        jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
-
-
-class Quantized(NamedTuple):
-    """int8 rows, each with the float32 factor that its numbers stand for."""
-
-    rows: Num[Array, "*rows d"]
-    scale: Float[Array, "*rows"]
-
-
-def quantize(weights: Float[Array, "*rows d"]) -> Quantized:
-    """Rows rounded to 255 even steps between minus and plus their largest absolute value."""
-    scale = jnp.maximum(jnp.abs(weights).max(axis=-1), jnp.finfo(jnp.float32).tiny * 127) / 127
-    return Quantized(jnp.round(weights / scale[..., None]).astype(jnp.int8), scale)
-
-
-def restore(weights: "Weights") -> Float[Array, "*rows d"]:
-    """The float32 numbers that weights of any type stand for."""
-    if isinstance(weights, Quantized):
-        return weights.rows.astype(jnp.float32) * weights.scale[..., None]
-    return weights.astype(jnp.float32)
-
-
-Weights = Any
-"""Float32 or bfloat16 arrays, or `Quantized`."""
-
-
-def _parts(weights: Weights) -> tuple[Array, Array]:
-    return weights if isinstance(weights, Quantized) else (weights, jnp.zeros((0,), jnp.float32))
-
-
-_TREES = "x w_in w_in_scale bias w_out w_out_scale residual"
-_ARGUMENTS = {
-    "forward": _TREES,
-    "forward_saving": _TREES,
-    "backward": "x w_in w_out nodes z g",
-    "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
-    "linear": "x packed scale bias",
-    "norm": "x scale bias",
-    "add": "one other",
-    "attention": "qkv segment_ids",
-}
-"""Each kernel's arrays, in order."""
-
-_MOST = np.iinfo(np.int32).max
-"""What rows, nodes and columns are counted up to."""
-
-
-def _check(name: str, args: tuple[Array, ...]) -> None:
-    """Raise ValueError for arrays that cannot be counted, and TypeError for one of a type that a kernel has not: XLA's own
-    message names neither."""
-    for what, array in zip(_ARGUMENTS[name].split(), args, strict=True):
-        dtype = jax.dtypes.canonicalize_dtype(array.dtype).name
-        wanted: tuple[str, ...] = ("int32",) if what in ("nodes", "segment_ids") else ("float32",)
-        if what in ("w_in", "w_out", "packed") and name != "backward":
-            wanted = TYPES
-        if max(array.shape, default=0) > _MOST:
-            raise ValueError(f"{what} of native {name} is {array.shape}: no side may be over 2^31 - 1")
-        if dtype not in wanted:
-            raise TypeError(
-                f"native {name} takes {' or '.join(wanted)} as {what}, not {dtype}: cast it with .astype first"
-            )
-
-
-def _call(name: str, out: Any, *args: Array, threads: int, activation: str = "", **numbers: int | np.generic) -> Any:
-    """The result of a kernel. Raises CannotBuild if there are none, and what `_check` does."""
-    if unavailable():
-        raise CannotBuild(unavailable())
-    _check(name, args)
-    numbers["threads"] = threads
-    if activation:
-        numbers["activation"] = np.int32(ACTIVATIONS.index(activation))
-    call = jax.ffi.ffi_call(f"ufbert_{name}", out, vmap_method="sequential")
-    return call(*args, **{k: np.int64(v) if type(v) is int else v for k, v in numbers.items()})
-
-
-def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _inputs(x: Array, w_in: Weights, bias: Array, w_out: Weights, residual: Array | None) -> tuple[Array, ...]:
-    residual = jnp.zeros((0, x.shape[1]), jnp.float32) if residual is None else residual
-    return x, *_parts(w_in), bias, *_parts(w_out), residual
-
-
-def tree_forward(
-    x: Float[Array, "b d"],
-    w_in: Weights,
-    bias: Float[Array, "m n"],
-    w_out: Weights,
-    *,
-    activation: str = "gelu",
-    residual: Float[Array, "b d"] | None = None,
-    layer: int = 0,
-    layers: int = 1,
-    threads: int = 0,
-) -> Float[Array, "b d"]:
-    """`ufbert.ops.fff.fast_feedforward`, plus `residual` where given, on at most `threads` threads (0: all of XLA's).
-
-    `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing). The arrays may
-    hold the trees of all of a model's `layers`, one layer after the other, of which this is number `layer`: jax takes half
-    a microsecond for each argument of a call, and a single row through one layer takes ten in all.
-    """
-    args = _inputs(x, w_in, bias, w_out, residual)
-    return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads, layer=layer, layers=layers)
-
-
-def tree_forward_saving(
-    x: Float[Array, "b d"],
-    w_in: Weights,
-    bias: Float[Array, "m n"],
-    w_out: Weights,
-    *,
-    activation: str = "gelu",
-    threads: int = 0,
-) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
-    """The output, the nodes of every path, root first, and their logits."""
-    path = (x.shape[0], bias.shape[0], (bias.shape[1] + 1).bit_length() - 1)
-    out = (_shape(*x.shape), _shape(*path, dtype=jnp.int32), _shape(*path))
-    args = _inputs(x, w_in, bias, w_out, None)
-    return tuple(_call("forward_saving", out, *args, activation=activation, threads=threads))
-
-
-def tree_backward(
-    x: Float[Array, "b d"],
-    w_in: Float[Array, "m n d"],
-    w_out: Float[Array, "m n d"],
-    nodes: Int[Array, "b m s"],
-    z: Float[Array, "b m s"],
-    g: Float[Array, "b d"],
-    *,
-    activation: str = "gelu",
-    threads: int = 0,
-) -> tuple[Float[Array, "b d"], Float[Array, "m n d"], Float[Array, "m n"], Float[Array, "m n d"]]:
-    """Gradients of x, w_in, bias and w_out from that of the output, along the paths that `tree_forward_saving` took.
-
-    Rows of nodes that no row visited are exactly zero.
-    """
-    out = (_shape(*x.shape), _shape(*w_in.shape), _shape(*w_in.shape[:2]), _shape(*w_out.shape))
-    return tuple(_call("backward", out, x, w_in, w_out, nodes, z, g, activation=activation, threads=threads))
-
-
-def leaf_forward(
-    x: Float[Array, "b d"],
-    node_w: Float[Array, "n d"],
-    node_b: Float[Array, " n"],
-    w_in: Weights,
-    b_in: Float[Array, "g w"],
-    w_out: Weights,
-    b_out: Float[Array, "g o"],
-    *,
-    activation: str = "gelu",
-    threads: int = 0,
-) -> tuple[Float[Array, "b o"], Int[Array, " b"]]:
-    """`ufbert.ops.leaf_fff.descend`: each row's output from its own leaf, and which leaf that was.
-
-    `w_in` (g, d, w) and `w_out` (g, w, o) are of one type; with int8 the scales, (g, w) each, belong to the hidden units.
-    """
-    out = (_shape(x.shape[0], b_out.shape[1]), _shape(x.shape[0], dtype=jnp.int32))
-    args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
-    return tuple(_call("leaf_forward", out, *args, activation=activation, threads=threads))
-
-
-class Packed(NamedTuple):
-    """A linear layer's weights in the order in which this processor's kernels read them, float32, bfloat16 or int8; with int8
-    one factor a column. Of use to this process only."""
-
-    weights: Num[Array, " size"]
-    scale: Float[Array, " scales"]
-
-
-def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
-    """Weights, packed. Raises CannotBuild if there are no kernels."""
-    if unavailable():
-        raise CannotBuild(unavailable())
-    library, kind = _library(), TYPES.index(dtype)
-    d, f = weights.shape
-    if max(d, f) > _MOST:
-        raise ValueError(f"weights to pack are ({d}, {f}): no side may be over 2^31 - 1")
-    size = library.ufbert_packed_size
-    size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
-    found = aligned(size(d, f, kind), jnp.dtype(dtype))
-    scale = aligned(4 * f if dtype == "int8" else 0, np.dtype(np.float32))
-    source = np.ascontiguousarray(weights, np.float32)
-    do = library.ufbert_pack
-    do.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
-    if do(d, f, source.ctypes.data, found.ctypes.data, scale.ctypes.data, kind, 0):
-        raise MemoryError(f"there is not enough memory to pack weights of {d} rows and {f} columns")
-    return Packed(jnp.asarray(found), jnp.asarray(scale))
-
-
-def aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An array of `size` bytes, uninitialised, that begins where a cache line does, so that jax takes it without a copy."""
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype)
-
-
-def linear(
-    x: Float[Array, "b d"], packed: Packed, bias: Float[Array, " f"] | None, width: int, *, threads: int = 0
-) -> Float[Array, "b f"]:
-    """x w + bias. With int8 weights every row is rounded to 255 even steps, too; with bfloat16 rows are rounded where the
-    processor multiplies such numbers."""
-    bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
-    return _call("linear", _shape(x.shape[0], width), x, *packed, bias, threads=threads)
-
-
-def layer_norm(
-    x: Float[Array, "b d"], scale: Float[Array, " d"], bias: Float[Array, " d"] | None, eps: float, *, threads: int = 0
-) -> Float[Array, "b d"]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias, row by row."""
-    bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
-    return _call("norm", _shape(*x.shape), x, scale, bias, eps=np.float32(eps), threads=threads)
-
-
-def add(one: Float[Array, "*rows"], other: Float[Array, "*rows"], *, threads: int = 0) -> Float[Array, "*rows"]:
-    """one + other. XLA shares a sum among threads of its own, which then compete for the cores with the kernels' helpers."""
-    return _call("add", _shape(*one.shape), one, other, threads=threads)
-
-
-def attention(
-    qkv: Float[Array, "b t 3 h k"],
-    segment_ids: Int[Array, "b t"] | None = None,
-    *,
-    padding_sees: bool = False,
-    threads: int = 0,
-) -> Float[Array, "b t h k"]:
-    """`ufbert.ops.attention.attention` among the tokens of each document, without a matrix of who sees whom, from queries, keys
-    and values side by side.
-
-    Documents lie side by side in a row. Padding (segment 0) gets zeros, or, with `padding_sees`, what it gets there: it sees
-    every token.
-    """
-    segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    out = _shape(*qkv.shape[:2], *qkv.shape[3:])
-    return _call("attention", out, qkv, segments, padding_sees=np.bool_(padding_sees), threads=threads)
+__all__ = [
+    "ACTIVATIONS",
+    "TYPES",
+    "Packed",
+    "Quantized",
+    "add",
+    "attention",
+    "instruction_set",
+    "layer_norm",
+    "leaf_forward",
+    "linear",
+    "pack",
+    "quantize",
+    "restore",
+    "tree_backward",
+    "tree_forward",
+    "tree_forward_saving",
+    "unavailable",
+]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from ufbert.places import user_cache
+from ufbert.runtime.files import user_cache
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-semantic-interposition", "-fno-math-errno")

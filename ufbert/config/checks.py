@@ -70,3 +70,18 @@ def _words(hint: Any) -> str:
     return {int: "a whole number below 2^63", float: "a finite number", bool: "true or false", str: "text"}.get(
         hint, f"a {hint.__name__}"
     )
+
+
+def check_least(config: Any, group: str, least: int, *names: str) -> None:
+    """Raises UserError for a field of those names that is less."""
+    for name in names:
+        if getattr(config, name) < least:
+            wanted = f"be at least {least}" if least else "not be negative"
+            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must {wanted}.")
+
+
+def check_share(config: Any, group: str, *names: str) -> None:
+    """Raises UserError for a field of those names that does not lie in [0, 1)."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must lie in [0, 1).")

@@ -1,6 +1,6 @@
-"""The ways out of the process: requests to stop, a console that is gone, and an end that nothing can hold up.
+"""Signals: requests to stop, and an end that nothing can hold up.
 
-Only the command line uses these (`run` of `__main__`); who calls the package from Python keeps the handlers they have.
+Only the command line installs these; who calls the package from Python keeps the handlers they have.
 """
 
 import contextlib
@@ -16,8 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
+
 HURRYING = (signal.SIGTERM, signal.SIGINT)
 """Those that end the process at once when they follow another. A terminal that closes may send SIGHUP twice."""
+
+
 GRACE = 5.0
 """Seconds that a stop with nothing to save, or the interpreter's own end, may take."""
 
@@ -123,62 +127,49 @@ def leave_soon(code: int) -> None:
     threading.Thread(target=end, name="end", daemon=True).start()
 
 
-def open_descriptors() -> None:
-    """Give a process that was started without standard input, output or error the null device: else the first files that it
-    opens take their places, and what a library prints is written into them."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+class StopSignals:
+    """While entered, the first signal of `STOPPING` is noted in `asked` instead of ending the process; a second SIGTERM or
+    SIGINT ends it. A standard output that nobody reads any more is noted as SIGPIPE.
 
-
-def silence(stream: Any) -> None:
-    """Send what a stream still holds, and all that follows, nowhere."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-
-
-class Console:
-    """A text stream to a console, pipe or file that may go away or fill up: what cannot be written is dropped.
-
-    A closed pipe asks a run to save and stop, as SIGPIPE would; where nothing takes such a request it raises BrokenPipeError,
-    if `stops`.
+    Outside the main thread, where no handler can be set, no signal is ever noted. SIGHUP stays ignored where it is (nohup).
     """
 
-    def __init__(self, stream: Any, stops: bool) -> None:
-        self._stream, self._stops = stream, stops
-        self.encoding, self.errors = stream.encoding, stream.errors
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
+    def __enter__(self) -> "StopSignals":
+        WATCHER.note = self._note
+        for number in STOPPING:
+            if number in HURRYING or signal.getsignal(number) is not signal.SIG_IGN:
+                try:
+                    self._before[number] = signal.signal(number, self._note)
+                except ValueError:
+                    break
+        return self
 
-    def flush(self) -> None:
-        self._try(self._stream.flush)
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        WATCHER.note, WATCHER.unsaved = None, False
+        if kind is None:
+            WATCHER.forget()  # all is done and saved
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
+    def save_first(self) -> None:
+        """From now on there is work in memory, which a request to stop waits for."""
+        WATCHER.unsaved = True
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def buffer(self) -> Any:
-        return self._stream.buffer
-
-    def _try(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except BrokenPipeError:
-            silence(self._stream)
-            if self._stops and WATCHER.note is not None:
-                WATCHER.note(signal.SIGPIPE, None)
-            elif self._stops:
-                raise
-        except (OSError, ValueError, RuntimeError):
-            pass  # a terminal that is gone, a full disk, a signal's handler that prints while the program does
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            return
+        self.asked = signal.Signals(number)
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # the watcher, which hears of a closed pipe, has its own
+            for known in HURRYING:
+                if known in self._before:
+                    signal.signal(known, self._before[known])
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError
+        ):  # the console may be gone, or in use at this moment
+            print(f"{self.asked.name}: saving; once more ends it at once", flush=True)

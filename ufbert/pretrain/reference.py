@@ -1,66 +1,14 @@
 """Keeping an eye on a run: requests to stop, updates that are not finite, and the curve it should be on."""
 
-import contextlib
 import json
-import signal
-import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ufbert.config.presets import preset_folder
 from ufbert.errors import UserError
-from ufbert.exits import HURRYING, STOPPING, WATCHER
-from ufbert.presets import preset_folder
-from ufbert.writers import read_jsonl
-
-
-class StopSignals:
-    """While entered, the first signal of `STOPPING` is noted in `asked` instead of ending the process; a second SIGTERM or
-    SIGINT ends it. A standard output that nobody reads any more is noted as SIGPIPE.
-
-    Outside the main thread, where no handler can be set, no signal is ever noted. SIGHUP stays ignored where it is (nohup).
-    """
-
-    def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        WATCHER.note = self._note
-        for number in STOPPING:
-            if number in HURRYING or signal.getsignal(number) is not signal.SIG_IGN:
-                try:
-                    self._before[number] = signal.signal(number, self._note)
-                except ValueError:
-                    break
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        WATCHER.note, WATCHER.unsaved = None, False
-        if kind is None:
-            WATCHER.forget()  # all is done and saved
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def save_first(self) -> None:
-        """From now on there is work in memory, which a request to stop waits for."""
-        WATCHER.unsaved = True
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            return
-        self.asked = signal.Signals(number)
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # the watcher, which hears of a closed pipe, has its own
-            for known in HURRYING:
-                if known in self._before:
-                    signal.signal(known, self._before[known])
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError
-        ):  # the console may be gone, or in use at this moment
-            print(f"{self.asked.name}: saving; once more ends it at once", flush=True)
+from ufbert.runtime.files import read_jsonl
 
 
 class Point(NamedTuple):

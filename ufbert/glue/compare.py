@@ -14,7 +14,7 @@ from ufbert.glue.outcome import Predictions, read_predictions
 from ufbert.glue.tasks import TASKS
 from ufbert.report.glue_results import DevResult, GlueResults, TaskResult, read_results
 from ufbert.report.glue_table import Difference, Line, side_by_side
-from ufbert.writers import write_text
+from ufbert.runtime.files import write_text
 
 
 def _positional() -> Any:

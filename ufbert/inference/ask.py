@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from ufbert.config import Device
 from ufbert.data.text_files import read_lines
-from ufbert.device import Device, use_device
 from ufbert.errors import UserError
+from ufbert.runtime.device import use_device
 
 if TYPE_CHECKING:
     from ufbert.inference.predictor import Predictor

@@ -15,7 +15,7 @@ from ufbert.errors import UserError
 from ufbert.glue.metrics import METRICS
 from ufbert.glue.records import Columns, class_number, collect, number, require_columns
 from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.tables import read_table
+from ufbert.glue.table_files import read_table
 from ufbert.glue.task_file import read_task_file
 from ufbert.glue.tasks import TASKS, Task
 

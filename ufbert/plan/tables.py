@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from ufbert.config import RunConfig
-from ufbert.cost import CPU_UTILISATION, Speeds
+from ufbert.cost.speeds import CPU_UTILISATION, Speeds
+from ufbert.plan.check import Check
+from ufbert.plan.counts import RunCounts
+from ufbert.plan.estimate import RunPlan, micro_batch_sizes
 from ufbert.pretrain.budget import Budget
-from ufbert.pretrain.counts import RunCounts
-from ufbert.pretrain.plan import RunPlan, micro_batch_sizes
-from ufbert.pretrain.plan_check import Check
 
 if TYPE_CHECKING:
-    from ufbert.pretrain.plan_command import PlanOptions, Target
+    from ufbert.plan.run import PlanOptions, Target
 
 
 def plan_facts(

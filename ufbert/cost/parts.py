@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ufbert.config import FeedForwardKind, Mixer, ModelConfig, RunConfig
-from ufbert.cost import (
+from ufbert.cost.devices import device_of_kind
+from ufbert.cost.speeds import (
     CPU_UTILISATION,
     FLOAT32_UTILISATION,
     TRAFFIC,
@@ -24,7 +25,6 @@ from ufbert.cost import (
     measured_flops,
     peak_speeds,
 )
-from ufbert.devices import device_of_kind
 from ufbert.nn import tree_backend
 from ufbert.ops.activations import ACTIVATIONS
 from ufbert.ops.attention import attention

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert.config import ModelConfig, Recipe, RunConfig, Scale
+from ufbert.config.model import ModelConfig
+from ufbert.config.run import Recipe, RunConfig, Scale
 from ufbert.errors import UserError
 
-_PACKAGED = Path(__file__).parent / "configs"
-_CHECKOUT = Path(__file__).parent.parent / "configs"
+_PACKAGED = Path(__file__).parent.parent / "configs"
+_CHECKOUT = Path(__file__).parent.parent.parent / "configs"
 
 
 def preset_folder() -> Path:

@@ -1,43 +1,14 @@
 """Get the process ready for a device, before jax is imported."""
 
-import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import Literal
 
-from ufbert import processes
+from ufbert.config import Device
 from ufbert.errors import UserError
-from ufbert.places import user_cache
-
-Device = Literal["auto", "cpu", "gpu", "tpu"]
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep the large buffers that XLA frees after every step instead of returning them to the system.
-
-    Getting them back page by page costs a CPU training step up to half its time. Does nothing elsewhere than on Linux
-    with glibc; must run before threads start.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # from malloc.h
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)  # a step's buffer may be larger than any threshold
-    mallopt(trim_threshold, -1)
-
-
-def give_back_freed_memory() -> None:
-    """Return what is free now to the system, where the C library can (glibc), whatever it was told to keep."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+from ufbert.runtime.files import user_cache
+from ufbert.runtime.memory import keep_freed_memory
 
 
 def visible_accelerator() -> str | None:
@@ -82,7 +53,7 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
     import jax
 
-    processes.join(distributed)
+    distributed.join(distributed)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

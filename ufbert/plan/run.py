@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ufbert.config import DataConfig, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale, TreeBackend
-from ufbert.device import use_device
-from ufbert.devices import DevicePeaks, device_of_kind, find_device
+from ufbert.config.presets import load_preset, scaled, with_recipe
+from ufbert.cost.devices import DevicePeaks, device_of_kind, find_device
 from ufbert.errors import UserError
-from ufbert.presets import load_preset, scaled, with_recipe
 from ufbert.pretrain.budget import Budget, parse_budget
 from ufbert.pretrain.command import SPEED_SCALE, scale_for_steps, with_batch
-from ufbert.writers import LiveLine, write_json
+from ufbert.runtime.console import LiveLine
+from ufbert.runtime.device import use_device
+from ufbert.runtime.files import write_json
 
 GPU_MEMORY_SHARE = 0.75
 """Share of a GPU's memory that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
@@ -83,12 +84,12 @@ def plan_command(args: list[str]) -> None:
         raise UserError(f"--json {named.json}: that folder does not exist.")
     target = _target(named.device)
     options, reason = _rescaled(args, preset, budget, target)
-    from ufbert.cost import peak_speeds
-    from ufbert.pretrain.counts import count_run, planned_model
-    from ufbert.pretrain.plan import ACCELERATOR_COMPILE_SECONDS, plan_run
-    from ufbert.pretrain.plan_check import check_run
-    from ufbert.pretrain.plan_tables import plan_facts, show_plan
-    from ufbert.pretrain.speeds import PartSpeeds, local_speeds
+    from ufbert.cost.parts import PartSpeeds, local_speeds
+    from ufbert.cost.speeds import peak_speeds
+    from ufbert.plan.check import check_run
+    from ufbert.plan.counts import count_run, planned_model
+    from ufbert.plan.estimate import ACCELERATOR_COMPILE_SECONDS, plan_run
+    from ufbert.plan.tables import plan_facts, show_plan
 
     run = planned_model(options.run, dtype=target.dtype, trees=_trees(options.run, target))
     print(
@@ -165,8 +166,9 @@ def _rescaled(args: list[str], preset: RunConfig, budget: Budget, target: Target
     elif options.scale != "auto":
         scale, reason = options.scale, "as asked"
     else:
-        from ufbert.cost import peak_speeds, plan
-        from ufbert.pretrain.speeds import local_speeds
+        from ufbert.cost.parts import local_speeds
+        from ufbert.cost.scale import plan
+        from ufbert.cost.speeds import peak_speeds
 
         peaks, sample = target.peaks, scaled(preset, SPEED_SCALE)
         speeds = peak_speeds(peaks, target.dtype) if peaks else local_speeds(sample)

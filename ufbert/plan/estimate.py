@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from ufbert.config import RunConfig
-from ufbert.cost import Speeds, routing_flops_per_token, train_flops_per_token
+from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
+from ufbert.cost.speeds import Speeds
+from ufbert.plan.counts import RunCounts
 from ufbert.pretrain.budget import Budget
-from ufbert.pretrain.counts import RunCounts
 from ufbert.pretrain.schedules import n_checkpoints, rows_per_update
 
 ACCELERATOR_COMPILE_SECONDS = 60.0

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ufbert.errors import UserError
-from ufbert.ops.native import aligned
+from ufbert.runtime.memory import aligned
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git LFS pointer begins."""

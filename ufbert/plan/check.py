@@ -5,9 +5,10 @@ import time
 from typing import NamedTuple
 
 from ufbert.config import RunConfig
-from ufbert.cost import Speeds, routing_flops_per_token, train_flops_per_token
-from ufbert.pretrain.counts import count_step, real_update
-from ufbert.pretrain.speeds import PartSpeeds
+from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
+from ufbert.cost.parts import PartSpeeds
+from ufbert.cost.speeds import Speeds
+from ufbert.plan.counts import count_step, real_update
 
 ROUNDS, SECONDS_PER_ROUND = 8, 0.8
 """The model's parts and real updates are timed in turn this often, so that both see the same machine, however busy."""

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert import processes
 from ufbert.errors import UserError
-from ufbert.writers import write_json
+from ufbert.runtime import distributed
+from ufbert.runtime.files import write_json
 
 Identity = dict[str, str]
 """What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
@@ -51,7 +51,7 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if processes.is_main():
+            if distributed.is_main():
                 for path in (path for pattern in _TEMPORARY for path in folder.glob(pattern)):
                     _remove(path)
         except OSError as error:
@@ -75,7 +75,7 @@ class Checkpoints:
         # Its writing threads wait five minutes for a folder that is made beside them, even where it could not be made.
         context.asynchronous.create_directories_asynchronously = False
         with _refusal(self.folder), context:
-            if (self.folder / str(step)).is_file() and processes.is_main():  # of which orbax would make nothing
+            if (self.folder / str(step)).is_file() and distributed.is_main():  # of which orbax would make nothing
                 _remove(self.folder / str(step))
             under_way = ocp.save_async(
                 str(self.folder.absolute() / str(step)), state, overwrite=True, custom_metadata=about
@@ -86,7 +86,7 @@ class Checkpoints:
         """When a checkpoint is on disk, note what its files hold beside them, and remove those that it succeeds. Returns the
         seconds since `began`."""
         under_way.result()
-        if processes.is_main():
+        if distributed.is_main():
             write_json(self.folder / str(step) / SIZES, _contents(self.folder / str(step)))
             self._damaged.discard(step)
             self._prune()
@@ -147,7 +147,7 @@ class Checkpoints:
                 refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
                 continue
             state = self._load(step, abstract) if whole else None
-            if not processes.highest(state is None):  # what one cannot read is of no use to the others
+            if not distributed.highest(state is None):  # what one cannot read is of no use to the others
                 for reason in refused:
                     say(f"{reason}; the one of step {step} is used")
                 return Restored(step, state, float(spent))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ufbert.presets import load_preset, preset_names, preset_summary
+from ufbert.config.presets import load_preset, preset_names, preset_summary
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ def presets_command(args: list[str]) -> None:
 
     tyro.cli(PresetsOptions, args=args, prog="ufbert presets")
     from ufbert import nn
-    from ufbert.cost import forward_flops_per_token, neurons, train_flops_per_token
+    from ufbert.cost.flops import forward_flops_per_token, neurons, train_flops_per_token
 
     print(f"{'':<20} {'':>12} {'MFLOP per token':>19} {'neurons used':>16}")
     print(f"{'preset':<20} {'parameters':>12} {'training':>9} {'inference':>9} {'of a layer':>16}  what it is")

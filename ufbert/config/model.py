@@ -1,0 +1,193 @@
+"""The architecture: every setting of one encoder. Imports no jax."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ufbert.config.checks import check_kinds, check_least, check_share
+from ufbert.errors import UserError
+
+Mixer = Literal["attention", "fourier"]
+
+
+FeedForwardKind = Literal["dense", "glu", "tree", "leaf_tree", "switch"]
+
+
+ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
+
+
+TreeBackend = Literal["masked", "gather", "native"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One encoder. A BERT, a crammed BERT, an UltraFastBERT, an FNet and a Switch encoder are settings of these fields.
+
+    Raises UserError from the constructor when two fields contradict each other.
+    """
+
+    vocab_size: int = 32768
+    """Number of WordPiece tokens; a tokenizer trained by this package gets at most this many."""
+    max_len: int = 128
+    """Longest row, in tokens, that the model accepts."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    n_layers: int = 16
+    """Number of blocks, each a token mixer and a feedforward."""
+    n_heads: int = 12
+    """Attention heads; `d_model` must be a multiple of it."""
+    mixer: tuple[Mixer, ...] = ("attention",)
+    """Token mixer of each layer (attention or fourier); a shorter tuple is repeated from the bottom up."""
+    feedforward: tuple[FeedForwardKind, ...] = ("glu",)
+    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward) or switch
+    (experts); a shorter tuple is repeated from the bottom up."""
+    d_hidden: int = 1536
+    """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
+    activation: ActivationName = "gelu"
+    """Nonlinearity of dense feedforwards, GLU gates, leaves, experts and the masked-LM head."""
+    n_trees: int = 1
+    """K of a KxD tree layer: trees that run side by side and are summed."""
+    tree_depth: int = 11
+    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
+    above its 2^D leaves."""
+    tree_backend: TreeBackend | Literal["auto"] = "auto"
+    """How tree layers are computed; every backend gives the same numbers. native: C++ kernels for CPUs, compiled by the
+    system's compiler when first used. auto: native on a CPU; without a compiler, and on a GPU, gather, or masked if the trees
+    are shallow; masked on a TPU."""
+    tree_activation: ActivationName = "gelu"
+    """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
+    subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""
+    tree_init: Literal["normal", "uniform"] = "normal"
+    """Start of a tree's weights: N(0, init_std) as the reference trains it, or the uniform start its code intends, whose
+    output is about as large as a dense layer's: +-1/sqrt(d) for inputs, +-1/sqrt(K (D+1)) for outputs."""
+    tree_balance: float = 0.0
+    """Weight of a loss that asks every node (tree) or leaf (leaf_tree) to be used alike. The paper has none."""
+    leaf_width: int = 32
+    """Neurons in each leaf of a leaf_tree."""
+    leaf_training: Literal["soft", "hard"] = "soft"
+    """How a leaf_tree trains: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
+    leaf_hardening: float = 0.0
+    """Weight of a leaf_tree's mean node entropy in the loss, which pushes soft decisions towards hard ones."""
+    leaf_hardening_ramp: float = 0.0
+    """Share of the budget over which the hardening weight rises from zero; 0 has it in full from the start."""
+    leaf_temperature: float = 1.0
+    """Temperature of a leaf_tree's soft decisions at the end of the budget. It starts at 1 and falls geometrically, to
+    make the mixture nearly hard by then; nodes can shrink their weights against it, so judge by the held-out loss."""
+    leaf_leak: float = 0.0
+    """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
+    master_leaf: int = 0
+    """Neurons of a leaf that every token uses beside its own (Charalampopoulos et al. 2024); 0 for none."""
+    n_experts: int = 8
+    """Experts of a switch layer."""
+    capacity_factor: float = 1.25
+    """An expert takes at most this times tokens / experts in training; tokens beyond ride the residual. Inference drops
+    none."""
+    router_balance: float = 0.01
+    """Weight of a switch layer's balance loss."""
+    router_z: float = 0.001
+    """Weight of a switch layer's z-loss, which keeps router logits small."""
+    router_jitter: float = 0.01
+    """Training noise on a router's input: a factor drawn from 1 +- this."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each sublayer (crammed BERT) or after each residual sum (BERT)."""
+    first_norm: bool = True
+    """LayerNorm before the first mixer of a pre-norm encoder; ModernBERT, whose embeddings are normalised, has none."""
+    norm_bias: bool = True
+    """Biases in LayerNorms."""
+    positions: Literal["scaled_sinusoid", "learned", "rotary"] = "scaled_sinusoid"
+    """A fixed sinusoid times one learned scalar, a learned table, or rotated queries and keys (RoPE)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary wavelengths."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys, head by head, before they meet."""
+    attention_impl: Literal["auto", "xla", "cudnn"] = "auto"
+    """Implementation of jax.nn.dot_product_attention; auto lets jax choose."""
+    fourier_norm: Literal["auto", "none", "ortho"] = "auto"
+    """Scale of Fourier mixing: none as in FNet, ortho divides by sqrt(tokens x width). auto: none after post-norm."""
+    fixed_len: int = 0
+    """The one row length of a model with Fourier mixers, which mix padding in; 0 takes max_len."""
+    n_token_types: int = 0
+    """Rows of the token-type (segment) embedding of BERT; 0 for none."""
+    use_bias: bool = False
+    """Biases in attention, dense feedforwards and the masked-LM transform. Tree inputs and leaves always have one."""
+    embedding_norm: bool = True
+    """LayerNorm on the summed embeddings."""
+    embedding_projection: bool = False
+    """FNet's linear layer after the embedding norm."""
+    final_norm: bool = True
+    """LayerNorm after the last block."""
+    head_transform: bool = False
+    """BERT's dense + activation + LayerNorm before the tied masked-LM decoder."""
+    head_bias: bool = False
+    """A bias per token in the masked-LM decoder."""
+    pooling: Literal["first", "mean"] = "first"
+    """What a classifier reads: the hidden state of the first token, as BERT, or the mean over all real tokens. Nothing in
+    masked-LM pretraining teaches the first token to gather a row, so a small model has that still to learn."""
+    pooler: Literal["tanh", "transform"] = "tanh"
+    """What stands between that and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation + LayerNorm."""
+    pooler_width: int = 1024
+    """Width of that layer."""
+    pad_id: int = 0
+    """Id of the padding token."""
+    norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of every matrix."""
+    zero_init_out: bool = False
+    """Start the last matrix of attention and of dense feedforwards at zero, so that every block starts as the identity."""
+    dropout: float = 0.1
+    """Dropout while fine-tuning (embeddings, attention, sublayers, classifier). Pretraining uses none."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products. auto: float32 on a CPU, bfloat16 on an accelerator. Parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "model.")
+        positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
+        check_least(self, "model", 1, *positive, "leaf_width", "n_experts")
+        for name in (*positive, "leaf_width", "n_experts"):
+            if getattr(self, name) > 2**20:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at most {2**20:,}.")
+        if self.n_layers > 1024:
+            raise UserError(f"model.n_layers is {self.n_layers}; it must be at most 1,024.")
+        weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
+        check_least(self, "model", 0, *weights, "fixed_len", "pad_id", "n_token_types", "norm_eps", "init_std")
+        for name in ("leaf_temperature", "capacity_factor", "rotary_base"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("leaf_leak", "leaf_hardening_ramp"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        if self.vocab_size > 65536:
+            raise UserError(f"model.vocab_size is {self.vocab_size}; rows are stored as 2-byte ids, so at most 65536.")
+        if self.d_model % self.n_heads:
+            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        if not 0 <= self.tree_depth <= 20:
+            raise UserError(f"model.tree_depth is {self.tree_depth}; it must lie between 0 and 20.")
+        check_share(self, "model", "dropout")
+        for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
+            object.__setattr__(self, name, tuple(kinds))  # a list could not be looked up among what is compiled
+            if not 1 <= len(kinds) <= self.n_layers:
+                raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
+        if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
+        if self.pad_id >= self.vocab_size:
+            raise UserError(f"model.pad_id is {self.pad_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
+        if self.fixed_len > self.max_len:
+            raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
+
+    @property
+    def nodes_per_tree(self) -> int:
+        """2^(D+1) - 1."""
+        return 2 ** (self.tree_depth + 1) - 1
+
+    @property
+    def only_len(self) -> int:
+        """The one row length this model can read, or 0 if it reads any up to max_len. Fourier mixers mix every position
+        of a row into every other, padding included, so a text has one answer only at one length."""
+        return (self.fixed_len or self.max_len) if any(mixer == "fourier" for mixer, _ in self.layers) else 0
+
+    @property
+    def layers(self) -> tuple[tuple[Mixer, FeedForwardKind], ...]:
+        """(mixer, feedforward) of every layer, bottom first."""
+        return tuple(
+            (self.mixer[i % len(self.mixer)], self.feedforward[i % len(self.feedforward)]) for i in range(self.n_layers)
+        )

@@ -1,0 +1,171 @@
+"""A preset: an architecture, the recipe that trains it, and the shape of its data. Imports no jax."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ufbert.config.checks import check_kinds, check_least, check_share
+from ufbert.config.model import ModelConfig
+from ufbert.errors import UserError
+
+Scale = Literal["auto", "tiny", "mini", "small", "base"]
+
+
+Recipe = Literal["crammed", "modern"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The pretraining recipe. Defaults: crammed BERT (Geiping & Goldstein 2022, code release of 2023); `presets.with_recipe`
+    turns them into the modern one."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything, or muon for attention and dense feedforward matrices and adamw for the rest."""
+    peak_lr: float = 1e-3
+    """Highest learning rate. Muon's updates are scaled to the size of AdamW's, so one rate serves both."""
+    schedule: Literal["triangle", "stable"] = "triangle"
+    """Rate over its peak at the share x of the budget: crammed BERT's min(0.25 + x, 4 (1 - x)), or a warm-up, a plateau and a
+    linear decay to zero."""
+    warmup: float = 0.02
+    """Share of the budget that a stable schedule warms up over."""
+    decay: float = 0.45
+    """Share of the budget at its end over which a stable schedule decays."""
+    adam_b1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_b2: float = 0.98
+    """AdamW's second-moment decay."""
+    adam_eps: float = 1e-12
+    """AdamW's epsilon."""
+    muon_momentum: float = 0.95
+    """Muon's momentum."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on everything but norms and biases."""
+    position_scale_lr: float = 1.0
+    """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
+    clip_norm: float = 0.5
+    """Global gradient norm above which the gradient is scaled down."""
+    average_width: float = 0.0
+    """Width of the average over past weights that the model folder gets, as a share of all updates so far (standard
+    deviation of the averaging profile, Karras et al. 2024); 0 for none. It is kept only if its held-out loss is lower."""
+    mask_rate: tuple[float, ...] = (0.25,)
+    """Share of each row that is predicted: round(rate * seq_len) positions. Several rates are stages of equal length."""
+    eval_mask_rate: float = 0.25
+    """The same in held-out evaluations: one rate for all recipes, so that their losses compare."""
+    batch_rows: int = 0
+    """Rows per update once the ramp is over; 0 takes min(8192, expected rows / 500), in whole micro-batches."""
+    micro_rows: int = 128
+    """Rows per forward and backward pass; an update accumulates batch_rows / micro_rows of them."""
+    ramp_until: float = 0.6
+    """Share of the budget over which the batch grows from micro_rows to batch_rows."""
+    n_evals: int = 10
+    """Held-out evaluations in a run, evenly spread over the budget; the last one is at its end."""
+    n_checkpoints: int = 10
+    """Checkpoints in a run, evenly spread, at least."""
+    checkpoint_minutes: float = 15.0
+    """Minutes of budget between checkpoints, at most."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the one with the lowest held-out loss stays besides."""
+    max_skipped: int = 20
+    """Updates in a row that may be skipped for a loss or gradient that is not finite before the run goes back to its last
+    good checkpoint."""
+    shard_params: bool = False
+    """On several devices, split parameters and optimizer state among them instead of keeping a copy on each."""
+
+    def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "train.")
+        check_least(self, "train", 1, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
+        check_least(self, "train", 0, "position_scale_lr", "batch_rows", "weight_decay", "adam_eps", "ramp_until")
+        check_share(self, "train", "adam_b1", "adam_b2", "muon_momentum")
+        for name in ("peak_lr", "clip_norm", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be positive.")
+        for rate in (*self.mask_rate, self.eval_mask_rate):
+            if not 0.0 < rate < 1.0:
+                raise UserError(f"train.mask_rate is {rate}; it must lie between 0 and 1.")
+        if not self.mask_rate:
+            raise UserError("train.mask_rate is empty; give at least one rate.")
+        for name in ("warmup", "decay", "average_width"):
+            if not 0.0 <= getattr(self, name) < (0.28 if name == "average_width" else 1.0):
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be a share below 1 (averages: 0.28).")
+        if self.batch_rows % self.micro_rows:
+            raise UserError(
+                f"train.batch_rows {self.batch_rows} is not a multiple of train.micro_rows {self.micro_rows}."
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How text becomes rows."""
+
+    seq_len: int = 128
+    """Tokens in a packed row."""
+    document_attention: bool = True
+    """Keep packed documents from attending to each other: their segment ids are recomputed from the [CLS] ids with which
+    documents begin. Crammed BERT lets them attend; see the README for what it costs."""
+    short_len: int = 32
+    """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
+    short_until: float = 0.0
+    """Share of the budget during which rows are cut into pieces, each a row of its own. Attention learns to find a
+    token's neighbours far sooner among 32 positions than among 128, and keeps it afterwards."""
+    eval_rows: int = 256
+    """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
+    max_tokens: int = 0
+    """Stop reading the corpus after this many tokens, counted after duplicates are gone and before the worst documents are;
+    0 takes what the budget is planned to see once, rounded up, at least 20 million and at most 2 billion."""
+    tokenizer_chars: int = 100_000_000
+    """Characters of the corpus that the tokenizer is trained on."""
+    filter_worst: float = 0.05
+    """Leave out this share of the documents, those with most tokens per character; 0 keeps all."""
+    drop_exact: bool = True
+    """Leave out documents that have occurred before, case and blanks aside."""
+    drop_near: bool = True
+    """Leave out documents that are nearly one of the last near_window kept ones."""
+    near_window: int = 1_000_000
+    """Documents that are remembered for that, at about 400 bytes each."""
+    near_threshold: float = 0.8
+    """Share of runs of five tokens, of all that either has (Jaccard), from which two documents are nearly the same."""
+    order: Literal["shuffled", "quality"] = "shuffled"
+    """How rows are read: in a new random order every pass, or every pass the same, best documents (fewest tokens per
+    character) first."""
+
+    def __post_init__(self) -> None:
+        check_kinds(type(self), vars(self), "data.")
+        check_least(self, "data", 1, "short_len", "eval_rows", "tokenizer_chars", "near_window")
+        check_least(self, "data", 3, "seq_len")  # [CLS], a piece and [SEP]
+        check_least(self, "data", 0, "max_tokens", "short_until")
+        check_share(self, "data", "filter_worst")
+        if not 0.0 < self.near_threshold <= 1.0:
+            raise UserError(f"data.near_threshold is {self.near_threshold}; it must lie in (0, 1].")
+        if self.short_until > 0 and self.seq_len % self.short_len:
+            raise UserError(f"data.seq_len {self.seq_len} is not a multiple of data.short_len {self.short_len}.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A preset: a model, the recipe that trains it, and the shape of its data."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: PretrainConfig = field(default_factory=PretrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.train.micro_rows * self.data.seq_len
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_len:
+            raise UserError(f"data.seq_len {self.data.seq_len} is longer than model.max_len {self.model.max_len}.")
+        for rate in (*self.train.mask_rate, self.train.eval_mask_rate):
+            if not round(rate * self.data.seq_len):
+                raise UserError(
+                    f"train.mask_rate {rate} of data.seq_len {self.data.seq_len} tokens is no token; raise either."
+                )
+        only = self.model.only_len
+        if only and (self.data.seq_len != only or self.data.short_until > 0):
+            raise UserError(
+                f"A model with Fourier mixers reads rows of one length: data.seq_len must be {only} (model.fixed_len or "
+                f"max_len), not {self.data.seq_len}, and data.short_until 0."
+            )
+
+
+Device = Literal["auto", "cpu", "gpu", "tpu"]

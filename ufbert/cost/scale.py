@@ -1,0 +1,60 @@
+"""The scale that a device can train within a budget."""
+
+from typing import NamedTuple
+
+from ufbert.config import RunConfig, Scale, TreeBackend
+from ufbert.config.presets import scaled
+from ufbert.cost.flops import (
+    forward_flops_per_token,
+    routing_flops_per_token,
+    train_bytes_per_token,
+    train_flops_per_token,
+)
+from ufbert.cost.speeds import Speeds
+
+TOKENS_PER_WEIGHT = 40.0
+"""A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
+
+
+SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")
+
+
+class Plan(NamedTuple):
+    """A scale for a budget, and what it is expected to do."""
+
+    scale: Scale
+    run: RunConfig
+    tokens_per_second: float
+    tokens: float
+    reason: str
+
+
+def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool) -> Plan:
+    """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
+
+    `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
+    `tiny` if none does.
+    """
+
+    def at(name: Scale) -> Plan:
+        config = scaled(run, name)
+        flops = train_flops_per_token(config, masked_trees=trees == "masked")
+        routing = routing_flops_per_token(config, masked_trees=trees == "masked")
+        moved = train_bytes_per_token(config, trees=trees, bfloat16=bfloat16)
+        speed = 1 / speeds.seconds(flops, routing, moved)
+        ratio = speed * seconds / _weights(config, trees)
+        reason = (
+            f"about {speed:,.0f} tokens/s expected ({speeds.source}): "
+            f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
+        )
+        return Plan(name, config, speed, speed * seconds, reason)
+
+    if scale != "auto":
+        return at(scale)
+    plans = [at(name) for name in SCALES]
+    fitting = [p for p in plans if p.tokens >= TOKENS_PER_WEIGHT * _weights(p.run, trees)]
+    return fitting[-1] if fitting else plans[0]
+
+
+def _weights(run: RunConfig, trees: TreeBackend) -> float:
+    return forward_flops_per_token(run.model, 0, masked_trees=trees == "masked") / 2

@@ -1,0 +1,97 @@
+"""The speed of a device, from the table of peaks or measured."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ufbert.cost.devices import DevicePeaks, device_of_kind
+
+UTILISATION = 0.4
+"""Assumed share of an accelerator's peak that matrix products reach in training. Crammed BERT ran 105 thousand tokens a
+second on an RTX A6000 (its issue #45), 42 % of that card's peak at 623 MFLOP a token."""
+
+
+FLOAT32_UTILISATION = 0.6
+"""The same share for true float32 products, which routing uses (an assumption; float32 units wait for memory less)."""
+
+
+CPU_UTILISATION = 1.1
+"""Speed of the whole step over that of a model's parts, measured alone: in the step XLA fuses one part with the next. Four
+presets at two scales lay between 1.06 and 1.15."""
+
+
+TRAFFIC = 0.75
+"""Share of the bytes that the CPU's program moves which an accelerator's program moves: its compiler fuses more. Set so
+that crammed BERT's published run on an RTX A6000 is not faster than that card's memory allows."""
+
+
+class Speeds(NamedTuple):
+    """What a device does in a second of training; utilisation is already in the numbers."""
+
+    products: float
+    """FLOP/s of matrix products in the model's type."""
+    float32: float
+    """FLOP/s of routing's float32 products."""
+    bandwidth: float
+    """Bytes/s, of the bytes that XLA counts for a CPU program."""
+    overlap: bool
+    """Whether arithmetic and memory traffic overlap (accelerators), so that the slower decides; else they add up."""
+    source: str
+    """Where the numbers come from."""
+
+    def seconds(self, flops: float, routing_flops: float, n_bytes: float) -> float:
+        """Time of work with this many operations, of which `routing_flops` are float32 ones, and bytes: a roofline
+        (Williams et al. 2009)."""
+        arithmetic = max(0.0, flops - routing_flops) / self.products + routing_flops / self.float32
+        traffic = n_bytes / self.bandwidth
+        return max(arithmetic, traffic) if self.overlap else arithmetic + traffic
+
+
+def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
+    """The speeds to expect of a device of the table, at the stated utilisation."""
+    share = FLOAT32_UTILISATION if device.products(dtype) == device.float32 else UTILISATION
+    source = (
+        f"{share:.0%} of {device.products(dtype) / 1e12:,.1f} TFLOP/s {dtype}, {FLOAT32_UTILISATION:.0%} of "
+        f"{device.float32 / 1e12:,.1f} TFLOP/s float32 for routing, {device.bandwidth / 1e9:,.0f} GB/s ({device.source})"
+    )
+    speeds = (share * device.products(dtype), FLOAT32_UTILISATION * device.float32, device.bandwidth / TRAFFIC)
+    return Speeds(*speeds, overlap=True, source=source)
+
+
+def device_peak() -> tuple[float, str]:
+    """(FLOP/s, source) of the default device, to divide a model's FLOP/s by for its utilisation (MFU).
+
+    For a device of the table (`ufbert.devices`) that is the vendor's dense peak of the type models compute in there; for
+    any other, CPUs included, the speed of a large matrix product measured now, in a quarter of a second.
+    """
+    import jax
+
+    found = device_of_kind(jax.devices()[0].device_kind)
+    if found is not None:
+        return found.products(found.dtype), found.source
+    what = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return measured_flops(), f"a {what} matrix product, measured here"
+
+
+def measured_flops(seconds: float = 0.2, dtype: str = "auto") -> float:
+    """Matrix-product speed of the default device in FLOP/s; the type `auto` is float32 on a CPU, bfloat16 elsewhere."""
+    import jax
+    import jax.numpy as jnp
+
+    on_cpu = jax.default_backend() == "cpu"
+    n, kind = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (n, n), kind if dtype == "auto" else jnp.dtype(dtype))
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=precision) * (1 / n))
+    return 2 * n**3 / least_seconds(multiply, a, seconds)
+
+
+def least_seconds(function: Callable[[Any], Any], argument: Any, seconds: float) -> float:
+    """The shortest time of a call of a jitted function, of those that fit into `seconds` after one that compiles."""
+    function(argument).block_until_ready()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        function(argument).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return best
