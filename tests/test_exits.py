@@ -53,7 +53,8 @@ def test_the_watcher_may_ask_from_its_own_thread():
 def process(body: str, **options) -> subprocess.Popen[str]:
     """A process that runs `body` as if it were the command line's work."""
     script = (
-        "import os, signal, sys, threading, time\nfrom ufbert import __main__\nfrom ufbert.runtime import signals\nexits.GRACE = 0.5\n"
+        "import os, signal, sys, threading, time\nfrom ufbert import __main__\nfrom ufbert.runtime import signals\n"
+        "signals.GRACE = 0.5\n"
         f"def work(args):\n{body}\n"
         "    return 0\n__main__.main = work\n__main__.run(['train'])"
     )

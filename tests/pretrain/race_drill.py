@@ -8,7 +8,7 @@ every update once and in order, and the configuration of the run that trained. I
 folder, and each must get one of its own.
 
 The `--tries` are made by light processes: they claim the folder as `ufbert train` does (`claimed_new`, `claimed`, `new_folder`
-of `runtime/claim.py`), write with its writers and its ledger, and only pretend to train. The `--whole` ones run `train.py`, each
+of `claim.py`), write with its writers and its ledger, and only pretend to train. The `--whole` ones run `train.py`, each
 about ten seconds of a core.
 """
 
