@@ -36,18 +36,18 @@ def test_a_console_that_is_gone_costs_only_what_it_would_have_shown():
 
 
 def test_a_closed_pipe_asks_a_run_to_save_and_stop():
-    with StopSignals() as signals:
+    with StopSignals() as stops:
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))
-        assert signals.asked == signal.SIGPIPE
+        assert stops.asked == signal.SIGPIPE
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
     assert signals.WATCHER.note is None
 
 
 def test_the_watcher_may_ask_from_its_own_thread():
-    with StopSignals() as signals, ThreadPoolExecutor(1) as watcher:
+    with StopSignals() as stops, ThreadPoolExecutor(1) as watcher:
         assert signals.WATCHER.note is not None
         watcher.submit(signals.WATCHER.note, signal.SIGPIPE, None).result()
-        assert signals.asked == signal.SIGPIPE
+        assert stops.asked == signal.SIGPIPE
 
 
 def process(body: str, **options) -> subprocess.Popen[str]:
