@@ -1,0 +1,54 @@
+"""README, CONTRIBUTING and docs/: links lead somewhere, and what they say of the code's places and presets is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_is_short_and_holds_the_two_commands():
+    assert len(README.splitlines()) <= 130
+    assert "pip install uv && uv run --extra demo train.py --budget=5m" in README
+    assert "pip install -q uv && uv run pytest" in README
+
+
+def test_the_readme_lists_every_preset_with_the_parameters_of_its_file():
+    counts = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \| [\d,]+ of [\d,]+ \|$", README, re.MULTILINE))
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.py")}
+    assert counts.keys() == files.keys()
+    for name, count in counts.items():
+        assert f"{count} parameters" in files[name], name
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "line"),
+    [
+        ("pretrain/step.py", "jax.value_and_grad", "jax.value_and_grad("),
+        ("pretrain/schedules.py", "lr_share", "def lr_share("),
+        ("pretrain/optim.py", "apply_update", "def apply_update("),
+        ("ops/fff.py", "path_nodes", "node = 2 * node + 1 + (z > 0)"),
+    ],
+)
+def test_the_places_that_the_readme_names_hold_what_it_says(path, text, line):
+    assert text in README
+    assert Path(path).name in README
+    assert line in (ROOT / "ufbert" / path).read_text(encoding="utf-8")
