@@ -374,10 +374,10 @@ def test_rows_of_the_version_before_serve_the_run_that_began_with_them_and_no_ne
 
 
 def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):
-    from ufbert.pretrain.run import pretrain_command
+    from ufbert.cli import call
 
     run, cache = tmp_path / "run", tmp_path / "cache"
-    pretrain_command(["--budget=2steps", f"--corpus=text:{text}", f"--out={run}", f"--prepared={cache}", *SMALL], 0.0)
+    call("train", ["--budget=2steps", f"--corpus=text:{text}", f"--out={run}", f"--prepared={cache}", *SMALL])
     used = json.loads((run / "config.json").read_text())["prepared_data"]
     assert used["fingerprint"] == open_prepared(Path(used["folder"])).manifest.fingerprint
     assert not (run / "data").exists()

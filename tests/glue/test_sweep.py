@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 
+from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.glue import sweep as sweeping
 from ufbert.glue.command import finetune_command, subset
@@ -22,7 +23,6 @@ from ufbert.glue.finetune import finetune_task
 from ufbert.glue.rows import Rows
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
-from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.claim import claimed
 
 
@@ -286,7 +286,7 @@ def test_every_family_pretrains_fine_tunes_and_answers(preset, more, corpus_file
     sizes += ["--train.n-checkpoints=1"]
     run = tmp_path / "run"
     where = [f"--config={preset}", "--scale=tiny", "--budget=12steps", f"--corpus=text:{corpus_file}", f"--out={run}"]
-    summary = pretrain_command([*where, *sizes, *more], 0.0)
+    summary = call("train", [*where, *sizes, *more])
     assert np.isfinite(summary["heldout_loss"])
     args = options(run, toy_glue, tmp_path / "out", "--tasks=sst2", "--tune.lr=1e-3", "--tune.epochs=2", "--seeds=0")
     found = finetune_command(args)

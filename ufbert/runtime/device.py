@@ -1,9 +1,11 @@
-"""Get the process ready for a device, before jax is imported."""
+"""Start jax on a device."""
 
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+import jax
 
 from ufbert.config import Device
 from ufbert.errors import UserError
@@ -50,8 +52,8 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
     if threads:
         os.environ["NPROC"] = str(usable_threads(threads))  # what XLA and the native kernels go by
     if device != "auto":
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)
-    import jax
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(device, device)  # of processes that this one starts
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
     distributed.join(distributed)
     if jax.config.jax_compilation_cache_dir is None:
