@@ -197,11 +197,14 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
 def _train(
     options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float, release: Callable[[], None]
 ) -> dict[str, Any]:
-    from ufbert.pretrain.loop import Surroundings, train
+    from ufbert.pretrain.loop import RunContext, train
     from ufbert.report.run_report import write_report
 
     folder = Path(options.out)
-    around = Surroundings(
+    context = RunContext(
+        run=options.run,
+        data=data,
+        clock=AgreedClock(clock),
         folder=folder,
         seed=options.seed,
         restarts=len(ledger.sessions),
@@ -210,15 +213,14 @@ def _train(
         reference=_reference(options),
         open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
-    agreed = AgreedClock(clock)
     if not distributed.is_main():
-        return train(options.run, data, agreed, around)
+        return train(context)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     with _last_command(options, release):
         ledger.start(clock)
         try:
-            summary = train(options.run, data, agreed, around)
+            summary = train(context)
         finally:
             ledger.close()
         report = write_report(folder)
