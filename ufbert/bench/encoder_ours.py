@@ -87,15 +87,13 @@ class Ours:
         wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
         error = np.abs(found - wanted).max(axis=1)
         ((_, batch),) = engine.batches(rows)
-        aux = jax.tree.map(np.asarray, engine.statistics(model, batch)) if "tree" in config.feedforward else {}
-        margins = (
-            np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
-        )
-        clear = np.ones(len(error), bool) if margins is None else margins > CLEAR
-        visits = [np.asarray(aux[key])[:, config.nodes_per_tree // 2 :] for key in aux if key.endswith(".visits")]
+        reports = jax.tree.map(np.asarray, engine.statistics(model, batch)) if "tree" in config.feedforward else {}
+        trees = [aux for aux in reports.values() if aux.visits is not None]
+        clear = np.all([np.ones(len(error), bool), *(aux.margins[: len(error)] > CLEAR for aux in trees)], axis=0)
+        visits = [aux.visits[:, config.nodes_per_tree // 2 :] for aux in trees]
         leaves = 2**config.tree_depth
         even = leaves * (1 - (1 - 1 / leaves) ** len(error))
-        changed = [float(aux[key]) for key in aux if key.endswith(".changed_routes")]
+        changed = [float(aux.changed_routes) for aux in trees if aux.changed_routes is not None]
         return {
             "error": float(error[clear].max()),
             "relative": float(np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))),

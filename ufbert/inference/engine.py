@@ -119,7 +119,7 @@ class Engine:
             ids = [[self.config.pad_id] * length]
             ask(Encoded(ids, [[0] * length], self.config.max_len, self.config.only_len, self.config.pad_id, 0))
 
-    def statistics(self, model: ModelFolder, batch: Batch) -> nn.Aux:
+    def statistics(self, model: ModelFolder, batch: Batch) -> dict[str, nn.Aux]:
         """What packed tree layers report of a batch (`ufbert.nn.feedforward`), given the model that was packed."""
         kept = dict(self.params["encoder"])
         for name, layer in model.params["encoder"].items():
@@ -165,7 +165,7 @@ class Engine:
         hidden = nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
         return hidden.reshape(-1, self.config.d_model)
 
-    def _report(self, params: Any, batch: Any) -> nn.Aux:
+    def _report(self, params: Any, batch: Any) -> dict[str, nn.Aux]:
         return nn.encode(params, self.config, *batch[:3], type_ids=batch[3], statistics=True)[1]
 
     def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:

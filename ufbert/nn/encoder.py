@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ids -> hidden states, and what the layers report.
+    """ids -> hidden states, and what each layer reports, by its name.
 
     `segment_ids` (0 = padding, 1, 2, ... = documents of the row) says who may see whom; without it every token sees
     every token. `type_ids` are BERT's sentence A / B marks, used only if the config has token types. Training behaviour
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         type_ids: Int[Array, "b t"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
         statistics: bool = False,
-    ) -> tuple[Float[Array, "b t d"], Aux]:
+    ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
             raise UserError(f"This model mixes by Fourier and reads rows of {cfg.only_len} tokens, not {ids.shape[1]}.")
@@ -84,15 +84,11 @@ class Encoder(nn.Module):
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])
-        aux: Aux = {}
+        aux: dict[str, Aux] = {}
         for i, (mixer, feedforward) in enumerate(cfg.layers):
-            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=f"layer_{i:02d}")
-            x, found = block(x, context, keys[i + 1])
-            for name, value in found.items():
-                if name.endswith("_loss"):
-                    aux[name] = aux.get(name, jnp.zeros(())) + value
-                else:
-                    aux[f"layer_{i:02d}.{name}"] = value
+            name = f"layer_{i:02d}"
+            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
+            x, aux[name] = block(x, context, keys[i + 1])
         if cfg.final_norm:
             x = layer_norm(cfg, "final_norm")(x)
         return x, aux

@@ -10,9 +10,20 @@ from jaxtyping import Array, Bool, Float, Int
 from ufbert.config import ModelConfig
 from ufbert.ops import linear, native
 
-Aux = dict[str, Array]
-"""What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
-counts (`layer_00.visits`, ...). Empty for dense models."""
+
+class Aux(NamedTuple):
+    """What a layer reports besides its output. All but `losses` is None unless statistics are asked for."""
+
+    losses: dict[str, Float[Array, ""]]
+    """Weighted losses by name, each a mean per token."""
+    visits: Float[Array, "m n"] | None = None
+    """Tokens that passed each node of each tree."""
+    counts: dict[str, Float[Array, " p"]] | None = None
+    """Tokens that each of the layer's other parts took, by the name of the parts: `leaves`, `experts`."""
+    margins: Float[Array, " b"] | None = None
+    """The smallest absolute logit among each token's routing decisions."""
+    changed_routes: Float[Array, ""] | None = None
+    """Share of tokens that rounded weights send down another path, in any tree."""
 
 
 class Context(NamedTuple):

@@ -82,8 +82,8 @@ def encode(
     type_ids: Int[Array, "b t"] | None = None,
     progress: Float[Array, ""] | float = 1.0,
     statistics: bool = False,
-) -> tuple[Float[Array, "b t d"], Aux]:
-    """Hidden states of the last layer, and what layers report beside them. Arguments as in `Encoder`.
+) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
+    """Hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`.
 
     Where `params` has a part `packed` (`pack`), the C++ kernels for inference compute with the weights in it, forward only.
     """
@@ -141,9 +141,13 @@ def pack(
 _quantize = jax.jit(native.quantize)
 
 
-def aux_loss(aux: Aux) -> Float[Array, ""]:
-    """The sum of the weighted losses that layers reported; a mean per token, zero for dense models."""
-    return sum((value for name, value in aux.items() if name.endswith("_loss")), jnp.zeros(()))
+def aux_loss(aux: Mapping[str, Aux]) -> Float[Array, ""]:
+    """Add up the weighted losses that layers reported: a mean per token, zero for dense models."""
+    totals: dict[str, Float[Array, ""]] = {}
+    for layer in aux.values():
+        for name, loss in layer.losses.items():
+            totals[name] = totals.get(name, jnp.zeros(())) + loss
+    return sum(totals.values(), jnp.zeros(()))
 
 
 def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:

@@ -30,7 +30,7 @@ from ufbert.pretrain.command import (
     stored_run,
 )
 from ufbert.pretrain.corpus import choose_corpus, corpus_bound, fit_vocabulary, locate_rows, prepare_rows
-from ufbert.pretrain.loop import Surroundings, train
+from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
 from ufbert.pretrain.resolve import Resolved, local_platform, resolve, with_batch
 from ufbert.report.run_report import write_report
@@ -211,7 +211,10 @@ def _train(
     options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float, release: Callable[[], None]
 ) -> dict[str, Any]:
     folder = Path(options.out)
-    around = Surroundings(
+    context = RunContext(
+        run=options.run,
+        data=data,
+        clock=AgreedClock(clock),
         folder=folder,
         seed=options.seed,
         restarts=len(ledger.sessions),
@@ -220,15 +223,14 @@ def _train(
         reference=_reference(options),
         open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
-    agreed = AgreedClock(clock)
     if not distributed.is_main():
-        return train(options.run, data, agreed, around)
+        return train(context)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     with _last_command(options, release):
         ledger.start(clock)
         try:
-            summary = train(options.run, data, agreed, around)
+            summary = train(context)
         finally:
             ledger.close()
         report = write_report(folder)
