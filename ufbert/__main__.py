@@ -104,13 +104,9 @@ def run_verb(verb: str, args: list[str]) -> None:
 
         {"import": hub_command.import_command, "export": hub_command.export_command}[verb](args)
     else:
-        import difflib
+        from ufbert.errors import UserError, near_miss
 
-        from ufbert.errors import UserError
-
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}."
-        raise UserError(f"There is no verb {verb!r}; {hint}")
+        raise UserError(f"There is no verb {verb!r}; {near_miss(verb, VERBS)}")
 
 
 def run(args: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 
 
 def join(where: str) -> None:
@@ -32,10 +32,9 @@ def join(where: str) -> None:
             address, index, count = where.split(",")
             jax.distributed.initialize(address, int(count), int(index), cluster_detection_method="deactivate")
     except (ValueError, TypeError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--distributed={where}: cannot join the other processes: {why} Write `auto` on a TPU pod, under Slurm or Open "
-            "MPI, else HOST:PORT,INDEX,COUNT, such as 10.0.0.1:8476,0,2."
+            f"--distributed={where}: cannot join the other processes: {first_line(error)}. Write `auto` on a TPU "
+            "pod, under Slurm or Open MPI, else HOST:PORT,INDEX,COUNT, such as 10.0.0.1:8476,0,2."
         ) from error
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
