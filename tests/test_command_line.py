@@ -63,7 +63,7 @@ def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}"
     }
     code = (
-        "from ufbert.device import use_device\nfrom ufbert.errors import UserError\n"
+        "from ufbert.runtime.device import use_device\nfrom ufbert.errors import UserError\n"
         "try:\n    use_device('auto')\nexcept UserError as error:\n    print(error)\nprint(use_device('cpu'))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
