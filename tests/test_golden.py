@@ -17,7 +17,7 @@ from ufbert.hub.folder import flatten
 from ufbert.hub.layout import split_all
 from ufbert.hub.leaf_layer import from_state
 from ufbert.ops import leaf_fff, switch
-from ufbert.ops.activations import ACTIVATIONS, gelu
+from ufbert.ops.dense import ACTIVATIONS, gelu
 from ufbert.ops.losses import cross_entropy
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -138,7 +138,7 @@ def test_the_original_layer_equals_the_reference():
     close(entropies, golden["node_entropies"])
     np.testing.assert_allclose(leaf_fff.soft_usage(weights), golden["leaf_usage_soft"], rtol=1e-5)
     close(leaf_fff.descend(x, tree, gelu)[0], golden["y_hard_with_output_bias"])
-    swapped = leaf_fff.leaf_weights(leaf_fff.leaked(leaf_fff.right_shares(x, tree), 1.0, jax.random.key(0)))
+    swapped = leaf_fff.leaf_weights(leaf_fff.leak_regions(leaf_fff.right_shares(x, tree), 1.0, jax.random.key(0)))
     close(leaf_fff.mixture(x, tree, swapped, gelu), golden["y_soft_leak1"])
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(tree)
     close(loss, golden["loss_soft"][0])

@@ -16,7 +16,7 @@ from ufbert.hub.folder import flatten
 from ufbert.hub.layout import split_all
 from ufbert.hub.leaf_layer import from_state
 from ufbert.ops import leaf_fff, switch
-from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.losses import cross_entropy
 
 FOLDER = Path(__file__).parent / "golden"

@@ -17,8 +17,13 @@ class Interrupted(Exception):
         self.code = code
 
 
-def near_miss(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """Return "did you mean X?" with the nearest of the known names, or else a list of them, to end a sentence with."""
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(names)}."
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean NAME?" for the known name that is most like a mistyped one, or the list of all if none is."""
+    by_key = {key.lower(): key for key in known}
+    near = difflib.get_close_matches(name.lower(), by_key, n=1, cutoff=0.5)
+    return f"did you mean {by_key[near[0]]}?" if near else f"known are {', '.join(by_key.values())}."
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, without a full stop, or the exception's type if there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -32,7 +32,9 @@ def test_a_preset_is_below_a_scale_below_a_recipe_below_what_is_given():
     assert tiny.run == scaled(preset, "tiny")
     modern = resolved("--config=crammed_bert", "--scale=tiny", "--recipe=modern", "--budget=5steps")
     assert modern.run == with_recipe(scaled(preset, "tiny"), "modern", "tiny")
-    named = resolved("--config=crammed_bert", "--scale=tiny", "--recipe=modern", "--train.peak-lr=1e-3", "--budget=5steps")
+    named = resolved(
+        "--config=crammed_bert", "--scale=tiny", "--recipe=modern", "--train.peak-lr=1e-3", "--budget=5steps"
+    )
     assert named.run.train.peak_lr == 1e-3
     assert over(modern.run, {"train.peak_lr": 1e-3}) == named.run
 
@@ -79,7 +81,9 @@ def test_what_a_command_line_names_is_what_is_given(args, given):
 def test_python_names_options_as_the_command_line_does():
     by_dots = named_values(TrainOptions, {"budget": "5m", "train.peak_lr": 1e-3, "out": "~/x"})
     by_dicts = named_values(TrainOptions, {"budget": "5m", "train": {"peak_lr": 1e-3}, "out": "~/x"})
-    assert by_dots == by_dicts == parse(TrainOptions, ["--budget=5m", "--train.peak-lr=1e-3", "--out=~/x"], "train.py")[1]
+    assert (
+        by_dots == by_dicts == parse(TrainOptions, ["--budget=5m", "--train.peak-lr=1e-3", "--out=~/x"], "train.py")[1]
+    )
     assert "~" not in by_dots["out"]
     with pytest.raises(UserError, match=r"no option 'train.peek_lr'; did you mean train.peak_lr\?"):
         named_values(TrainOptions, {"train.peek_lr": 1e-3})
@@ -98,7 +102,10 @@ def test_help_shows_the_values_of_the_preset_and_scale(capsys):
     with pytest.raises(SystemExit):
         parse(TrainOptions, ["--help"], "train.py")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--model.feedforward {dense,glu,tree,leaf_tree,switch} [{dense,glu,tree,leaf_tree,switch} ...]" in text or "tree" in text
+    assert (
+        "--model.feedforward {dense,glu,tree,leaf_tree,switch} [{dense,glu,tree,leaf_tree,switch} ...]" in text
+        or "tree" in text
+    )
     assert "D of a KxD tree layer" in text
 
 

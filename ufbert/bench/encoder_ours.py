@@ -34,7 +34,7 @@ from ufbert.data.encode import Encoded
 from ufbert.hub.folder import load_model
 from ufbert.inference.engine import Engine
 from ufbert.ops import native
-from ufbert.ops.fourier import fourier_mix
+from ufbert.ops.mixing import fourier_mix
 from ufbert.runtime.memory import give_back_freed_memory
 
 CLEAR = 1e-5

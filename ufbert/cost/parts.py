@@ -26,11 +26,10 @@ from ufbert.cost.speeds import (
     peak_speeds,
 )
 from ufbert.nn import tree_backend
-from ufbert.ops.activations import ACTIVATIONS
-from ufbert.ops.attention import attention
+from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.fff import fast_feedforward
-from ufbert.ops.fourier import fourier_mix
 from ufbert.ops.losses import cross_entropy
+from ufbert.ops.mixing import attention, fourier_mix
 
 MAX_TOKENS = 4096
 """Parts are measured on at most this many tokens; more would take long and not run at another speed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.data.corpora import datasets_library
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 from ufbert.glue.records import Columns, Record, collect, number, require_columns, single_number
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.table_files import read_table
@@ -111,8 +111,8 @@ class HubSource(_DatasetsSource):
             except Exception as error:  # the library raises many kinds; all but one mean that nothing can be had
                 if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
                     raise UserError(
-                        f"The dataset {self.name} {config} cannot be had from the hub ({cause(error)}); give a local folder "
-                        "as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
+                        f"The dataset {self.name} {config} cannot be had from the hub ({first_line(error)}); give a local "
+                        "folder as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
                     ) from error
                 self._fetched[config] = {}
         return self._fetched[config]
@@ -147,7 +147,7 @@ class FolderSource(_DatasetsSource):
                 parts = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path in paths]
                 dataset = datasets.Dataset(pa.concat_tables([part.data.table for part in parts]))
         except Exception as error:  # either library raises many kinds for a damaged file
-            raise UserError(f"{paths[0]} cannot be read ({cause(error)}).") from error
+            raise UserError(f"{paths[0]} cannot be read ({first_line(error)}).") from error
         if any(part.features != dataset.features for part in parts):
             raise UserError(
                 f"{paths[0]} and the other parts of its split have different columns or classes; write them alike."
@@ -168,8 +168,3 @@ class FolderSource(_DatasetsSource):
         columns = dataset_columns(str(path), task, split)
         require_columns(str(path), columns, table.columns or ())
         return collect(str(path), table.records, columns, self.skip_bad_rows)
-
-
-def cause(error: Exception) -> str:
-    """What a library's exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

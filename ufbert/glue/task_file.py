@@ -1,6 +1,5 @@
 """The file that describes a task of one's own: a JSON object, or a Python file that defines TASK."""
 
-import difflib
 import json
 import runpy
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 from ufbert.glue.table_files import object_of_pairs
 
 PATHS = ("train", "dev", "test")
@@ -31,10 +30,7 @@ def read_task_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(path: Path, key: str, value: Any, kinds: Mapping[str, Any]) -> Any:
     if key not in kinds:
-        near = difflib.get_close_matches(key, kinds, n=1)
-        raise UserError(
-            f"{path}: {key!r} is unknown; {f'did you mean {near[0]}?' if near else f'take {", ".join(kinds)}.'}"
-        )
+        raise UserError(f"{path}: {key!r} is unknown; {near_miss(key, kinds)}")
     if kinds[key] is str and isinstance(value, str):
         return value
     if kinds[key] == tuple[str, ...] and isinstance(value, list | tuple):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ufbert.errors import UserError
-from ufbert.glue.datasets_source import cause, dataset_columns, dataset_split
+from ufbert.errors import UserError, first_line
+from ufbert.glue.datasets_source import dataset_columns, dataset_split
 from ufbert.glue.records import Record, collect, require_columns
 from ufbert.glue.rows import Rows, Source
 from ufbert.glue.tasks import Task
@@ -45,7 +45,7 @@ class TfdsSource(Source):
             values = list(builder.as_data_source(name))
         except Exception as error:  # the library raises many kinds for a damaged or unsuitable file
             raise UserError(
-                f"{place}: cannot be read without TensorFlow ({cause(error)}); it can if it was prepared with "
+                f"{place}: cannot be read without TensorFlow ({first_line(error)}); it can if it was prepared with "
                 "file_format='array_record'."
             ) from error
         if "idx" in features:
@@ -69,4 +69,6 @@ def _newest(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(f"{newest} is not a dataset that tensorflow_datasets prepared ({cause(error)}).") from error
+        raise UserError(
+            f"{newest} is not a dataset that tensorflow_datasets prepared ({first_line(error)})."
+        ) from error

@@ -18,7 +18,7 @@ from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
 from ufbert.hub.tensors import write_folder
 from ufbert.nn import Params
-from ufbert.ops.positions import sinusoid
+from ufbert.ops.mixing import sinusoid
 
 OPSET = 20
 """Version of the operators: the first with Gelu."""

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Key
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import Context, Linear, compute_dtype, dense
 from ufbert.ops import native
-from ufbert.ops.attention import attention
-from ufbert.ops.fourier import fourier_mix
-from ufbert.ops.rotary import rotate
+from ufbert.ops.mixing import attention, fourier_mix, rotate
 
 
 class Attention(nn.Module):

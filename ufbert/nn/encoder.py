@@ -12,8 +12,8 @@ from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Aux, Context, layer_norm
 from ufbert.ops import native
-from ufbert.ops.attention import visible_tokens
-from ufbert.ops.dropout import dropout
+from ufbert.ops.dense import dropout
+from ufbert.ops.mixing import attention_mask
 
 
 class Block(nn.Module):
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
             type_ids = jnp.zeros_like(ids)
         packed = self.has_variable("packed", "layer_00")
         real = None if segment_ids is None else segment_ids != 0
-        visible = None if segment_ids is None or packed else visible_tokens(segment_ids)
+        visible = None if segment_ids is None or packed else attention_mask(segment_ids)
         context = Context(visible, segment_ids, real, position_ids, not deterministic, progress, statistics, packed)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
 from ufbert.ops import fff, leaf_fff, native, switch
-from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dense import ACTIVATIONS
 
 Found = tuple[Float[Array, "b t d"], Aux]
 
@@ -152,7 +152,7 @@ class LeafTreeFeedForward(nn.Module):
         real = None if context.real is None else context.real.reshape(-1)
         shares = leaf_fff.right_shares(rows, tree, temperature=cfg.leaf_temperature**progress)
         if key is not None and cfg.leaf_leak > 0:
-            shares = leaf_fff.leaked(shares, cfg.leaf_leak, key)
+            shares = leaf_fff.leak_regions(shares, cfg.leaf_leak, key)
         soft = leaf_fff.leaf_weights(shares)
         weights = soft if cfg.leaf_training == "soft" else leaf_fff.leaf_weights(leaf_fff.straight_through(shares))
         losses = {}

@@ -6,8 +6,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
-from ufbert.ops.activations import ACTIVATIONS
-from ufbert.ops.dropout import dropout
+from ufbert.ops.dense import ACTIVATIONS, dropout
 
 
 class MaskedLMHead(nn.Module):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.ops import linear, native
+from ufbert.ops import native
+from ufbert.ops.dense import product
 
 
 class Aux(NamedTuple):
@@ -69,7 +70,7 @@ class Linear(nn.Module):
             found = native.linear(rows, self.get_variable("packed", "kernel"), bias, self.width)
             return found.reshape(*x.shape[:-1], self.width)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
-        y = linear.product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,))
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)

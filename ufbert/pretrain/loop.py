@@ -24,8 +24,8 @@ from jaxtyping import Int
 
 from ufbert import nn
 from ufbert.config import RunConfig
-from ufbert.data.order import RowOrder
 from ufbert.data.prepared import PreparedData
+from ufbert.data.shards import RowOrder
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
