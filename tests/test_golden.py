@@ -91,7 +91,8 @@ def test_a_classifier_equals_the_reference():
     ids, real, types = (
         jnp.asarray(golden[name], jnp.int32) for name in ("input_ids", "attention_mask", "token_type_ids")
     )
-    logits = nn.classify(params, config, nn.encode(params, config, ids, real, type_ids=types)[0])
+    hidden, _ = nn.encode(params, config, ids, real, type_ids=types)
+    logits = nn.classify(params, config, nn.pool(config, hidden))
     close(logits, golden["logits"])
     sums = cross_entropy(logits, jnp.asarray(golden["labels"], jnp.int32), jnp.ones(len(ids)))
     close(sums.loss / sums.count, golden["loss"][0])

@@ -87,13 +87,12 @@ class Ours:
         wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
         error = np.abs(found - wanted).max(axis=1)
         ((_, batch),) = engine.batches(rows)
-        reports = jax.tree.map(np.asarray, engine.statistics(model, batch)) if "tree" in config.feedforward else {}
-        trees = [aux for aux in reports.values() if aux.visits is not None]
-        clear = np.all([np.ones(len(error), bool), *(aux.margins[: len(error)] > CLEAR for aux in trees)], axis=0)
-        visits = [aux.visits[:, config.nodes_per_tree // 2 :] for aux in trees]
+        trees = jax.tree.map(np.asarray, engine.routing(model, batch))
+        clear = np.all([np.ones(len(error), bool), *(tree.margins[: len(error)] > CLEAR for tree in trees)], axis=0)
+        visits = [tree.visits[:, config.nodes_per_tree // 2 :] for tree in trees]
         leaves = 2**config.tree_depth
         even = leaves * (1 - (1 - 1 / leaves) ** len(error))
-        changed = [float(aux.changed_routes) for aux in trees if aux.changed_routes is not None]
+        changed = [float(tree.changed) for tree in trees]
         return {
             "error": float(error[clear].max()),
             "relative": float(np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))),
@@ -106,7 +105,7 @@ class Ours:
         """Seconds of a call by part."""
         engine, seconds = self.engines[name], {}
         batch, tokens = (int(part) for part in shape.split("x"))
-        cfg, packed = engine.config, engine.params["packed"]
+        cfg, packed = engine.config, engine.params["encoder"]
         layers = [packed[f"layer_{i:02d}"] for i in range(cfg.n_layers)]
         x = jax.random.normal(jax.random.key(0), (batch * tokens, cfg.d_model))
 

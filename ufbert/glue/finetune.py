@@ -309,12 +309,13 @@ def classifier_scores(setting: Setting, params: Any, inputs: Any, key: Any) -> t
     """Scores (b, c) and what layers add to the loss; with a key as in training, without as in inference."""
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
     if setting.probe:
-        return nn.classify(params, setting.config, inputs[:, None], None, head_key), 0.0
+        return nn.classify(params, setting.config, inputs, head_key), 0.0
     hidden, aux = nn.encode(
         params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
         type_ids=inputs.type_ids,
     )  # fmt: skip
-    return nn.classify(params, setting.config, hidden, inputs.segment_ids, head_key), nn.aux_loss(aux)
+    pooled = nn.pool(setting.config, hidden, inputs.segment_ids != 0)
+    return nn.classify(params, setting.config, pooled, head_key), nn.aux_loss(aux)
 
 
 def start_state(params: Any, tune: FinetuneConfig) -> State:
@@ -353,7 +354,7 @@ def cached_features(config: ModelConfig, encoder: Any, rows: Encoded) -> np.ndar
 
     def features(params: Any, batch: Any) -> Any:
         hidden, _ = nn.encode({"encoder": params[0]}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
-        return nn.pooled_input(config, hidden, batch.segment_ids)[None]
+        return nn.pool(config, hidden, batch.segment_ids != 0)[None]
 
     return predict_rows(jax.jit(features), [encoder], rows)[0]
 

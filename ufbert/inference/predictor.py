@@ -172,8 +172,7 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
     model's float32 ones would from the same hidden state; 0 for a model without trees."""
     rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
     for picks, batch in engine.batches(rows):
-        reports = engine.statistics(model, batch).values()
-        changed = [float(aux.changed_routes) for aux in reports if aux.changed_routes is not None]
+        changed = [float(layer.changed) for layer in engine.routing(model, batch)]
         shares.append((sum(changed) / max(1, len(changed)), sum(len(rows.ids[i]) for i in picks)))
     return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
 

@@ -11,7 +11,6 @@ from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Aux, Context, layer_norm
-from ufbert.ops import native
 from ufbert.ops.dense import dropout
 from ufbert.ops.mixing import attention_mask
 
@@ -33,15 +32,14 @@ class Block(nn.Module):
         mix = MIXERS[self.mixer](cfg, name=self.mixer)
         feed = FEEDFORWARDS[self.feedforward](cfg, name=self.feedforward)
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
-        plus = native.add if context.packed else jnp.add
         if cfg.norm == "pre":
             normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
-            x = plus(x, dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key))
+            x = x + dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
             y, aux = feed(feedforward_norm(x), context, noise_key)
-            return plus(x, dropout(y, cfg.dropout, hidden_key)), aux
-        x = layer_norm(cfg, "mixer_norm")(plus(x, dropout(mix(x, context, weights_key), cfg.dropout, mixed_key)))
+            return x + dropout(y, cfg.dropout, hidden_key), aux
+        x = layer_norm(cfg, "mixer_norm")(x + dropout(mix(x, context, weights_key), cfg.dropout, mixed_key))
         y, aux = feed(x, context, noise_key)
-        return feedforward_norm(plus(x, dropout(y, cfg.dropout, hidden_key))), aux
+        return feedforward_norm(x + dropout(y, cfg.dropout, hidden_key)), aux
 
 
 class Encoder(nn.Module):
@@ -77,10 +75,9 @@ class Encoder(nn.Module):
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:
             type_ids = jnp.zeros_like(ids)
-        packed = self.has_variable("packed", "layer_00")
         real = None if segment_ids is None else segment_ids != 0
-        visible = None if segment_ids is None or packed else attention_mask(segment_ids)
-        context = Context(visible, segment_ids, real, position_ids, not deterministic, progress, statistics, packed)
+        mask = None if segment_ids is None else attention_mask(segment_ids)
+        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])

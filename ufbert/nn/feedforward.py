@@ -51,7 +51,7 @@ class TreeFeedForward(nn.Module):
     """K trees of depth D (`ufbert.ops.fff`). A node is one contiguous row of `w_in` and of `w_out`.
 
     Initialised as the reference trains it: N(0, init_std) for both matrices, zero bias (the class's own uniform
-    initialisation is overwritten there; `tree_init = "uniform"` restores it). Weights may be packed (`ufbert.nn.pack`).
+    initialisation is overwritten there; `tree_init = "uniform"` restores it).
     """
 
     config: ModelConfig
@@ -59,8 +59,6 @@ class TreeFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
-        if self.has_variable("packed", "w_out"):
-            return self._packed(x, context)
         n, shape = cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
         if cfg.tree_init == "uniform":
             start_in, start_bias = (_uniform(cfg.d_model) for _ in range(2))
@@ -84,24 +82,6 @@ class TreeFeedForward(nn.Module):
                 aux = aux._replace(losses={"tree_balance": cfg.tree_balance * balance})
             if context.statistics:
                 aux = aux._replace(visits=fff.node_visits(nodes, n, real))
-        return y, aux
-
-    def _packed(self, x: Float[Array, "b t d"], context: Context) -> Found:
-        """With the weights that were packed. The statistics have each row's `margins`, the smallest logit that decided a turn,
-        and, if the unrounded `w_in` is there, too, of which share of the rows rounding changed the path through any tree."""
-        rows = x.reshape(-1, x.shape[-1])
-        w_in, bias, w_out = (self.get_variable("packed", name) for name in ("w_in", "bias", "w_out"))
-        y = native.tree_forward(rows, w_in, bias, w_out, activation=self.config.tree_activation).reshape(x.shape)
-        aux = Aux({})
-        if context.statistics:
-            real = None if context.real is None else context.real.reshape(-1)
-            nodes, z = fff.path_nodes(rows, native.restore(w_in), bias)
-            margins = jnp.min(jnp.abs(z[..., :-1]), axis=(1, 2), initial=jnp.inf)
-            aux = Aux({}, visits=fff.node_visits(nodes, bias.shape[1], real), margins=margins)
-            if self.has_variable("params", "w_in"):
-                exact = fff.path_nodes(rows, self.get_variable("params", "w_in"), bias)[0]
-                changed = jnp.any(exact != nodes, axis=(1, 2))
-                aux = aux._replace(changed_routes=jnp.mean(changed, where=real))
         return y, aux
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.ops import native
 from ufbert.ops.dense import product
 
 
@@ -21,17 +20,13 @@ class Aux(NamedTuple):
     """Tokens that passed each node of each tree."""
     counts: dict[str, Float[Array, " p"]] | None = None
     """Tokens that each of the layer's other parts took, by the name of the parts: `leaves`, `experts`."""
-    margins: Float[Array, " b"] | None = None
-    """The smallest absolute logit among each token's routing decisions."""
-    changed_routes: Float[Array, ""] | None = None
-    """Share of tokens that rounded weights send down another path, in any tree."""
 
 
 class Context(NamedTuple):
     """What a layer may need beside its input."""
 
-    visible: Bool[Array, "b t t"] | None
-    """Which token may look at which; None: every one at every one (or `segment_ids` say it)."""
+    attention_mask: Bool[Array, "b t t"] | None
+    """True where a query (second axis) may attend to a key (third axis); None for no mask."""
     segment_ids: Int[Array, "b t"] | None
     """The document of each token, 0 for padding; None: a row is one document."""
     real: Bool[Array, "b t"] | None
@@ -43,8 +38,6 @@ class Context(NamedTuple):
     """Share of the budget spent, for what is annealed."""
     statistics: bool
     """Whether to count which nodes, leaves and experts are used."""
-    packed: bool
-    """Whether weights are packed (`ufbert.nn.pack`) and the C++ kernels for inference compute."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -55,7 +48,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """x W (+ b); the weights may be packed (`ufbert.nn.pack`)."""
+    """x W (+ b)."""
 
     width: int
     use_bias: bool
@@ -64,11 +57,6 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
-        if self.has_variable("packed", "kernel"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            rows = x.reshape(-1, x.shape[-1])
-            found = native.linear(rows, self.get_variable("packed", "kernel"), bias, self.width)
-            return found.reshape(*x.shape[:-1], self.width)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
         y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
@@ -78,17 +66,13 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over channels, in float32; the weights may be packed (`ufbert.nn.pack`)."""
+    """LayerNorm over channels, in float32."""
 
     epsilon: float
     use_bias: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        if self.has_variable("packed", "scale"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            scale = self.get_variable("packed", "scale")
-            return native.layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.epsilon).reshape(x.shape)
         channels = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(channels)
         x = x.astype(jnp.float32)
