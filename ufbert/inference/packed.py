@@ -20,9 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.nn.attention import MIXERS
-from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Context
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops import fff, leaf_fff, native
 from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.mixing import attention_mask, rotate, sinusoid
@@ -108,7 +107,7 @@ def _compute(kind: str, layer: Params, config: ModelConfig, x: Hidden, context: 
     """Compute a layer's mixer or feedforward."""
     if kind in PACKED_LAYERS:
         return PACKED_LAYERS[kind].forward(layer[kind], config, x, context)
-    module: Any = MIXERS[kind](config) if kind in MIXERS else FEEDFORWARDS[kind](config)
+    module: Any = (MIXERS | FEEDFORWARDS)[kind].module(config)
     output = module.apply({"params": layer.get(kind, {})}, x, context, None)
     return output if kind in MIXERS else output[0]
 

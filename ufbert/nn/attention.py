@@ -1,4 +1,4 @@
-"""The token mixers: attention and the Fourier transform. A new kind is a module here and an entry in MIXERS."""
+"""The token mixers: attention and the Fourier transform. A new kind is a module here and an entry in `registry.py`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -45,6 +45,3 @@ class Fourier(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
         scale = self.config.fourier_norm
         return fourier_mix(x, ortho=scale == "ortho" or (scale == "auto" and self.config.norm == "pre"))
-
-
-MIXERS: dict[str, type[nn.Module]] = {"attention": Attention, "fourier": Fourier}

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ufbert.config import FeedForwardKind, Mixer, ModelConfig
+from ufbert.config import ModelConfig
 from ufbert.errors import UserError
-from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
-from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Aux, Context, layer_norm
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
 from ufbert.ops.mixing import attention_mask
 
@@ -19,8 +18,8 @@ class Block(nn.Module):
     """A token mixer and a feedforward, each with a residual connection; and what the feedforward reports."""
 
     config: ModelConfig
-    mixer: Mixer
-    feedforward: FeedForwardKind
+    mixer: str
+    feedforward: str
     has_mixer_norm: bool = True
 
     @nn.compact
@@ -29,8 +28,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         cfg = self.config
         weights_key, mixed_key, hidden_key, noise_key = (None,) * 4 if key is None else jax.random.split(key, 4)
-        mix = MIXERS[self.mixer](cfg, name=self.mixer)
-        feed = FEEDFORWARDS[self.feedforward](cfg, name=self.feedforward)
+        mix = MIXERS[self.mixer].module(cfg, name=self.mixer)
+        feed = FEEDFORWARDS[self.feedforward].module(cfg, name=self.feedforward)
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
         if cfg.norm == "pre":
             normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x

@@ -1,5 +1,4 @@
-"""The feedforward sublayers. A new kind is a module here and an entry in FEEDFORWARDS, its name in
-`config.FeedForwardKind`, and a row in `cost.py`.
+"""The feedforward sublayers. A new kind is a module here and an entry in `registry.py`.
 
 Each takes hidden states, the layer's `Context` and a key for its noise (None: no noise), and returns its output and what
 it has to report (`Aux`): weighted losses, and counts where statistics are asked for.
@@ -209,12 +208,3 @@ def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-FEEDFORWARDS: dict[str, type[nn.Module]] = {
-    "dense": DenseFeedForward,
-    "glu": GluFeedForward,
-    "tree": TreeFeedForward,
-    "leaf_tree": LeafTreeFeedForward,
-    "switch": SwitchFeedForward,
-}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert.config import PretrainConfig
 from ufbert.nn import Params
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 
 Group = Literal["muon", "adamw"]
 
@@ -24,11 +25,12 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 def group(path: tuple[Any, ...]) -> Group:
     """Return the optimizer of the parameter at a path, if Muon is in use.
 
-    muon: the kernels of attention (query, key, value and out are matrices of their own) and of dense and GLU feedforwards
-    (gate, value, in, out likewise). adamw: embeddings, norms, biases, trees, leaves, routers, experts and heads.
+    muon: those that the entry of a layer's kind names, such as the kernels of attention (query, key, value and out are
+    matrices of their own) and of dense and GLU feedforwards. adamw: all others, such as embeddings, norms, biases and heads.
     """
-    names = _names(path)
-    return "muon" if names[-1] == "kernel" and {"attention", "dense", "glu"} & set(names[:-2]) else "adamw"
+    names, layers = _names(path), MIXERS | FEEDFORWARDS
+    layer = layers.get(names[2]) if names[0] == "encoder" and len(names) > 3 else None
+    return "muon" if layer is not None and names[-1] in layer.muon else "adamw"
 
 
 def decays(path: tuple[Any, ...]) -> bool:
