@@ -69,7 +69,9 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
-            raise UserError(f"This model mixes by Fourier and reads rows of {cfg.only_len} tokens, not {ids.shape[1]}.")
+            raise UserError(
+                f"This model mixes padding in, so it reads rows of {cfg.only_len} tokens, not {ids.shape[1]}."
+            )
         if position_ids is None:
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,7 +125,6 @@ def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outpu
     return tree
 
 
-@cache
 def count_params(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",)) -> int:
     """Unique trainable numbers of the encoder and the named heads (a tied decoder counts once)."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(config, heads)))
