@@ -113,10 +113,10 @@ def train(context: RunContext) -> dict[str, Any]:
     checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
     restored = checkpoints.restore(state_shapes(run, layout), live.say)
     state = init_state(run, key, layout) if restored is None else restored.state
-    metrics = context.open_writer(int(state.step) if context.restarts else None)
-    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
+    metrics = context.open_writer(int(state.step) if context.restarts else None)
+    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
         session = _Session(context, layout, steps, heldout, checkpoints, signals, progress, costs, state)
         try:
