@@ -76,7 +76,7 @@ class ExactFilter:
     """
 
     def __init__(self) -> None:
-        # Most hashes lie in a sorted array, 8 bytes each. New ones gather in a set, which takes far more, until they are merged.
+        # Hashes lie in a sorted array, 8 bytes each. New ones gather in a set, which takes far more, until they are merged.
         self._sorted = np.zeros(0, np.uint64)
         self._recent: set[int] = set()
 
