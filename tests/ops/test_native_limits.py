@@ -263,7 +263,7 @@ print((call(x, *tree) == expected).all())
 @only_linux
 def test_memory_that_jax_s_call_cannot_have_is_a_sentence():
     said = python(FUNCTIONS + MEMORY_OF_JAX).splitlines()
-    assert said == ["RESOURCE_EXHAUSTED: there is not enough memory for what the kernels write down meanwhile", "True"]
+    assert said == ["RESOURCE_EXHAUSTED: there is not enough memory for the kernels' intermediate results", "True"]
 
 
 FORKS = """

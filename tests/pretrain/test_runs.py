@@ -415,7 +415,9 @@ def small_disk(tmp_path):
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root; tests/test_checkpoint.py refuses a write without one")
+        pytest.skip(
+            "mounting a small file system needs root; tests/pretrain/test_checkpoint.py refuses a write without one"
+        )
     yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     subprocess.run(["umount", "-l", str(place)], check=True)
 

@@ -1,4 +1,4 @@
-"""`report.html` of a pretraining run: self-contained, curves as pictures."""
+"""Write `report.html` of a pretraining run, a self-contained page with its curves."""
 
 import html
 import json
@@ -13,11 +13,11 @@ def write_report(folder: Path) -> Path:
     """Draw the curves of a run folder into `report.html` and return its path."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    records = read_jsonl(folder / "metrics.jsonl")  # where a number was not finite there is null
-    updates = [r for r in records if r.get("loss") is not None and not r.get("skipped")]
+    records = read_jsonl(folder / "metrics.jsonl")  # a number that was not finite is null there
+    steps = [r for r in records if r.get("loss") is not None and not r.get("skipped")]
     evals = [r for r in records if r.get("heldout_loss") is not None]
-    pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
-    body = f"""{facts(_described(summary))}
+    pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
+    body = f"""{facts(_in_units(summary))}
 {_cost(config, summary)}
 {"".join(pictures)}
 {_events([r for r in records if "event" in r])}
@@ -30,8 +30,8 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _described(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with big numbers in units that people read."""
+def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
+    """Convert the large numbers of a summary to units that people read."""
     values = dict(summary)
     for name, unit, factor in (
         ("flops_per_token", "MFLOP per token", 1e6),
@@ -44,7 +44,7 @@ def _described(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    """What the budget was in money, if a price was given."""
+    """Write the price of the budget, if a price was given."""
     price = config.get("price") or 0.0
     if not price:
         return ""
@@ -53,7 +53,7 @@ def _cost(config: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _events(events: list[dict[str, Any]]) -> str:
-    """What interrupted the run, and what that cost."""
+    """Write a table of the events that interrupted the run, with their cost."""
     if not events:
         return ""
     rows = [
@@ -64,7 +64,7 @@ def _events(events: list[dict[str, Any]]) -> str:
         ]
         for r in events
     ]
-    return f"<h2>Events</h2>{grid(['update', 'what', ''], rows)}"
+    return f"<h2>Events</h2>{grid(['step', 'event', ''], rows)}"
 
 
 def _evaluations(evals: list[dict[str, Any]]) -> str:
@@ -72,22 +72,22 @@ def _evaluations(evals: list[dict[str, Any]]) -> str:
         [f"{r['step']:,}", f"{r['spent']:.1f}", f"{r['heldout_loss']:.4f}", f"{r['heldout_accuracy']:.2%}"]
         for r in evals
     ]
-    return grid(["update", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
+    return grid(["step", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
 
 
 def _usage(evals: list[dict[str, Any]]) -> str:
-    """What the last evaluation found in use of each layer's tree, leaves or experts; nothing for dense models."""
+    """Write a table of the shares of each layer's nodes, leaves or experts in use; nothing for dense models."""
     usage = evals[-1].get("usage") if evals else None
     if not usage:
         return ""
-    names = list(dict.fromkeys(name for found in usage.values() for name in found))
-    rows = [[layer, *(f"{found.get(name, float('nan')):.3f}" for name in names)] for layer, found in usage.items()]
+    names = list(dict.fromkeys(name for shares in usage.values() for name in shares))
+    rows = [[layer, *(f"{shares.get(name, float('nan')):.3f}" for name in names)] for layer, shares in usage.items()]
     head = ["layer", *(name.replace("_", " ") for name in names)]
     return f"<h2>In use on held-out text</h2>{grid(head, rows, numbers=range(1, len(head)))}"
 
 
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Compute the exponential moving average, corrected for its start as in Adam."""
     total, norm, out = 0.0, 0.0, []
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
@@ -98,7 +98,9 @@ def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 def _svg(draw: Any, rows: int) -> str:
     import matplotlib.figure
 
-    height = 3.2 * rows  # inches, as are the margins; having them worked out doubles the time (0.66 s, not 0.30)
+    height = (
+        3.2 * rows
+    )  # in inches, as the margins are; matplotlib's own layout would double the time (0.66 s, not 0.30)
     figure = matplotlib.figure.Figure(figsize=(9, height))
     figure.subplots_adjust(left=0.13, right=0.99, bottom=0.5 / height, top=1 - 0.1 / height, hspace=0.06)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
@@ -111,10 +113,10 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
     return values[:: max(1, len(values) // most)]
 
 
-def _loss_picture(updates: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def _loss_picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     def draw(axes: Any) -> None:
-        smooth = _smoothed([r["loss"] for r in updates])
-        pairs = _thin(list(zip([r["spent"] for r in updates], smooth, strict=True)))
+        smooth = _smoothed([r["loss"] for r in steps])
+        pairs = _thin(list(zip([r["spent"] for r in steps], smooth, strict=True)))
         axes[0].plot(*zip(*pairs, strict=True), color="tab:blue", lw=1, label="training (smoothed)")
         axes[0].plot(
             [r["spent"] for r in evals], [r["heldout_loss"] for r in evals], "o-", color="tab:orange", label="held-out"
@@ -126,16 +128,16 @@ def _loss_picture(updates: list[dict[str, Any]], evals: list[dict[str, Any]], su
     return _svg(draw, 1)
 
 
-def _speed_picture(updates: list[dict[str, Any]]) -> str:
+def _speed_picture(steps: list[dict[str, Any]]) -> str:
     def draw(axes: Any) -> None:
-        spent = [r["spent"] for r in updates]
-        axes[0].plot(_thin(spent), _thin([r["lr"] for r in updates]), color="tab:green", lw=1)
+        spent = [r["spent"] for r in steps]
+        axes[0].plot(_thin(spent), _thin([r["lr"] for r in steps]), color="tab:green", lw=1)
         axes[0].set_ylabel("learning rate")
-        speed = _smoothed([r["tokens_per_second"] for r in updates])
+        speed = _smoothed([r["tokens_per_second"] for r in steps])
         axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
         axes[1].set_ylabel("tokens per second")
         axes[1].set_ylim(bottom=0)
-        axes[2].plot(_thin(spent), _thin(_smoothed([r["gradient_norm"] for r in updates])), color="tab:red", lw=1)
+        axes[2].plot(_thin(spent), _thin(_smoothed([r["gradient_norm"] for r in steps])), color="tab:red", lw=1)
         axes[2].set_ylabel("gradient norm")
         axes[2].set_yscale("log")
 

@@ -5,7 +5,6 @@ between machines, too, unless it is mounted with locks of its own machine only (
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ufbert.errors import UserError
+from ufbert.runtime.files import NO_LOCKS
 
 LOCK = "in_use.lock"
 """The locked file of a folder that is being written; it names the process that writes."""
 _PATIENCE = 1.0
 """Seconds to wait for a lock. In this time a new owner has written its name."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -117,7 +116,7 @@ def _acquire(folder: Path) -> FileLock | None:
             ):  # the first times: another process has just removed the empty folder at the end of its claim
                 raise _cannot_make(folder, error) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise UserError(f"Cannot write in {folder}: {error.strerror}.") from error
             print(f"note: the file system of {folder} has no locks; let no other process write there", flush=True)
             return None
