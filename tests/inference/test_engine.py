@@ -166,7 +166,7 @@ GROWTH = """
 import gc, sys
 import jax
 from ufbert.bench.encoder_ours import private_memory
-from ufbert.device import give_back_freed_memory
+from ufbert.runtime.memory import give_back_freed_memory
 from ufbert.inference.predictor import Predictor
 
 for _ in "compiled", "measured":
