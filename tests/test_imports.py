@@ -34,8 +34,9 @@ BELOW = {
     },
     "glue": {"claim", "config", "errors", "device", "ops", "nn", "data", "hub", "writers", "report"},
     "inference": {"config", "errors", "device", "ops", "nn", "data", "hub"},
+    "options": {"config", "errors"},
     "bench": {
-        "config", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "pretrain", "glue", "inference",
+        "config", "options", "errors", "device", "presets", "ops", "nn", "cost", "data", "hub", "pretrain", "inference",
         "report",
     },
 }  # fmt: skip
@@ -76,16 +77,17 @@ def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
         assert not any(name.endswith("_peer") for name in imports_of(path)), path
-    allowed = {"torch", "numpy", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
+    allowed = {"torch", "numpy", "worker", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
     for path in peers:
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
+    assert imports_of(ROOT / "bench" / "worker.py") <= {"numpy", *sys.stdlib_module_names, "collections.abc"}
 
 
 def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
         "import ufbert.inference.command, ufbert.pretrain.plan_command, ufbert.bench.command\n"
-        "import ufbert.glue.table_command, ufbert.bench.layer_command, ufbert.bench.encoder_command\n"
+        "import ufbert.glue.table_command, ufbert.options.bench\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
