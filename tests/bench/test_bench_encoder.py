@@ -71,7 +71,7 @@ from pathlib import Path
 from ufbert.bench.worker import Worker, serve
 folder, name, _ = sys.argv[1:]
 liar = Worker(Path(folder), {{name: {{"call": lambda i, ids: np.ones((*ids.shape, 64), np.float32)}}}})
-serve(lambda: ("a liar", liar.answers()))
+serve(lambda *_: ("a liar", liar.answers()))
 """
 
 

@@ -13,7 +13,7 @@ from ufbert.bench.harness import Entry, Missing, WorkerProcess
 from ufbert.bench.layer import run_layer
 from ufbert.bench.layer_dense import NumpyDense, gelu_in_place
 from ufbert.bench.layer_gates import check_answers, check_everything
-from ufbert.bench.layer_job import Answers, Layers, Stored, dense_chain, samples, tree_chain, work, write_job
+from ufbert.bench.layer_job import RightAnswers, Stored, dense_chain, samples, tree_chain, work, write_job
 from ufbert.bench.layer_ours import OurLayers, as_stored, narrowed, weight_types
 from ufbert.bench.report import distinct_nodes, limit, type_of
 from ufbert.errors import UserError
@@ -24,19 +24,21 @@ SMALL: dict[str, Any] = {
     "rows": (1, 64), "d_model": 32, "tree_depth": 3, "dense": 15, "layers": 2, "blocks": 1, "seconds_a_block": 0.001,
     "threads": 1,
 }  # fmt: skip
-SHAPE = Layers(d=32, depth=3, trees=2, dense=15, layers=2)
+TWO_TREES = BenchLayerOptions(**SMALL, n_trees=2)
 
 FAKE = """
 import sys
 sys.path[:0] = {path!r}
 import numpy as np
-from pathlib import Path
-from ufbert.bench import layer_dense, worker
-folder, name, threads = sys.argv[1:]
-_, peer = layer_dense.make(Path(folder), "numpy", int(threads))
-right = peer.calls.pop("numpy")
-peer.calls[name] = right | {{"chain": lambda i, x: right["chain"](i, x) * np.float32({factor})}}
-worker.serve(lambda: ("a fake", peer.answers()))
+from ufbert.bench.layer_dense import NumpyDense
+from ufbert.bench.worker import Worker, serve
+
+def start(folder, name, threads):
+    right = NumpyDense(dict(np.load(folder / "weights.npz")), threads).calls()
+    wrong = right | {{"chain": lambda i, x: right["chain"](i, x) * np.float32({factor})}}
+    return "a fake", Worker(folder, {{name: wrong}}).answers()
+
+serve(start)
 """
 """A torch peer without torch: NumPy's answers times a factor."""
 
@@ -139,28 +141,28 @@ def test_the_torch_peer_says_that_its_interpreter_has_no_torch(tmp_path):
 
 
 class InThisProcess(WorkerProcess):
-    """Answers without a process."""
+    """RightAnswers without a process."""
 
     def __init__(self, worker) -> None:
         self.worker = worker
 
     def ask(self, do, wanted, **arguments):
-        answer = self.worker.answers()[do](**arguments)
+        answer = getattr(self.worker, do)(**arguments)
         assert wanted in answer
         return answer
 
 
 @pytest.fixture
 def check(compiled, tmp_path):
-    """(shape, change of the worker) -> what the gates find of the gathered and the int8 path."""
+    """(change of the worker) -> what the gates find of the gathered and the int8 path."""
 
-    def run(shape=SHAPE, change=lambda worker: None, seed=0):
-        write_job(tmp_path, shape, (1, 64), seed, False)
+    def run(change=lambda worker: None):
+        write_job(tmp_path, TWO_TREES, False)
         worker = OurLayers(tmp_path, ["gather", "native-int8"], 1)
         change(worker)
         process = InThisProcess(worker)
         ours = [Entry(process, name) for name in ("gather", "native-int8")]
-        return check_everything(tmp_path, shape, (1, 64), ours, [])
+        return check_everything(tmp_path, TWO_TREES, ours, [])
 
     return run
 
@@ -210,16 +212,16 @@ def test_rows_near_a_turn_are_not_compared_and_too_few_others_are_refused():
     found = y.copy()
     found[0] = 7
     margin = np.array([1e-6, 1.0, 1.0, 1.0])
-    assert check_answers("it", 4, found, x, Answers(y, margin), 1e-4) == 0
+    assert check_answers("it", 4, found, x, RightAnswers(y, margin), 1e-4) == 0
     for wrong in (found + 1e-3, np.full_like(found, np.nan), found[:, :1]):
         with pytest.raises(UserError, match="it computes something else"):
-            check_answers("it", 4, wrong, x, Answers(y, margin), 1e-4)
+            check_answers("it", 4, wrong, x, RightAnswers(y, margin), 1e-4)
     with pytest.raises(UserError, match="only 1 are clear of a turn"):
-        check_answers("it", 4, found, x, Answers(y, margin * [1, 0, 0, 1]), 1e-4)
+        check_answers("it", 4, found, x, RightAnswers(y, margin * [1, 0, 0, 1]), 1e-4)
 
 
 def test_the_oracle_is_a_walk_down_the_tree(tmp_path):
-    write_job(tmp_path, SHAPE, (4,), 1, False)
+    write_job(tmp_path, TWO_TREES, False)
     arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")[:4]
     parts = (arrays[name] for name in ("tree_in", "tree_bias", "tree_out"))
     layers = [(Stored(w_in), bias, Stored(w_out)) for w_in, bias, w_out in zip(*parts, strict=True)]
@@ -242,7 +244,7 @@ def test_numpys_gelu_and_layer_are_near_the_exact_ones(tmp_path):
     found, wanted = z.copy(), np.array([0.5 * v * (1 + erf(v / 2**0.5)) for v in z.tolist()])
     gelu_in_place(found)
     np.testing.assert_allclose(found, wanted, atol=4e-5)
-    write_job(tmp_path, SHAPE, (64,), 0, False)
+    write_job(tmp_path, TWO_TREES, False)
     arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")
     for threads in (1, 2):
         np.testing.assert_allclose(NumpyDense(arrays, threads).chain(x), dense_chain(x, arrays).y, atol=2e-4)
@@ -263,13 +265,13 @@ def test_the_limit_counts_distinct_nodes_once():
     assert distinct_nodes(1, 11) == pytest.approx(12)
     assert distinct_nodes(128, 11) == pytest.approx(658, abs=1)  # as in the notes of the prototypes
     assert distinct_nodes(10**9, 3) == pytest.approx(15)
-    shape, machine = Layers(768, 11, 1, 4095, 12), {"read": 1e10, "float32": 1e11, "bfloat16": 2e11}
-    assert work("native", 1, shape)[:2] == pytest.approx((12 * 2 * 768 * 4 + 2 * 768 * 4, 48 * 768))
-    assert work("native-int8-exact", 1, shape).bytes == pytest.approx(12 * 768 * 5 + 2 * 768 * 4)
-    assert work("native-int8-exact", 1, shape).arithmetic == "float32"
-    assert work("torch-bf16", 1, shape) == (2 * 4095 * 768 * 2 + 2 * 768 * 4, 4 * 4095 * 768, "bfloat16")
-    assert limit(work("jax", 4096, shape), machine) == 4096 * 4 * 4095 * 768 / 1e11
-    assert limit(work("torch-int8", 1, shape), machine) is None
+    options, machine = BenchLayerOptions(), {"read": 1e10, "float32": 1e11, "bfloat16": 2e11}
+    assert work("native", 1, options)[:2] == pytest.approx((12 * 2 * 768 * 4 + 2 * 768 * 4, 48 * 768))
+    assert work("native-int8-exact", 1, options).bytes == pytest.approx(12 * 768 * 5 + 2 * 768 * 4)
+    assert work("native-int8-exact", 1, options).arithmetic == "float32"
+    assert work("torch-bf16", 1, options) == (2 * 4095 * 768 * 2 + 2 * 768 * 4, 4 * 4095 * 768, "bfloat16")
+    assert limit(work("jax", 4096, options), machine) == 4096 * 4 * 4095 * 768 / 1e11
+    assert limit(work("torch-int8", 1, options), machine) is None
     assert [type_of(name) for name in ("jax", "jax-bf16", "torch-int8")] == ["float32", "bfloat16", "int8"]
 
 
@@ -307,4 +309,4 @@ def test_without_kernels_the_rest_is_timed_and_none_at_all_is_a_sentence(monkeyp
     with pytest.raises(
         UserError, match="None of the paths can be used; there are no native kernels: there is no compiler"
     ):
-        layer.measure(tmp_path, BenchLayerOptions(**SMALL, paths=("native",)), False)
+        layer.measure(BenchLayerOptions(**SMALL, paths=("native",)), False)

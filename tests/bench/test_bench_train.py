@@ -25,7 +25,7 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from ufbert.bench import train, worker
 step = train.make_step(Path(sys.argv[1]))
-worker.serve(lambda: ("a fake", worker.step_answers(lambda i: step(i) * {factor})))
+worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: step(i) * {factor})))
 """
 """A peer that trains with our own step and multiplies the losses."""
 
@@ -115,9 +115,9 @@ def test_an_error_behind_a_message_ends_the_peer_with_a_sentence(tmp_path):
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from ufbert.bench.worker import serve\n"
-        "serve(lambda: ('a fake', {'time': lambda first: {'seconds': 1 / first}}))"
+        "serve(lambda *_: ('a fake', {'time': lambda first: {'seconds': 1 / first}}))"
     )
-    with WorkerProcess("peer", [sys.executable, "-c", code], tmp_path) as peer:
+    with WorkerProcess("peer", [sys.executable, "-c", code, "x", "peer", "1"], tmp_path) as peer:
         peer.wait_ready()
         assert peer.ask("time", "seconds", first=2) == {"seconds": 0.5}
         with pytest.raises(UserError, match="peer failed: ZeroDivisionError: division by zero"):

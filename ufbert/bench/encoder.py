@@ -20,21 +20,10 @@ from typing import Any
 import numpy as np
 
 from ufbert.bench.encoder_job import Shape, configs, parse_shape, work, write_job
-from ufbert.bench.harness import Entry, WorkerProcess, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.harness import Entry, WorkerProcess, load, machine_facts, our_program, start_processes, time_rounds
 from ufbert.bench.layer import PLACES
 from ufbert.bench.layer_gates import LEAVES
-from ufbert.bench.report import (
-    LIMIT_NOTE,
-    busy_lines,
-    case_report,
-    figures,
-    header,
-    require_folders,
-    table,
-    type_of,
-    write_files,
-)
-from ufbert.config import ModelConfig
+from ufbert.bench.report import case_report, figures, page, require_folders, table, type_of, write_files
 from ufbert.device import usable_threads, use_device
 from ufbert.errors import UserError
 from ufbert.ops import native
@@ -58,13 +47,12 @@ def run_encoder(options: BenchEncoderOptions) -> None:
     """
     require_folders(options.json, options.plot)
     use_device("cpu")
-    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as folder:
-        report = measure(Path(folder), options)
+    report = measure(options)
     print(text(report))
     write_files(report, options, draw)
 
 
-def measure(folder: Path, options: BenchEncoderOptions) -> dict[str, Any]:
+def measure(options: BenchEncoderOptions) -> dict[str, Any]:
     """Check, then time every entry, and return the report.
 
     Raises UserError if a process fails or computes something else; then nothing has been timed.
@@ -72,13 +60,14 @@ def measure(folder: Path, options: BenchEncoderOptions) -> dict[str, Any]:
     machine, threads = machine_facts(), usable_threads(options.threads)
     gate_shape = Shape(1, options.fourier_len)
     shapes = [parse_shape(shape) for shape in dict.fromkeys(options.shapes)]
-    models, names = configs(options), list(dict.fromkeys(options.ours))
-    write_job(folder, models, list(dict.fromkeys([*shapes, gate_shape])), options.seed)
+    names = list(dict.fromkeys(options.ours))
     if reason := native.unavailable():
         raise UserError(f"The engine needs the native kernels, and there are none: {reason}.")
     peer_program = (options.peer_python or sys.executable, options.peer_script or str(PEER_SCRIPT))
     programs = {"ufbert": our_program("encoder_ours"), **dict.fromkeys(options.peers, peer_program)}
-    with ExitStack() as running:
+    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
+        folder = Path(name)
+        write_job(folder, configs(options), list(dict.fromkeys([*shapes, gate_shape])), options.seed)
         # Peers are compared with our dense BERT, which is therefore computed even if it is not timed.
         entries = list(dict.fromkeys([*names, "dense-float32"]))
         processes, missing = start_processes(programs, folder, threads, running, entries)
@@ -87,7 +76,7 @@ def measure(folder: Path, options: BenchEncoderOptions) -> dict[str, Any]:
         peers = [Entry(process, name) for name, process in processes.items()]
         checked = check_ours(ours, names, str(gate_shape)) | check_peers(folder, ours, peers, gate_shape)
         machine |= ours.ask("machine", "read")
-        cases = [time_case(ours, names, peers, shape, options, models, machine) for shape in shapes]
+        cases = [time_case(ours, peers, shape, options, machine) for shape in shapes]
         starts = {name: ours.ask("load_time", "seconds", name=name) for name in names}
     job = {name: value for name, value in asdict(options).items() if name not in PLACES}
     return {
@@ -134,35 +123,30 @@ def check_peers(folder: Path, ours: WorkerProcess, peers: Sequence[Entry], shape
 
 def first_hidden(folder: Path, entry: Entry, shape: Shape) -> np.ndarray:
     """Return an entry's hidden states (b, t, d) of the first batch."""
-    process, name = entry
-    process.ask("load", "batches", file=f"{shape}.npy", rows=shape.batch)
+    load([entry], f"{shape}.npy", shape.batch)
     sample = list(range(shape.batch))
-    answer = process.ask("check", "file", name=name, work="call", batches=1, sample=sample)
+    answer = entry.process.ask("check", "file", name=entry.name, work="call", batches=1, sample=sample)
     return np.load(folder / answer["file"])
 
 
 def time_case(
-    ours: WorkerProcess,
-    names: Sequence[str],
-    peers: Sequence[Entry],
-    shape: Shape,
-    options: BenchEncoderOptions,
-    models: Mapping[str, ModelConfig],
-    machine: Mapping[str, Any],
+    ours: WorkerProcess, peers: Sequence[Entry], shape: Shape, options: BenchEncoderOptions, machine: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Time one shape; return its report in seconds a call, with the `parts` of ours."""
-    names = [name for name in names if not name.startswith("fourier") or shape.tokens == options.fourier_len]
+    models, fixed = configs(options), shape.tokens == options.fourier_len
+    names = [name for name in dict.fromkeys(options.ours) if fixed or not name.startswith("fourier")]
     entries = [*(Entry(ours, name) for name in names), *peers]
-    for process in {id(entry.process): entry.process for entry in entries}.values():
-        process.ask("load", "batches", file=f"{shape}.npy", rows=shape.batch)
+    load(entries, f"{shape}.npy", shape.batch)
     times, _ = time_rounds(entries, {"call": options.seconds_a_block}, options.blocks, str(shape))
     encoders = {name: models[name.split("-")[0] if name in names else "dense"] for name in times}
     works = {name: work(config, type_of(name), shape) for name, config in encoders.items()}
     report = case_report(times, works, names, machine)
+    tokens = shape.batch * shape.tokens
     for name, contestant in report["contestants"].items():
+        contestant["tokens_per_second"] = tokens / contestant["call"]["median"]
         is_ours = name in names
         contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"] if is_ours else {}
-    return {"shape": str(shape), "tokens": shape.batch * shape.tokens, **report}
+    return {"shape": str(shape), "tokens": tokens, **report}
 
 
 def parts_table(case: Mapping[str, Any]) -> str:
@@ -206,21 +190,13 @@ def text(report: dict[str, Any]) -> str:
         f"Encoders of {job['layers']} layers x {job['d_model']}; trees of {2 ** (job['tree_depth'] + 1) - 1} neurons, "
         f"{job['tree_depth'] + 1} used; {job['used_threads']} threads."
     )
-    lines = [
-        *header(report, sizes),
-        *(check_line(name, checked) for name, checked in report["checked"].items()),
-        *(start_line(name, start) for name, start in report["starts"].items()),
-        *busy_lines(report["machine"]),
-    ]
+    checks = [check_line(name, checked) for name, checked in report["checked"].items()]
+    starts = [start_line(name, start) for name, start in report["starts"].items()]
+    tables = []
     for case in report["shapes"]:
-        lines += ["", f"### {case['shape']}: texts x tokens of a call", ""]
-        tokens = case["tokens"]
-        lines.append(
-            table(case, "call", "ms a call", 1e3, "tokens/s", lambda c, n=tokens: f"{n / c['call']['median']:,.0f}")
-        )
-        lines += ["", parts_table(case)]
-    lines += ["", "Ratios are medians and quartiles of the ratios of neighbouring blocks."]
-    return "\n".join([*lines, "Parts were timed alone, at their best.", LIMIT_NOTE])
+        speeds = table(case, "call", "ms a call", 1e3, "tokens/s", lambda c: f"{c['tokens_per_second']:,.0f}")
+        tables.append(f"### {case['shape']}: texts x tokens of a call\n\n{speeds}\n\n{parts_table(case)}")
+    return page(report, sizes, [*checks, *starts], tables)
 
 
 def draw(figure: Any, report: dict[str, Any]) -> None:

@@ -59,16 +59,11 @@ def configs(options: BenchEncoderOptions) -> dict[str, ModelConfig]:
     """Return the encoders by name. `tree` is BERT with UltraFastBERT's layers for its feedforwards, `fourier` that with Fourier
     mixing for its attention, `dense` BERT itself."""
     width = options.d_model
+    longest = max(options.fourier_len, *(parse_shape(shape).tokens for shape in options.shapes))
     dense = replace(
-        load_preset("bert_base").model,
-        n_layers=options.layers,
-        d_model=width,
-        n_heads=max(1, width // 64),
-        d_hidden=4 * width,
-        vocab_size=options.vocab_size,
-        max_len=max(options.fourier_len, *(parse_shape(shape).tokens for shape in options.shapes)),
-        pooler_width=width,
-    )
+        load_preset("bert_base").model, n_layers=options.layers, d_model=width, n_heads=max(1, width // 64),
+        d_hidden=4 * width, vocab_size=options.vocab_size, max_len=longest, pooler_width=width,
+    )  # fmt: skip
     tree = replace(dense, feedforward=("tree",), tree_depth=options.tree_depth)
     return {"dense": dense, "tree": tree, "fourier": replace(tree, mixer=("fourier",), fixed_len=options.fourier_len)}
 

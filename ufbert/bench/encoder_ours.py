@@ -16,9 +16,7 @@ A NAME is a model and a type, `tree-int8` say. Besides the messages of `ufbert.b
 import gc
 import importlib.metadata
 import os
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +51,10 @@ class OurEncoders(Worker):
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.models = {name: load_model(folder / name) for name in {entry.split("-")[0] for entry in names}}
         self.engines = {entry: Engine(self.models[entry.split("-")[0]], type_of(entry)) for entry in names}
-        calls = {entry: {"call": hidden_call(engine)} for entry, engine in self.engines.items()}
+        calls: dict[str, dict[str, Call]] = {
+            entry: {"call": lambda i, rows, e=engine: e.hidden(rows._replace(only_len=e.config.only_len))}
+            for entry, engine in self.engines.items()
+        }
         super().__init__(folder, calls, partial(encoded, next(iter(self.engines.values())).config))
 
     def gate(self, name: str, shape: str) -> dict[str, Any]:
@@ -86,17 +87,16 @@ class OurEncoders(Worker):
         engine, (batch, tokens) = self.engines[name], parse_shape(shape)
         config = engine.config
         layers = [engine.params["packed"][f"layer_{i:02d}"] for i in range(config.n_layers)]
-        mixing = {"Fourier mixing": fourier_part} if config.only_len else {
-            "projections": projections_part, "attention": attention_part,
-        }  # fmt: skip
-        trees = "trees" if "tree" in config.feedforward else "feedforward"
-        x = jax.random.normal(jax.random.key(0), (batch, tokens, config.d_model))
-        return {
-            "parts": {
-                part: least_seconds(jax.jit(partial(function, config, layers)), x, 0.3)
-                for part, function in {**mixing, trees: feedforward_part, "LayerNorms": norms_part}.items()
-            }
+        functions = {"projections": projections_part, "attention": attention_part}
+        if config.only_len:
+            functions = {"Fourier mixing": fourier_part}
+        functions |= {
+            "trees" if "tree" in config.feedforward else "feedforward": feedforward_part,
+            "LayerNorms": norms_part,
         }
+        x = jax.random.normal(jax.random.key(0), (batch, tokens, config.d_model))
+        timed = {part: jax.jit(partial(function, config, layers)) for part, function in functions.items()}
+        return {"parts": {part: least_seconds(function, x, 0.3) for part, function in timed.items()}}
 
     def load_time(self, name: str) -> dict[str, Any]:
         """Time a first answer in this process, which has compiled it before."""
@@ -109,22 +109,11 @@ class OurEncoders(Worker):
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
         return {"seconds": seconds, "bytes": weights, "memory": private_memory() - before}
 
-    def answers(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        """The answers by message."""
-        own = {"gate": self.gate, "parts": self.parts, "load_time": self.load_time, "machine": measure_machine}
-        return {**super().answers(), **own}
-
 
 def encoded(config: ModelConfig, ids: np.ndarray) -> Encoded:
     """Return a batch as the engine takes it: lists of ids, as a tokenizer gives them."""
     lists = ids.tolist()
     return Encoded(lists, [[0] * len(row) for row in lists], config.max_len, config.only_len, config.pad_id, 0)
-
-
-def hidden_call(engine: Engine) -> Call:
-    """Return the work that is timed: from lists of ids to arrays of hidden states."""
-    only_len = engine.config.only_len
-    return lambda i, rows: engine.hidden(rows._replace(only_len=only_len))
 
 
 def projections_part(config: ModelConfig, layers: list[Any], x: Array) -> Array:
@@ -183,12 +172,14 @@ def private_memory() -> int:
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-def start(folder: str, _name: str, threads: str, *names: str) -> tuple[str, Answers]:
+def start(folder: Path, _name: str, threads: int, *names: str) -> tuple[str, Answers]:
     """Get ready: facts, and the answers of this process."""
-    use_device("cpu", threads=int(threads))
-    facts = f"jax {importlib.metadata.version('jax')}, {native.instruction_set()} kernels, {threads} threads"
-    return facts, OurEncoders(Path(folder), list(names)).answers()
+    use_device("cpu", threads=threads)
+    facts = f"jax {importlib.metadata.version('jax')}, {native.instruction_set()} kernels"
+    ours = OurEncoders(folder, list(names))
+    own = {"gate": ours.gate, "parts": ours.parts, "load_time": ours.load_time, "machine": measure_machine}
+    return facts, ours.answers() | own
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

@@ -8,7 +8,6 @@ in the job folder.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,13 +73,13 @@ def torch_model(folder: Path, kind: str, threads: int) -> tuple[str, Run]:
     return f"torch {torch.__version__}, transformers {transformers.__version__}", run
 
 
-def start(folder: str, name: str, threads: str) -> tuple[str, Answers]:
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     """Get ready: facts, and the answers of this process."""
     load = onnx_session if name.startswith("onnxruntime") else torch_model
-    facts, run = load(Path(folder), name, int(threads))
-    worker = Worker(Path(folder), {name: {"call": lambda i, ids: run(ids)}})
-    return f"{facts}, {threads} threads", worker.answers()
+    facts, run = load(folder, name, threads)
+    worker = Worker(folder, {name: {"call": lambda i, ids: run(ids)}})
+    return f"{facts}", worker.answers()
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

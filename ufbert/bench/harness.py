@@ -86,12 +86,9 @@ class WorkerProcess:
             return answer
         if "missing" in answer:
             raise Missing(f"{self.name} is not there: {str(answer['missing']).rstrip('.')}.")
-        reason = answer.get("error") or self._last_line() or "it ended without a word"
-        raise UserError(f"{self.name} failed: {reason.rstrip('.')}.")
-
-    def _last_line(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        reason = answer.get("error") or (lines[-1] if lines else "it ended without a word")
+        raise UserError(f"{self.name} failed: {reason.rstrip('.')}.")
 
 
 class Entry(NamedTuple):
@@ -128,6 +125,12 @@ def start_processes(
         except Missing as error:
             missing[name] = str(error).rstrip(".")
     return processes, missing
+
+
+def load(entries: Sequence[Entry], file: str, rows: int) -> None:
+    """Let every process get ready for batches of so many rows of a file."""
+    for process in {id(entry.process): entry.process for entry in entries}.values():
+        process.ask("load", "batches", file=file, rows=rows)
 
 
 def time_block(entry: Entry, work: str, first: int, calls: int) -> float:

@@ -15,21 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ufbert.bench.harness import Entry, machine_facts, our_program, start_processes, time_rounds
-from ufbert.bench.layer_gates import check_everything, load_rows
-from ufbert.bench.layer_job import layers_of, work, write_job
-from ufbert.bench.report import (
-    LIMIT_NOTE,
-    busy_lines,
-    case_report,
-    figures,
-    header,
-    ratio_text,
-    require_folders,
-    table,
-    type_of,
-    write_files,
-)
+from ufbert.bench.harness import Entry, load, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.layer_gates import check_everything
+from ufbert.bench.layer_job import work, write_job
+from ufbert.bench.report import case_report, figures, page, ratio_text, require_folders, table, type_of, write_files
 from ufbert.device import usable_threads, use_device
 from ufbert.errors import UserError
 from ufbert.ops import native
@@ -41,7 +30,6 @@ SINGLE_SHARE = 0.25
 """Time for calls of a single layer over that for calls of the chain."""
 PLACES = ("peer_python", "peer_script", "json", "plot")
 """Options that say where something lies, which a report need not tell."""
-NOT_A_RESULT = "NOT A RESULT: weights and rows of zeros, every row walks one path"
 CLAIMS = """Published, or implied by what was published, of one tree layer of UltraFastBERT 1x11 (12 of 4,095 neurons):
 
 - 48x and 78x: the paper's figures for one layer on a CPU, against its own dense layer. The benchmark released with them never
@@ -65,30 +53,25 @@ def run_layer(options: BenchLayerOptions) -> None:
         return
     require_folders(options.json, options.plot)
     use_device("cpu")
-    report = measure_in_folder(options, zeros=False)
+    report = measure(options, zeros=False)
     print(text(report))
     if options.zeros:
-        report["zeros_not_a_result"] = measure_in_folder(options, zeros=True)
+        report["zeros_not_a_result"] = measure(options, zeros=True)
         print("\n" + "\n".join(zeros_lines(report)))
     write_files(report, options, draw)
 
 
-def measure_in_folder(options: BenchLayerOptions, *, zeros: bool) -> dict[str, Any]:
-    """Measure in a job folder that is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as folder:
-        return measure(Path(folder), options, zeros)
-
-
-def measure(folder: Path, options: BenchLayerOptions, zeros: bool) -> dict[str, Any]:
+def measure(options: BenchLayerOptions, zeros: bool) -> dict[str, Any]:
     """Check, then time every entry, and return the report. With `zeros`, weights and rows are zeros, and nothing is checked.
 
     Raises UserError if a process fails or computes something else; then nothing has been timed.
     """
-    machine, threads, shape = machine_facts(), usable_threads(options.threads), layers_of(options)
-    write_job(folder, shape, options.rows, options.seed, zeros)
-    with ExitStack() as running:
+    machine, threads = machine_facts(), usable_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
+        folder = Path(name)
+        write_job(folder, options, zeros)
         ours, peers, missing = line_up(folder, options, threads, running)
-        checked = {} if zeros else check_everything(folder, shape, options.rows, ours, peers)
+        checked = {} if zeros else check_everything(folder, options, ours, peers)
         machine |= ours[0].process.ask("machine", "read")
         cases = [time_case([*ours, *peers], rows, options, machine) for rows in options.rows]
         facts = {process.name: process.facts for process, _ in [ours[0], *peers]}
@@ -134,12 +117,12 @@ def time_case(
     `chain` is a layer within the chain, `layer` a call of one layer. `best` is the fastest dense layer of each type and of
     `any`.
     """
-    load_rows(entries, rows)
+    load(entries, "inputs.npy", rows)
     seconds = {"chain": options.seconds_a_block, "layer": SINGLE_SHARE * options.seconds_a_block}
     times, calls = time_rounds(entries, seconds, options.blocks, f"{rows} rows a call")
     for blocks in times.values():
         blocks["chain"] = [call / options.layers for call in blocks["chain"]]
-    works = {name: work(name, rows, layers_of(options)) for name in times}
+    works = {name: work(name, rows, options) for name in times}
     report = case_report(times, works, options.our_paths, machine)
     contestants, best = report["contestants"], {}
     peers = [name for name in contestants if name not in report["ratios"]]
@@ -185,20 +168,19 @@ def text(report: dict[str, Any]) -> str:
         f"Trees: {job['n_trees'] * (job['tree_depth'] + 1)} of {neurons} neurons a row; dense layers: {job['dense']}; width "
         f"{job['d_model']}; {job['layers']} layers of different weights in a call, {job['used_threads']} threads."
     )
-    lines = [*header(report, sizes), *check_lines(report["checked"]), *busy_lines(report["machine"])]
-    for case in report["rows"]:
-        lines += ["", f"### {case['rows']} rows a call", ""]
-        single = "one call of one layer, µs"
-        lines.append(table(case, "chain", "µs a layer", 1e6, single, lambda c: figures(c["layer"]["median"], 1e6)))
-    lines += ["", "### Times as fast as the best dense layer", "", headline_table(report["rows"]), ""]
-    lines += ["Ratios are medians and quartiles of the ratios of neighbouring blocks.", LIMIT_NOTE]
-    lines.append("Weights that a cache still holds are read faster, so that few rows can be below it.")
-    return "\n".join(lines)
+    single = "one call of one layer, µs"
+    tables = [
+        f"### {case['rows']} rows a call\n\n"
+        + table(case, "chain", "µs a layer", 1e6, single, lambda c: figures(c["layer"]["median"], 1e6))
+        for case in report["rows"]
+    ]
+    tables.append(f"### Times as fast as the best dense layer\n\n{headline_table(report['rows'])}")
+    return page(report, sizes, check_lines(report["checked"]), tables)
 
 
 def zeros_lines(report: dict[str, Any]) -> list[str]:
     """Return what zeros do to the ratios of ours to the dense float32 layer that is best with random numbers."""
-    lines = [f"### {NOT_A_RESULT}", ""]
+    lines = ["### NOT A RESULT: weights and rows of zeros, every row walks one path", ""]
     for true, false in zip(report["rows"], report["zeros_not_a_result"]["rows"], strict=True):
         peer = true["best"].get("float32")
         for path, ratios in true["ratios"].items() if peer else ():

@@ -6,8 +6,7 @@ NumPy has no erf, so its GELU is a fit to 3e-5; its error is printed with the ot
 """
 
 import importlib.metadata
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,9 @@ class NumpyDense:
         if self.pool is None or hidden.size <= 2 * BLOCK:
             self._activate(hidden, i)
         else:  # NumPy lets go of the interpreter's lock, so threads share the work
-            wait([self.pool.submit(self._activate, part, i) for part in self._parts(hidden)])
+            rows = -(-len(hidden) // self.threads)
+            parts = (hidden[start : start + rows] for start in range(0, len(hidden), rows))
+            wait([self.pool.submit(self._activate, part, i) for part in parts])
         y = hidden @ self.w_out[i]
         y += x
         return y
@@ -110,35 +111,28 @@ class NumpyDense:
             block += self.bias[i]
             gelu_in_place(block)
 
-    def _parts(self, hidden: np.ndarray) -> Iterator[np.ndarray]:
-        rows = -(-len(hidden) // self.threads)
-        return (hidden[start : start + rows] for start in range(0, len(hidden), rows))
-
     def chain(self, x: np.ndarray) -> np.ndarray:
         """Return x after all layers."""
         for i in range(len(self.w_out)):
             x = self.layer(i, x)
         return x
 
+    def calls(self) -> dict[str, Call]:
+        """Return the works that are timed."""
+        return {"chain": lambda i, x: self.chain(x), "layer": self.layer}
 
-def make(folder: Path, name: str, threads: int) -> tuple[str, Worker]:
-    """Return facts and the worker of a dense layer: jax, jax-bf16 or numpy."""
+
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
+    """Get ready to compute jax, jax-bf16 or numpy: facts, and the answers of this process."""
     arrays = dict(np.load(folder / "weights.npz"))
     if name == "numpy":
-        dense, blas = NumpyDense(arrays, threads), np.show_config("dicts")["Build Dependencies"]["blas"]
-        facts = f"numpy {np.__version__}, {blas['name']} {blas['version']}, {threads} threads"
-        return facts, Worker(folder, {name: {"chain": lambda i, x: dense.chain(x), "layer": dense.layer}})
+        calls, blas = NumpyDense(arrays, threads).calls(), np.show_config("dicts")["Build Dependencies"]["blas"]
+        return f"numpy {np.__version__}, {blas['name']} {blas['version']}", Worker(folder, {name: calls}).answers()
     use_device("cpu")
     dtype = "bfloat16" if name == "jax-bf16" else "float32"
     calls = jax_calls(dense_layer(dtype), dense_layers(arrays, dtype))
-    return f"jax {importlib.metadata.version('jax')}, {threads} threads", Worker(folder, {name: calls}, jnp.asarray)
-
-
-def start(folder: str, name: str, threads: str) -> tuple[str, Answers]:
-    """Get ready: facts, and the answers of this process."""
-    facts, worker = make(Path(folder), name, int(threads))
-    return facts, worker.answers()
+    return f"jax {importlib.metadata.version('jax')}", Worker(folder, {name: calls}, jnp.asarray).answers()
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

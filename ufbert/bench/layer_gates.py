@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.bench.harness import Entry
-from ufbert.bench.layer_job import Answers, Layers, dense_chain, samples, tree_chain, tree_layer
+from ufbert.bench.harness import Entry, load
+from ufbert.bench.layer_job import RightAnswers, dense_chain, samples, tree_chain, tree_layer
 from ufbert.bench.layer_ours import as_stored, tree_layers
 from ufbert.bench.report import type_of
 from ufbert.errors import UserError
+from ufbert.options.bench import BenchLayerOptions
 
 MARGIN = 1e-5
 """A logit nearer to zero than this may turn either way in float32."""
@@ -28,14 +29,8 @@ LEAVES = 0.5
 """Share of a tree's leaves that rows must end in."""
 
 
-def load_rows(entries: Sequence[Entry], rows: int) -> None:
-    """Let every process get ready for batches of so many rows."""
-    for process in {id(entry.process): entry.process for entry in entries}.values():
-        process.ask("load", "batches", file="inputs.npy", rows=rows)
-
-
 def check_everything(
-    folder: Path, shape: Layers, rows: Sequence[int], ours: Sequence[Entry], peers: Sequence[Entry]
+    folder: Path, options: BenchLayerOptions, ours: Sequence[Entry], peers: Sequence[Entry]
 ) -> dict[str, Any]:
     """Return what the gates measured: `errors`, the largest by name at any number of rows; `changed` and `leaves`, see
     `OurLayers.routes`.
@@ -47,25 +42,24 @@ def check_everything(
         name: [(as_stored(a), np.asarray(bias), as_stored(b)) for a, bias, b in tree_layers(arrays, name)]
         for _, name in ours
     }
-    routes = check_routes(folder, ours, stored, max(*rows, 2 ** (shape.depth + 1), 64))
+    routes = check_routes(folder, ours, stored, max(*options.rows, 2 ** (options.tree_depth + 1), 64))
     errors: dict[str, float] = {name: 0.0 for _, name in (*ours, *peers)}
-    for b in rows:
+    for b in options.rows:
         batches = -(-16 // b)
         sample = samples(b * batches)
         x = np.array(inputs[sample])
-        dense = dense_chain(x, arrays) if peers else None
-        load_rows((*ours, *peers), b)
+        dense = dense_chain(x, arrays)
+        load((*ours, *peers), "inputs.npy", b)
         for process, name in (*ours, *peers):
             answer = process.ask("check", "file", name=name, work="chain", batches=batches, sample=sample)
             wanted = tree_chain(x, stored[name]) if name in stored else dense
-            assert wanted is not None
             tolerance = TREE_TOLERANCE if name in stored else DENSE_TOLERANCE[type_of(name)]
             error = check_answers(name, b, np.load(folder / answer["file"]), x, wanted, tolerance)
             errors[name] = max(errors[name], error)
     return {"errors": errors, "changed": routes["changed"], "leaves": routes["leaves"]}
 
 
-def check_answers(name: str, rows: int, y: np.ndarray, x: np.ndarray, wanted: Answers, tolerance: float) -> float:
+def check_answers(name: str, rows: int, y: np.ndarray, x: np.ndarray, wanted: RightAnswers, tolerance: float) -> float:
     """Return the largest error of a row over the length of what the chain should add to it, without rows that nearly turn.
 
     Raises UserError if it is above `tolerance` or no number, or if less than half the rows can be compared.

@@ -8,7 +8,6 @@
 """
 
 import importlib.metadata
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ def tree_layers(arrays: dict[str, np.ndarray], path: str) -> list[Tree]:
 
 def gather_layer(x: Float[Array, "b d"], weights: Tree) -> Float[Array, "b d"]:
     """Return rows + the layer of rows, by the gather path."""
-    w_in, bias, w_out = weights
-    return x + fff.fast_feedforward(x, w_in, bias, w_out, backend="gather")
+    return x + fff.fast_feedforward(x, *weights, backend="gather")
 
 
 def native_calls(layers: list[Tree], threads: int) -> dict[str, Call]:
@@ -73,8 +71,7 @@ def native_calls(layers: list[Tree], threads: int) -> dict[str, Call]:
     n = len(layers)
 
     def layer(x: Array, weights: Tree, i: int, of: int) -> Array:
-        w_in, bias, w_out = weights
-        return native.tree_forward(x, w_in, bias, w_out, residual=x, layer=i, layers=of, threads=threads)
+        return native.tree_forward(x, *weights, residual=x, layer=i, layers=of, threads=threads)
 
     def chain(x: Array, weights: Tree) -> Array:
         for i in range(n):
@@ -90,15 +87,9 @@ def native_calls(layers: list[Tree], threads: int) -> dict[str, Call]:
 
 def tree_nodes(path: str, threads: int) -> Callable[[Float[Array, "b d"], Tree], Array]:
     """Return a function: (rows, weights of a layer) -> the nodes that a path of ours visits, (b, m, s)."""
-
-    def gather(x: Array, weights: Tree) -> Array:
-        return fff.path_nodes(x, weights[0], weights[1])[0]
-
-    def through_kernel(x: Array, weights: Tree) -> Array:
-        w_in, bias, w_out = weights
-        return native.tree_forward_saving(x, w_in, bias, w_out, threads=threads)[1]
-
-    return gather if path == "gather" else through_kernel
+    if path == "gather":
+        return lambda x, weights: fff.path_nodes(x, weights[0], weights[1])[0]
+    return lambda x, weights: native.tree_forward_saving(x, *weights, threads=threads)[1]
 
 
 def measure_machine() -> dict[str, float]:
@@ -151,19 +142,16 @@ class OurLayers(Worker):
         shares = {path: float(np.mean(layers)) for path, layers in changed.items()}
         return {"changed": shares, "leaves": min(leaves), "file": "routes.npz"}
 
-    def answers(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        """The answers by message."""
-        return {**super().answers(), "routes": self.routes, "machine": measure_machine}
 
-
-def start(folder: str, _name: str, threads: str, *paths: str) -> tuple[str, Answers]:
+def start(folder: Path, _name: str, threads: int, *paths: str) -> tuple[str, Answers]:
     """Get ready: facts, and the answers of this process."""
     use_device("cpu")
     facts = f"jax {importlib.metadata.version('jax')}"
     if any(path != "gather" for path in paths):
         facts += f", {native.instruction_set()} kernels of ufbert {importlib.metadata.version('ufbert')}"
-    return f"{facts}, {threads} threads", OurLayers(Path(folder), list(paths), int(threads)).answers()
+    ours = OurLayers(folder, list(paths), threads)
+    return facts, ours.answers() | {"routes": ours.routes, "machine": measure_machine}
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

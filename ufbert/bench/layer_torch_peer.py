@@ -8,7 +8,6 @@ between them in bfloat16 and the residual in float32; int8 is torch's dynamic qu
 at every call), with the backend that it picks for this processor.
 """
 
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +32,8 @@ def linear_layer(w_in: Tensor, bias: Tensor, w_out: Tensor) -> Callable[[Tensor]
 
 def quantized_layer(w_in: Tensor, bias: Tensor, w_out: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the same through torch's dynamic int8 quantisation."""
-    (f, d), model = w_in.shape, nn.Sequential(nn.Linear(1, 1), nn.GELU(), nn.Linear(1, 1, bias=False))
-    model[0] = nn.Linear(d, f)
-    model[2] = nn.Linear(f, d, bias=False)
+    f, d = w_in.shape
+    model = nn.Sequential(nn.Linear(d, f), nn.GELU(), nn.Linear(f, d, bias=False))
     with torch.no_grad():
         for to, array in ((model[0].weight, w_in), (model[0].bias, bias), (model[2].weight, w_out)):
             to.copy_(array)
@@ -45,11 +43,11 @@ def quantized_layer(w_in: Tensor, bias: Tensor, w_out: Tensor) -> Callable[[Tens
     return lambda x: x + narrow(x)
 
 
-def start(folder: str, name: str, threads: str) -> tuple[str, Answers]:
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     """Get ready to compute the layers of a job folder: facts, and the answers of this process."""
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    weights = np.load(Path(folder) / "weights.npz")
+    weights = np.load(folder / "weights.npz")
     parts = (weights[part] for part in ("dense_in", "dense_bias", "dense_out"))
     dtype = torch.bfloat16 if name == "torch-bf16" else torch.float32
     make = quantized_layer if name == "torch-int8" else linear_layer
@@ -65,10 +63,10 @@ def start(folder: str, name: str, threads: str) -> tuple[str, Answers]:
 
     calls = {name: {"chain": chain, "layer": lambda i, x: layers[i % len(layers)](x)}}
     engine = f", {torch.backends.quantized.engine}" if name == "torch-int8" else ""
-    worker = Worker(Path(folder), calls, torch.from_numpy)
-    return f"torch {torch.__version__}{engine}, {threads} threads", worker.answers()
+    worker = Worker(folder, calls, torch.from_numpy)
+    return f"torch {torch.__version__}{engine}", worker.answers()
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        serve(lambda: start(*sys.argv[1:]))
+        serve(start)

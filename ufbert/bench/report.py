@@ -20,10 +20,6 @@ BUSY = 0.5
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
-LIMIT_NOTE = (
-    "The limit is the longer of reading the weights once from memory and the arithmetic, at the speeds measured."
-)
-
 
 class Work(NamedTuple):
     """What a call must do at least."""
@@ -67,12 +63,8 @@ def case_report(
         facts = {"bytes": works[name].bytes, "operations": works[name].operations, "limit": limit(works[name], machine)}
         contestants[name] = {**spreads, "blocks": blocks, **facts}
     first = {name: next(iter(blocks.values())) for name, blocks in times.items()}
-    peers = [name for name in times if name not in ours]
-    ratios = {
-        name: {peer: paired_ratio(first[name], first[peer])._asdict() for peer in peers}
-        for name in times
-        if name in ours
-    }
+    ours, peers = [name for name in times if name in ours], [name for name in times if name not in ours]
+    ratios = {name: {peer: paired_ratio(first[name], first[peer])._asdict() for peer in peers} for name in ours}
     return {"contestants": contestants, "ratios": ratios}
 
 
@@ -108,32 +100,34 @@ def table(
     return markdown_grid(head, lines, range(1, len(head)))
 
 
-def machine_line(machine: Mapping[str, Any]) -> str:
-    """Return the processor and how busy it was."""
-    return "{cpu}, {cores} cores, load {load:.1f} before and {load_after:.1f} after".format(**machine)
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """Return the processor and how busy it was, with a warning if other work ran here."""
+    lines = ["{cpu}, {cores} cores, load {load:.1f} before and {load_after:.1f} after".format(**machine)]
+    if machine["load"] > BUSY:
+        lines.append(
+            f"OTHER WORK RAN HERE (load {machine['load']:.1f} at the start): threads that wait for each other suffer most "
+            "from that, as those of some peers do. Do not quote these ratios."
+        )
+    return lines
 
 
-def busy_lines(machine: Mapping[str, Any]) -> list[str]:
-    """Return a warning if other work ran here."""
-    if machine["load"] <= BUSY:
-        return []
-    return [
-        f"OTHER WORK RAN HERE (load {machine['load']:.1f} at the start): threads that wait for each other suffer most from "
-        "that, as those of some peers do. Do not quote these ratios."
-    ]
-
-
-def header(report: Mapping[str, Any], sizes: str) -> list[str]:
-    """Return the lines before the checks: the machine, the sizes, who took part and who is missing."""
+def page(report: Mapping[str, Any], sizes: str, checks: Sequence[str], tables: Sequence[str]) -> str:
+    """Return everything, in Markdown: the machine, the sizes, who took part and who is missing, the checks, the tables."""
     machine = report["machine"]
-    return [
-        machine_line(machine),
+    lines = [
+        *machine_lines(machine),
         f"Measured: reads {machine['read'] / 1e9:.1f} GB/s, float32 products {machine['float32'] / 1e9:.0f} GFLOP/s, "
         f"bfloat16 {machine['bfloat16'] / 1e9:.0f} GFLOP/s.",
         sizes,
         *(f"{name}: {facts}" for name, facts in report["facts"].items()),
         *(f"{name}: missing: {reason}" for name, reason in report["missing"].items()),
+        *checks,
     ]
+    notes = [
+        "Ratios are medians and quartiles of the ratios of neighbouring blocks.",
+        "The limit is the longer of reading the weights once from memory and the arithmetic, at the speeds measured.",
+    ]
+    return "\n".join([*lines, "", "\n\n".join(tables), "", *notes])
 
 
 def require_folders(*files: str) -> None:

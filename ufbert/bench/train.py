@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,19 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert import nn
-from ufbert.bench.harness import (
-    Entry,
-    Missing,
-    WorkerProcess,
-    alternate,
-    machine_facts,
-    our_program,
-    paired_ratio,
-    start_processes,
-)
-from ufbert.bench.report import busy_lines, machine_line, require_folders, write_json
+from ufbert.bench.harness import Entry, alternate, machine_facts, our_program, paired_ratio, start_processes
+from ufbert.bench.report import machine_lines, require_folders, write_json
 from ufbert.bench.worker import Answers, serve, step_answers
-from ufbert.config import ModelConfig, PretrainConfig, RunConfig, from_json, to_json
+from ufbert.config import RunConfig, from_json, to_json
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.device import usable_threads, use_device
 from ufbert.errors import UserError
@@ -71,8 +61,7 @@ def run_train(options: BenchTrainOptions, given: dict[str, Any]) -> None:
     check_options(options)
     require_folders(options.json)
     use_device("cpu")
-    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as folder:
-        report = measure(Path(folder), options)
+    report = measure(options)
     print(text(report))
     write_json(report, options.json)
 
@@ -96,12 +85,10 @@ def check_peer_is_equal(options: BenchTrainOptions) -> None:
     tree = {"tree_activation": "gelu", "tree_balance": 0.0}
     model = PEER_MODEL | ({"feedforward": (kind,), **tree} if kind in ("dense", "tree") else {})
     recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": options.train.mask_rate[:1]}
-    parts: list[tuple[str, ModelConfig | PretrainConfig, dict[str, Any]]] = [
-        ("model", options.model, model), ("train", options.train, recipe),
-    ]  # fmt: skip
-    for part, settings, wanted in parts:
+    parts: dict[str, dict[str, Any]] = {"model": model, "train": recipe}
+    for part, wanted in parts.items():
         for name, value in wanted.items():
-            actual = getattr(settings, name)
+            actual = getattr(getattr(options, part), name)
             kinds = name in ("mixer", "feedforward")  # one entry a layer, in whatever order
             if (set(actual) != set(value)) if kinds else actual != value:
                 raise UserError(
@@ -117,37 +104,39 @@ def variant_of(run: RunConfig, variant: Variant) -> RunConfig:
     return replace(run, model=replace(run.model, tree_backend=variant))
 
 
-def measure(folder: Path, options: BenchTrainOptions) -> dict[str, Any]:
-    """Train here and in each peer, in turns, in the job folder; return the report.
+def measure(options: BenchTrainOptions) -> dict[str, Any]:
+    """Train here and in each peer, in turns; return the report.
 
     Raises UserError if a peer fails, or if its losses say that it does not train the same model; then nothing has been timed.
     Only the variant with another feedforward is not checked.
     """
     machine, threads = machine_facts(), usable_threads(0)
     run = RunConfig(replace(options.model, dtype="float32"), options.train, options.data)
-    write_job(folder, run, options)
+    runs = {f"our {variant}": variant_of(run, variant) for variant in options.beside}
     peers = ["torch", "torch-compile"] if options.peer == "both" else [options.peer]
     script = options.peer_script or str(PEER_SCRIPT)
-    programs = {"ufbert": our_program("train")}
-    programs |= {name: (options.peer_python, script) for name in peers if options.peer_python}
-    unchecked = set()
-    for variant in options.beside:
-        other, name = variant_of(run, variant), f"our {variant}"
-        (folder / name).mkdir(exist_ok=True)
-        write_job(folder / name, other, options)
-        programs[name] = our_program("train")
-        if other.model.feedforward != run.model.feedforward:
-            unchecked.add(name)
-    with ExitStack() as running:
+    programs: dict[str, Sequence[str]] = {"ufbert": our_program("train")}
+    if options.peer_python:
+        programs |= dict.fromkeys(peers, (options.peer_python, script))
+    programs |= dict.fromkeys(runs, our_program("train"))
+    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
+        folder = Path(name)
+        write_job(folder, run, options)
+        for name, variant in runs.items():
+            (folder / name).mkdir()
+            write_job(folder / name, variant, options)
         processes, missing = start_processes(programs, folder, threads, running)
         if missing:
-            raise Missing(f"{next(iter(missing.values()))}.")
-        losses = {name: first_losses(process, options.checked) for name, process in processes.items()}
+            raise UserError(f"{next(iter(missing.values()))}.")
+        entries, losses = [Entry(process, name) for name, process in processes.items()], {}
+        for process, name in entries:
+            first = process.ask("time", "losses", name=name, work="step", first=0, calls=options.checked)
+            losses[name] = first["losses"]
+        same = {name for name in programs if name not in runs or runs[name].model.feedforward == run.model.feedforward}
         differences = {
-            name: None if name in unchecked else check_losses(name, losses[name], losses["ufbert"])
+            name: check_losses(name, losses[name], losses["ufbert"]) if name in same else None
             for name in programs if name != "ufbert"
         }  # fmt: skip
-        entries = [Entry(process, name) for name, process in processes.items()]
         calls = {name: {"step": options.updates} for name in processes}
         times = alternate(entries, calls, options.blocks, start=options.checked)
     seconds = {name: [options.updates * call for call in works["step"]] for name, works in times.items()}
@@ -168,11 +157,6 @@ def measure(folder: Path, options: BenchTrainOptions) -> dict[str, Any]:
             for name, difference in differences.items()
         },
     }  # fmt: skip
-
-
-def first_losses(process: WorkerProcess, steps: int) -> list[float]:
-    """Let a process train on the first batches and return its losses."""
-    return process.ask("time", "losses", name=process.name, work="step", first=0, calls=steps)["losses"]
 
 
 def check_losses(name: str, theirs: Sequence[float], ours: Sequence[float]) -> float:
@@ -247,7 +231,7 @@ def make_step(folder: Path) -> Callable[[int], jax.Array]:
 
 def text(report: dict[str, Any]) -> str:
     """Return speeds and ratios."""
-    lines = [machine_line(report["machine"]), *busy_lines(report["machine"])]
+    lines = machine_lines(report["machine"])
     for process in report["contestants"]:
         lines.append(f"{process['name']:<14} {process['tokens_per_second']:>10,.0f} tokens/s  ({process['facts']})")
     for name, ratio in report["ratios"].items():
@@ -259,11 +243,11 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def start(folder: str, _name: str, threads: str) -> tuple[str, Answers]:
+def start(folder: Path, _name: str, threads: int) -> tuple[str, Answers]:
     """Get ready to train: facts, and the answers of this process."""
     use_device("cpu")
-    return f"jax {importlib.metadata.version('jax')}, {threads} threads", step_answers(make_step(Path(folder)))
+    return f"jax {importlib.metadata.version('jax')}", step_answers(make_step(folder))
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

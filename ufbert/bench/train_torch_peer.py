@@ -13,7 +13,7 @@ does. Rows arrive masked, which costs it nothing; ours masks within the step.
 import ctypes
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,11 @@ class CrammedBert(nn.Module):
         angle = torch.outer(torch.arange(model["max_len"]).float(), rate)
         self.register_buffer("sinusoid", torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d])
 
-    def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states of the last layer (b, t, d)."""
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
         x = self.norm(self.tokens(ids) + self.position_scale * self.sinusoid[: ids.shape[1]])
         for layer in self.layers:
             x = layer(x, mask)
-        return self.final_norm(x)
-
-    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
-        picked = self.encode(ids, mask).flatten(0, 1)[positions]
+        picked = self.final_norm(x).flatten(0, 1)[positions]
         return F.cross_entropy(picked @ self.tokens.weight.T, labels)
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
@@ -203,44 +199,43 @@ def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torc
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=train["adam_eps"], fused=True)
 
 
-class Trainer:
-    """A model in training on the batches of a job folder."""
+def make_step(folder: Path, compiled: bool) -> Callable[[int], Tensor]:
+    """Return a training step on the job in `folder`: number of a batch to the loss before the step."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    clip_norm, documents = job["run"]["train"]["clip_norm"], job["run"]["data"]["document_attention"]
+    batches = dict(np.load(folder / "batches.npz"))
+    model = CrammedBert(job["run"]["model"])
+    model.load(dict(np.load(folder / "params.npz")))
+    optimizer = make_optimizer(model, job["run"]["train"], job["lr"])
+    loss_of = torch.compile(model) if compiled else model
 
-    def __init__(self, folder: Path, compiled: bool) -> None:
-        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        self.clip_norm, self.documents = job["run"]["train"]["clip_norm"], job["run"]["data"]["document_attention"]
-        self.batches = dict(np.load(folder / "batches.npz"))
-        self.model = CrammedBert(job["run"]["model"])
-        self.model.load(dict(np.load(folder / "params.npz")))
-        self.optimizer = make_optimizer(self.model, job["run"]["train"], job["lr"])
-        self.loss = torch.compile(self.model) if compiled else self.model
-
-    def step(self, i: int) -> Tensor:
-        """Take a training step on batch i; return the loss before it."""
+    def step(i: int) -> Tensor:
         ids, segments, positions, labels = (
-            torch.from_numpy(self.batches[name][i]) for name in ("ids", "segments", "positions", "labels")
+            torch.from_numpy(batches[name][i]) for name in ("ids", "segments", "positions", "labels")
         )
         mask = None
-        if self.documents:
+        if documents:
             seen = segments[:, :, None] == segments[:, None, :]
             mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
         rows = torch.arange(len(ids))[:, None] * ids.shape[1]
-        loss = self.loss(ids, mask, (rows + positions).flatten(), labels.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(ids, mask, (rows + positions).flatten(), labels.flatten())
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
+        optimizer.step()
         return loss.detach()
 
+    return step
 
-def start(folder: str, name: str, threads: str) -> tuple[str, Answers]:
+
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     """Get ready to train: facts, and the answers of this process. Threads and memory are as they serve torch best."""
     keep_freed_memory()
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    trainer = Trainer(Path(folder), compiled=name == "torch-compile")
-    return f"torch {torch.__version__}, {threads} threads", step_answers(trainer.step)
+    step = make_step(folder, compiled=name == "torch-compile")
+    return f"torch {torch.__version__}", step_answers(step)
 
 
 if __name__ == "__main__":
-    serve(lambda: start(*sys.argv[1:]))
+    serve(start)

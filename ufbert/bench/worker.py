@@ -103,11 +103,15 @@ def step_answers(step: Callable[[int], Any]) -> Answers:
     return {"time": timed}
 
 
-def serve(start: Callable[[], tuple[str, Answers]]) -> None:
-    """Get ready by `start`, which returns facts and answers, and answer messages until the input ends."""
+def serve(start: Callable[..., tuple[str, Answers]]) -> None:
+    """Get ready by `start` and answer messages until the input ends.
+
+    `start` takes the job folder, the name, the threads and the entries, and returns facts and answers.
+    """
     try:
-        facts, answers = start()
-        say(ready=facts)
+        folder, name, threads, *entries = sys.argv[1:]
+        facts, answers = start(Path(folder), name, int(threads), *entries)
+        say(ready=f"{facts}, {threads} threads")
         for line in sys.stdin:
             message = json.loads(line)
             say(**answers[message.pop("do")](**message))
