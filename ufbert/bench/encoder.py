@@ -90,7 +90,7 @@ def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[st
     """Return what the gates measured, by name. Raises UserError if an engine is wrong, or if tokens take few routes."""
     checked: dict[str, dict[str, float]] = {}
     for name in names:
-        gate = ours.ask("gate", "error", name=name, shape=shape)
+        gate = ours.ask("gate", "relative", name=name, shape=shape)
         if type_of(name) == "float32" and not gate["error"] <= TOLERANCE:
             raise UserError(f"{name} is off by {gate['error']:.1e} from the training graph. Nothing was timed.")
         if not gate["relative"] <= RELATIVE[type_of(name)]:
