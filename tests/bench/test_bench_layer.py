@@ -30,17 +30,17 @@ FAKE = """
 import sys
 sys.path[:0] = {path!r}
 import numpy as np
-from ufbert.bench.layer_dense import NumpyDense
+from ufbert.bench.layer_job import dense_chain
 from ufbert.bench.worker import Worker, serve
 
 def start(folder, name, threads):
-    right = NumpyDense(dict(np.load(folder / "weights.npz")), threads).calls()
-    wrong = right | {{"chain": lambda i, x: right["chain"](i, x) * np.float32({factor})}}
-    return "a fake", Worker(folder, {{name: wrong}}).answers()
+    arrays = dict(np.load(folder / "weights.npz"))
+    chain = lambda i, x: dense_chain(x, arrays).y.astype(np.float32) * np.float32({factor})
+    return "a fake", Worker(folder, {{name: {{"chain": chain, "layer": chain}}}}).answers()
 
 serve(start)
 """
-"""A torch peer without torch: NumPy's answers times a factor."""
+"""A torch peer without torch: the right answers times a factor."""
 
 
 @pytest.fixture
