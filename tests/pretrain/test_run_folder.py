@@ -12,7 +12,7 @@ from conftest import REPO, RUN, SMALL
 from ufbert.errors import UserError
 from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.claim import LOCK, claimed
-from ufbert.runtime.files import read_jsonl
+from ufbert.runtime.metrics import read_records
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_folder_of_a_stranger_runs_and_overwrites_nothing(copied, tmp_path, ca
     out = capsys.readouterr().out
     assert "ledger.jsonl is damaged: 123.0 s that metrics.jsonl knows of are not in it; they are charged" in out
     assert summary["spent_seconds"] > 123.0
-    assert [r["spent"] for r in read_jsonl(copied / "ledger.jsonl") if r.get("session") == 1][-1] == 123.0
+    assert [r["spent"] for r in read_records(copied / "ledger.jsonl") if r.get("session") == 1][-1] == 123.0
     assert "summary.json is damaged; it is written anew from the last checkpoint" in out
     assert f"not run at the end: the stored --when-done 'touch {tmp_path / 'owned'}'" in out
     assert not (tmp_path / "owned").exists()

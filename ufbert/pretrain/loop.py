@@ -35,10 +35,11 @@ from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state, state_of
 from ufbert.runtime import distributed
 from ufbert.runtime.console import LiveLine
-from ufbert.runtime.files import read_jsonl, write_json
+from ufbert.runtime.files import write_json
 from ufbert.runtime.memory import memory_bytes
-from ufbert.runtime.metrics import Writer
+from ufbert.runtime.metrics import Resumed, Writer
 from ufbert.runtime.signals import StopSignals
+from ufbert.runtime.typed import read_lines
 
 MAX_ROLLBACKS = 3
 """A run that must go back to a checkpoint more often than this is given up."""
@@ -378,7 +379,7 @@ def _finish(session: _Session) -> dict[str, Any]:
     if step not in session.checkpoints.steps():
         _checkpoint(session)
     session.checkpoints.wait()
-    events = [r for r in read_jsonl(around.folder / "metrics.jsonl") if r.get("event") == "resumed"]
+    resumed = list(read_lines(around.folder / "metrics.jsonl", Resumed))
     summary = {
         "heldout_loss": loss,
         "unigram_loss": session.heldout.unigram_loss,
@@ -392,7 +393,7 @@ def _finish(session: _Session) -> dict[str, Any]:
         "spent_seconds": round(clock.spent(), 2),
         "budget_seconds": clock.seconds,
         "restarts": around.restarts,
-        "restart_seconds": round(sum(r["lost_seconds"] + r["start_seconds"] for r in events), 2),
+        "restart_seconds": round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
         "parameters": nn.count_params(run.model),
         "flops_per_token": session.flops_per_token,
         "peak_flops": around.peak_flops,

@@ -201,9 +201,22 @@ def _inner_kind(kind: Any, step: int | str) -> Any:
 def _unknown(source: Any, kind: Any, before: str) -> Iterator[str]:
     """Names of fields that the dataclass `kind`, or one within it, does not have."""
     for part in _parts(kind):
-        if is_dataclass(part) and not (isinstance(source, bytes | msgspec.Raw) and bytes(source).strip() == b"null"):
-            for name, value in (_level(source, str) or {}).items():
+        origin, entry = get_origin(part), _inner_kind(part, 0)
+        if is_dataclass(part):
+            for name, value in _fields_of(source, str).items():
                 if name in _hints(part):
                     yield from _unknown(value, _hints(part)[name], f"{before}{name}.")
                 else:
                     yield f"{before}{name}"
+        elif origin in (list, tuple) and is_dataclass(entry):
+            for value in _fields_of(source, int):
+                yield from _unknown(value, entry, before)
+
+
+def _fields_of(source: Any, step: type) -> Any:
+    """One level of a value that may be of another kind, such as null, and has no fields then."""
+    try:
+        level = _level(source, step)
+    except msgspec.ValidationError:
+        return {}
+    return level if isinstance(level, dict if step is str else list | tuple) else {}
