@@ -2,10 +2,12 @@
 
 import difflib
 import runpy
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ufbert.config.checks import shown
 from ufbert.config.model import ModelConfig
 from ufbert.config.run import Recipe, RunConfig, Scale
 from ufbert.errors import UserError
@@ -27,14 +29,24 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> RunConfig:
     """The `config` of a preset file, by name or by the path of a .py file.
 
-    Raises UserError for an unknown name (with the nearest known one) or a file without a `config`.
+    Raises UserError for an unknown name (with the nearest known one), and for a file without a `config` or whose code fails.
     """
     path = Path(name) if name.endswith(".py") else preset_folder() / f"{name}.py"
-    if not path.is_file():
-        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
+    try:
+        known = path.is_file()
+    except OSError:  # a name of more letters than a file may have
+        known = False
+    if not known:
+        near = difflib.get_close_matches(name[:100], preset_names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(preset_names())}."
-        raise UserError(f"There is no preset {name!r}; {hint}")
-    config = runpy.run_path(str(path)).get("config")
+        raise UserError(f"There is no preset {shown(name)}; {hint}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (Exception, SystemExit) as error:  # a preset is a program, and may fail in any way
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}{f', line {line}' if line else ''}: {what}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path} does not define `config = RunConfig(...)`.")
     return config

@@ -39,7 +39,7 @@ def parse_budget(text: str) -> Budget:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|steps?)", text.strip())
     if match is None:
         raise UserError(
-            f"{text!r} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
+            f"{shown(text)} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
         )
     amount, unit = float(match[1]), match[2]
     if amount * _UNITS.get(unit, 0.0) > MOST_SECONDS or amount > MOST_STEPS:
