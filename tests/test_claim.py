@@ -19,7 +19,7 @@ from ufbert.runtime.claim import LOCK, claimed, claimed_new, discard, new_folder
 OWNER = """
 import subprocess, sys
 from pathlib import Path
-from ufbert.claim import claimed
+from ufbert.runtime.claim import claimed
 with claimed(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"]) if "child" in sys.argv else None
     print(child.pid if child else "mine", flush=True)
@@ -29,7 +29,7 @@ with claimed(Path(sys.argv[1])):
 RACER = """
 import sys, time
 from pathlib import Path
-from ufbert.claim import claimed_new
+from ufbert.runtime.claim import claimed_new
 from ufbert.errors import UserError
 print("ready", flush=True)
 sys.stdin.readline()

@@ -80,9 +80,10 @@ class PretrainConfig:
         for name in ("peak_lr", "clip_norm", "checkpoint_minutes"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be positive.")
-        for rate in (*self.mask_rate, self.eval_mask_rate):
-            if not 0.0 < rate < 1.0:
-                raise UserError(f"train.mask_rate is {rate}; it must lie between 0 and 1.")
+        for name, rates in (("mask_rate", self.mask_rate), ("eval_mask_rate", (self.eval_mask_rate,))):
+            for rate in rates:
+                if not 0.0 < rate < 1.0:
+                    raise UserError(f"train.{name} is {rate}; it must lie between 0 and 1.")
         if not self.mask_rate:
             raise UserError("train.mask_rate is empty; give at least one rate.")
         for name in ("warmup", "decay", "average_width"):
