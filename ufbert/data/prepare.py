@@ -12,7 +12,6 @@ rows.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from ufbert.config import DataConfig
 from ufbert.data.clean import ExactFilter, NearFilter, Removal, Tally, tokens_per_character, worst
 from ufbert.data.corpora import Corpus, source_of
-from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, open_prepared
+from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, Recipe, open_prepared
 from ufbert.data.shards import RowWriter, Shard
 from ufbert.data.spool import DocumentStore, Spans
 from ufbert.data.text_files import Progress
@@ -48,41 +46,6 @@ EXACT, NEAR, EMPTY, WORST = "exact duplicates", "near duplicates", "documents wi
 """Names of the steps of cleaning."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The options that, with the corpus, determine every byte of a prepared folder."""
-
-    seq_len: int
-    max_tokens: int
-    vocab_size: int
-    """Size of the tokenizer that is trained; 0 if one is given."""
-    tokenizer_chars: int
-    tokenizer_sha256: str
-    """Fingerprint of the tokenizer that is given, or empty."""
-    filter_worst: float
-    drop_exact: bool
-    near_window: int
-    """0 if near duplicates stay."""
-    near_threshold: float
-    order: str
-
-    @staticmethod
-    def of(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> "Recipe":
-        """Take the recipe from a configuration. Options without effect become 0, so that equal data have equal recipes."""
-        return Recipe(
-            seq_len=data.seq_len,
-            max_tokens=data.max_tokens,
-            vocab_size=0 if tokenizer else vocab_size,
-            tokenizer_chars=0 if tokenizer else data.tokenizer_chars,
-            tokenizer_sha256=fingerprint(tokenizer) if tokenizer else "",
-            filter_worst=data.filter_worst,
-            drop_exact=data.drop_exact,
-            near_window=data.near_window if data.drop_near else 0,
-            near_threshold=data.near_threshold if data.drop_near else 0.0,
-            order=data.order,
-        )
 
 
 def prepare(
@@ -262,7 +225,7 @@ def _write_rows(
         corpus=corpus.spec,
         licence=corpus.licence,
         source=dict(corpus.source),
-        recipe=asdict(recipe),
+        recipe=recipe,
         exhausted=exhausted,
         documents_read=tally.documents,
         characters_read=tally.characters,
@@ -274,8 +237,8 @@ def _write_rows(
         vocab_size=vocabulary_size(tokenizer),
         unknown_share=tally.unknown / max(1, tally.sampled),
         tokenizer_sha256=fingerprint(tokenizer),
-        train=[asdict(shard) for shard in shards[0]],
-        heldout=[asdict(shard) for shard in shards[1]],
+        train=shards[0],
+        heldout=shards[1],
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ufbert.errors import UserError
+from ufbert.runtime.typed import Count
 
 SHARD_BYTES = 256 * 2**20
 """Largest size of a shard, unless a single row is larger."""
@@ -21,8 +22,12 @@ class Shard:
     """A file of 2-byte little-endian ids, row after row."""
 
     name: str
-    rows: int
+    rows: Count
     sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise UserError(f"the shard {self.name!r} is not a file of the folder itself.")
 
 
 class RowWriter:

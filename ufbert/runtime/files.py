@@ -17,20 +17,6 @@ from typing import Any
 from ufbert.errors import UserError
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The object of every whole line of a JSONL file; a last line cut short by a kill is left out, and so is other damage."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
 def to_json_text(value: Any, indent: int | None = None) -> str:
     """A value as JSON, which knows no NaN and no infinity: such a number becomes null."""
     try:
