@@ -17,8 +17,7 @@ USAGE = """usage: ufbert bench KIND [OPTIONS]; `ufbert bench KIND --help` lists 
 
   layer     speed of a tree layer's forward pass on this CPU, against dense layers of jax, NumPy and PyTorch
   encoder   speed of whole encoders on this CPU, against BERT in ONNX Runtime and PyTorch
-  train     pretraining speed on this CPU, against a peer that trains the same model
-  finetune  fine-tuning speed on this CPU, against a peer that fine-tunes the same model"""
+  train     pretraining speed on this CPU, against a peer that trains the same model"""
 
 PEER_SCRIPT = Path(__file__).parent / "torch_peer.py"
 
@@ -131,10 +130,6 @@ def bench_command(args: list[str]) -> None:
         print(USAGE)
     elif args[0] == "train":
         train_command(args[1:])
-    elif args[0] == "finetune":
-        from ufbert.bench.finetune_command import finetune_command
-
-        finetune_command(args[1:])
     elif args[0] == "layer":
         from ufbert.bench.layer_command import layer_command
 
@@ -144,7 +139,7 @@ def bench_command(args: list[str]) -> None:
 
         encoder_command(args[1:])
     else:
-        raise UserError(f"There is no benchmark {args[0]!r}; there are layer, encoder, train and finetune.")
+        raise UserError(f"There is no benchmark {args[0]!r}; there are layer, encoder and train.")
 
 
 def train_command(args: list[str]) -> None:

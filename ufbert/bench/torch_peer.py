@@ -128,10 +128,10 @@ class MaskedTrees(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + feedforward(norm x)."""
 
-    def __init__(self, model: dict[str, Any], dropout: float = 0.0) -> None:
+    def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
         d, eps = model["d_model"], model["norm_eps"]
-        self.heads, self.dropout = model["n_heads"], dropout
+        self.heads = model["n_heads"]
         self.mixer_norm = nn.LayerNorm(d, eps=eps)
         self.query_key_value = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
@@ -142,23 +142,21 @@ class Block(nn.Module):
         b, t, d = x.shape
         parts = self.query_key_value(self.mixer_norm(x)).view(b, t, 3, self.heads, d // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        rate = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        x = x + F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), rate)
-        return x + F.dropout(self.feedforward(self.feedforward_norm(x)), rate)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        return x + self.feedforward(self.feedforward_norm(x))
 
 
 class CrammedBert(nn.Module):
     """Ids to the mean masked-LM loss, logits at the hidden positions only, through the token embedding."""
 
-    def __init__(self, model: dict[str, Any], dropout: float = 0.0) -> None:
+    def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
-        self.dropout = dropout
         d, eps = model["d_model"], model["norm_eps"]
         self.tokens = nn.Embedding(model["vocab_size"], d, padding_idx=model["pad_id"])
         self.position_scale = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(d, eps=eps)
-        self.layers = nn.ModuleList(Block(model, dropout) for _ in range(model["n_layers"]))
+        self.layers = nn.ModuleList(Block(model) for _ in range(model["n_layers"]))
         self.final_norm = nn.LayerNorm(d, eps=eps)
         rate = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
         angle = torch.outer(torch.arange(model["max_len"]).float(), rate)
@@ -167,7 +165,6 @@ class CrammedBert(nn.Module):
     def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states of the last layer (b, t, d)."""
         x = self.norm(self.tokens(ids) + self.position_scale * self.sinusoid[: ids.shape[1]])
-        x = F.dropout(x, self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, mask)
         return self.final_norm(x)
