@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ufbert.errors import UserError
 
@@ -20,7 +20,7 @@ def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
     sentence."""
     for name, hint in _hints(cls).items():
         if name in values and not _fits(values[name], hint):
-            raise UserError(f"{before}{name} is {_shown(values[name])}; it must be {_words(hint)}.")
+            raise UserError(f"{before}{name} is {shown(values[name])}; it must be {words(hint)}.")
 
 
 _hints = cache(get_type_hints)
@@ -43,7 +43,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value's beginning, for a sentence."""
     try:
         text = repr(value)
@@ -56,20 +56,29 @@ def _within(value: Any, most: int | float) -> bool:
     return bool(-most <= value <= most)
 
 
-def _words(hint: Any) -> str:
-    """What a hint allows, for a sentence."""
+def words(hint: Any) -> str:
+    """Say in words what a type hint allows."""
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:  # a number with the bounds of a msgspec.Meta
+        bounds = {"at least": inner[1].ge, "above": inner[1].gt, "at most": inner[1].le, "below": inner[1].lt}
+        limits = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None)
+        return f"{'a whole number' if inner[0] is int else words(inner[0])} {limits}".rstrip()
     if origin is Literal:
-        return f"one of {', '.join(inner)}"
+        return f"one of {', '.join(map(str, inner))}"
     if origin in (Union, UnionType):
-        return " or ".join(_words(part) for part in inner)
-    if origin is tuple:
-        return f"a list, each entry {_words(inner[0])}"
+        return " or ".join(words(part) for part in inner)
+    if origin in (tuple, list):
+        return f"a list, each entry {words(inner[0])}"
     if origin is dict:
-        return "numbers by name"
-    return {int: "a whole number below 2^63", float: "a finite number", bool: "true or false", str: "text"}.get(
-        hint, f"a {hint.__name__}"
-    )
+        return f"an object, each value {words(inner[1])}"
+    plain = {
+        int: "a whole number below 2^63",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        NoneType: "null",
+    }
+    return plain.get(hint) or (f"a list of {', '.join(hint._fields)}" if hasattr(hint, "_fields") else "an object")
 
 
 def check_least(config: Any, group: str, least: int, *names: str) -> None:
