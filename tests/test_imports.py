@@ -11,6 +11,7 @@ ROOT = Path(ufbert.__file__).parent
 BELOW = {
     "errors": set(),
     "config": {"errors"},
+    "options": {"config", "errors"},
     "runtime": {"config", "errors"},
     "ops": {"runtime"},
     "nn": {"ops", "config", "errors"},
@@ -20,7 +21,7 @@ BELOW = {
     "report": {"config", "errors", "runtime"},
     "pretrain": {"config", "errors", "runtime", "ops", "nn", "cost", "data", "hub", "report"},
     "plan": {"config", "errors", "runtime", "ops", "nn", "cost", "data", "hub", "report", "pretrain"},
-    "glue": {"config", "errors", "runtime", "ops", "nn", "data", "hub", "report"},
+    "glue": {"config", "errors", "options", "runtime", "ops", "nn", "data", "hub", "report"},
     "inference": {"config", "errors", "runtime", "ops", "nn", "data", "hub"},
     "bench": {
         "config", "errors", "runtime", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
@@ -72,7 +73,7 @@ def test_help_and_config_need_no_jax():
     code = (
         "import sys, ufbert.config, ufbert.pretrain.command, ufbert.pretrain.run, ufbert.glue.command\n"
         "import ufbert.inference.ask, ufbert.plan.run, ufbert.bench.command\n"
-        "import ufbert.glue.compare, ufbert.bench.layer_command, ufbert.bench.encoder_command\n"
+        "import ufbert.options.finetune, ufbert.glue.compare, ufbert.bench.layer_command, ufbert.bench.encoder_command\n"
         "heavy = {'jax', 'flax', 'datasets', 'matplotlib', 'orbax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -84,7 +84,7 @@ def run_verb(verb: str, args: list[str]) -> None:
 
         finetune_command(args)
     elif verb == "glue-table":
-        from ufbert.glue.compare import glue_table_command
+        from ufbert.glue.command import glue_table_command
 
         glue_table_command(args)
     elif verb in ("fill-mask", "predict"):
