@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.errors import UserError
-from ufbert.glue.sources.custom import CustomTask, read_custom
+from ufbert.glue.sources.custom import CustomTask, read_custom, read_task_file
 from ufbert.glue.tasks import Examples
+from ufbert.options.finetune import FinetuneOptions
 
 ROWS = [("a river", "x", "yes"), ('"quoted", twice', "y", "no"), (" é ", "z", "yes")]
 WANTED = Examples(["a river", '"quoted", twice', "é"], ["x", "y", "z"], [1.0, 0.0, 1.0])
@@ -116,7 +117,7 @@ def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix
     path = tmp_path / f"toy.{suffix}"
     path.write_text(json.dumps(spec) if suffix == "json" else f"BASE = {spec}\nTASK = {{**BASE, 'regression': None}}\n")
     monkeypatch.chdir("/")
-    data = read_custom(CustomTask(task_file=str(path)))
+    data = read_custom(read_task_file(path))
     assert data.dev["dev"] == WANTED._replace(labels=[0.0, 1.0, 0.0])
     task = data.task
     assert (task.name, task.labels, task.label_names, task.metrics) == (
@@ -158,7 +159,7 @@ def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix
 def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
     put(tmp_path, train_tsv=as_tsv(ROWS), dev_tsv=as_tsv(ROWS), toy_json=json.dumps(SPEC | spec))
     with pytest.raises(UserError, match=words):
-        read_custom(CustomTask(task_file=str(tmp_path / "toy.json")))
+        read_custom(read_task_file(tmp_path / "toy.json"))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +183,12 @@ def test_a_broken_task_file_is_one_sentence(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=words):
-        read_custom(CustomTask(task_file=str(tmp_path / name)))
+        read_task_file(tmp_path / name)
 
 
-def test_a_task_file_stands_alone(tmp_path):
+def test_a_task_file_stands_alone():
     with pytest.raises(UserError, match="leave out the other options"):
-        read_custom(CustomTask(task_file=str(tmp_path / "toy.json"), train="x.csv"))
+        FinetuneOptions(model="runs/mine/model", task_file="toy.json", train="x.csv")
 
 
 BROKEN = {

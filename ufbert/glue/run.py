@@ -13,7 +13,7 @@ from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
 from ufbert.glue.protocols import PROTOCOLS, choose_protocol
 from ufbert.glue.results import GlueResults
-from ufbert.glue.sources.custom import CustomTask, read_custom
+from ufbert.glue.sources.custom import CustomTask, read_custom, read_task_file
 from ufbert.glue.sources.official import choose_tasks, load_task, open_source
 from ufbert.glue.sweep import SweepInputs, sweep
 from ufbert.glue.tasks import Examples, TaskData
@@ -64,7 +64,9 @@ def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
     """Return the names of official tasks that the source lacks, and the rows of the tasks to run."""
     if options.is_custom:
         regression = {"auto": None, "classes": False, "values": True}[options.labels]
-        custom = CustomTask(**{name: getattr(options, name) for name in CUSTOM}, regression=regression)
+        described = {name: getattr(options, name) for name in CUSTOM if name != "task_file"}
+        path = options.task_file
+        custom = read_task_file(Path(path)) if path else CustomTask(**described, regression=regression)
         return [], [read_custom(custom, options.skip_bad_rows, print)]
     source = open_source(options.glue_source, options.skip_bad_rows)
     chosen, skipped = choose_tasks(source, options.tasks)

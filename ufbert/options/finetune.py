@@ -74,6 +74,8 @@ class FinetuneOptions:
             if not 0 <= getattr(self, name) < 2**31:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is {getattr(self, name)}; it must lie between 0 and 2^31 - 1.")
+        if self.task_file and any(getattr(self, name) for name in CUSTOM if name != "task_file"):
+            raise UserError("A task file describes its task in full; leave out the other options that describe one.")
         if self.labels != "auto" and (self.task_file or not self.is_custom):
             raise UserError("--labels goes with --train and the like; a task file has a field `regression` instead.")
         if self.is_custom and self.protocol == "mnli-first":

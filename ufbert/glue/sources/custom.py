@@ -36,11 +36,11 @@ Label = str | bool | int | float
 
 
 @dataclass(frozen=True)
-class TaskFile:
-    """Description of a custom task, as a task file holds it; at least train, dev, text and label are needed."""
+class CustomTask:
+    """Description of a custom task, as options or a task file hold it. Raises UserError if it contradicts itself."""
 
-    name: str = ""
-    """Name of the task; by default the task file's, else `own`."""
+    name: str = "own"
+    """Name of the task; by default the task file's."""
     train: str = ""
     """Training rows: .tsv (no quoting), .csv (with quotes) or .jsonl, each also with .gz; tables begin with a header."""
     dev: str = ""
@@ -64,14 +64,24 @@ class TaskFile:
     """True if labels are values, False if they are classes. None takes them for values if at least 95 % of the training rows
     have numbers, and one of these has a fraction or there are more than 20 different ones."""
 
+    def __post_init__(self) -> None:
+        if missing := [key for key in ("train", "dev", "text", "label") if not getattr(self, key)]:
+            raise UserError(f"the task lacks {' and '.join(missing)}; it needs train, dev, text and label.")
+        _check_name(self.name)
+        if self.labels and self.regression:
+            raise UserError("the task names labels and asks for regression; choose one.")
+        if len(set(self.classes)) < len(self.classes):
+            raise UserError(f"the task names a label twice: {', '.join(self.classes)}.")
 
-@dataclass(frozen=True)
-class CustomTask(TaskFile):
-    """Description of a custom task: the fields of a task file, or the path of one."""
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """`labels` as texts."""
+        return tuple(map(_label_text, self.labels))
 
-    task_file: str = ""
-    """JSON file that holds an object of the fields above, or Python file that defines TASK as one. Its paths are relative to
-    its folder."""
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One or two text columns."""
+        return (self.text, self.pair) if self.pair else (self.text,)
 
 
 def read_custom(
@@ -82,12 +92,11 @@ def read_custom(
     `skip_bad_rows` leaves broken rows out and counts them; a row whose label no training row has is broken too. Raises
     UserError for a broken row otherwise, and for a description that contradicts itself or the files.
     """
-    custom = _complete(custom)
     task = _task(custom, _classes(custom, skip_bad_rows, say))
     label = _number if task.is_regression else partial(_class, task.labels)
-    labelled = Columns(tuple(map(str, task.text)), custom.label, label)
-    train, dev = (_read(path, labelled, skip_bad_rows) for path in (custom.train, custom.dev))
-    test = {"test": _read(custom.test, Columns(labelled.text), skip_bad_rows)} if custom.test else {}
+    columns = Columns(custom.texts, custom.label, label)
+    train, dev = (_read(path, columns, skip_bad_rows) for path in (custom.train, custom.dev))
+    test = {"test": _read(custom.test, Columns(custom.texts), skip_bad_rows)} if custom.test else {}
     return TaskData(task, train, {"dev": dev}, test)
 
 
@@ -98,32 +107,13 @@ def _read(path: str, columns: Columns, skip_bad_rows: bool) -> Examples:
     return collect(path, table.records, columns, skip_bad_rows)
 
 
-def _complete(custom: CustomTask) -> CustomTask:
-    """Return the description with its task file read. Raises UserError if a field is missing or does not fit."""
-    where = custom.task_file or "The task"
-    if custom.task_file:
-        if replace(custom, task_file="") != CustomTask():
-            raise UserError("A task file says all about its task; leave out the other options that describe one.")
-        custom = read_task_file(Path(custom.task_file))
-    labels = tuple(map(_label_text, custom.labels))
-    custom = replace(custom, name=custom.name or "own", labels=labels)
-    if lacking := [key for key in ("train", "dev", "text", "label") if not getattr(custom, key)]:
-        raise UserError(f"{where} lacks {' and '.join(lacking)}; it needs train, dev, text and label.")
-    _check_name(where, custom.name)
-    if custom.labels and custom.regression:
-        raise UserError(f"{where} names labels and asks for regression; choose one.")
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{where} names a label twice: {', '.join(labels)}.")
-    return custom
-
-
 def read_task_file(path: Path) -> CustomTask:
     """Read a task file: a JSON object, or a Python file that defines TASK.
 
     Raises UserError, naming the file and the field, if it cannot be read or does not describe a task.
     """
     values = _python_values(path) if path.suffix == ".py" else _json_values(path)
-    known = [field.name for field in fields(TaskFile)]
+    known = [field.name for field in fields(CustomTask)]
     if not isinstance(values, dict):
         raise UserError(f"{path} does not describe a task: it must be an object with some of {', '.join(known)}.")
     for key in map(str, values):
@@ -131,10 +121,9 @@ def read_task_file(path: Path) -> CustomTask:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"take {', '.join(known)}."
             raise UserError(f"{path}: {key!r} is unknown; {hint}")
-    read = convert(values, TaskFile, str(path))
-    files = {key: str(path.parent / getattr(read, key)) for key in ("train", "dev", "test") if getattr(read, key)}
-    described: dict[str, Any] = {**vars(read), "name": values.get("name", path.stem), **files}
-    return CustomTask(**described)
+    custom = convert({"name": path.stem, **values}, CustomTask, str(path))
+    train, dev, test = (str(path.parent / name) if name else "" for name in (custom.train, custom.dev, custom.test))
+    return replace(custom, train=train, dev=dev, test=test)
 
 
 def _json_values(path: Path) -> Any:
@@ -159,8 +148,8 @@ def _python_values(path: Path) -> Any:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}.") from error
 
 
-def _check_name(where: str, name: str) -> None:
-    """Raises UserError for a name that cannot be a folder's in every file system, or is one of a sweep's custom."""
+def _check_name(name: str) -> None:
+    """Raise UserError for a name that some file system refuses, or that a sweep uses for another file."""
     plain = name.casefold()
     if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(".") or len(name.encode()) > MAX_NAME:
         wanted = f"take letters, digits, - and _, at most {MAX_NAME} of them"
@@ -170,7 +159,7 @@ def _check_name(where: str, name: str) -> None:
         wanted = "a sweep keeps something else under it; rename the task file, or name the task in it"
     else:
         return
-    raise UserError(f"{where} cannot be named {name if len(name) < 60 else name[:57] + '...'!r}: {wanted}.")
+    raise UserError(f"the task cannot be named {name if len(name) < 60 else name[:57] + '...'!r}: {wanted}.")
 
 
 def _task(custom: CustomTask, labels: tuple[str, ...]) -> Task:
@@ -182,9 +171,10 @@ def _task(custom: CustomTask, labels: tuple[str, ...]) -> Task:
         ("accuracy", "f1") if len(labels) == 2 else ("accuracy",) if labels else ("pearson", "spearman")
     )
     _check_metrics(metrics, len(labels))
-    text = (custom.text, custom.pair) if custom.pair else (custom.text,)
-    test = {"test": ""} if custom.test else {}
-    return Task(custom.name, custom.name, text, custom.label, labels, names, metrics, hub_text=text, test=test)
+    return Task(
+        custom.name, custom.name, custom.texts, custom.label, labels, names, metrics, hub_text=custom.texts,
+        test={"test": ""} if custom.test else {},
+    )  # fmt: skip
 
 
 def _classes(custom: CustomTask, skip_bad_rows: bool, say: Callable[[str], object]) -> tuple[str, ...]:
@@ -193,7 +183,7 @@ def _classes(custom: CustomTask, skip_bad_rows: bool, say: Callable[[str], objec
     Raises UserError for a broken training row, and for labels from which nothing can be learnt.
     """
     if custom.labels or custom.regression:
-        return tuple(map(str, custom.labels))
+        return custom.classes
     counts = _label_counts(custom, skip_bad_rows)
     labels, numbers = set(counts), {label for label in counts if _value(label) is not None}
     if custom.regression is None and sum(counts[label] for label in numbers) >= NUMBERS_SHARE * counts.total():
@@ -233,8 +223,7 @@ def _label_counts(custom: CustomTask, skip_bad_rows: bool) -> Counter[str]:
         counts[_label_text(label)] += 1
         return math.nan
 
-    texts = (custom.text, custom.pair) if custom.pair else (custom.text,)
-    _read(custom.train, Columns(texts, custom.label, count), skip_bad_rows)
+    _read(custom.train, Columns(custom.texts, custom.label, count), skip_bad_rows)
     if len(counts) == 1:
         raise UserError(f"{custom.train}: all rows have the label {min(counts)}, so that there is nothing to learn.")
     return counts

@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from conftest import write_sweep
+from conftest import REPO, write_sweep
 
 from ufbert.errors import UserError
-from ufbert.glue.report import write_glue_report
+from ufbert.glue.compare import glue_table
+from ufbert.glue.report import glue_markdown, write_glue_report
 from ufbert.glue.results import read_results
 from ufbert.report.page import grid, markdown_grid
 
@@ -99,3 +100,11 @@ def test_missing_and_cut_off_files_are_a_sentence(sweep):
 def test_tables_escape_what_would_end_a_cell():
     assert "<td>a &lt; b</td>" in grid(["x"], [["a < b"]])
     assert markdown_grid(["x", "n"], [["a|b", "1"]], numbers=(1,)) == "| x | n |\n| --- | --: |\n| a\\|b | 1 |"
+
+
+def test_a_sweep_of_an_earlier_version_is_read_and_compared():
+    folder = REPO / "tests" / "fixtures" / "before_house" / "glue"
+    results = read_results(folder)
+    assert glue_markdown(results) == (folder / "glue.md").read_text()
+    assert json.loads(json.dumps(results.to_json())) == json.loads((folder / "glue.json").read_text())
+    assert glue_table([folder, folder]).count("+0.0 [+0.0, +0.0] ≈") == 3
