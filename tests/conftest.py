@@ -111,10 +111,10 @@ def command():
 @pytest.fixture(scope="session")
 def run_folder(corpus_file, tmp_path_factory) -> Path:
     """A finished small pretraining run."""
-    from ufbert.pretrain.run import pretrain_command
+    from ufbert.cli import call
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    pretrain_command([*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"], 0.0)
+    call("train", [*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"])
     return folder
 
 

@@ -19,7 +19,7 @@ from ufbert.runtime.claim import LOCK, claimed, claimed_new, discard, new_folder
 OWNER = """
 import subprocess, sys
 from pathlib import Path
-from ufbert.claim import claimed
+from ufbert.runtime.claim import claimed
 with claimed(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"]) if "child" in sys.argv else None
     print(child.pid if child else "mine", flush=True)
@@ -29,7 +29,7 @@ with claimed(Path(sys.argv[1])):
 RACER = """
 import sys, time
 from pathlib import Path
-from ufbert.claim import claimed_new
+from ufbert.runtime.claim import claimed_new
 from ufbert.errors import UserError
 print("ready", flush=True)
 sys.stdin.readline()
@@ -146,7 +146,7 @@ def test_a_file_system_without_locks_is_used_with_a_note(tmp_path, monkeypatch, 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with claimed_new(tmp_path / "run"):
         (tmp_path / "run" / "config.json").write_text("")
-    assert "has no locks; see that no other process writes there" in capsys.readouterr().out
+    assert "has no locks; let no other process write there" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.json").exists()
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import REPO
 
-from ufbert.runtime import console
+from ufbert.runtime import console, signals
 from ufbert.runtime.signals import StopSignals
 
 NET = 120.0
@@ -36,27 +36,27 @@ def test_a_console_that_is_gone_costs_only_what_it_would_have_shown():
 
 
 def test_a_closed_pipe_asks_a_run_to_save_and_stop():
-    with StopSignals() as signals:
+    with StopSignals() as stops:
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))
-        assert signals.asked == signal.SIGPIPE
+        assert stops.asked == signal.SIGPIPE
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
     assert signals.WATCHER.note is None
 
 
 def test_the_watcher_may_ask_from_its_own_thread():
-    with StopSignals() as signals, ThreadPoolExecutor(1) as watcher:
+    with StopSignals() as stops, ThreadPoolExecutor(1) as watcher:
         assert signals.WATCHER.note is not None
         watcher.submit(signals.WATCHER.note, signal.SIGPIPE, None).result()
-        assert signals.asked == signal.SIGPIPE
+        assert stops.asked == signal.SIGPIPE
 
 
 def process(body: str, **options) -> subprocess.Popen[str]:
     """A process that runs `body` as if it were the command line's work."""
     script = (
-        "import os, signal, sys, threading, time\nfrom ufbert import __main__\nfrom ufbert.runtime import signals\n"
+        "import os, signal, sys, threading, time\nfrom ufbert import cli\nfrom ufbert.runtime import signals\n"
         "signals.GRACE = 0.5\n"
         f"def work(args):\n{body}\n"
-        "    return 0\n__main__.main = work\n__main__.run(['train'])"
+        "    return 0\ncli.main = work\ncli.run(['train'])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -131,9 +131,9 @@ def test_a_forked_child_is_not_heard_as_its_parent():
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", ">&- 2>&- <&-", ">/dev/full"])
 def test_without_a_console_the_work_is_done(closed, tmp_path):
-    script = "from ufbert import __main__\ndef work(args):\n    print('text', flush=True)\n"
+    script = "from ufbert import cli\ndef work(args):\n    print('text', flush=True)\n"
     script += f"    open({str(tmp_path / 'f')!r}, 'w').write('whole')\n    return 0\n"
-    script += "__main__.main = work\n__main__.run(['train'])"
+    script += "cli.main = work\ncli.run(['train'])"
     environment = {**os.environ, "PYTHONPATH": str(REPO), "SCRIPT": script}
     ended = subprocess.run(f'"{sys.executable}" -c "$SCRIPT" {closed}', shell=True, env=environment)
     assert ended.returncode == 0

@@ -16,7 +16,7 @@ from ufbert.hub.folder import flatten
 from ufbert.hub.layout import split_all
 from ufbert.hub.leaf_layer import from_state
 from ufbert.ops import leaf_fff, switch
-from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.losses import cross_entropy
 
 FOLDER = Path(__file__).parent / "golden"
@@ -57,7 +57,8 @@ def test_an_imported_classifier_equals_pytorch():
     ids, types, mask, labels = (jnp.asarray(golden[k], jnp.int32) for k in ("ids", "types", "mask", "labels"))
 
     def loss_of(params):
-        logits = nn.classify(params, config, nn.encode(params, config, ids, mask, type_ids=types)[0], mask)
+        hidden, _ = nn.encode(params, config, ids, mask, type_ids=types)
+        logits = nn.classify(params, config, nn.pool(config, hidden, mask != 0))
         sums = cross_entropy(logits, labels, jnp.ones(len(ids)))
         return sums.loss / sums.count, logits
 

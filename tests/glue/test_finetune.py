@@ -241,15 +241,16 @@ def test_padding_goes_to_the_smallest_bucket(model):
 def test_pooling_reads_the_first_token_or_the_mean_of_the_real_ones(pooling):
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, pooling=pooling, pooler_width=5, init_std=0.3)
     hidden = jax.random.normal(jax.random.key(0), (2, 6, 8))
-    segments = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    mask = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     params = {"classifier": nn.init_classifier(config, jax.random.key(1), 3)}
     read = hidden[:, 0] if pooling == "first" else jnp.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
     pooler, out = params["classifier"]["pooler"]["dense"], params["classifier"]["out"]
     wanted = jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]) @ out["kernel"] + out["bias"][None]
-    found = nn.classify(params, config, hidden, segments)
+    pooled = nn.pool(config, hidden, mask)
+    found = nn.classify(params, config, pooled)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
-    padded = nn.classify(params, config, hidden.at[0, 3:].set(9.0), segments)
+    padded = nn.classify(params, config, nn.pool(config, hidden.at[0, 3:].set(9.0), mask))
     np.testing.assert_allclose(padded[0], found[0], atol=1e-6)
-    np.testing.assert_allclose(nn.classify(params, config, hidden[1:]), found[1:], atol=1e-6)
-    pooled = nn.pool({"pooler": params["classifier"]["pooler"]}, config, hidden, segments)
-    np.testing.assert_allclose(pooled, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)
+    np.testing.assert_allclose(nn.classify(params, config, nn.pool(config, hidden[1:])), found[1:], atol=1e-6)
+    found = nn.apply_pooler({"pooler": params["classifier"]["pooler"]}, config, pooled)
+    np.testing.assert_allclose(found, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)

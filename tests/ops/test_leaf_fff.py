@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.ops import leaf_fff
-from ufbert.ops.activations import gelu
+from ufbert.ops.dense import gelu
 from ufbert.ops.leaf_fff import LeafTree
 
 SHAPES = [(1, 0, 1), (9, 5, 2), (4, 3, 5)]
@@ -103,9 +103,9 @@ def test_straight_through_is_hard_in_value_and_soft_in_gradient():
 def test_region_leak_is_uniform_at_a_half():
     tree, x = draw(6, 1, 2, 2)
     shares = jnp.broadcast_to(leaf_fff.right_shares(x, tree), (20_000, 3))
-    mean = leaf_fff.leaf_weights(leaf_fff.leaked(shares, 0.5, jax.random.key(0))).mean(axis=0)
+    mean = leaf_fff.leaf_weights(leaf_fff.leak_regions(shares, 0.5, jax.random.key(0))).mean(axis=0)
     np.testing.assert_allclose(mean, 0.25, atol=0.01)
-    np.testing.assert_array_equal(leaf_fff.leaked(shares, 0.0, jax.random.key(0)), shares)
+    np.testing.assert_array_equal(leaf_fff.leak_regions(shares, 0.0, jax.random.key(0)), shares)
 
 
 def test_entropies_lie_between_the_clamp_and_ln_two():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ufbert.ops import fff, leaf_fff, native
-from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.native import build
 
 try:

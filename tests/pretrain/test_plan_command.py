@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ufbert import nn
+from ufbert.cli import call
 from ufbert.config.presets import load_preset, scaled
 from ufbert.cost.devices import DEVICES, device_of_kind, find_device
 from ufbert.cost.flops import routing_flops_per_token, train_bytes_per_token, train_flops_per_token
@@ -16,7 +17,6 @@ from ufbert.plan import check as plan_check
 from ufbert.plan.check import Check
 from ufbert.plan.counts import RunCounts, StepCount, count_run, count_step, planned_model, real_update
 from ufbert.plan.estimate import Times, plan_run
-from ufbert.plan.run import plan_command
 from ufbert.pretrain.budget import Budget, parse_budget
 
 
@@ -167,7 +167,7 @@ def test_the_command_plans_and_checks_this_machine(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(plan_check, "SECONDS_PER_ROUND", 0.0)
     file = tmp_path / "plan.json"
     small = ["--config=tiny", "--scale=base", "--train.batch-rows=4", "--train.micro-rows=4"]
-    plan_command([*small, "--budget=20steps", "--device=cpu", "--price=3", "--corpus-tokens=1000", f"--json={file}"])
+    call("plan", [*small, "--budget=20steps", "--device=cpu", "--price=3", "--corpus-tokens=1000", f"--json={file}"])
     shown, facts = capsys.readouterr().out, json.loads(file.read_text())
     for words in ("tokens", "updates", "memory while training", "check on this machine", "money", "passes"):
         assert words in shown
@@ -187,7 +187,7 @@ def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path
         "--scale=base",
         "--model.n-layers=2",
     ]  # of sixteen, which take a minute to compile
-    plan_command([*model, "--device=h100", "--budget=24h", "--price=2", f"--json={file}"])
+    call("plan", [*model, "--device=h100", "--budget=24h", "--price=2", f"--json={file}"])
     state = 12 * nn.count_params(replace(load_preset("crammed_bert").model, n_layers=2))
     shown, facts = capsys.readouterr().out, json.loads(file.read_text())
     assert "this device is not here" in shown
@@ -214,4 +214,4 @@ def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path
 )
 def test_wrong_options_are_one_sentence(args, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?")):
-        plan_command(args)
+        call("plan", args)

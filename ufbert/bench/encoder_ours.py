@@ -34,7 +34,7 @@ from ufbert.data.encode import Encoded
 from ufbert.hub.folder import load_model
 from ufbert.inference.engine import Engine
 from ufbert.ops import native
-from ufbert.ops.fourier import fourier_mix
+from ufbert.ops.mixing import fourier_mix
 from ufbert.runtime.memory import give_back_freed_memory
 
 CLEAR = 1e-5
@@ -87,15 +87,12 @@ class Ours:
         wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(found.shape)
         error = np.abs(found - wanted).max(axis=1)
         ((_, batch),) = engine.batches(rows)
-        aux = jax.tree.map(np.asarray, engine.statistics(model, batch)) if "tree" in config.feedforward else {}
-        margins = (
-            np.stack([aux[key] for key in aux if key.endswith(".margins")]).min(axis=0)[: len(error)] if aux else None
-        )
-        clear = np.ones(len(error), bool) if margins is None else margins > CLEAR
-        visits = [np.asarray(aux[key])[:, config.nodes_per_tree // 2 :] for key in aux if key.endswith(".visits")]
+        trees = jax.tree.map(np.asarray, engine.routing(model, batch))
+        clear = np.all([np.ones(len(error), bool), *(tree.margins[: len(error)] > CLEAR for tree in trees)], axis=0)
+        visits = [tree.visits[:, config.nodes_per_tree // 2 :] for tree in trees]
         leaves = 2**config.tree_depth
         even = leaves * (1 - (1 - 1 / leaves) ** len(error))
-        changed = [float(aux[key]) for key in aux if key.endswith(".changed_routes")]
+        changed = [float(tree.changed) for tree in trees]
         return {
             "error": float(error[clear].max()),
             "relative": float(np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1))),
@@ -108,7 +105,7 @@ class Ours:
         """Seconds of a call by part."""
         engine, seconds = self.engines[name], {}
         batch, tokens = (int(part) for part in shape.split("x"))
-        cfg, packed = engine.config, engine.params["packed"]
+        cfg, packed = engine.config, engine.params["encoder"]
         layers = [packed[f"layer_{i:02d}"] for i in range(cfg.n_layers)]
         x = jax.random.normal(jax.random.key(0), (batch * tokens, cfg.d_model))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ufbert.bench.layer_job import Stored
 from ufbert.ops import fff, native
-from ufbert.ops.activations import gelu
+from ufbert.ops.dense import gelu
 
 Layer = Callable[[Float[Array, "b d"], Any], Float[Array, "b d"]]
 """(rows, weights of a layer) -> rows + the layer of rows."""

@@ -37,15 +37,15 @@ def make_update(run: RunConfig, params: Any, lr: float, seed: int) -> Callable[[
     """
     import jax.numpy as jnp
 
-    from ufbert.pretrain.step import Controls, build_steps, state_of
+    from ufbert.pretrain.step import StepInputs, build_steps, state_of
 
     state, steps = state_of(run, params), build_steps(run, SPECIAL)
 
     def update(i: int, rows: np.ndarray) -> Any:
         nonlocal state
         rate, taken = jnp.float32(run.train.mask_rate[0]), jnp.int32(len(rows))
-        controls = Controls(jnp.float32(lr), jnp.float32(0.0), rate, taken)
-        state, (sums, _, _) = steps.update(state, rows, masking_key(seed, i), controls)
+        inputs = StepInputs(jnp.float32(lr), jnp.float32(0.0), rate, taken)
+        state, (sums, _, _) = steps.train_step(state, rows, masking_key(seed, i), inputs)
         return sums.loss / sums.count
 
     return update

@@ -1,6 +1,5 @@
 """Find presets by name, and shrink them to a scale that a device and a budget can train."""
 
-import difflib
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ufbert.config.model import ModelConfig
 from ufbert.config.run import Recipe, RunConfig, Scale
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 _PACKAGED = Path(__file__).parent.parent / "configs"
 _CHECKOUT = Path(__file__).parent.parent.parent / "configs"
@@ -31,9 +30,7 @@ def load_preset(name: str) -> RunConfig:
     """
     path = Path(name) if name.endswith(".py") else preset_folder() / f"{name}.py"
     if not path.is_file():
-        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(preset_names())}."
-        raise UserError(f"There is no preset {name!r}; {hint}")
+        raise UserError(f"There is no preset {name!r}; {near_miss(name, preset_names())}")
     config = runpy.run_path(str(path)).get("config")
     if not isinstance(config, RunConfig):
         raise UserError(f"{path} does not define `config = RunConfig(...)`.")

@@ -1,9 +1,8 @@
 """What the vendors say that devices can do. Measured speeds of this machine are in `cost` and `pretrain.speeds`."""
 
-import difflib
 from typing import NamedTuple
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 
 class DevicePeaks(NamedTuple):
@@ -81,9 +80,7 @@ def find_device(name: str) -> DevicePeaks:
         if device.name == name.lower():
             return device
     known = ["auto", "cpu", *device_names()]
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-    raise UserError(f"There is no device {name!r} in the table of peaks; {hint}")
+    raise UserError(f"There is no device {name!r} in the table of peaks; {near_miss(name, known)}")
 
 
 def device_of_kind(device_kind: str) -> DevicePeaks | None:

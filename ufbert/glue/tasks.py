@@ -1,10 +1,10 @@
 """The GLUE tasks: columns of their sources, labels, metrics, splits, the form the GLUE server takes, and their rows."""
 
-import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,15 @@ TASKS = {
 """In the order in which a sweep runs them."""
 
 
-def find_task(name: str) -> Task:
-    """Return the official task of that name; `sst2`, `SST-2` and `sst-2` are one.
+def find_task(name: str, others: Sequence[str] = ()) -> Task:
+    """Return the official task of that name (`sst2`, `SST-2` and `sst-2` are one).
 
-    Raises UserError, with the nearest known name.
+    Raises UserError, with the nearest of the official names and of `others` that could have been meant.
     """
     key = name.lower().replace("-", "").replace("_", "")
     if key in TASKS:
         return TASKS[key]
-    near = difflib.get_close_matches(key, TASKS, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}."
-    raise UserError(f"There is no task {name!r}; {hint}")
+    raise UserError(f"There is no task {name!r}; {near_miss(key, [*others, *TASKS])}")
 
 
 def cut_of(folder: str) -> Task | None:

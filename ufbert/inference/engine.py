@@ -20,10 +20,10 @@ from ufbert import nn
 from ufbert.data.encode import Encoded
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
+from ufbert.inference import packed
+from ufbert.inference.packed import Dtype
 from ufbert.ops import native
 from ufbert.runtime.memory import give_back_freed_memory
-
-Dtype = Literal["float32", "bfloat16", "int8"]
 
 AT_ONCE = 2048
 """Tokens that the throughput mode computes together."""
@@ -44,9 +44,7 @@ class Batch(NamedTuple):
     position_ids: Int[np.ndarray, "b t"]
     type_ids: Int[np.ndarray, "b t"]
     starts: Int[np.ndarray, " n"]
-    """Where each text's first token is, all rows in one; n is padded."""
-    owner: Int[np.ndarray, " tokens"]
-    """Which text a token belongs to, all rows in one; n on padding."""
+    """Where each text's first token is, counted through all rows; n is padded."""
 
 
 class Engine:
@@ -70,24 +68,26 @@ class Engine:
             tree_backend="auto" if on_cpu else model.config.tree_backend,
             dtype="float32" if on_cpu else model.config.dtype,
         )
-        if why:
-            self.params = jax.tree.map(jnp.asarray, model.params)
-        else:
-            self.params = jax.block_until_ready(nn.pack(model.params, dtype, exact_routing))
+        self.is_packed = not why
+        params = dict(model.params)
+        if self.is_packed:
+            params["encoder"] = packed.pack(model.params["encoder"], self.config, dtype, exact_routing)
+        self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
+        if self.is_packed:
             gc.collect(0)  # lets jax let go of the unpacked weights
             give_back_freed_memory()
-        self.in_one_row = not why and not self.config.only_len
+        self.in_one_row = self.is_packed and not self.config.only_len
         self.at_once = AT_ONCE if mode == "throughput" else 0
         self._hidden = jax.jit(self._encode)
         self._scores = jax.jit(self._classify)
         self._logits = jax.jit(self._predict)
-        self._used = jax.jit(self._report)
+        self._routing = jax.jit(self._route)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
         """Every text's hidden states."""
         found: list[Any] = [None] * len(rows.ids)
         for picks, batch in self.batches(rows):
-            hidden = np.asarray(self._hidden(self.params, batch))
+            hidden = np.asarray(self._hidden(self.params, batch)).reshape(-1, self.config.d_model)
             for i, start in zip(picks, batch.starts, strict=False):
                 found[i] = hidden[start : start + len(rows.ids[i])].copy()
         return found
@@ -119,13 +119,13 @@ class Engine:
             ids = [[self.config.pad_id] * length]
             ask(Encoded(ids, [[0] * length], self.config.max_len, self.config.only_len, self.config.pad_id, 0))
 
-    def statistics(self, model: ModelFolder, batch: Batch) -> nn.Aux:
-        """What packed tree layers report of a batch (`ufbert.nn.feedforward`), given the model that was packed."""
-        kept = dict(self.params["encoder"])
-        for name, layer in model.params["encoder"].items():
-            if "tree" in layer:
-                kept[name] = {**kept.get(name, {}), "tree": {"w_in": jnp.asarray(layer["tree"]["w_in"])}}
-        return self._used({**self.params, "encoder": kept}, batch)
+    def routing(self, model: ModelFolder, batch: Batch) -> list[packed.TreeRouting]:
+        """Report the routing decisions of each tree layer, given the model that was packed; nothing if none was."""
+        trees = [
+            f"layer_{i:02d}" for i, (_, kind) in enumerate(self.config.layers) if kind == "tree" and self.is_packed
+        ]
+        exact = {name: jnp.asarray(model.params["encoder"][name]["tree"]["w_in"]) for name in trees}
+        return self._routing(self.params, exact, batch) if trees else []
 
     def batches(self, rows: Encoded) -> "list[tuple[list[int], Batch]]":
         """The texts' numbers and arrays, batch by batch."""
@@ -141,45 +141,48 @@ class Engine:
         # Room for a power of two texts: it costs next to nothing, and every number would be another program to compile.
         size, n = size_for(int(lengths.sum())), 1 << (len(picks) - 1).bit_length()
         ids, segments, types = (np.full((1, size), value, np.int32) for value in (rows.pad_id, 0, 0))
-        positions, owner = np.zeros((1, size), np.int32), np.full(size, n, np.int32)
-        starts = np.zeros(n, np.int32)
+        positions, starts = np.zeros((1, size), np.int32), np.zeros(n, np.int32)
         starts[: len(picks)] = np.cumsum(lengths) - lengths
         for number, i in enumerate(picks):
             here = slice(starts[number], starts[number] + lengths[number])
             ids[0, here], types[0, here] = rows.ids[i], rows.type_ids[i]
-            positions[0, here], segments[0, here], owner[here] = np.arange(lengths[number]), number + 1, number
-        return Batch(ids, segments, positions, types, starts, owner)
+            positions[0, here], segments[0, here] = np.arange(lengths[number]), number + 1
+        return Batch(ids, segments, positions, types, starts)
 
     def row_each(self, rows: Encoded, picks: list[int]) -> Batch:
         """One text a row."""
         n = size_for(len(picks))
         padded = rows.pad([*picks, *[picks[0]] * (n - len(picks))])
         t = padded.ids.shape[1]
-        owner = np.where(padded.segment_ids > 0, np.arange(n)[:, None], n).astype(np.int32).reshape(-1)
         positions = np.broadcast_to(np.arange(t, dtype=np.int32), padded.ids.shape)
         starts = np.arange(n, dtype=np.int32) * t
-        return Batch(padded.ids, padded.segment_ids, positions, padded.type_ids, starts, owner)
+        return Batch(padded.ids, padded.segment_ids, positions, padded.type_ids, starts)
 
-    def _encode(self, params: Any, batch: Any) -> Float[Array, "tokens d"]:
+    def _encode(self, params: Any, batch: Any) -> Float[Array, "b t d"]:
         ids, segments, positions, types = batch[:4]
-        hidden = nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
-        return hidden.reshape(-1, self.config.d_model)
-
-    def _report(self, params: Any, batch: Any) -> nn.Aux:
-        return nn.encode(params, self.config, *batch[:3], type_ids=batch[3], statistics=True)[1]
+        if self.is_packed:
+            return packed.forward(params["encoder"], self.config, ids, segments, positions, types)[0]
+        return nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
 
     def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:
-        hidden, n = self._encode(params, batch), len(batch.starts)
-        if self.config.pooling == "first":
-            pooled = hidden[batch.starts]
+        hidden = self._encode(params, batch)
+        if self.in_one_row:
+            texts = jnp.arange(1, len(batch.starts) + 1)
+            pooled = jax.vmap(lambda i: nn.pool(self.config, hidden, batch.segment_ids == i)[0])(texts)
         else:
-            sums = jax.ops.segment_sum(hidden, batch.owner, n + 1)[:n]
-            counts = jax.ops.segment_sum(jnp.ones_like(hidden[:, :1]), batch.owner, n + 1)[:n]
-            pooled = sums / jnp.maximum(counts, 1.0)
-        return nn.classify(params, self.config, pooled[:, None])
+            pooled = nn.pool(self.config, hidden, batch.segment_ids != 0)
+        return nn.classify(params, self.config, pooled)
+
+    def _route(self, params: Any, exact: dict[str, Array], batch: Any) -> list[packed.TreeRouting]:
+        encoder, segments = params["encoder"], batch.segment_ids
+        _, inputs = packed.forward(encoder, self.config, *batch[:4])
+        return [
+            packed.tree_routing(encoder[name]["tree"], inputs[name], w_in, segments) for name, w_in in exact.items()
+        ]
 
     def _predict(self, params: Any, batch: Any, positions: Any) -> Float[Array, "k v"]:
-        return nn.masked_lm_logits(params, self.config, self._encode(params, batch)[positions])
+        tokens = self._encode(params, batch).reshape(-1, self.config.d_model)
+        return nn.masked_lm_logits(params, self.config, tokens[positions])
 
 
 def fill(lengths: Sequence[int], most: int) -> list[list[int]]:

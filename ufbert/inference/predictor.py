@@ -172,9 +172,8 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
     model's float32 ones would from the same hidden state; 0 for a model without trees."""
     rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
     for picks, batch in engine.batches(rows):
-        used = engine.statistics(model, batch)
-        found = [float(value) for name, value in used.items() if name.endswith(".changed_routes")]
-        shares.append((sum(found) / max(1, len(found)), sum(len(rows.ids[i]) for i in picks)))
+        changed = [float(layer.changed) for layer in engine.routing(model, batch)]
+        shares.append((sum(changed) / max(1, len(changed)), sum(len(rows.ids[i]) for i in picks)))
     return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
-from ufbert.ops.dropout import dropout
-from ufbert.ops.positions import sinusoid
+from ufbert.ops.dense import dropout
+from ufbert.ops.mixing import sinusoid
 
 
 class Embeddings(nn.Module):

@@ -8,18 +8,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.ops import linear, native
+from ufbert.ops.dense import product
 
-Aux = dict[str, Array]
-"""What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
-counts (`layer_00.visits`, ...). Empty for dense models."""
+
+class Aux(NamedTuple):
+    """What a layer reports besides its output. All but `losses` is None unless statistics are asked for."""
+
+    losses: dict[str, Float[Array, ""]]
+    """Weighted losses by name, each a mean per token."""
+    visits: Float[Array, "m n"] | None = None
+    """Tokens that passed each node of each tree."""
+    counts: dict[str, Float[Array, " p"]] | None = None
+    """Tokens that each of the layer's other parts took, by the name of the parts: `leaves`, `experts`."""
 
 
 class Context(NamedTuple):
     """What a layer may need beside its input."""
 
-    visible: Bool[Array, "b t t"] | None
-    """Which token may look at which; None: every one at every one (or `segment_ids` say it)."""
+    attention_mask: Bool[Array, "b t t"] | None
+    """True where a query (second axis) may attend to a key (third axis); None for no mask."""
     segment_ids: Int[Array, "b t"] | None
     """The document of each token, 0 for padding; None: a row is one document."""
     real: Bool[Array, "b t"] | None
@@ -31,8 +38,6 @@ class Context(NamedTuple):
     """Share of the budget spent, for what is annealed."""
     statistics: bool
     """Whether to count which nodes, leaves and experts are used."""
-    packed: bool
-    """Whether weights are packed (`ufbert.nn.pack`) and the C++ kernels for inference compute."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -43,7 +48,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """x W (+ b); the weights may be packed (`ufbert.nn.pack`)."""
+    """x W (+ b)."""
 
     width: int
     use_bias: bool
@@ -52,13 +57,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
-        if self.has_variable("packed", "kernel"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            rows = x.reshape(-1, x.shape[-1])
-            found = native.linear(rows, self.get_variable("packed", "kernel"), bias, self.width)
-            return found.reshape(*x.shape[:-1], self.width)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
-        y = linear.product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,))
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
@@ -66,17 +66,13 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over channels, in float32; the weights may be packed (`ufbert.nn.pack`)."""
+    """LayerNorm over channels, in float32."""
 
     epsilon: float
     use_bias: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        if self.has_variable("packed", "scale"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            scale = self.get_variable("packed", "scale")
-            return native.layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.epsilon).reshape(x.shape)
         channels = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(channels)
         x = x.astype(jnp.float32)

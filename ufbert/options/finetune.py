@@ -1,7 +1,9 @@
 """Options of `ufbert finetune` and `ufbert glue-table`. Imports no jax."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
 
 from ufbert.config import Device, FinetuneConfig, ProtocolName
 from ufbert.errors import UserError
@@ -113,7 +115,7 @@ class GlueTableOptions:
     """Print GLUE sweeps side by side as Markdown: the median of each task, and its difference to the first sweep's with a 95
     % interval for the seeds and the finite dev set."""
 
-    sweeps: tuple[str, ...]
+    sweeps: Annotated[tuple[str, ...], Positional]
     """Two or more folders that `ufbert finetune` wrote, or their glue.json."""
     out: str = ""
     """Write the table to this file, too."""

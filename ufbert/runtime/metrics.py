@@ -1,21 +1,20 @@
 """Metrics of a run: a JSONL file always, TensorBoard on request."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ufbert.errors import UserError
-from ufbert.runtime.files import read_jsonl, to_json_text
+from ufbert.runtime.files import read_jsonl, to_json_text, write_text
 
 Record = dict[str, Any]
-"""Numbers of one update, evaluation or event, by name."""
+"""Numbers of a step, an evaluation or an event, by name."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Somewhere that records go."""
+    """A destination of records."""
 
     def write(self, record: Record) -> None: ...
 
@@ -23,7 +22,7 @@ class Sink(Protocol):
 
 
 class Writer:
-    """Gives every record to every sink."""
+    """Writes every record to every sink."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
@@ -38,19 +37,18 @@ class Writer:
 
 
 class JsonlWriter:
-    """Appends one JSON object a line, flushed. A resumed run first drops what came after its checkpoint.
+    """Appends records to a file, one JSON object a line, and flushes each.
 
-    Raises UserError if the disk refuses.
+    A resumed run first drops the records after `keep_through_step`, the step of its checkpoint. Raises UserError if the disk
+    refuses.
     """
 
     def __init__(self, path: Path, keep_through_step: int | None = None) -> None:
         self.path = path
+        if keep_through_step is not None and path.is_file():
+            kept = [to_json_text(r) for r in read_jsonl(path) if _step(r) <= keep_through_step]
+            write_text(path, "".join(line + "\n" for line in kept))
         try:
-            if keep_through_step is not None and path.is_file():
-                kept = [to_json_text(r) for r in read_jsonl(path) if _step(r) <= keep_through_step]
-                scratch = path.with_suffix(".partial")
-                scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(scratch, path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"Cannot write {path}: {error.strerror}.") from error
@@ -63,12 +61,12 @@ class JsonlWriter:
             raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be flushed was reported when it was written
+        with contextlib.suppress(OSError):  # what cannot be flushed was reported when it was written
             self._file.close()
 
 
 class TensorBoardWriter:
-    """Every number as a TensorBoard scalar over updates, in `folder`. Raises UserError where tensorboardX is missing."""
+    """Writes every number to `folder` as a TensorBoard scalar over steps. Raises UserError if tensorboardX is missing."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -97,6 +95,6 @@ def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _step(record: Record) -> int | float:
-    """The update that a record is of; infinite where it says none that can be one."""
+    """Return the step of a record, or infinity if the record names none that is a whole number."""
     step = record.get("step", 0)
     return step if isinstance(step, int) else float("inf")

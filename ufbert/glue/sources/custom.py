@@ -1,6 +1,5 @@
 """A custom task: rows in TSV, CSV or JSON-lines files, described by a task file or by options."""
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 from ufbert.glue.metrics import METRICS
 from ufbert.glue.sources.records import Columns, class_number, collect, number, require_columns
 from ufbert.glue.sources.table_files import object_of_pairs, read_table
@@ -118,9 +117,7 @@ def read_task_file(path: Path) -> CustomTask:
         raise UserError(f"{path} does not describe a task: it must be an object with some of {', '.join(known)}.")
     for key in map(str, values):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"take {', '.join(known)}."
-            raise UserError(f"{path}: {key!r} is unknown; {hint}")
+            raise UserError(f"{path}: {key!r} is unknown; {near_miss(key, known)}")
     custom = convert({"name": path.stem, **values}, CustomTask, str(path))
     train, dev, test = (str(path.parent / name) if name else "" for name in (custom.train, custom.dev, custom.test))
     return replace(custom, train=train, dev=dev, test=test)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ufbert.data.corpora import datasets_library
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 from ufbert.glue.sources.records import Columns, Record, Source, collect, number, require_columns, single_number
 from ufbert.glue.sources.table_files import read_table
 from ufbert.glue.tasks import Examples, Task
@@ -116,8 +116,8 @@ class HubSource(_DatasetsSource):
             except Exception as error:  # all but one of the library's many kinds mean that it is out of reach
                 if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
                     raise UserError(
-                        f"The dataset {self.name} {config} cannot be had from the hub ({_cause(error)}); give a local folder "
-                        "as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
+                        f"The dataset {self.name} {config} cannot be had from the hub ({first_line(error)}); give a local "
+                        "folder as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
                     ) from error
                 self._fetched[config] = {}
         return self._fetched[config]
@@ -152,7 +152,7 @@ class FolderSource(_DatasetsSource):
                 parts = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path in paths]
                 dataset = datasets.Dataset(pa.concat_tables([part.data.table for part in parts]))
         except Exception as error:  # either library raises many kinds for a damaged file
-            raise UserError(f"{paths[0]} cannot be read ({_cause(error)}).") from error
+            raise UserError(f"{paths[0]} cannot be read ({first_line(error)}).") from error
         if any(part.features != dataset.features for part in parts):
             raise UserError(
                 f"{paths[0]} and the other parts of its split have different columns or classes; write them alike."
@@ -210,7 +210,7 @@ class TfdsSource(Source):
             values = list(builder.as_data_source(name))
         except Exception as error:  # the library raises many kinds for a damaged file
             raise UserError(
-                f"{place}: cannot be read without TensorFlow ({_cause(error)}); it can if it was prepared with "
+                f"{place}: cannot be read without TensorFlow ({first_line(error)}); it can if it was prepared with "
                 "file_format='array_record'."
             ) from error
         if "idx" in features:
@@ -234,9 +234,6 @@ def _newest(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(f"{newest} is not a dataset that tensorflow_datasets prepared ({_cause(error)}).") from error
-
-
-def _cause(error: Exception) -> str:
-    """Shorten a library's exception to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"{newest} is not a dataset that tensorflow_datasets prepared ({first_line(error)})."
+        ) from error

@@ -5,7 +5,6 @@
 `dir:PATH`   a folder of the official TSV files, PATH/SST-2/train.tsv and so on, and cuts of them such as PATH/QQP-10k
 """
 
-import difflib
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -107,12 +106,7 @@ def choose_tasks(source: Source, names: str) -> tuple[list[Task], list[str]]:
 def _find(source: Source, name: str) -> Task:
     """Return the cut or the official task of that name. Raises UserError, with the nearest known name."""
     cuts = {cut.name: cut for cut in source.cuts()}
-    if name.lower() in cuts:
-        return cuts[name.lower()]
-    near = difflib.get_close_matches(name.lower(), [*cuts, *TASKS], n=1, cutoff=0.6)
-    if near and near[0] in cuts:
-        raise UserError(f"There is no task {name!r}; did you mean {cuts[near[0]].folder}?")
-    return find_task(name)
+    return cuts.get(name.lower()) or find_task(name, [cut.folder for cut in cuts.values()])
 
 
 def _require(source: Source, task: Task) -> None:
