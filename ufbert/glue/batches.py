@@ -30,7 +30,7 @@ class BatchRows(NamedTuple):
 
 
 class TrainingRows(NamedTuple):
-    """What the classifier learns from."""
+    """The rows that a classifier learns from."""
 
     rows: Encoded
     features: Float[np.ndarray, "rows d"] | None

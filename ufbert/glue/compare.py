@@ -10,7 +10,7 @@ from ufbert.errors import UserError
 from ufbert.glue.metrics import DRAWS, METRICS, interval, resampled_scores
 from ufbert.glue.predictions import Predictions, read_predictions
 from ufbert.glue.report import points
-from ufbert.glue.results import DevResult, GlueResults, TaskResult, read_results, results_file
+from ufbert.glue.results import DevResult, GlueResults, read_results, results_file
 from ufbert.glue.tasks import TASKS
 from ufbert.options.finetune import GlueTableOptions
 from ufbert.options.given import Given
@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
     """A sweep to compare."""
 
     folder: Path
-    """Where its prediction files lie."""
+    """Folder of its prediction files."""
     results: GlueResults
 
     def dev(self, name: str, split: str) -> DevResult | None:
@@ -107,7 +107,7 @@ def glue_table(places: Sequence[Path]) -> str:
         for mismatch in _mismatches(sweeps[0].results, other.results)
     ]
     models = [
-        [letter, r.model, f"{r.protocol.name} ({r.protocol.mode}): {r.protocol.text}", r.source, _listed(r.seeds)]
+        [letter, r.model, str(r.protocol), r.source, ", ".join(map(str, r.seeds))]
         for letter, (_, r) in zip(letters, sweeps, strict=True)
     ]
     head = ["task", "metric", "dev rows", "A", *(x for b in letters[1:] for x in (b, f"{b} - A"))]
@@ -119,10 +119,6 @@ def glue_table(places: Sequence[Path]) -> str:
         key,
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
 
 
 def _split_row(sweeps: Sequence[Sweep], name: str, split: str) -> TableRow:
@@ -210,19 +206,13 @@ def _mismatches(first: GlueResults, other: GlueResults) -> list[str]:
         ("protocol's mode", first.protocol.mode, other.protocol.mode),
         ("source", first.source, other.source),
     ]
-    mismatches = [f"the {name} ({a}; {b})" for name, a, b in pairs if a != b]
-    if first.protocol.text != other.protocol.text:
-        mismatches.append("the protocol's text (see above)")
-    for name in first.tasks:
-        if name in other.tasks:
-            mismatches += _task_mismatches(first.tasks[name], other.tasks[name])
-    return mismatches
-
-
-def _task_mismatches(first: TaskResult, other: TaskResult) -> list[str]:
-    keys = ("cut_of", "train_rows", "skipped_rows", "starts_from")
-    pairs = [(key.replace("_", " "), getattr(first, key), getattr(other, key)) for key in keys]
-    return [f"the {key} of {first.folder} ({a or 'none'}; {b or 'none'})" for key, a, b in pairs if a != b]
+    for name in [name for name in first.tasks if name in other.tasks]:
+        tasks = first.tasks[name], other.tasks[name]
+        for key in ("cut_of", "train_rows", "skipped_rows", "starts_from"):
+            a, b = (getattr(task, key) or "none" for task in tasks)
+            pairs.append((f"{key.replace('_', ' ')} of {tasks[0].folder}", a, b))
+    texts = [] if first.protocol.text == other.protocol.text else ["the protocol's text (see above)"]
+    return texts + [f"the {name} ({a}; {b})" for name, a, b in pairs if a != b]
 
 
 def _key(sweeps: Sequence[Sweep], rows: Sequence[TableRow]) -> str:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float
 
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
@@ -16,7 +16,7 @@ from ufbert.data.encode import Encoded, encode_texts
 from ufbert.errors import UserError
 from ufbert.glue.batches import TrainingRows, epoch_of_runs, predict_rows
 from ufbert.glue.results import Point, Scores
-from ufbert.glue.scores import dev_metrics
+from ufbert.glue.scores import dev_metrics, split_metrics
 from ufbert.glue.step import (
     FinetuneSteps,
     Setting,
@@ -31,11 +31,11 @@ from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, TaskInfo, with_task
 
 Progress = Callable[[int, int, str], None]
-"""Is told (updates done, updates in all, what happens)."""
+"""Gets updates done, updates in all, and a text about the event."""
 
 
 class Run(NamedTuple):
-    """What tells one run of a task from another."""
+    """A run of a task, as opposed to its other runs."""
 
     seed: int
     """Of the head, the row order and dropout."""
@@ -74,33 +74,24 @@ class Tuned(NamedTuple):
     trace: Trace
 
 
-class TargetScale(NamedTuple):
-    """Regression targets are learnt standardised, because a small head reaches 0 to 5 too slowly."""
-
-    mean: float
-    spread: float
-
-    def restore(self, scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Turn the classifier's scores into the labels' unit."""
-        return scores * self.spread + self.mean
-
-    def standardise(self, labels: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        return (labels - self.mean) / self.spread
-
-
-class _EncodedTask(NamedTuple):
-    """All that the runs of a task read."""
+class _Job(NamedTuple):
+    """All that the runs of a task have in common."""
 
     data: TaskData
+    tune: FinetuneConfig
+    runs: list[Run]
+    steps: FinetuneSteps
     training: TrainingRows
-    splits: dict[str, Encoded | Float[np.ndarray, "rows d"]]
+    splits: Mapping[str, Encoded | Float[np.ndarray, "rows d"]]
     """The rows of each dev and test split, or a probe's features of them."""
-    scale: TargetScale
     truncated: int
+    mean: float
+    spread: float
+    """Of the regression targets, which are standardised because a small head reaches 0 to 5 too slowly; 0 and 1 for classes."""
 
-    def scores(self, steps: FinetuneSteps, params: nn.Params, split: str) -> Float[np.ndarray, "r rows c"]:
+    def scores(self, params: nn.Params, split: str) -> Float[np.ndarray, "r rows c"]:
         """Score a split with every run, in the labels' unit."""
-        return self.scale.restore(predict_rows(steps.predict, params, self.splits[split]))
+        return predict_rows(self.steps.predict, params, self.splits[split]) * self.spread + self.mean
 
 
 def finetune_task(
@@ -123,59 +114,53 @@ def finetune_task(
     """
     if tune.pooling != "model":
         model = replace(model, config=replace(model.config, pooling=tune.pooling))
-    config = replace(model.config, dropout=tune.dropout)
-    params = start_params(model, config, data.task, runs, from_scratch)
-    encoded = _encode_task(model, config, data, tune, teacher, params["encoder"] if probe else None)
+    params = start_params(model, replace(model.config, dropout=tune.dropout), data.task, runs, from_scratch)
+    job = _prepare(model, data, tune, runs, teacher, params["encoder"] if probe else None)
     state = start_state({"classifier": params["classifier"]} if probe else params, tune)
-    steps = finetune_steps(Setting(config=config, tune=tune, is_regression=data.task.is_regression))
-    keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
     losses = np.zeros((0, len(runs)), np.float32)
     curves: list[list[Point]] = [[] for _ in runs]
     best, best_metric, stale_epochs = None, np.full(len(runs), -np.inf), 0
     for epoch in range(tune.epochs):
-        state, new_losses = _train_epoch(steps, state, encoded.training, tune, runs, keys, epoch, progress)
+        state, new_losses = _train_epoch(job, state, epoch, progress)
         losses = np.concatenate([losses, new_losses])
         if not np.isfinite(losses).all(axis=0).any():
             break  # every run has diverged
-        metrics = _epoch_metrics(encoded, steps, state.params, len(runs))
-        for curve, loss, scores in zip(curves, new_losses.mean(axis=0), metrics, strict=True):
-            curve.append({"epoch": epoch + 1, "loss": float(loss), **scores})
-        metric = np.array([scores[data.task.metrics[0]] for scores in metrics])
+        scores = job.scores(state.params, data.deciding_split)
+        metrics = [split_metrics(data, data.deciding_split, of_run) for of_run in scores]
+        for curve, loss, of_run in zip(curves, new_losses.mean(axis=0), metrics, strict=True):
+            curve.append({"epoch": epoch + 1, "loss": float(loss), **of_run})
+        metric = np.array([of_run[data.task.metrics[0]] for of_run in metrics])
         points = " ".join(f"{100 * value:.1f}" for value in metric)
-        total = tune.epochs * len(new_losses)
-        progress(len(losses), total, f"epoch {epoch + 1}/{tune.epochs}, dev {data.task.metrics[0]} {points}")
+        event = f"epoch {epoch + 1}/{tune.epochs}, dev {data.task.metrics[0]} {points}"
+        progress(len(losses), tune.epochs * len(new_losses), event)
         better = metric > best_metric
         best_metric, stale_epochs = np.where(better, metric, best_metric), 0 if better.any() else stale_epochs + 1
         if keep_best:
             best = pick_runs(better, state.params, state.params if best is None else best)
         if tune.early_stop and stale_epochs >= tune.early_stop:
             break
-    return _outcomes(model, encoded, steps, state.params if best is None else best, runs, curves, losses)
+    return _outcomes(job, model, state.params if best is None else best, curves, losses)
 
 
-def _encode_task(
-    model: ModelFolder,
-    config: ModelConfig,
-    data: TaskData,
-    tune: FinetuneConfig,
-    teacher: ModelFolder | None,
-    encoder: nn.Params | None,
-) -> _EncodedTask:
-    """Encode a task's rows, and with the `encoder` of every run compute a probe's features of them."""
-    rows = encode_texts(model.tokenizer, data.train.texts, data.train.pairs, config, tune.max_len)
-    splits = {name: _encode(model, examples, tune) for name, examples in (data.dev | data.test).items()}
-    truncated = rows.truncated + sum(split.truncated for split in splits.values())
+def _prepare(
+    model: ModelFolder, data: TaskData, tune: FinetuneConfig, runs: list[Run], teacher: ModelFolder | None, encoder: Any
+) -> _Job:
+    """Encode a task's rows, and compute a probe's features of them with the `encoder` parameters of every run."""
+    config = replace(model.config, dropout=tune.dropout)
+    rows = _encode(model, data.train, tune)
+    encoded = {name: _encode(model, examples, tune) for name, examples in (data.dev | data.test).items()}
     labels = np.asarray(data.train.labels, float)
-    is_regression = data.task.is_regression
-    scale = TargetScale(float(labels.mean()), float(labels.std()) or 1.0) if is_regression else TargetScale(0.0, 1.0)
-    taught = None if teacher is None else scale.standardise(teacher_scores(teacher, data.train, tune))
-    features = None
+    mean, spread = (float(labels.mean()), float(labels.std()) or 1.0) if data.task.is_regression else (0.0, 1.0)
+    taught = None if teacher is None else (teacher_scores(teacher, data.train, tune) - mean) / spread
+    features, splits = None, {**encoded}
     if encoder is not None:
         shared = jax.tree.map(lambda leaf: leaf[0], encoder)  # the same for every run
         features = cached_features(config, shared, rows)
-        splits = {name: cached_features(config, shared, split) for name, split in splits.items()}
-    training = TrainingRows(rows, features, scale.standardise(labels).astype(np.float32), taught)
-    return _EncodedTask(data, training, {**splits}, scale, truncated)
+        splits = {name: cached_features(config, shared, split) for name, split in encoded.items()}
+    training = TrainingRows(rows, features, ((labels - mean) / spread).astype(np.float32), taught)
+    truncated = rows.truncated + sum(split.truncated for split in encoded.values())
+    steps = finetune_steps(Setting(config=config, tune=tune, is_regression=data.task.is_regression))
+    return _Job(data, tune, runs, steps, training, splits, truncated, mean, spread)
 
 
 def _encode(model: ModelFolder, examples: Examples, tune: FinetuneConfig) -> Encoded:
@@ -210,57 +195,37 @@ def start_params(model: ModelFolder, config: ModelConfig, task: Task, runs: list
 
 
 def _train_epoch(
-    steps: FinetuneSteps,
-    state: State,
-    rows: TrainingRows,
-    tune: FinetuneConfig,
-    runs: list[Run],
-    keys: Key[Array, " r"],
-    epoch: int,
-    progress: Progress,
+    job: _Job, state: State, epoch: int, progress: Progress
 ) -> tuple[State, Float[np.ndarray, "updates r"]]:
     """Train every run on all rows once; return their state and the loss of each update."""
+    tune, runs = job.tune, job.runs
+    keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
     peaks = np.array([run.lr for run in runs], np.float32)
-    updates = math.ceil(len(rows.targets) / tune.batch_rows)
+    updates = math.ceil(len(job.training.targets) / tune.batch_rows)
     total, losses = updates * tune.epochs, []
-    batches = epoch_of_runs(rows, tune.batch_rows, [run.seed for run in runs], epoch)
+    batches = epoch_of_runs(job.training, tune.batch_rows, [run.seed for run in runs], epoch)
     for step, batch in enumerate(batches, epoch * updates):
         lr = peaks * np.float32(learning_rate(step, total, tune))
-        state, loss = steps.update(state, batch, keys, np.int32(step), lr)
+        state, loss = job.steps.update(state, batch, keys, np.int32(step), lr)
         losses.append(loss)
         progress(step + 1, total, f"epoch {epoch + 1}/{tune.epochs}")
     return state, np.stack([np.asarray(loss) for loss in losses])  # read at the epoch's end, so that updates are queued
 
 
-def _epoch_metrics(encoded: _EncodedTask, steps: FinetuneSteps, params: nn.Params, n_runs: int) -> list[Scores]:
-    """Compute each run's metrics on the dev split that decides."""
-    split, data = encoded.data.deciding_split, encoded.data
-    scores = encoded.scores(steps, params, split)
-    deciding = data._replace(dev={split: data.dev[split]})
-    return [dev_metrics(deciding, {split: scores[i]})[split] for i in range(n_runs)]
-
-
 def _outcomes(
-    model: ModelFolder,
-    encoded: _EncodedTask,
-    steps: FinetuneSteps,
-    params: nn.Params,
-    runs: list[Run],
-    curves: list[list[Point]],
-    losses: Float[np.ndarray, "updates r"],
+    job: _Job, model: ModelFolder, params: Any, curves: list[list[Point]], losses: Float[np.ndarray, "updates r"]
 ) -> list[Tuned | Diverged]:
     """Score all splits with the weights that are kept, and tell the runs that diverged from those that did not."""
-    scores = {split: encoded.scores(steps, params, split) for split in encoded.splits}
+    scores = {split: job.scores(params, split) for split in job.splits}
     outcomes: list[Tuned | Diverged] = []
-    for i, run in enumerate(runs):
-        trace = Trace(curves[i], losses[:, i], {split: of[i] for split, of in scores.items()}, encoded.truncated)
+    for i, run in enumerate(job.runs):
+        trace = Trace(curves[i], losses[:, i], {split: of[i] for split, of in scores.items()}, job.truncated)
         if update := _first_bad_update(trace):
             outcomes.append(Diverged(run, update))
             continue
-        metrics = dev_metrics(encoded.data, trace.scores)
+        metrics = dev_metrics(job.data, trace.scores)
         params_of_run = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        tuned = _tuned_model(model, encoded, params_of_run, metrics[encoded.data.deciding_split])
-        outcomes.append(Tuned(run, tuned, metrics, trace))
+        outcomes.append(Tuned(run, _tuned_model(job, model, params_of_run, metrics), metrics, trace))
     return outcomes
 
 
@@ -273,10 +238,11 @@ def _first_bad_update(trace: Trace) -> int:
 
 
 def _tuned_model(
-    model: ModelFolder, encoded: _EncodedTask, params: Mapping[str, nn.Params], metrics: Scores
+    job: _Job, model: ModelFolder, params: Mapping[str, nn.Params], metrics: dict[str, Scores]
 ) -> ModelFolder:
     """Return the model folder of a run, whose classifier answers in the labels' unit."""
-    task, scale, out = encoded.data.task, encoded.scale, params["classifier"]["out"]
-    out = {"kernel": out["kernel"] * scale.spread, "bias": out["bias"] * scale.spread + scale.mean}
+    task, out = job.data.task, params["classifier"]["out"]
+    out = {"kernel": out["kernel"] * job.spread, "bias": out["bias"] * job.spread + job.mean}
     base = replace(model, params={"encoder": params.get("encoder", model.params["encoder"])})
-    return with_task(base, {**params["classifier"], "out": out}, TaskInfo(task.name, task.label_names, metrics))
+    info = TaskInfo(task.name, task.label_names, metrics[job.data.deciding_split])
+    return with_task(base, {**params["classifier"], "out": out}, info)

@@ -80,12 +80,6 @@ def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
     ]
 
 
-def _protocol(results: GlueResults) -> str:
-    """Name the protocol, without which the numbers mean nothing."""
-    protocol = results.protocol
-    return f"{protocol.name} ({protocol.mode}): {protocol.text}"
-
-
 _KEY = (
     "Scores are times 100. Median, lowest and highest are over seeds; majority is the score of always giving the training "
     "rows' most frequent answer. Only rows marked official are the whole dev set that papers score."
@@ -98,7 +92,7 @@ def glue_markdown(results: GlueResults) -> str:
     return "\n\n".join(
         [
             f"# GLUE: {results.model}",
-            f"Protocol: {_protocol(results)}\n\nRows from {results.source}. {_KEY}",
+            f"Protocol: {results.protocol}\n\nRows from {results.source}. {_KEY}",
             markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
             "\n".join(f"- **{name}**: {text}" for name, text in _averages(results.averages)),
             markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",

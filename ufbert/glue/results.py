@@ -1,6 +1,6 @@
-"""The results of a sweep: what `glue.json` holds, written and read here."""
+"""The results of a sweep: the format `glue.json`, written and read."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ class ProtocolResult:
     mode: str
     """`fine-tuned`, `probe` or `from scratch`, and the teacher if there was one."""
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.mode}): {self.text}"
+
 
 @dataclass(frozen=True)
 class Average:
@@ -122,10 +125,6 @@ class GlueResults:
     def seeds(self) -> list[int]:
         """All seeds of any task, ascending."""
         return sorted({seed for task in self.tasks.values() for dev in task.dev.values() for seed in dev.seeds})
-
-    def with_task(self, name: str, task: TaskResult, averages: dict[str, Average]) -> "GlueResults":
-        """Return these results with one more task, and averages that count it."""
-        return replace(self, tasks={**self.tasks, name: task}, averages=averages)
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of `glue.json`."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ufbert.config import FinetuneConfig
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
 from ufbert.glue.protocols import PROTOCOLS, choose_protocol, given_tune
@@ -54,7 +53,10 @@ def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
         count, seed = options.train_rows, protocol.seeds[0]
         tasks = [data._replace(train=subset(data.train, count, seed)) for data in tasks]
     for data in tasks:
-        _check_updates(data, protocol.tune)
+        if math.ceil(len(data.train.texts) / protocol.tune.batch_rows) * protocol.tune.epochs >= 2**31:
+            raise UserError(
+                f"{protocol.tune.epochs:,} epochs of {data.task.folder} are 2^31 updates or more (--tune.epochs)."
+            )
     if skipped_tasks:
         print(f"not in {options.glue_source}, left out: {', '.join(skipped_tasks)}")
     return SweepInputs(replace(options, tune=protocol.tune), protocol, model, tasks)
@@ -86,13 +88,3 @@ def subset(examples: Examples, count: int, seed: int) -> Examples:
     picks = np.sort(np.random.default_rng(seed).permutation(len(examples.labels))[:count])
     pairs = None if examples.pairs is None else [examples.pairs[i] for i in picks]
     return Examples([examples.texts[i] for i in picks], pairs, [examples.labels[i] for i in picks], examples.skipped)
-
-
-def _check_updates(data: TaskData, tune: FinetuneConfig) -> None:
-    """Raise UserError if a run would have more updates than its 32-bit step counts."""
-    updates = math.ceil(len(data.train.texts) / tune.batch_rows) * tune.epochs
-    if updates >= 2**31:
-        raise UserError(
-            f"{tune.epochs:,} epochs of {data.task.folder} are {updates:,} updates; a run must have fewer than 2^31 "
-            "(--tune.epochs)."
-        )

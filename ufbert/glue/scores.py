@@ -17,27 +17,28 @@ DEV_ROWS = {
 """Rows of the official dev sets."""
 
 
-def decide(task: Task, scores: Float[np.ndarray, "rows c"]) -> Shaped[np.ndarray, " rows"]:
+Outputs = Float[np.ndarray, "rows c"]
+"""The classifier's scores."""
+
+
+def decide(task: Task, scores: Outputs) -> Shaped[np.ndarray, " rows"]:
     """Return class numbers, or values for regression."""
     return scores[:, 0] if task.is_regression else scores.argmax(axis=-1)
 
 
-def dev_metrics(data: TaskData, scores: Mapping[str, Float[np.ndarray, "rows c"]]) -> dict[str, Scores]:
-    """Compute the task's metrics on every dev split, from scores by split. A score that is not finite counts as 0."""
-    finite = {split: np.nan_to_num(scores[split], nan=0.0, posinf=0.0, neginf=0.0) for split in data.dev}
-    return {
-        split: score(data.task.metrics, decide(data.task, finite[split]), np.asarray(examples.labels))
-        for split, examples in data.dev.items()
-    }
+def split_metrics(data: TaskData, split: str, scores: Outputs) -> Scores:
+    """Compute the task's metrics on a dev split. A score that is not finite counts as 0."""
+    decisions = decide(data.task, np.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0))
+    return score(data.task.metrics, decisions, np.asarray(data.dev[split].labels))
+
+
+def dev_metrics(data: TaskData, scores: Mapping[str, Outputs]) -> dict[str, Scores]:
+    """Compute the task's metrics on every dev split, from scores by split."""
+    return {split: split_metrics(data, split, scores[split]) for split in data.dev}
 
 
 def dev_result(
-    task: Task,
-    split: str,
-    train: Examples,
-    dev: Examples,
-    metrics: Mapping[int, Scores],
-    scores: Mapping[int, Float[np.ndarray, "rows c"]],
+    task: Task, split: str, train: Examples, dev: Examples, metrics: dict[int, Scores], scores: Mapping[int, Outputs]
 ) -> DevResult:
     """Summarise one dev split, from each seed's metrics and the classifier's scores that gave them."""
     labels = np.asarray(dev.labels)

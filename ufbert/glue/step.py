@@ -68,12 +68,7 @@ def finetune_steps(setting: Setting) -> FinetuneSteps:
 
 
 def _update(
-    setting: Setting,
-    state: State,
-    batch: Batches,
-    key: Key[Array, ""],
-    step: Int[Array, ""],
-    lr: Float[Array, ""],
+    setting: Setting, state: State, batch: Batches, key: Key[Array, ""], step: Int[Array, ""], lr: Float[Array, ""]
 ) -> tuple[State, Float[Array, ""]]:
     """Update one run with one batch; return its new state and the mean loss."""
     loss, grads = jax.value_and_grad(_loss)(state.params, setting, batch, jax.random.fold_in(key, step))

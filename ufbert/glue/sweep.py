@@ -4,7 +4,8 @@ import importlib.metadata
 import platform as host
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -15,7 +16,7 @@ from ufbert.errors import UserError
 from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task
 from ufbert.glue.predictions import write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
-from ufbert.glue.report import write_glue_report
+from ufbert.glue.report import points, write_glue_report
 from ufbert.glue.results import GlueResults, Point, ProtocolResult, TaskResult, read_results, write_results
 from ufbert.glue.scores import averages, dev_metrics, dev_result
 from ufbert.glue.tasks import Examples, Task, TaskData
@@ -50,9 +51,10 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
     failed: list[str] = []
     for number, data in enumerate(tasks):
         task, began = data.task, time.monotonic()
-        progress.begin(number)
+        progress.current = number
         if task.name in results.tasks:
-            progress.skip("done before")
+            progress.skip()
+            progress.say("done before")
             continue
         rates = protocol.rates or (protocol.tune.peak_lr(model.config),)
         runs = [Run(seed, lr) for lr in rates for seed in protocol.seeds]
@@ -68,8 +70,13 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
             failed.append(task.name)
             continue
         result = _finish_task(folder, data, tuned, starts_from, began)
-        results = results.with_task(task.name, result, averages({**results.tasks, task.name: result}))
-        progress.say(f"{_describe_scores(result)} ({result.seconds:.0f} s)")
+        done = {**results.tasks, task.name: result}
+        results = replace(results, tasks=done, averages=averages(done))
+        medians = ", ".join(
+            f"{name} {points(result.deciding.median[name])} ({points(low)} to {points(high)})"
+            for name, (low, high) in result.deciding.spread.items()
+        )
+        progress.say(f"{medians} ({result.seconds:.0f} s)")
         write_results(folder, results)
         shutil.rmtree(folder / "partial", ignore_errors=True)
     if results.tasks:
@@ -90,21 +97,17 @@ def _start_results(inputs: SweepInputs, folder: Path) -> GlueResults:
     if options.resume:
         return _resumed_results(folder, asked)
     mode = "probe" if options.probe else "from scratch" if options.from_scratch else "fine-tuned"
-    libraries = ("ufbert", "jax", "flax", "optax")
+    versions = {name: importlib.metadata.version(name) for name in ("ufbert", "jax", "flax", "optax")}
     results = GlueResults(
-        model=options.model,
-        source=options.task_file or options.train or options.glue_source,
-        protocol=ProtocolResult(
-            name=protocol.name,
-            text=f"{protocol.text(model.config)} ({protocol.source})",
-            mode=f"{mode}, taught by {options.teacher}" if options.teacher else mode,
+        options.model,
+        options.task_file or options.train or options.glue_source,
+        ProtocolResult(
+            protocol.name,
+            f"{protocol.text(model.config)} ({protocol.source})",
+            f"{mode}, taught by {options.teacher}" if options.teacher else mode,
         ),
-        options=asked,
-        environment={
-            "python": host.python_version(),
-            "machine": host.platform(),
-            **{name: importlib.metadata.version(name) for name in libraries},
-        },
+        asked,
+        {"python": host.python_version(), "machine": host.platform(), **versions},
         tasks={},
         averages=averages({}),
     )
@@ -151,7 +154,8 @@ def _run_all(
 
         def show(step: int, total: int, event: str, number: int = number, group: list[Run] = group) -> None:
             done = (number + step / total) / len(groups)
-            progress.show(f"{event}, update {step:,}/{total:,}; {progress.left(done)} left in all", group)
+            left = progress.left(done)
+            progress.say(f"{event}, update {step:,}/{total:,}; {left} left in all", group, stays=False)
 
         new = finetune_task(
             start, data, inputs.protocol.tune, group, from_scratch=options.from_scratch, probe=options.probe,
@@ -166,14 +170,11 @@ def _run_all(
 
 
 @dataclass(frozen=True)
-class _StoredTrace:
+class _Stored:
+    """`trace.json` of a run that is kept."""
+
     curve: list[Point]
     truncated: Count
-
-
-@dataclass(frozen=True)
-class _StoredDivergence:
-    update: Count
 
 
 def _outcome_folder(folder: Path, data: TaskData, run: Run) -> Path:
@@ -197,10 +198,10 @@ def _load_outcome(folder: Path, data: TaskData, run: Run) -> Tuned | Diverged | 
     place = _outcome_folder(folder, data, run)
     try:
         if (place / "diverged.json").is_file():
-            return Diverged(run, read_typed(place / "diverged.json", _StoredDivergence).update)
+            return Diverged(run, read_typed(place / "diverged.json", dict[str, Count])["update"])
         if not (place / "model").is_dir():
             return None
-        stored = read_typed(place / "trace.json", _StoredTrace)
+        stored = read_typed(place / "trace.json", _Stored)
         with np.load(place / "arrays.npz") as arrays:
             losses = arrays["losses"]
             scores = {split: arrays[split] for split in data.dev | data.test}
@@ -236,24 +237,16 @@ def _finish_task(folder: Path, data: TaskData, tuned: list[Tuned], starts_from: 
         write_submission(folder, task, split, saved.trace.scores[split])
     metrics = {split: {run.run.seed: run.metrics[split] for run in runs} for split in data.dev}
     return TaskResult(
-        folder=task.folder,
-        cut_of=task.cut_of,
-        metrics=task.metrics,
-        label_names=task.label_names,
-        train_rows=len(data.train.texts),
-        skipped_rows=data.skipped,
-        truncated_rows=saved.trace.truncated,
-        lr=lr,
-        rates={f"{rate:g}": median for rate, median in medians.items()},
-        saved_seed=saved.run.seed,
+        folder=task.folder, cut_of=task.cut_of, metrics=task.metrics, label_names=task.label_names,
+        train_rows=len(data.train.texts), skipped_rows=data.skipped, truncated_rows=saved.trace.truncated, lr=lr,
+        rates={f"{rate:g}": median for rate, median in medians.items()}, saved_seed=saved.run.seed,
         dev={
             split: dev_result(task, split, data.train, examples, metrics[split], scores[split])
             for split, examples in data.dev.items()
         },
-        curves={run.run.seed: run.trace.curve for run in runs},
-        starts_from=starts_from,
+        curves={run.run.seed: run.trace.curve for run in runs}, starts_from=starts_from,
         seconds=time.monotonic() - began,
-    )
+    )  # fmt: skip
 
 
 def _teacher(place: str, task: Task) -> ModelFolder:
@@ -266,41 +259,28 @@ def _teacher(place: str, task: Task) -> ModelFolder:
 
 
 class SweepProgress:
-    """The lines that a sweep prints: which task and runs are at work, and the time left in all.
-
-    The time left follows from the work that each task is expected to be, and from the time that work took so far.
-    """
+    """The lines that a sweep prints. They estimate the time left by the expected work of each task."""
 
     def __init__(self, tasks: list[TaskData], protocol: Protocol) -> None:
         self._names, self._live = [data.task.name for data in tasks], LiveLine(every=10.0)
-        self._work, self._began, self._current = [_work(data, protocol) for data in tasks], time.monotonic(), 0
+        self._work, self._began = [_work(data, protocol) for data in tasks], time.monotonic()
+        self.current = 0
+        """Number of the task at work."""
 
-    def begin(self, number: int) -> None:
-        """Go on to a task."""
-        self._current = number
+    def skip(self) -> None:
+        """Expect no work for the current task."""
+        self._work[self.current] = 0.0
 
-    def skip(self, reason: str = "") -> None:
-        """Leave the current task out, and print why."""
-        self._work[self._current] = 0.0
-        if reason:
-            self.say(reason)
-
-    def say(self, text: str, runs: list[Run] | None = None) -> None:
-        """Print a line that stays."""
-        self._live.say(f"{self._prefix(runs)}: {text}")
-
-    def show(self, text: str, runs: list[Run]) -> None:
-        """Rewrite the live line."""
-        self._live.show(f"{self._prefix(runs)}: {text}")
+    def say(self, text: str, runs: Sequence[Run] = (), *, stays: bool = True) -> None:
+        """Print a line about the current task, or about some of its runs; one that does not stay is rewritten in place."""
+        where = f"[{self.current + 1}/{len(self._names)}] {self._names[self.current]}"
+        line = f"{where}, {_describe_runs(runs)}: {text}" if runs else f"{where}: {text}"
+        self._live.say(line) if stays else self._live.show(line)
 
     def left(self, share: float) -> str:
         """Return the time left when this share of the current task is done."""
-        done = sum(self._work[: self._current]) + share * self._work[self._current]
+        done = sum(self._work[: self.current]) + share * self._work[self.current]
         return clock((time.monotonic() - self._began) * (sum(self._work) - done) / max(done, 1e-9))
-
-    def _prefix(self, runs: list[Run] | None) -> str:
-        name = f"[{self._current + 1}/{len(self._names)}] {self._names[self._current]}"
-        return f"{name}, {_describe_runs(runs)}" if runs else name
 
 
 def _work(data: TaskData, protocol: Protocol) -> float:
@@ -320,7 +300,7 @@ def _describe_rows(data: TaskData, runs: int) -> str:
     return f"{len(data.train.texts):,} training and {dev:,} dev rows, {runs} run(s){skipped}"
 
 
-def _describe_runs(runs: list[Run]) -> str:
+def _describe_runs(runs: Sequence[Run]) -> str:
     seeds, rates = sorted({run.seed for run in runs}), sorted({run.lr for run in runs})
     text = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {','.join(map(str, seeds))}"
     return text if len(rates) == 1 and len(runs) > 1 else f"{text} at {', '.join(f'{rate:.2g}' for rate in rates)}"
@@ -330,13 +310,4 @@ def _describe_outcome(data: TaskData, outcome: Tuned | Diverged) -> str:
     if isinstance(outcome, Diverged):
         return f"the loss was not finite at update {outcome.update:,}, so that this run does not count"
     metrics = outcome.metrics[data.deciding_split]
-    return f"dev {', '.join(f'{name} {100 * value:.1f}' for name, value in metrics.items())}"
-
-
-def _describe_scores(result: TaskResult) -> str:
-    """Return the median and spread of each metric, in points."""
-    dev = result.deciding
-    return ", ".join(
-        f"{name} {100 * dev.median[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        for name, (low, high) in dev.spread.items()
-    )
+    return f"dev {', '.join(f'{name} {points(value)}' for name, value in metrics.items())}"

@@ -28,7 +28,7 @@ class Task:
     hub_labels: tuple[str, ...] = ()
     """Names of the classes in the hub's dataset, if they are neither `labels` nor `label_names`."""
     header: bool = True
-    """Whether train and dev files have a header; test files always do."""
+    """True if train and dev files have a header, as test files always do."""
     columns: int = 0
     """Columns of a file without a header."""
     hub_text: tuple[str, ...] = ("sentence1", "sentence2")

@@ -44,11 +44,13 @@ def dataset_columns(place: str, task: Task, split: str, names: list[str] | None 
 
 def _order(task: Task, names: list[str]) -> tuple[int, ...] | None:
     """Return the task's class of each of a dataset's class names; None if they are not the task's."""
-    for known in (task.labels, task.label_names, task.hub_labels):
-        plain = list(map(_plain, known))
-        if sorted(map(_plain, names)) == sorted(plain):
-            return tuple(plain.index(_plain(name)) for name in names)
-    return None
+    plain = list(map(_plain, names))
+    return next((tuple(map(known.index, plain)) for known in _known(task) if sorted(known) == sorted(plain)), None)
+
+
+def _known(task: Task) -> list[list[str]]:
+    """List the names that a task's classes may have."""
+    return [list(map(_plain, names)) for names in (task.labels, task.label_names, task.hub_labels)]
 
 
 def _plain(name: str) -> str:
@@ -57,10 +59,9 @@ def _plain(name: str) -> str:
 
 def _class(task: Task, order: tuple[int, ...], value: Any) -> float:
     """Return the class of a label's text, or of a class number, an index into `order`. Raises ValueError for another label."""
-    for known in (task.labels, task.label_names, task.hub_labels):
-        plain = list(map(_plain, known))
-        if isinstance(value, str) and _plain(value) in plain:
-            return float(plain.index(_plain(value)))
+    for known in _known(task):
+        if isinstance(value, str) and _plain(value) in known:
+            return float(known.index(_plain(value)))
     try:
         index = number(value)
     except ValueError:

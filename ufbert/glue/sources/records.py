@@ -1,4 +1,4 @@
-"""What all sources share: their interface, and turning the records of a file or a dataset into examples."""
+"""The interface of all sources, and the way from the records of a file or a dataset to examples."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.glue.tasks import TASKS, Examples, Task
 
@@ -106,7 +107,7 @@ def _parse(record: Record, columns: Columns) -> tuple[list[str], float]:
     if isinstance(label, float) and math.isnan(label):  # how pandas marks a missing one
         raise ValueError(f"{columns.label} is missing (NaN)")
     if isinstance(label, list | tuple | dict | bytes | np.ndarray):
-        raise ValueError(f"{columns.label} is {_shown(label)}, not one label")
+        raise ValueError(f"{columns.label} is {shown(label)}, not one label")
     return texts, columns.read_label(label)
 
 
@@ -117,20 +118,14 @@ def _text(column: str, value: Any) -> str:
         except UnicodeDecodeError as error:
             raise ValueError(f"{column} is not UTF-8") from error
     if not isinstance(value, str):
-        raise ValueError(f"{column} is missing" if value is None else f"{column} is {_shown(value)}, not a text")
+        raise ValueError(f"{column} is missing" if value is None else f"{column} is {shown(value)}, not a text")
     if not is_unicode(value):
         raise ValueError(f"{column} holds half of a surrogate pair")
     return value.strip()
 
 
-def _shown(value: Any) -> str:
-    """Shorten a value for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def is_unicode(text: str) -> bool:
-    """Tell if a text can be written as UTF-8: undecodable bytes and lone surrogates cannot."""
+    """Tell if a text has neither undecodable bytes nor lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -157,7 +152,7 @@ def number(value: Any) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a whole number of 400 digits
-        raise ValueError(f"{_shown(value)} is not a number") from error
+        raise ValueError(f"{shown(value)} is not a number") from error
     if not math.isfinite(result):
         raise ValueError(f"{value!r} is not a finite number")
     return result
