@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ufbert.config import RunConfig, Scale
+from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
 from ufbert.options.train import TrainOptions
 
@@ -68,12 +69,14 @@ def pretrain(out: str | Path, budget: str, **options: Any) -> dict[str, Any]:
 
 
 def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Fine-tune a model folder on GLUE tasks and return the results; options are those of `finetune.py` by name."""
+    """Fine-tune a model folder on GLUE tasks and return the contents of `glue.json`.
+
+    `options` are those of `finetune.py` by name; fields of `tune` as in `pretrain`. Raises UserError as the command does.
+    """
     from ufbert.glue.run import finetune as work
 
-    return _call(
-        work, FinetuneOptions, {"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options}
-    )
+    named = {"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options}
+    return _call(work, FinetuneOptions, named).to_json()
 
 
 def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:

@@ -23,9 +23,10 @@ from ufbert.errors import Interrupted, UserError, near_miss
 from ufbert.options.ask import FillMaskOptions, PredictOptions
 from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTrainOptions
 from ufbert.options.convert import ExportOptions, ImportOptions
+from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
 from ufbert.options.train import PlanOptions, PresetsOptions, RunOptions, TrainOptions
-from ufbert.runtime import console, signals
+from ufbert.runtime import console, crash, signals
 from ufbert.runtime.files import expand_home
 
 
@@ -57,15 +58,15 @@ VERBS = {
         layered=True,
     ),
     "finetune": Verb(
-        object,
-        "ufbert.glue.command:finetune_command",
+        FinetuneOptions,
+        "ufbert.glue.run:finetune",
         "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
         layered=True,
         makes_folder=True,
     ),
     "glue-table": Verb(
-        object,
-        "ufbert.glue.compare:glue_table_command",
+        GlueTableOptions,
+        "ufbert.glue.compare:compare",
         "put the GLUE scores of several models side by side, with intervals of their differences",
     ),
     "fill-mask": Verb(FillMaskOptions, "ufbert.inference.ask:fill_mask", "guess the [MASK] of a sentence"),
@@ -105,9 +106,6 @@ GO_ON = "`--resume --out=FOLDER` goes on with what is begun."
 def call(name: str, args: Sequence[str]) -> Any:
     """Run a verb with command-line arguments and return what its function returns. Raises UserError for wrong use."""
     verb = VERBS[name]
-    if verb.options is object:
-        module, function = verb.work.split(":")
-        return getattr(importlib.import_module(module), function)(list(args))
     options, given = parse(verb.options, args, f"ufbert {name}")
     module, function = verb.work.split(":")
     work = getattr(importlib.import_module(module), function)
@@ -216,6 +214,9 @@ def main(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"SIGINT: stopped. {GO_ON}", file=sys.stderr)
         return 130
+    except Exception as error:
+        print(f"error: {crash.report_crash(error)}", file=sys.stderr)
+        return crash.EXIT_CODE
     return 0
 
 

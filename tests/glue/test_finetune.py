@@ -14,10 +14,10 @@ from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded, bucket, encode_texts
 from ufbert.glue.batches import epoch_batches
-from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, learning_rate, start_params
+from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, start_params
 from ufbert.glue.protocols import PROTOCOLS, find_protocol
-from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.tasks import TASKS
+from ufbert.glue.step import learning_rate
+from ufbert.glue.tasks import TASKS, Examples, TaskData
 from ufbert.hub.folder import load_model
 
 QUICK = FinetuneConfig(epochs=3, lr=2e-3, dropout=0.0)
@@ -35,7 +35,7 @@ def toy(task, train=120, dev=64, seed=1):
         flags = [rng.randint(0, 1) for _ in range(n)]
         texts = [sentence(rng) + (" river" if flag else "") for flag in flags]
         pairs = [sentence(rng) for _ in flags] if len(TASKS[task].text) > 1 else None
-        return Rows(texts, pairs, [float(5 * f if task == "stsb" else f) for f in flags] if labelled else None)
+        return Examples(texts, pairs, [float(5 * f if task == "stsb" else f) for f in flags] if labelled else None)
 
     return TaskData(TASKS[task], rows(train), {"dev": rows(dev)}, {"test": rows(20, labelled=False)})
 

@@ -10,8 +10,8 @@ import pytest
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import encode_texts
-from ufbert.glue.finetune import scores_of
-from ufbert.glue.rows import Rows
+from ufbert.glue.finetune import teacher_scores
+from ufbert.glue.tasks import Examples
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.ops import native
@@ -160,7 +160,7 @@ def test_a_fourier_model_has_one_length_and_one_answer(fourier_model):
     rows = encode_texts(fourier_model.tokenizer, texts, None, fourier_model.config, 64)
     assert rows.pad([0]).ids.shape == (1, 12)
     assert rows.pad([0, 1, 2]).ids.shape == (3, 12)
-    together = scores_of(fourier_model, Rows(texts, None, None), FinetuneConfig(max_len=64))
+    together = teacher_scores(fourier_model, Examples(texts, None, None), FinetuneConfig(max_len=64))
     predictor = Predictor(fourier_model, truncate=True)
     for text, scores in zip(texts, together, strict=True):
         odds = np.exp(scores - scores.max())

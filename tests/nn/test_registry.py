@@ -11,6 +11,7 @@ import pytest
 from conftest import REPO, SMALL
 
 from ufbert import nn
+from ufbert.cli import call
 from ufbert.config import ModelConfig, PretrainConfig, RunConfig
 from ufbert.config.model import FEEDFORWARD_NAMES, MIXER_NAMES
 from ufbert.config.presets import load_preset, with_recipe
@@ -18,16 +19,13 @@ from ufbert.cost.flops import forward_flops_per_token, neurons, routing_flops_pe
 from ufbert.data.encode import encode_texts
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
-from ufbert.glue.command import finetune_command
 from ufbert.hub import onnx_export
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.nn import registry
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, register_feedforward, register_mixer
-from ufbert.plan.run import plan_command
 from ufbert.pretrain.optim import groups
-from ufbert.pretrain.run import pretrain_command
 from ufbert.pretrain.step import Controls, build_steps, init_state
 
 MODEL = ModelConfig(
@@ -61,7 +59,7 @@ def trained(preset, corpus_file):
     """A run folder of a few steps with the layer of the documentation, by the modern recipe."""
     folder = preset.parent / "run"
     mine = [f"--config={preset}", "--recipe=modern", "--model.d-hidden=24", "--train.n-evals=1"]
-    pretrain_command([*SMALL, *mine, "--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={folder}"], 0.0)
+    call("train", [*SMALL, *mine, "--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={folder}"])
     return folder
 
 
@@ -111,7 +109,7 @@ def test_a_layer_of_ones_own_trains_and_is_planned_by_the_modern_recipe(preset, 
     assert model.config.zero_init_out
     kernel = model.params["encoder"]["layer_00"]["squared_relu"]["out"]["kernel"]
     assert np.abs(kernel).max() > 0  # it started at zero
-    plan_command([*SMALL, f"--config={preset}", "--recipe=modern", "--budget=3steps", "--no-check"])
+    call("plan", [*SMALL, f"--config={preset}", "--recipe=modern", "--budget=3steps", "--no-check"])
     assert f"{preset} at scale base" in capsys.readouterr().out
 
 
@@ -120,7 +118,8 @@ def test_a_layer_of_ones_own_is_fine_tuned_and_predicts(trained, tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
     files = [f"--train={tmp_path / 'train.tsv'}", f"--dev={tmp_path / 'dev.tsv'}", "--text=text", "--label=label"]
-    finetune_command(
+    call(
+        "finetune",
         [
             f"--model={trained / 'model'}",
             *files,
@@ -128,7 +127,7 @@ def test_a_layer_of_ones_own_is_fine_tuned_and_predicts(trained, tmp_path):
             "--seeds=0",
             "--tune.epochs=1",
             "--device=cpu",
-        ]
+        ],
     )
     assert (tmp_path / "out" / "glue.json").is_file()
     model = load_model(trained / "model")

@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 
 from ufbert.data.text_files import first_line_fault
 from ufbert.errors import UserError
-from ufbert.glue.records import Record, is_unicode
+from ufbert.glue.sources.records import Record, is_unicode
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 """Each may be followed by `.gz`."""
 
 
 class Table(NamedTuple):
-    """A file that is read as its records are taken."""
+    """A file that is read while its records are iterated."""
 
     columns: tuple[str, ...] | None
-    """None for JSON lines, of which each has its own."""
+    """None for JSON lines, each of which has its own."""
     records: Iterator[Record]
-    """In the file's order; blank lines are none. Taking one raises UserError if the file cannot be read on."""
+    """In the file's order, without blank lines. Iterating raises UserError if the file cannot be read on."""
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file of one of SUFFIXES; TSV and CSV begin with a header.
+    """Open the table in a file of one of SUFFIXES; TSV and CSV begin with a header.
 
     Raises UserError for another suffix, or a file that is missing, empty or damaged.
     """
@@ -45,7 +45,7 @@ def read_table(path: Path) -> Table:
 
 
 def read_tsv(path: Path, columns: tuple[str, ...] = ()) -> Table:
-    """A tab separated file, in which a quote is a character like any other. `columns` names those of a file without a header.
+    """Open a tab separated file, in which a quote is a plain character. `columns` names those of a file without a header.
 
     Raises UserError for a file that is missing, empty or damaged.
     """
@@ -83,9 +83,7 @@ def _tsv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
-    csv.field_size_limit(
-        2**31 - 1
-    )  # a field may be as long as a text is; the library's own bound is 131,072 characters
+    csv.field_size_limit(2**31 - 1)  # the library's own bound is 131,072 characters, and a text may be longer
     reader = csv.reader(_lines(path), strict=True)
     while True:
         line = reader.line_num + 1
@@ -109,10 +107,7 @@ def _json_records(path: Path) -> Iterator[Record]:
             values = {} if fault else json.loads(text.strip(), object_pairs_hook=object_of_pairs)
         except json.JSONDecodeError as error:
             fault = f"broken JSON ({error.msg} at column {error.colno}), where each line must hold one whole object"
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a key that stands twice, a number of 5,000 digits, 1,000 brackets
+        except (ValueError, RecursionError) as error:  # a key twice, a number of 5,000 digits, 1,000 brackets
             fault = f"broken JSON ({error})"
         if not isinstance(values, dict):
             values, fault = {}, "not a JSON object, of which each line must hold one"
@@ -120,7 +115,7 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that stands in it twice, of which Python would take the last."""
+    """Build a JSON object. Raises ValueError for a key that occurs twice, of which Python would keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -133,8 +128,10 @@ def _encoding_fault(text: str) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file with their ends, cut at newlines only, without a byte order mark; a byte that is not UTF-8 becomes a
-    lone surrogate, so that it can be told to which row it belongs."""
+    """Read the lines of a file with their ends, cut at newlines only, without a byte order mark.
+
+    A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named. Raises UserError.
+    """
     number = 0
     try:
         with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:

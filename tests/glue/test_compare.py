@@ -8,15 +8,13 @@ import pytest
 from conftest import write_sweep
 
 from ufbert.errors import UserError
-from ufbert.glue.bootstrap import DRAWS, interval, resampled_scores
-from ufbert.glue.compare import glue_table, glue_table_command
-from ufbert.glue.metrics import accuracy, pearson
-from ufbert.report.glue_results import read_results
-from ufbert.report.glue_table import Difference
+from ufbert.glue.compare import Difference, compare, glue_table
+from ufbert.glue.metrics import DRAWS, accuracy, interval, pearson, resampled_scores
+from ufbert.options.finetune import GlueTableOptions
 
 
 def table(*folders):
-    return glue_table([read_results(folder) for folder in folders])
+    return glue_table(folders)
 
 
 def row(text, task):
@@ -157,13 +155,13 @@ def test_predictions_of_another_run_are_refused(tmp_path):
 
 def test_the_command_takes_folders_and_files_prints_and_writes(tmp_path, capsys):
     first, other = write_sweep(tmp_path / "a"), write_sweep(tmp_path / "b", skill=0.8)
-    glue_table_command([str(first), str(other / "glue.json"), "--out", str(tmp_path / "table.md")])
+    compare(GlueTableOptions((str(first), str(other / "glue.json")), str(tmp_path / "table.md")), {})
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "table.md").read_text() == table(first, other)
     with pytest.raises(UserError, match="at least two"):
-        glue_table_command([str(first)])
+        compare(GlueTableOptions((str(first),)), {})
     with pytest.raises(UserError, match="does not exist"):
-        glue_table_command([str(first), str(tmp_path / "none")])
+        compare(GlueTableOptions((str(first), str(tmp_path / "none"))), {})
 
 
 def test_differences_have_a_sign_and_no_negative_zero():

@@ -1,7 +1,6 @@
 """The numbers of a sweep against closed forms, and its files line by line."""
 
 import csv
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,38 +8,34 @@ import pytest
 
 from ufbert.errors import UserError
 from ufbert.glue.metrics import accuracy, score
-from ufbert.glue.outcome import (
-    DEV_ROWS,
-    averages,
-    confusion,
-    dev_outcome,
-    majority,
-    read_predictions,
-    summarise,
-    write_predictions,
-    write_submission,
-)
-from ufbert.glue.rows import Rows
-from ufbert.glue.tasks import TASKS, cut_of
-from ufbert.runtime.files import write_json
+from ufbert.glue.predictions import read_predictions, write_predictions, write_submission
+from ufbert.glue.results import DevResult, TaskResult
+from ufbert.glue.scores import DEV_ROWS, averages, confusion, decide, dev_result, majority
+from ufbert.glue.tasks import TASKS, Examples, cut_of
 
 
 def rows(labels, pairs=True):
-    return Rows(
+    return Examples(
         [f"text {i}" for i in range(len(labels))], [f"pair {i}" for i in range(len(labels))] if pairs else None, labels
     )
 
 
+def result(task, split, train, dev, scores):
+    metrics = {seed: score(task.metrics, decide(task, found), np.asarray(dev.labels)) for seed, found in scores.items()}
+    return dev_result(task, split, train, dev, metrics, scores)
+
+
 def test_median_and_spread_are_over_seeds():
-    found = summarise(
-        TASKS["mrpc"],
-        {7: {"f1": 0.8, "accuracy": 0.7}, 1: {"f1": 0.6, "accuracy": 0.9}, 3: {"f1": 0.9, "accuracy": 0.5}},
+    def of(task, metrics):
+        return dev_result(TASKS[task], "dev", rows([0.0, 1.0]), rows([0.0, 1.0]), metrics, {})
+
+    found = of(
+        "mrpc", {7: {"f1": 0.8, "accuracy": 0.7}, 1: {"f1": 0.6, "accuracy": 0.9}, 3: {"f1": 0.9, "accuracy": 0.5}}
     )
-    assert found["median"] == {"f1": 0.8, "accuracy": 0.7}
-    assert found["spread"] == {"f1": [0.6, 0.9], "accuracy": [0.5, 0.9]}
-    assert found["seeds"]["3"] == {"f1": 0.9, "accuracy": 0.5}
-    even = summarise(TASKS["rte"], {0: {"accuracy": 0.5}, 1: {"accuracy": 0.6}})
-    assert even["median"]["accuracy"] == pytest.approx(0.55)
+    assert found.median == {"f1": 0.8, "accuracy": 0.7}
+    assert found.spread == {"f1": (0.6, 0.9), "accuracy": (0.5, 0.9)}
+    assert found.seeds[3] == {"f1": 0.9, "accuracy": 0.5}
+    assert of("rte", {0: {"accuracy": 0.5}, 1: {"accuracy": 0.6}}).median["accuracy"] == pytest.approx(0.55)
 
 
 def test_the_majority_answers_the_class_most_frequent_in_training():
@@ -62,26 +57,32 @@ def test_confusions_have_true_classes_down_and_given_ones_across():
 def test_a_dev_split_is_official_only_whole_and_under_its_own_name():
     scores = {0: np.eye(2)[[0] * 277]}
     whole, part = rows([0.0] * 277), rows([0.0] * 276)
-    found = dev_outcome(TASKS["rte"], "dev", whole, whole, scores)
-    assert found["rows"] == found["official_rows"] == 277
-    found = dev_outcome(TASKS["rte"], "dev", whole, part, {0: scores[0][:276]})
-    assert found["rows"] == 276 < found["official_rows"]
+    found = result(TASKS["rte"], "dev", whole, whole, scores)
+    assert found.rows == found.official_rows == 277
+    found = result(TASKS["rte"], "dev", whole, part, {0: scores[0][:276]})
+    assert found.rows == 276 < found.official_rows
     own = replace(TASKS["rte"], name="mine", folder="mine")
     for task in (cut_of("RTE-half"), own):
-        assert dev_outcome(task, "dev", whole, whole, scores)["official_rows"] == 0
-    values = dev_outcome(TASKS["stsb"], "dev", whole, whole, {0: np.ones((277, 1))})
-    assert values["confusion"] == {}
-    assert values["median"] == {"pearson": 0.0, "spearman": 0.0}
+        assert result(task, "dev", whole, whole, scores).official_rows == 0
+    values = result(TASKS["stsb"], "dev", whole, whole, {0: np.ones((277, 1))})
+    assert values.confusion == {}
+    assert values.median == {"pearson": 0.0, "spearman": 0.0}
 
 
 def entry(name, value, cut="", split_rows=None):
     task = cut_of(name) or TASKS[name]
+    scores = {metric: value + i / 100 for i, metric in enumerate(task.metrics)}
     dev = {
-        split: {"rows": split_rows or DEV_ROWS.get(name, {}).get(split, 99),
-                "median": {metric: value + i / 100 for i, metric in enumerate(task.metrics)}}
+        split: DevResult(
+            rows=split_rows or DEV_ROWS.get(name, {}).get(split, 99), official_rows=0, seeds={0: scores}, median=scores,
+            spread=dict.fromkeys(scores, (0.0, 1.0)), majority=scores, confusion={},
+        )
         for split in task.dev
     }  # fmt: skip
-    return {"folder": task.folder, "cut_of": cut, "dev": dev}
+    return TaskResult(
+        folder=task.folder, cut_of=cut, metrics=task.metrics, label_names=task.label_names, train_rows=0, skipped_rows=0,
+        truncated_rows=0, lr=1e-3, saved_seed=0, dev=dev, curves={}, starts_from="model", seconds=1.0,
+    )  # fmt: skip
 
 
 def test_averages_are_those_of_the_papers():
@@ -89,13 +90,13 @@ def test_averages_are_those_of_the_papers():
     found = averages(tasks)
     cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte = (0.1 * i for i in range(8))
     rest = [sst2, mrpc, stsb, qqp, mnli, mnli, qnli, rte]
-    assert found["nine"]["value"] == pytest.approx(sum([cola, *rest]) / 9)
-    assert found["nine_without_cola"]["value"] == pytest.approx(sum(rest) / 8)
+    assert found["nine"].value == pytest.approx(sum([cola, *rest]) / 9)
+    assert found["nine_without_cola"].value == pytest.approx(sum(rest) / 8)
     ones = [sst2, mrpc + 0.005, stsb + 0.005, qqp + 0.005, mnli, qnli, rte]  # two metrics, the second 0.01 more
-    assert found["eight"]["value"] == pytest.approx(sum([cola, *ones]) / 8)
-    assert found["eight_without_cola"]["value"] == pytest.approx(sum(ones) / 7)
-    assert "nine numbers" in found["nine"]["sentence"]
-    assert all(not average["missing"] for average in found.values())
+    assert found["eight"].value == pytest.approx(sum([cola, *ones]) / 8)
+    assert found["eight_without_cola"].value == pytest.approx(sum(ones) / 7)
+    assert "nine numbers" in found["nine"].sentence
+    assert all(not average.missing for average in found.values())
 
 
 def test_an_average_with_a_member_missing_names_it_instead_of_a_number():
@@ -103,13 +104,13 @@ def test_an_average_with_a_member_missing_names_it_instead_of_a_number():
     tasks["mnli-devsplit"] = entry("MNLI-devsplit", 0.5, cut="mnli")
     tasks["rte"] = entry("rte", 0.5, split_rows=100)
     found = averages(tasks)
-    assert found["nine"]["value"] is None
+    assert found["nine"].value is None
     part = "(only a part of it: MNLI-devsplit)"
-    assert found["eight"]["missing"] == [
+    assert found["eight"].missing == [
         "CoLA", "QQP", f"MNLI matched {part}", f"MNLI mismatched {part}", "RTE (100 of 277 dev rows)",
     ]  # fmt: skip
-    assert "CoLA" not in found["nine_without_cola"]["missing"]
-    assert averages({})["nine"]["value"] is None
+    assert "CoLA" not in found["nine_without_cola"].missing
+    assert averages({})["nine"].value is None
 
 
 def test_every_official_dev_split_has_its_row_count():
@@ -118,7 +119,7 @@ def test_every_official_dev_split_has_its_row_count():
 
 def test_predictions_come_back_and_their_scores_with_them(tmp_path):
     labels = [0.0, 1.0, 1.0]
-    texts = Rows(['say "no', "tab\there", "line\nend"], ["a", "b\r", ""], labels)
+    texts = Examples(['say "no', "tab\there", "line\nend"], ["a", "b\r", ""], labels)
     scores = {0: np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), 5: np.array([[0.0, 1.0]] * 3)}
     path = write_predictions(tmp_path, TASKS["rte"], "dev", texts, scores)
     assert path == tmp_path / "predictions" / "rte.dev.tsv"
@@ -139,7 +140,7 @@ def test_predictions_come_back_and_their_scores_with_them(tmp_path):
 
 def test_pandas_reads_predictions_with_quoting_off(tmp_path):
     pandas = pytest.importorskip("pandas")
-    texts = Rows(['"open', "b"], None, [2.5, 4.0])
+    texts = Examples(['"open', "b"], None, [2.5, 4.0])
     path = write_predictions(tmp_path, TASKS["stsb"], "dev", texts, {3: np.array([[2.25], [5.5]])})
     found = pandas.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE)
     assert found.to_dict("list") == {
@@ -153,7 +154,7 @@ def test_pandas_reads_predictions_with_quoting_off(tmp_path):
 
 
 def test_rows_without_labels_have_no_label_column(tmp_path):
-    path = write_predictions(tmp_path, TASKS["sst2"], "test", Rows(["a"], None, None), {0: np.array([[0.0, 9.0]])})
+    path = write_predictions(tmp_path, TASKS["sst2"], "test", Examples(["a"], None, None), {0: np.array([[0.0, 9.0]])})
     assert path.read_text() == "index\ttext\tprediction_0\tprobability_0\n0\ta\tpositive\t0.9999\n"
 
 
@@ -200,9 +201,3 @@ def test_broken_prediction_files_are_named(tmp_path, text):
     with pytest.raises(UserError, match=r"rte\.dev\.tsv is not a whole prediction file"):
         read_predictions(path, TASKS["rte"].label_names)
     assert read_predictions(tmp_path / "none.tsv", ()) is None
-
-
-def test_all_of_it_is_json(tmp_path):
-    outcome = dev_outcome(TASKS["rte"], "dev", rows([0.0, 1.0]), rows([0.0, 1.0]), {4: np.eye(2, dtype=np.float32)})
-    write_json(tmp_path / "found.json", outcome)
-    assert json.loads((tmp_path / "found.json").read_text()) == outcome

@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
-from conftest import write_sweep
+from conftest import REPO, write_sweep
 
 from ufbert.errors import UserError
-from ufbert.report.glue_report import write_glue_report
-from ufbert.report.glue_results import read_results
+from ufbert.glue.compare import glue_table
+from ufbert.glue.report import glue_markdown, write_glue_report
+from ufbert.glue.results import read_results
 from ufbert.report.page import grid, markdown_grid
 
 
@@ -18,10 +19,10 @@ def sweep(tmp_path):
 
 
 def test_the_report_holds_the_numbers_and_how_they_came_about(sweep):
-    table, page = write_glue_report(sweep)
-    assert (table, page) == (sweep / "glue.md", sweep / "report.html")
-    markdown, html = table.read_text(), page.read_text()
     results = read_results(sweep)
+    markdown = write_glue_report(sweep, results)
+    assert markdown == (sweep / "glue.md").read_text()
+    html = (sweep / "report.html").read_text()
     rte = results.tasks["rte"].dev["dev"]
     low, high = (f"{100 * x:.1f}" for x in rte.spread["accuracy"])
     each = " | ".join(f"{100 * rte.seeds[seed]['accuracy']:.1f}" for seed in (0, 1, 2))
@@ -44,13 +45,15 @@ def test_the_report_holds_the_numbers_and_how_they_came_about(sweep):
 
 
 def test_a_sweep_without_tasks_curves_or_confusions_has_a_page(tmp_path):
-    _, page = write_glue_report(write_sweep(tmp_path / "none", tasks=()))
-    assert "<svg" not in page.read_text()
+    folder = write_sweep(tmp_path / "none", tasks=())
+    write_glue_report(folder, read_results(folder))
+    assert "<svg" not in (folder / "report.html").read_text()
     folder = write_sweep(tmp_path / "values", tasks=("stsb",))
     found = json.loads((folder / "glue.json").read_text())
     found["tasks"]["stsb"]["curves"] = {"0": []}
     (folder / "glue.json").write_text(json.dumps(found))
-    html = write_glue_report(folder)[1].read_text()
+    write_glue_report(folder, read_results(folder))
+    html = (folder / "report.html").read_text()
     assert html.count("<svg") == 1
     assert "Confusions" not in html
 
@@ -60,14 +63,14 @@ def test_a_sweep_without_tasks_curves_or_confusions_has_a_page(tmp_path):
     [
         (("format",), "other", "is not a glue.json of format version 1"),
         (("format_version",), 2, "is not a glue.json of format version 1"),
-        (("tasks",), None, "is not a whole glue.json"),
-        (("tasks", "rte", "lr"), "fast", "is not a whole glue.json"),
+        (("tasks",), None, "tasks is null; it must be an object"),
+        (("tasks", "rte", "lr"), "fast", 'tasks.rte.lr is "fast"; it must be a finite number'),
         (("tasks", "rte", "metrics"), [], "without a metric or a seed"),
         (("tasks", "rte", "dev", "dev", "seeds"), {}, "without a metric or a seed"),
         (("tasks", "rte", "dev", "dev", "median"), {}, "lacks 'accuracy'"),
-        (("tasks", "rte", "dev", "dev", "spread", "accuracy"), [0.1], "is not a whole glue.json"),
+        (("tasks", "rte", "dev", "dev", "spread", "accuracy"), [0.1], r"spread.accuracy is \[0.1\]"),
         (("tasks", "rte", "dev", "dev", "confusion", "0"), [[1, 2]], "not 2 by 2"),
-        (("protocol",), {"name": "crammed"}, "lacks 'text'"),
+        (("protocol",), {"name": "crammed"}, "protocol.text is missing"),
     ],
 )
 def test_a_broken_sweep_is_a_sentence(sweep, path, value, words):
@@ -78,17 +81,17 @@ def test_a_broken_sweep_is_a_sentence(sweep, path, value, words):
     inner[path[-1]] = value
     (sweep / "glue.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match=words) as caught:
-        write_glue_report(sweep)
+        read_results(sweep)
     assert "glue.json" in str(caught.value)
 
 
 def test_missing_and_cut_off_files_are_a_sentence(sweep):
     text = (sweep / "glue.json").read_text()
     (sweep / "glue.json").write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not readable JSON: it is cut short"):
         read_results(sweep)
     (sweep / "glue.json").write_text("[]")
-    with pytest.raises(UserError, match=r"is not a glue\.json"):
+    with pytest.raises(UserError, match=r"glue\.json holds \[\] where an object belongs"):
         read_results(sweep / "glue.json")
     with pytest.raises(UserError, match="does not exist"):
         read_results(sweep / "none")
@@ -97,3 +100,11 @@ def test_missing_and_cut_off_files_are_a_sentence(sweep):
 def test_tables_escape_what_would_end_a_cell():
     assert "<td>a &lt; b</td>" in grid(["x"], [["a < b"]])
     assert markdown_grid(["x", "n"], [["a|b", "1"]], numbers=(1,)) == "| x | n |\n| --- | --: |\n| a\\|b | 1 |"
+
+
+def test_a_sweep_of_an_earlier_version_is_read_and_compared():
+    folder = REPO / "tests" / "fixtures" / "before_house" / "glue"
+    results = read_results(folder)
+    assert glue_markdown(results) == (folder / "glue.md").read_text()
+    assert json.loads(json.dumps(results.to_json())) == json.loads((folder / "glue.json").read_text())
+    assert glue_table([folder, folder]).count("+0.0 [+0.0, +0.0] ≈") == 3

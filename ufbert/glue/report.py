@@ -6,47 +6,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ufbert.report.glue_results import Average, DevResult, GlueResults, Scores, TaskResult, read_results
+from ufbert.glue.results import Average, DevResult, GlueResults, Point, TaskResult
 from ufbert.report.page import facts, grid, markdown_grid, page, svg
 from ufbert.runtime.files import write_text
 
 
-def write_glue_report(folder: Path) -> tuple[Path, Path]:
-    """Write `glue.md` and `report.html` beside a sweep's `glue.json` and return their paths.
+def write_glue_report(folder: Path, results: GlueResults) -> str:
+    """Write `glue.md` and `report.html` next to a sweep's `glue.json`, and return the text of `glue.md`.
 
-    Raises UserError for a `glue.json` that is missing or broken, and if the disk refuses.
+    Raises UserError if the disk refuses.
     """
-    results, table, picture_page = read_results(folder), folder / "glue.md", folder / "report.html"
-    write_text(table, glue_markdown(results))
-    write_text(picture_page, glue_page(results))
-    return table, picture_page
+    text = glue_markdown(results)
+    write_text(folder / "glue.md", text)
+    write_text(folder / "report.html", glue_page(results))
+    return text
 
 
 def points(score: float) -> str:
-    """A score times 100, with one decimal."""
+    """Format a score times 100, with one decimal."""
     return f"{round(100 * score, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
-    """Every dev split of every task."""
+    """Iterate over every dev split of every task."""
     return ((task, split, dev) for task in results.tasks.values() for split, dev in task.dev.items())
 
 
 def _score_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of scores, a row for each dev split and metric."""
+    """Return head and rows of the table of scores, a row for each dev split and metric."""
     head = ["task", "metric", "median", "lowest to highest", *(f"seed {seed}" for seed in results.seeds), "majority"]
     rows = []
     for task, split, dev in _devs(results):
         for metric in task.metrics:
             each = [points(dev.seeds[seed][metric]) if seed in dev.seeds else "" for seed in results.seeds]
             spread = " to ".join(points(value) for value in dev.spread[metric])
-            around = [points(dev.median[metric]), spread, *each, points(dev.majority[metric])]
-            rows.append([task.title(split), metric, *around, _standing(task, dev)])
+            scores = [points(dev.median[metric]), spread, *each, points(dev.majority[metric])]
+            rows.append([task.title(split), metric, *scores, _dev_rows(task, dev)])
     return [*head, "dev rows"], rows
 
 
-def _standing(task: TaskResult, dev: DevResult) -> str:
-    """How many rows were scored, and whether that makes it an official score."""
+def _dev_rows(task: TaskResult, dev: DevResult) -> str:
+    """Say how many rows were scored, and if that makes it an official score."""
     if task.cut_of:
         return f"{dev.rows:,}, a part of the task"
     if dev.rows == dev.official_rows:
@@ -55,7 +55,7 @@ def _standing(task: TaskResult, dev: DevResult) -> str:
 
 
 def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of how each task was trained."""
+    """Return head and rows of the table of how each task was trained."""
     head = ["task", "training rows", "cut to length", "broken, left out", "starts from", "learning rate", "seconds"]
     rows = [
         [
@@ -68,7 +68,7 @@ def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
-    """Each average's name, and its value or what is missing for it, with what it is the mean of."""
+    """Return each average's name, and its value or the missing tasks, with a sentence that defines it."""
     return [
         (
             average.name,
@@ -80,12 +80,6 @@ def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
     ]
 
 
-def _protocol(results: GlueResults) -> str:
-    """A sentence that must stand with the numbers wherever they go."""
-    protocol = results.protocol
-    return f"{protocol.name} ({protocol.mode}): {protocol.text}"
-
-
 _KEY = (
     "Scores are times 100. Median, lowest and highest are over seeds; majority is the score of always giving the training "
     "rows' most frequent answer. Only rows marked official are the whole dev set that papers score."
@@ -93,21 +87,21 @@ _KEY = (
 
 
 def glue_markdown(results: GlueResults) -> str:
-    """The tables of a sweep as Markdown."""
+    """Write the tables of a sweep as Markdown."""
     head, rows = _score_grid(results)
     return "\n\n".join(
         [
             f"# GLUE: {results.model}",
-            f"Protocol: {_protocol(results)}\n\nRows from {results.source}. {_KEY}",
+            f"Protocol: {results.protocol}\n\nRows from {results.source}. {_KEY}",
             markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
-            "\n".join(f"- **{name}**: {said}" for name, said in _averages(results.averages)),
+            "\n".join(f"- **{name}**: {text}" for name, text in _averages(results.averages)),
             markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",
         ]
     )
 
 
 def glue_page(results: GlueResults) -> str:
-    """The page of a sweep, self-contained HTML."""
+    """Write the page of a sweep as self-contained HTML."""
     head, rows = _score_grid(results)
     pictures = [_overview(results)] if results.tasks else []
     curves = [picture for task in results.tasks.values() if (picture := _curves(task))]
@@ -119,7 +113,7 @@ def glue_page(results: GlueResults) -> str:
         grid(head, rows, numbers=range(2, len(head) - 1)),
         f'<p class="note">{_KEY} Rows from {html.escape(results.source)}.</p>',
         "<h2>Averages</h2>",
-        *(f"<p><b>{html.escape(name)}</b>: {html.escape(said)}</p>" for name, said in _averages(results.averages)),
+        *(f"<p><b>{html.escape(name)}</b>: {html.escape(text)}</p>" for name, text in _averages(results.averages)),
         "<h2>Training</h2>",
         grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)),
         *(["<h2>Learning curves</h2>", *curves] if curves else []),
@@ -131,7 +125,7 @@ def glue_page(results: GlueResults) -> str:
 
 
 def _overview(results: GlueResults) -> str:
-    """A picture of the first metric of every dev split: each seed, the median, and the majority's score."""
+    """Draw the first metric of every dev split: each seed, the median, and the majority's score."""
     import matplotlib.figure
 
     devs = list(_devs(results))
@@ -157,7 +151,7 @@ _BLUE, _ORANGE = "tab:blue", "tab:orange"
 
 
 def _curves(task: TaskResult) -> str:
-    """Training loss and the first metric over epochs, a line for each seed; "" where no curves were kept."""
+    """Draw training loss and the first metric over epochs, a line for each seed; "" if no curves were kept."""
     import matplotlib.figure
     import matplotlib.ticker
 
@@ -167,11 +161,10 @@ def _curves(task: TaskResult) -> str:
     figure = matplotlib.figure.Figure(figsize=(9, 2.6), layout="constrained")
     loss, score = figure.subplots(1, 2)
     for curve in curves:
-        _line(loss, curve, "loss", 1.0, _ORANGE)
-        _line(score, curve, metric, 100.0, _BLUE)
-    for dev in list(task.dev.values())[:1]:
-        score.axhline(100 * dev.majority[metric], color="gray", ls="--", lw=1, label="majority")
-        score.legend(frameon=False, loc="lower right")
+        _draw_curve(loss, curve, "loss", 1.0, _ORANGE)
+        _draw_curve(score, curve, metric, 100.0, _BLUE)
+    score.axhline(100 * task.deciding.majority[metric], color="gray", ls="--", lw=1, label="majority")
+    score.legend(frameon=False, loc="lower right")
     loss.set_ylabel("training loss")
     score.set_ylabel(f"dev {metric}")
     for axis in (loss, score):
@@ -180,14 +173,14 @@ def _curves(task: TaskResult) -> str:
     return f"<h3>{html.escape(task.folder)}</h3>{svg(figure)}"
 
 
-def _line(axis: Any, curve: list[Scores], name: str, factor: float, color: str) -> None:
-    found = [(point["epoch"], factor * point[name]) for point in curve if name in point and "epoch" in point]
-    epochs, values = [x for x, _ in found], [y for _, y in found]
+def _draw_curve(axis: Any, curve: list[Point], name: str, factor: float, color: str) -> None:
+    drawn = [point for point in curve if name in point and "epoch" in point]
+    epochs, values = [point["epoch"] for point in drawn], [factor * point[name] for point in drawn]
     axis.plot(epochs, values, "o-", color=color, lw=1.2, ms=3, alpha=0.6)
 
 
 def _confusion(task: TaskResult, split: str, dev: DevResult) -> str:
-    """Counts by true class (down) and predicted class (across) of the seed that was kept, darker for a larger share."""
+    """Tabulate true class (down) by predicted class (across) of the seed that was kept, darker for a larger share."""
     seed = task.saved_seed if task.saved_seed in dev.confusion else min(dev.confusion)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in task.label_names)
     lines = []
