@@ -155,13 +155,13 @@ def test_predictions_of_another_run_are_refused(tmp_path):
 
 def test_the_command_takes_folders_and_files_prints_and_writes(tmp_path, capsys):
     first, other = write_sweep(tmp_path / "a"), write_sweep(tmp_path / "b", skill=0.8)
-    compare(GlueTableOptions((str(first), str(other / "glue.json")), str(tmp_path / "table.md")), {})
+    compare(GlueTableOptions((str(first), str(other / "glue.json")), str(tmp_path / "table.md")))
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "table.md").read_text() == table(first, other)
     with pytest.raises(UserError, match="at least two"):
-        compare(GlueTableOptions((str(first),)), {})
+        compare(GlueTableOptions((str(first),)))
     with pytest.raises(UserError, match="does not exist"):
-        compare(GlueTableOptions((str(first), str(tmp_path / "none"))), {})
+        compare(GlueTableOptions((str(first), str(tmp_path / "none"))))
 
 
 def test_differences_have_a_sign_and_no_negative_zero():

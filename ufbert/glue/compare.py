@@ -13,7 +13,6 @@ from ufbert.glue.report import points
 from ufbert.glue.results import DevResult, GlueResults, read_results, results_file
 from ufbert.glue.tasks import TASKS
 from ufbert.options.finetune import GlueTableOptions
-from ufbert.options.given import Given
 from ufbert.report.page import markdown_grid
 from ufbert.runtime.files import write_text
 
