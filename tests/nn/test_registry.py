@@ -195,7 +195,7 @@ def test_a_name_that_is_taken_or_no_name_is_refused(name):
 def test_a_mixer_of_ones_own_can_read_one_length_only():
     try:
         register_mixer("swap", replace(MIXERS["fourier"], onnx="not yet."))
-        assert replace(MODEL, mixer=("swap",)).only_len == MODEL.max_len
+        assert replace(MODEL, mixer=("attention", "swap")).only_len == MODEL.max_len
         register_mixer("swap", Layer(**{**vars(MIXERS["attention"]), "timed": None}))
         assert replace(MODEL, mixer=("attention", "swap")).only_len == 0
         function, shapes = MIXERS["swap"].timed_part(MODEL, 2, 8)

@@ -198,7 +198,7 @@ class ModelConfig:
     def only_len(self) -> int:
         """The one row length this model can read, or 0 if it reads any up to max_len. Fourier mixers mix every position
         of a row into every other, padding included, so a text has one answer only at one length."""
-        return (self.fixed_len or self.max_len) if ONE_LENGTH.intersection(*self.layers) else 0
+        return (self.fixed_len or self.max_len) if any(map(ONE_LENGTH.intersection, self.layers)) else 0
 
     @property
     def layers(self) -> tuple[tuple[str, str], ...]:
