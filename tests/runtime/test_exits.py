@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 
 from ufbert.runtime import console
-from ufbert.runtime.signals import StopSignals
+from ufbert.runtime.signals import WATCHER, StopSignals
 
 NET = 120.0
 """Seconds after which a process is taken to hang: only a safety net."""
@@ -40,13 +40,13 @@ def test_a_closed_pipe_asks_a_run_to_save_and_stop():
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))
         assert signals.asked == signal.SIGPIPE
         print("text", file=console.Console(Gone(BrokenPipeError()), stops=True))  # the first request stands
-    assert signals.WATCHER.note is None
+    assert WATCHER.note is None
 
 
 def test_the_watcher_may_ask_from_its_own_thread():
     with StopSignals() as signals, ThreadPoolExecutor(1) as watcher:
-        assert signals.WATCHER.note is not None
-        watcher.submit(signals.WATCHER.note, signal.SIGPIPE, None).result()
+        assert WATCHER.note is not None
+        watcher.submit(WATCHER.note, signal.SIGPIPE, None).result()
         assert signals.asked == signal.SIGPIPE
 
 
