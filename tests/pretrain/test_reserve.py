@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ufbert.pretrain.budget import WallClock
-from ufbert.pretrain.reserve import ALWAYS, PIECES, EndCosts
+from ufbert.pretrain.budget import ALWAYS, PIECES, EndCosts, WallClock
 
 TOKENS = 1000
 

@@ -6,8 +6,7 @@ from ufbert.config import RunConfig
 from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
 from ufbert.cost.speeds import Speeds
 from ufbert.plan.counts import RunCounts
-from ufbert.pretrain.budget import Budget
-from ufbert.pretrain.reserve import guessed_save_seconds
+from ufbert.pretrain.budget import Budget, guessed_save_seconds
 from ufbert.pretrain.schedules import n_checkpoints, rows_per_step
 
 ACCELERATOR_COMPILE_SECONDS = 60.0

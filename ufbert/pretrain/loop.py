@@ -29,12 +29,11 @@ from ufbert.data.shards import RowOrder
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
-from ufbert.pretrain.budget import Clock
+from ufbert.pretrain.budget import Clock, EndCosts, guessed_save_seconds
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
 from ufbert.pretrain.progress import Progress, StepRecord
 from ufbert.pretrain.reference import Reference
-from ufbert.pretrain.reserve import EndCosts, guessed_save_seconds
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
