@@ -217,10 +217,10 @@ def draw(figure: Any, report: dict[str, Any]) -> None:
                 axis.barh(y, 1e3 * seconds * scale, left=left, color=colors[kind], height=0.7)
                 left += 1e3 * seconds * scale
             axis.barh(y, whole - left, left=left, color=colors["the rest" if parts else "a peer"], height=0.7)
-            axis.text(whole, y, f" {whole:.3g}", va="center", fontsize=8)
+            axis.text(whole, y, f" {figures(whole, 1)}", va="center", fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("milliseconds a call")
         axis.set_title(case["shape"], fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [matplotlib.patches.Patch(color=color, label=kind) for kind, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

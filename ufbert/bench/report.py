@@ -22,7 +22,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class Work(NamedTuple):
-    """What a call must do at least."""
+    """The least that a call must do."""
 
     bytes: float
     """Bytes to read and write."""

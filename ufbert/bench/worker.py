@@ -34,7 +34,7 @@ Call = Callable[[int, Any], Any]
 """(number of the call, batch) -> result, when it is computed."""
 
 Answers = Mapping[str, Callable[..., dict[str, Any]]]
-"""What to do for a message, by its "do"; the rest of the message becomes arguments."""
+"""Functions by the "do" of a message; the rest of the message becomes arguments."""
 
 
 def say(**message: Any) -> None:

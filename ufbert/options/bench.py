@@ -1,4 +1,4 @@
-"""What `ufbert bench` may be told, one class a benchmark."""
+"""The options of `ufbert bench`, one class a benchmark."""
 
 from dataclasses import dataclass
 from typing import Literal
