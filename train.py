@@ -2,7 +2,7 @@
 
 import sys
 
-from ufbert.__main__ import run
+from ufbert.cli import run
 
 if __name__ == "__main__":
     run(["train", *sys.argv[1:]])

@@ -38,7 +38,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, LogNorm
 
 from ufbert.ops import fff, leaf_fff
-from ufbert.ops.activations import gelu, symmetric_gelu
+from ufbert.ops.dense import gelu, symmetric_gelu
 
 walk = jax.jit(fff.path_nodes)
 LEFT, RIGHT, GREEN, INK = "#0072B2", "#D55E00", "#009E73", "#333333"  # told apart by colour-blind readers too

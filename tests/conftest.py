@@ -111,10 +111,10 @@ def command():
 @pytest.fixture(scope="session")
 def run_folder(corpus_file, tmp_path_factory) -> Path:
     """A finished small pretraining run."""
-    from ufbert.pretrain.run import pretrain_command
+    from ufbert.cli import call
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    pretrain_command([*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"], 0.0)
+    call("train", [*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"])
     return folder
 
 
@@ -182,18 +182,20 @@ def write_sweep(folder: Path, tasks=("rte", "stsb"), seeds=(0, 1, 2), skill=0.7,
     Rows and labels depend on the task alone, predictions on the skill and the seed, too. `changes` replace parts of
     `glue.json`.
     """
-    from ufbert.glue.outcome import averages, dev_outcome, write_predictions
-    from ufbert.glue.rows import Rows
-    from ufbert.glue.tasks import TASKS, cut_of
+    from ufbert.glue.metrics import score
+    from ufbert.glue.predictions import write_predictions
+    from ufbert.glue.results import GlueResults, ProtocolResult, TaskResult
+    from ufbert.glue.scores import averages, decide, dev_result
+    from ufbert.glue.tasks import TASKS, Examples, cut_of
     from ufbert.runtime.files import write_json
 
-    entries = {}
+    results = {}
     for name in tasks:
         task = cut_of(name) or TASKS[name]
         rng = np.random.default_rng(277)
         labels = rng.integers(task.n_outputs if not task.is_regression else 6, size=277).astype(float)
-        rows = Rows([f'a "text" {i}' for i in range(277)], [f"pair\t{i}" for i in range(277)], labels.tolist())
-        scores = {}
+        rows = Examples([f'a "text" {i}' for i in range(277)], [f"pair\t{i}" for i in range(277)], labels.tolist())
+        scores, metrics = {}, {}
         for seed in seeds:
             draw = np.random.default_rng([seed, round(1000 * skill)])
             if task.is_regression:
@@ -201,25 +203,25 @@ def write_sweep(folder: Path, tasks=("rte", "stsb"), seeds=(0, 1, 2), skill=0.7,
             else:
                 right = np.where(draw.random(277) < skill, labels, (labels + 1) % task.n_outputs).astype(int)
                 scores[seed] = 2.0 * np.eye(task.n_outputs)[right]
-        entries[task.name] = {
-            "folder": task.folder, "cut_of": task.cut_of, "metrics": list(task.metrics),
-            "label_names": list(task.label_names), "train_rows": 277, "skipped_rows": 0, "truncated_rows": 5,
-            "starts_from": "model", "lr": 4e-5, "seconds": 12.3, "saved_seed": seeds[0],
-            "dev": {split: dev_outcome(task, split, rows, rows, scores) for split in task.dev},
-            "curves": {
-                str(seed): [{"epoch": i, "loss": 0.7 / i, task.metrics[0]: 0.5 + i / 20} for i in range(1, 6)]
+            metrics[seed] = score(task.metrics, decide(task, scores[seed]), labels)
+        results[task.name] = TaskResult(
+            folder=task.folder, cut_of=task.cut_of, metrics=task.metrics, label_names=task.label_names, train_rows=277,
+            skipped_rows=0, truncated_rows=5, starts_from="model", lr=4e-5, seconds=12.3, saved_seed=seeds[0],
+            dev={split: dev_result(task, split, rows, rows, metrics, scores) for split in task.dev},
+            curves={
+                seed: [{"epoch": i, "loss": 0.7 / i, task.metrics[0]: 0.5 + i / 20} for i in range(1, 6)]
                 for seed in seeds
             },
-        }  # fmt: skip
+        )  # fmt: skip
         for split in task.dev if predictions else ():
             write_predictions(folder, task, split, rows, scores)
-    found = {
-        "format": "ufbert-glue", "format_version": 1, "model": f"runs/{folder.name}/model", "source": "dir:glue",
-        "protocol": {"name": "crammed", "text": "5 epochs, batch 16", "mode": "fine-tuned"},
-        "options": {"seeds": "0,1,2", "tune": {"epochs": 5}}, "environment": {"jax": "0.12", "device": "cpu <1>"},
-        "tasks": entries, "averages": averages(entries),
-    }  # fmt: skip
-    write_json(folder / "glue.json", {**found, **changes})
+    found = GlueResults(
+        model=f"runs/{folder.name}/model", source="dir:glue",
+        protocol=ProtocolResult("crammed", "5 epochs, batch 16", "fine-tuned"),
+        options={"seeds": "0,1,2", "tune": {"epochs": 5}}, environment={"jax": "0.12", "device": "cpu <1>"},
+        tasks=results, averages=averages(results),
+    )  # fmt: skip
+    write_json(folder / "glue.json", {**found.to_json(), **changes})
     return folder
 
 

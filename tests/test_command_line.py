@@ -63,7 +63,7 @@ def test_an_accelerator_without_its_extra_is_named(command, tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}"
     }
     code = (
-        "from ufbert.device import use_device\nfrom ufbert.errors import UserError\n"
+        "from ufbert.runtime.device import use_device\nfrom ufbert.errors import UserError\n"
         "try:\n    use_device('auto')\nexcept UserError as error:\n    print(error)\nprint(use_device('cpu'))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -90,7 +90,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch, device, named):
 
 
 def test_a_console_that_lacks_a_letter_shows_its_code():
-    code = "from ufbert import __main__ as m; m.main = lambda args: print('caf\\xe9') or 0; m.run([])"
+    code = "from ufbert import cli as m; m.main = lambda args: print('caf\\xe9') or 0; m.run([])"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPO)
     assert (found.returncode, found.stdout, found.stderr) == (0, "caf\\xe9\n", "")

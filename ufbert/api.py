@@ -1,12 +1,14 @@
 """The Python interface for notebooks. Every function imports what it needs when it is called."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ufbert.config import RunConfig, Scale
-from ufbert.runtime.files import expand_home
+from ufbert.options.finetune import FinetuneOptions
+from ufbert.options.given import Given, from_given, named_values
+from ufbert.options.train import TrainOptions
 
 if TYPE_CHECKING:
     from ufbert.hub.folder import ModelFolder
@@ -57,35 +59,27 @@ def save(folder: str | Path, model: "ModelFolder") -> None:
 def pretrain(out: str | Path, budget: str, **options: Any) -> dict[str, Any]:
     """Pretrain into a new run folder and return its summary.
 
-    `options` are those of `train.py` by name: `config`, `scale`, `corpus`, `seed`, `device`, `tokenizer`, and `model`,
-    `train`, `data` as dicts of fields (`train={"peak_lr": 1e-3}`). Raises UserError as the command does.
+    `options` are those of `train.py` by name: `config`, `scale`, `corpus`, `seed`, `device`, `tokenizer`, ..., and fields of
+    `model`, `train` and `data` with a dot, `**{"train.peak_lr": 1e-3}`, or in dicts, `train={"peak_lr": 1e-3}`. Raises
+    UserError as the command does.
     """
-    from ufbert.__main__ import STARTED
-    from ufbert.pretrain.run import pretrain_command
+    from ufbert.pretrain.run import pretrain as work
 
-    return pretrain_command(_arguments({"out": out, "budget": budget, **options}), STARTED)
+    return _call(work, TrainOptions, {"out": out, "budget": budget, **options})
 
 
 def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Fine-tune a model folder on GLUE tasks and return the results; options are those of `finetune.py` by name."""
-    from ufbert.glue.command import finetune_command
+    """Fine-tune a model folder on GLUE tasks and return the contents of `glue.json`.
 
-    return finetune_command(
-        _arguments({"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options})
-    )
+    `options` are those of `finetune.py` by name; fields of `tune` as in `pretrain`. Raises UserError as the command does.
+    """
+    from ufbert.glue.run import finetune as work
+
+    named = {"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options}
+    return _call(work, FinetuneOptions, named).to_json()
 
 
-def _arguments(options: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Options as command-line arguments, so that the command and the notebook share one set of checks."""
-    args: list[str] = []
-    for name, value in options.items():
-        flag = f"--{prefix}{name}".replace("_", "-")
-        if isinstance(value, Mapping):
-            args += _arguments(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            args.append(flag if value else f"--{prefix}no-{name}".replace("_", "-"))
-        elif isinstance(value, tuple | list):
-            args += [flag, *(expand_home(str(part)) for part in value)]
-        else:
-            args += [flag, expand_home(str(value))]
-    return args
+def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:
+    """Call a verb's function with the options named. A path may be a Path."""
+    given = named_values(cls, {name: str(value) if isinstance(value, Path) else value for name, value in named.items()})
+    return work(from_given(cls, given), given)

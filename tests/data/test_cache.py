@@ -178,7 +178,7 @@ def test_what_a_dead_process_left_is_removed_and_a_living_one_is_left_alone(tmp_
             assert not dead[0].exists()
             assert alive.is_dir()
             assert other.is_dir()
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
 
 
 PREPARE = """
@@ -234,8 +234,8 @@ def test_killed_at_random_moments_the_next_start_works_and_nothing_is_half_writt
     assert not list(root.glob(".*.partial"))
 
 
-def empty_but_for_the_lock(root):
-    return [path.name for path in root.iterdir()] == [".lock"]
+def is_empty(root):
+    return not list(root.iterdir())
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(text, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(text, tmp_path, monkeypa
             UserError, match=r"Cannot write prepared data at .*No space left on device.*--prepared FOLDER"
         ):
             obtain(text, root)
-        assert empty_but_for_the_lock(root)
+        assert is_empty(root)
     finally:
         if mounted:
             subprocess.run(["umount", str(root)], check=True)
@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_at_any_step_leaves_nothing(text, tmp_path, monkeyp
     monkeypatch.setattr(where, no_space)
     with pytest.raises(UserError, match="No space left on device"):
         obtain(text, tmp_path / "cache")
-    assert empty_but_for_the_lock(tmp_path / "cache")
+    assert is_empty(tmp_path / "cache")
     monkeypatch.undo()
     assert obtain(text, tmp_path / "cache")[2]
 
@@ -310,7 +310,7 @@ def test_a_corpus_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, comman
     assert found.stderr.count("\n") == 1
     assert words in found.stderr
     assert not (tmp_path / "run").exists()
-    assert empty_but_for_the_lock(tmp_path / "cache")
+    assert is_empty(tmp_path / "cache")
 
 
 def test_a_corpus_file_that_vanishes_during_preparation_is_one_sentence(text, tmp_path):
@@ -324,7 +324,7 @@ def test_a_corpus_file_that_vanishes_during_preparation_is_one_sentence(text, tm
 
     with pytest.raises(UserError, match=r"Cannot read .*other\.txt: No such file or directory"):
         finish(located, vanish, print)
-    assert empty_but_for_the_lock(tmp_path / "cache")
+    assert is_empty(tmp_path / "cache")
 
 
 def test_a_corpus_that_changes_during_preparation_is_refused(text, tmp_path):
@@ -336,13 +336,13 @@ def test_a_corpus_that_changes_during_preparation_is_refused(text, tmp_path):
 
     with pytest.raises(UserError, match="changed while it was being read"):
         finish(located, change, print)
-    assert empty_but_for_the_lock(tmp_path / "cache")
+    assert is_empty(tmp_path / "cache")
 
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         prepare(Corpus("x", "none", lambda: iter([])), tmp_path / "data", Recipe.of(DATA, 300))
-    assert empty_but_for_the_lock(tmp_path)
+    assert is_empty(tmp_path)
 
 
 @pytest.mark.long
@@ -374,10 +374,10 @@ def test_rows_of_the_version_before_serve_the_run_that_began_with_them_and_no_ne
 
 
 def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):
-    from ufbert.pretrain.run import pretrain_command
+    from ufbert.cli import call
 
     run, cache = tmp_path / "run", tmp_path / "cache"
-    pretrain_command(["--budget=2steps", f"--corpus=text:{text}", f"--out={run}", f"--prepared={cache}", *SMALL], 0.0)
+    call("train", ["--budget=2steps", f"--corpus=text:{text}", f"--out={run}", f"--prepared={cache}", *SMALL])
     used = json.loads((run / "config.json").read_text())["prepared_data"]
     assert used["fingerprint"] == open_prepared(Path(used["folder"])).manifest.fingerprint
     assert not (run / "data").exists()

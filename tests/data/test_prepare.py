@@ -14,9 +14,9 @@ from ufbert.config import DataConfig
 from ufbert.data import prepare as preparation
 from ufbert.data import shards
 from ufbert.data.corpora import Corpus, open_corpus
-from ufbert.data.order import RowOrder
 from ufbert.data.prepare import EXACT, NEAR, WORST, Recipe, prepare
 from ufbert.data.prepared import open_prepared
+from ufbert.data.shards import RowOrder
 from ufbert.data.text_files import Meter, Progress
 from ufbert.data.tokenizer import fingerprint, special_ids, train_wordpiece
 from ufbert.errors import UserError

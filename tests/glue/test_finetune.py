@@ -14,10 +14,10 @@ from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded, bucket, encode_texts
 from ufbert.glue.batches import epoch_batches
-from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, learning_rate, start_params
+from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, start_params
 from ufbert.glue.protocols import PROTOCOLS, find_protocol
-from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.tasks import TASKS
+from ufbert.glue.step import learning_rate
+from ufbert.glue.tasks import TASKS, Examples, TaskData
 from ufbert.hub.folder import load_model
 
 QUICK = FinetuneConfig(epochs=3, lr=2e-3, dropout=0.0)
@@ -35,7 +35,7 @@ def toy(task, train=120, dev=64, seed=1):
         flags = [rng.randint(0, 1) for _ in range(n)]
         texts = [sentence(rng) + (" river" if flag else "") for flag in flags]
         pairs = [sentence(rng) for _ in flags] if len(TASKS[task].text) > 1 else None
-        return Rows(texts, pairs, [float(5 * f if task == "stsb" else f) for f in flags] if labelled else None)
+        return Examples(texts, pairs, [float(5 * f if task == "stsb" else f) for f in flags] if labelled else None)
 
     return TaskData(TASKS[task], rows(train), {"dev": rows(dev)}, {"test": rows(20, labelled=False)})
 
@@ -241,15 +241,16 @@ def test_padding_goes_to_the_smallest_bucket(model):
 def test_pooling_reads_the_first_token_or_the_mean_of_the_real_ones(pooling):
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, pooling=pooling, pooler_width=5, init_std=0.3)
     hidden = jax.random.normal(jax.random.key(0), (2, 6, 8))
-    segments = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    mask = jnp.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     params = {"classifier": nn.init_classifier(config, jax.random.key(1), 3)}
     read = hidden[:, 0] if pooling == "first" else jnp.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
     pooler, out = params["classifier"]["pooler"]["dense"], params["classifier"]["out"]
     wanted = jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]) @ out["kernel"] + out["bias"][None]
-    found = nn.classify(params, config, hidden, segments)
+    pooled = nn.pool(config, hidden, mask)
+    found = nn.classify(params, config, pooled)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
-    padded = nn.classify(params, config, hidden.at[0, 3:].set(9.0), segments)
+    padded = nn.classify(params, config, nn.pool(config, hidden.at[0, 3:].set(9.0), mask))
     np.testing.assert_allclose(padded[0], found[0], atol=1e-6)
-    np.testing.assert_allclose(nn.classify(params, config, hidden[1:]), found[1:], atol=1e-6)
-    pooled = nn.pool({"pooler": params["classifier"]["pooler"]}, config, hidden, segments)
-    np.testing.assert_allclose(pooled, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)
+    np.testing.assert_allclose(nn.classify(params, config, nn.pool(config, hidden[1:])), found[1:], atol=1e-6)
+    found = nn.apply_pooler({"pooler": params["classifier"]["pooler"]}, config, pooled)
+    np.testing.assert_allclose(found, jnp.tanh(read @ pooler["kernel"] + pooler["bias"][None]), atol=1e-6)

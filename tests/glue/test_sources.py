@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.errors import UserError
-from ufbert.glue.datasets_source import dataset_columns, dataset_split
-from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.sources import choose_tasks, load_task, open_source
-from ufbert.glue.tasks import TASKS, find_task
+from ufbert.glue.sources.datasets_source import dataset_columns, dataset_split
+from ufbert.glue.sources.official import choose_tasks, load_task, open_source
+from ufbert.glue.tasks import TASKS, Examples, TaskData, find_task
 
 TOYS = ("cola", "mrpc", "stsb", "mnli")
 """A single-sentence task, a pair, a regression, and the one with several dev and test sets."""
@@ -60,7 +59,7 @@ def wanted(name):
         found = toy(name, split)
         texts = [[row[0][i].strip() for row in found] for i in range(len(task.text))]
         labels = None if split in task.test else [float(str(np.float32(label))) for _, label in found]
-        return Rows(texts[0], texts[1] if len(texts) > 1 else None, labels)
+        return Examples(texts[0], texts[1] if len(texts) > 1 else None, labels)
 
     return TaskData(task, rows("train"), {s: rows(s) for s in task.dev}, {s: rows(s) for s in task.test})
 
@@ -243,22 +242,22 @@ def read(root, name, split, **options):
 def test_official_quirks_are_read(tmp_path):
     header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     write(tmp_path, "MRPC", "dev", header + '1\t1\t2\tHe said "no.\tNo!\r\n', "utf-8-sig")
-    assert read(tmp_path, "mrpc", "dev") == Rows(['He said "no.'], ["No!"], [1.0])
+    assert read(tmp_path, "mrpc", "dev") == Examples(['He said "no.'], ["No!"], [1.0])
     write(tmp_path, "CoLA", "dev", "gj04\t0\t*\tThe cat sleep.\n\n")
-    assert read(tmp_path, "cola", "dev") == Rows(["The cat sleep."], None, [0.0])
+    assert read(tmp_path, "cola", "dev") == Examples(["The cat sleep."], None, [0.0])
     write(tmp_path, "CoLA", "test", "index\tsentence\n0\tA cat sleeps.\n")
-    assert read(tmp_path, "cola", "test") == Rows(["A cat sleeps."], None, None)
+    assert read(tmp_path, "cola", "test") == Examples(["A cat sleeps."], None, None)
     write(tmp_path, "SST-2", "dev", "sentence\tlabel\ngood \t1")
-    assert read(tmp_path, "sst2", "dev") == Rows(["good"], None, [1.0])
+    assert read(tmp_path, "sst2", "dev") == Examples(["good"], None, [1.0])
     write(tmp_path, "RTE", "dev", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n")
-    assert read(tmp_path, "rte", "dev") == Rows(["a"], ["b"], [1.0])
+    assert read(tmp_path, "rte", "dev") == Examples(["a"], ["b"], [1.0])
     assert read(tmp_path, "rte", "train") is None
 
 
 @pytest.mark.parametrize("place", ["diagnostic", "AX", "MNLI"])
 def test_the_diagnostic_set_is_found_beside_or_in_mnli(tmp_path, place):
     write(tmp_path, place, "diagnostic", "index\tsentence1\tsentence2\n0\ta\tb\n")
-    assert read(tmp_path, "mnli", "ax") == Rows(["a"], ["b"], None)
+    assert read(tmp_path, "mnli", "ax") == Examples(["a"], ["b"], None)
 
 
 line = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r"))
@@ -272,7 +271,7 @@ def test_any_text_without_tabs_and_newlines_comes_back(tmp_path_factory, rows):
     write(root, "WNLI", "train", "index\tsentence1\tsentence2\tlabel\n" + body)
     texts, pairs, labels = zip(*rows, strict=True)
     found = read(root, "wnli", "train")
-    assert found == Rows([a.strip() for a in texts], [b.strip() for b in pairs], [float(y) for y in labels])
+    assert found == Examples([a.strip() for a in texts], [b.strip() for b in pairs], [float(y) for y in labels])
 
 
 HEADER = "sentence\tlabel\n"
@@ -296,7 +295,7 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, bad):
     write_bytes(tmp_path, "train", f"{HEADER}good\t1\n\n{bad}\nfine\t0\n")
     with pytest.raises(UserError, match=rf"SST-2/train\.tsv, line 4: {BROKEN[bad]}; .*--skip-bad-rows"):
         read(tmp_path, "sst2", "train")
-    assert read(tmp_path, "sst2", "train", skip_bad_rows=True) == Rows(["good", "fine"], None, [1.0, 0.0], 1)
+    assert read(tmp_path, "sst2", "train", skip_bad_rows=True) == Examples(["good", "fine"], None, [1.0, 0.0], 1)
 
 
 @settings(max_examples=50, deadline=None)
@@ -311,7 +310,7 @@ def test_good_rows_stay_in_order_however_many_are_broken(tmp_path_factory, lines
             read(root, "sst2", "train", skip_bad_rows=True)
         return
     found = read(root, "sst2", "train", skip_bad_rows=True)
-    assert found == Rows([text for text, _ in good], None, [float(y) for _, y in good], len(bad))
+    assert found == Examples([text for text, _ in good], None, [float(y) for _, y in good], len(bad))
     if bad:
         with pytest.raises(UserError, match=f"line {bad[0] + 2}: "):
             read(root, "sst2", "train")
@@ -357,7 +356,7 @@ def test_cuts_are_read_as_their_task_and_named_by_their_folder(tmp_path):
     (cut, official), none = choose_tasks(source, "mnli-DEVSPLIT, sst-2, MNLI-devsplit,")
     assert (cut.cut_of, official, none) == ("mnli", TASKS["sst2"], [])
     found = load_task(source, cut)
-    assert found.train == found.dev["dev"] == Rows(["a"], ["b"], [2.0])
+    assert found.train == found.dev["dev"] == Examples(["a"], ["b"], [2.0])
     assert found.test == {}
 
 
@@ -368,7 +367,7 @@ def test_cuts_are_read_as_their_task_and_named_by_their_folder(tmp_path):
         ("sst2,mnli", r"not have all of MNLI: there is no .*MNLI/dev_matched\.tsv\."),
         ("qqp-10", r"no task 'qqp-10'; did you mean QQP-10k\?"),
         ("sst3", r"no task 'sst3'; did you mean sst2\?"),
-        ("banana", "known tasks: cola"),
+        ("banana", "known are cola"),
         (" ,", "No task is named"),
     ],
 )
@@ -397,7 +396,9 @@ def test_broken_rows_of_datasets_are_named_by_split_and_row(tmp_path):
         UserError, match="rte, split train, row 1: 2 is not a class number below 2, nor one of entailment"
     ):
         open_source(f"hf:{tmp_path}").read(TASKS["rte"], "train")
-    assert open_source(f"hf:{tmp_path}", skip_bad_rows=True).read(TASKS["rte"], "train") == Rows(["a"], ["c"], [0.0], 2)
+    assert open_source(f"hf:{tmp_path}", skip_bad_rows=True).read(TASKS["rte"], "train") == Examples(
+        ["a"], ["c"], [0.0], 2
+    )
     saved(tmp_path, "validation", {**good, "label": [0, 1, 1]})
     with pytest.raises(UserError, match="split validation, row 2: sentence1 is missing"):
         open_source(f"hf:{tmp_path}").read(TASKS["rte"], "dev")
@@ -500,7 +501,9 @@ def test_parts_of_a_split_that_name_the_classes_otherwise_are_refused(tmp_path):
 
 def test_texts_stored_as_bytes_are_read_as_utf_8(tmp_path):
     classes(tmp_path / "sst2" / "train.parquet", "sentence", ["negative", "positive"], [0, 1], "binary")
-    assert open_source(f"hf:{tmp_path}").read(TASKS["sst2"], "train") == Rows(["text 0", "text 1"], None, [0.0, 1.0])
+    assert open_source(f"hf:{tmp_path}").read(TASKS["sst2"], "train") == Examples(
+        ["text 0", "text 1"], None, [0.0, 1.0]
+    )
 
 
 def test_two_cuts_of_one_name_are_refused(tmp_path):
@@ -515,7 +518,7 @@ def test_broken_rows_of_tfds_are_named_by_split_and_row(tmp_path):
     write_tfds(tmp_path, TASKS["cola"], {"cola": {"train": rows, "validation": rows[:1], "test": rows[2:]}})
     with pytest.raises(UserError, match="glue/cola, split train, row 1: -1 is not a class number below 2"):
         open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "train")
-    assert open_source(f"tfds:{tmp_path}", skip_bad_rows=True).read(TASKS["cola"], "train") == Rows(
+    assert open_source(f"tfds:{tmp_path}", skip_bad_rows=True).read(TASKS["cola"], "train") == Examples(
         ["good"], None, [1.0], 2
     )
     with pytest.raises(UserError, match="split test, row 0: sentence is not UTF-8"):
@@ -524,7 +527,7 @@ def test_broken_rows_of_tfds_are_named_by_split_and_row(tmp_path):
     with pytest.raises(UserError, match="split train: its classes are named unacceptable, acceptable"):
         open_source(f"tfds:{tmp_path}").read(TASKS["sst2"], "train")
     (tmp_path / "glue" / "cola" / "2.0.0").rename(tmp_path / "glue" / "cola" / "10.0.0")
-    assert open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "dev") == Rows(["good"], None, [1.0])
+    assert open_source(f"tfds:{tmp_path}").read(TASKS["cola"], "dev") == Examples(["good"], None, [1.0])
 
 
 def test_tfds_files_that_need_tensorflow_or_are_damaged_are_refused(tfds_folder, tmp_path):

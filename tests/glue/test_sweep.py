@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from conftest import REPO
 
+from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.glue import sweep as sweeping
-from ufbert.glue.command import finetune_command, subset
 from ufbert.glue.finetune import finetune_task
-from ufbert.glue.rows import Rows
+from ufbert.glue.run import subset
+from ufbert.glue.tasks import Examples
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
-from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.claim import claimed
 
 
@@ -54,13 +54,17 @@ def toy_glue(tmp_path_factory):
     return root
 
 
+def finetune(args):
+    return call("finetune", args).to_json()
+
+
 def options(run_folder, toy_glue, out, *more):
     return [f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", f"--out={out}", "--device=cpu", *more]
 
 
 def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, capsys, command):
     out = tmp_path / "out"
-    found = finetune_command(options(run_folder, toy_glue, out, "--seeds=0,1", "--tune.lr=4e-3", "--tune.epochs=6"))
+    found = finetune(options(run_folder, toy_glue, out, "--seeds=0,1", "--tune.lr=4e-3", "--tune.epochs=6"))
     said = capsys.readouterr().out
     assert "left out: MRPC, QQP, MNLI, QNLI, WNLI" in said
     assert "protocol small with epochs 6, lr 0.004, 2 seed(s): 6 epochs, batch 16, learning rate 0.004" in said
@@ -76,7 +80,7 @@ def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, ca
     assert found["tasks"]["mnli-devsplit"]["cut_of"] == "mnli"
     saved = load_model(out / "sst2")
     assert saved.task.labels == ("negative", "positive")
-    assert saved.task.metrics == dev["seeds"][str(sst2["saved_seed"])]
+    assert saved.task.metrics == dev["seeds"][sst2["saved_seed"]]
     lines = (out / "submission" / "RTE.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
@@ -97,17 +101,17 @@ def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, ca
 
 def test_mnli_first_starts_the_small_tasks_from_mnli(run_folder, toy_glue, tmp_path):
     args = ("--protocol=mnli-first", "--tasks=rte,mnli-devsplit", "--seeds=0,1", "--tune.epochs=1")
-    found = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))
+    found = finetune(options(run_folder, toy_glue, tmp_path / "out", *args))
     assert list(found["tasks"]) == ["mnli-devsplit", "rte"]
     starts = {name: entry["starts_from"] for name, entry in found["tasks"].items()}
     assert starts == {"mnli-devsplit": "model", "rte": "mnli-devsplit"}
     with pytest.raises(UserError, match="needs MNLI among the tasks"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--protocol=mnli-first", "--tasks=rte"))
+        finetune(options(run_folder, toy_glue, tmp_path / "no", "--protocol=mnli-first", "--tasks=rte"))
 
 
 def test_the_bert_protocol_keeps_the_best_of_its_rates(run_folder, toy_glue, tmp_path):
     args = ("--protocol=bert", "--tasks=sst2", "--seeds=0", "--tune.epochs=1")
-    entry = finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))["tasks"]["sst2"]
+    entry = finetune(options(run_folder, toy_glue, tmp_path / "out", *args))["tasks"]["sst2"]
     assert set(entry["rates"]) == {"5e-05", "4e-05", "3e-05", "2e-05"}
     assert (
         entry["rates"][f"{entry['lr']:g}"] == max(entry["rates"].values()) == entry["dev"]["dev"]["median"]["accuracy"]
@@ -116,12 +120,12 @@ def test_the_bert_protocol_keeps_the_best_of_its_rates(run_folder, toy_glue, tmp
 
 def test_a_teacher_can_be_a_sweep_and_must_fit(run_folder, toy_glue, tmp_path):
     common = ("--seeds=0,1", "--tune.epochs=2", "--tasks=sst2")
-    finetune_command(options(run_folder, toy_glue, tmp_path / "teacher", *common))
+    finetune(options(run_folder, toy_glue, tmp_path / "teacher", *common))
     taught = options(run_folder, toy_glue, tmp_path / "out", *common, f"--teacher={tmp_path / 'teacher'}")
-    assert "taught by" in finetune_command(taught)["protocol"]["mode"]
+    assert "taught by" in finetune(taught)["protocol"]["mode"]
     wrong = f"--teacher={tmp_path / 'teacher' / 'sst2'}"
     with pytest.raises(UserError, match="was not fine-tuned for rte's labels"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "no", "--tasks=rte", wrong))
+        finetune(options(run_folder, toy_glue, tmp_path / "no", "--tasks=rte", wrong))
 
 
 def test_a_sweep_folder_in_use_or_damaged_is_a_sentence(run_folder, toy_glue, tmp_path):
@@ -129,24 +133,24 @@ def test_a_sweep_folder_in_use_or_damaged_is_a_sentence(run_folder, toy_glue, tm
     with claimed(tmp_path / "out"):
         for more in ([], ["--resume"]):
             with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
-                finetune_command([*args, *more])
+                finetune([*args, *more])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="There is no sweep in"):
-        finetune_command([*args, "--resume"])
+        finetune([*args, "--resume"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     for text, words in (("", "damaged"), ("[]", "damaged"), ('{"options": 5}', "damaged"), ("{}", "damaged")):
         (tmp_path / "out" / "glue.json").write_text(text)
         with pytest.raises(UserError, match=words):
-            finetune_command([*args, "--resume"])
+            finetune([*args, "--resume"])
     (tmp_path / "out" / "glue.json").write_text('{"options": {}, "format_version": 2}')
-    with pytest.raises(UserError, match="has format version 2; this ufbert reads 1"):
-        finetune_command([*args, "--resume"])
+    with pytest.raises(UserError, match=r"is not a glue\.json of format version 1"):
+        finetune([*args, "--resume"])
 
 
 def test_a_sweep_goes_on_at_the_task_and_at_the_run(run_folder, toy_glue, tmp_path, monkeypatch, capsys):
     args = ("--tasks=cola,rte", "--seeds=0,1", "--runs-at-once=1", "--tune.epochs=2")
-    whole = finetune_command(options(run_folder, toy_glue, tmp_path / "whole", *args))
+    whole = finetune(options(run_folder, toy_glue, tmp_path / "whole", *args))
     calls = []
 
     def dies_at_the_fourth(*given, **named):
@@ -157,13 +161,13 @@ def test_a_sweep_goes_on_at_the_task_and_at_the_run(run_folder, toy_glue, tmp_pa
 
     monkeypatch.setattr(sweeping, "finetune_task", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args))
+        finetune(options(run_folder, toy_glue, tmp_path / "cut", *args))
     with pytest.raises(UserError, match="exists already; pass --resume"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args))
+        finetune(options(run_folder, toy_glue, tmp_path / "cut", *args))
     with pytest.raises(UserError, match="was started with seeds=0,1; it cannot go on with seeds=0"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume", "--seeds=0"))
+        finetune(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume", "--seeds=0"))
     capsys.readouterr()
-    found = finetune_command(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume"))
+    found = finetune(options(run_folder, toy_glue, tmp_path / "cut", *args, "--resume"))
     said = capsys.readouterr().out
     assert "[1/2] cola: done before" in said
     assert "rte, seed 0" in said
@@ -198,14 +202,15 @@ def test_runs_that_diverge_do_not_count_and_a_task_without_others_leaves_no_mode
     run_folder, toy_glue, tmp_path, monkeypatch, capsys, at_once
 ):
     from ufbert import nn
-    from ufbert.glue.finetune import Diverged, Trace, Tuned, metrics_of
+    from ufbert.glue.finetune import Diverged, Trace, Tuned
+    from ufbert.glue.scores import dev_metrics
     from ufbert.hub.folder import TaskInfo, with_task
 
     def stub(model, data, tune, runs, **named):
         """Seed 1 of SST-2 alone does not diverge."""
         classifier = nn.init_classifier(model.config, jax.random.key(0), 2)
         scores = {"dev": np.eye(2)[[i % 2 for i in range(48)]]}
-        metrics = metrics_of(data, scores)
+        metrics = dev_metrics(data, scores)
         tuned = with_task(model, classifier, TaskInfo("sst2", data.task.label_names, metrics["dev"]))
         trace = Trace([{"epoch": 1, "loss": 0.5, "accuracy": 1.0}], np.ones(10), scores, 0)
         well = data.task.name == "sst2"
@@ -214,27 +219,25 @@ def test_runs_that_diverge_do_not_count_and_a_task_without_others_leaves_no_mode
     monkeypatch.setattr(sweeping, "finetune_task", stub)
     args = ("--tasks=cola,sst2", "--seeds=0,1,2", f"--runs-at-once={at_once}")
     with pytest.raises(UserError, match=r"No run of cola kept a finite loss, .* no model .* lower rate \(--tune\.lr\)"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "out", *args))
+        finetune(options(run_folder, toy_glue, tmp_path / "out", *args))
     said = capsys.readouterr().out
-    assert re.search(
-        r"seed 2 at 0\.00\d+: the loss was no finite number any more at update 7, so that this run does not", said
-    )
+    assert re.search(r"seed 2 at 0\.00\d+: the loss was not finite at update 7, so that this run does not", said)
     results = json.loads((tmp_path / "out" / "glue.json").read_text())
     assert list(results["tasks"]) == ["sst2"]
     assert list(results["tasks"]["sst2"]["dev"]["dev"]["seeds"]) == ["1"]
     assert (tmp_path / "out" / "sst2").is_dir()
     assert not (tmp_path / "out" / "cola").exists()
     with pytest.raises(UserError, match="No run of cola kept a finite loss"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "one", "--tasks=cola", "--seeds=0"))
+        finetune(options(run_folder, toy_glue, tmp_path / "one", "--tasks=cola", "--seeds=0"))
     first = ("--protocol=mnli-first", "--tasks=rte,mnli-devsplit", "--seeds=0")
     with pytest.raises(UserError, match="No run of mnli-devsplit; rte, for want of mnli-devsplit kept"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "first", *first))
+        finetune(options(run_folder, toy_glue, tmp_path / "first", *first))
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(run_folder, toy_glue, tmp_path):
     def refused(match, *more, source=toy_glue):
         with pytest.raises(UserError, match=match):
-            finetune_command(options(run_folder, source, tmp_path / "out", *more))
+            finetune(options(run_folder, source, tmp_path / "out", *more))
         assert not (tmp_path / "out").exists()
 
     refused("not a list of whole numbers", "--seeds=a")
@@ -251,7 +254,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run_folder, toy_glue, 
     (broken / "SST-2" / "train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\n")
     refused(r"train\.tsv, line 3", "--tasks=sst2", source=broken)
     with pytest.raises(UserError, match="There is no sweep in"):
-        finetune_command(options(run_folder, toy_glue, tmp_path / "none", "--resume"))
+        finetune(options(run_folder, toy_glue, tmp_path / "none", "--resume"))
 
 
 def test_broken_rows_can_be_left_out_and_are_counted(run_folder, toy_glue, tmp_path):
@@ -260,12 +263,12 @@ def test_broken_rows_can_be_left_out_and_are_counted(run_folder, toy_glue, tmp_p
     with (broken / "SST-2" / "train.tsv").open("a") as file:
         file.write("no label\nfine\t7\n")
     args = ("--tasks=sst2", "--seeds=0", "--tune.epochs=1", "--skip-bad-rows")
-    entry = finetune_command(options(run_folder, broken, tmp_path / "out", *args))["tasks"]["sst2"]
+    entry = finetune(options(run_folder, broken, tmp_path / "out", *args))["tasks"]["sst2"]
     assert (entry["skipped_rows"], entry["train_rows"]) == (2, 160)
 
 
 def test_subsets_are_seeded_and_keep_rows_together():
-    rows = Rows([str(i) for i in range(50)], [f"p{i}" for i in range(50)], [float(i) for i in range(50)])
+    rows = Examples([str(i) for i in range(50)], [f"p{i}" for i in range(50)], [float(i) for i in range(50)])
     one, other = subset(rows, 20, seed=3), subset(rows, 20, seed=3)
     assert one == other != subset(rows, 20, seed=4)
     assert all(f"p{t}" == p and float(t) == y for t, p, y in zip(one.texts, one.pairs, one.labels, strict=True))
@@ -286,10 +289,10 @@ def test_every_family_pretrains_fine_tunes_and_answers(preset, more, corpus_file
     sizes += ["--train.n-checkpoints=1"]
     run = tmp_path / "run"
     where = [f"--config={preset}", "--scale=tiny", "--budget=12steps", f"--corpus=text:{corpus_file}", f"--out={run}"]
-    summary = pretrain_command([*where, *sizes, *more], 0.0)
+    summary = call("train", [*where, *sizes, *more])
     assert np.isfinite(summary["heldout_loss"])
     args = options(run, toy_glue, tmp_path / "out", "--tasks=sst2", "--tune.lr=1e-3", "--tune.epochs=2", "--seeds=0")
-    found = finetune_command(args)
+    found = finetune(args)
     assert found["tasks"]["sst2"]["dev"]["dev"]["median"]["accuracy"] > 0.4
     predictor = Predictor.load(tmp_path / "out" / "sst2")
     assert predictor.config.only_len == (32 if preset == "fnet_hybrid" else 0)

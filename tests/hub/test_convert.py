@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from ufbert import nn
+from ufbert.cli import call
 from ufbert.config import ModelConfig
 from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
@@ -21,7 +22,6 @@ from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_
 from ufbert.hub.formats import FORMATS, configuration
 from ufbert.hub.layout import expected_shapes
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files, wordpiece
-from ufbert.inference.ask import predict_command
 from ufbert.inference.predictor import Predictor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -240,11 +240,11 @@ def test_scores_that_are_probabilities_of_their_own_stay_so_on_the_way_out_in_an
         )
         with pytest.raises(UserError, match="do not exclude each other"):
             predictor.classify(["the cat sees a dog"])
-        predict_command(["--model", str(tmp_path / "model"), "the cat sees a dog"])
+        call("predict", ["--model", str(tmp_path / "model"), "the cat sees a dog"])
         lines = [f"{label}  {share:.2%}" for label, share in zip(labels, odds, strict=True)]
         assert capsys.readouterr().out.splitlines() == lines
         (tmp_path / "texts").write_text("the cat sees a dog\n" * 2)
-        predict_command(["--model", str(tmp_path / "model"), "--lines", str(tmp_path / "texts")])
+        call("predict", ["--model", str(tmp_path / "model"), "--lines", str(tmp_path / "texts")])
         line = "\t".join(f"{label}\t{share:.4f}" for label, share in zip(labels, odds, strict=True))
         assert capsys.readouterr().out.splitlines() == [line, line]
     else:

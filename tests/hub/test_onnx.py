@@ -54,7 +54,7 @@ def test_onnx_runtime_gives_our_answers(family, tmp_path, name, head, pooling):
         if head == "masked_lm":
             wanted = nn.masked_lm_logits(model.params, config, hidden)
         else:
-            wanted = nn.classify(model.params, config, hidden, segments)
+            wanted = nn.classify(model.params, config, nn.pool(config, hidden, segments != 0))
         real = batch.segment_ids > 0
         np.testing.assert_allclose(found["last_hidden_state"][real], np.asarray(hidden)[real], atol=1e-4)
         np.testing.assert_allclose(

@@ -22,6 +22,7 @@ from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.inference import engine
 from ufbert.inference.engine import Engine, fill, size_for
+from ufbert.inference.packed import PACKED_LAYERS, pack
 from ufbert.inference.predictor import Predictor, changed_routes
 from ufbert.ops import fff, native
 
@@ -71,7 +72,8 @@ def test_without_kernels_answers_are_the_same(made, kind, monkeypatch):
     wanted = one_by_one(model)
     monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
     without = Predictor(model)
-    assert "packed" not in without.engine.params
+    assert not without.engine.is_packed
+    jax.tree.map(np.testing.assert_array_equal, without.engine.params, model.params)
     for one, other in zip(without.encode(TEXTS), wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     with pytest.raises(
@@ -95,7 +97,8 @@ def test_scores_and_guesses_are_those_of_each_text_alone(made, pooling):
         assert len(own) == 2
     hidden = one_by_one(model)
     for text_hidden, answer in zip(hidden, predictor.classify(TEXTS), strict=True):
-        scores = np.asarray(nn.classify(model.params, model.config, jnp.asarray(text_hidden)[None]))[0]
+        pooled = nn.pool(model.config, jnp.asarray(text_hidden)[None])
+        scores = np.asarray(nn.classify(model.params, model.config, pooled))[0]
         assert answer.label == ("no", "yes")[int(scores.argmax())]
         assert answer.probability == pytest.approx(1 / (1 + np.exp(-abs(scores[0] - scores[1]))), abs=1e-4)
 
@@ -128,11 +131,11 @@ def test_narrow_trees_turn_by_their_rounded_weights(made, dtype):
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 32)), jnp.float32)
     nodes = {}
     for exact in (False, True):
-        packed = nn.pack(model.params, dtype, exact)["packed"]["layer_01"]["tree"]
-        used = native.restore(packed["w_in"])
-        assert np.array_equal(used, tree["w_in"]) == exact
-        assert 0 < np.abs(native.restore(packed["w_out"]) - tree["w_out"]).max() < 0.02
-        nodes[exact] = fff.path_nodes(rows, used, packed["bias"])[0]
+        used = pack(model.params["encoder"], model.config, dtype, exact)["layer_01"]["tree"]
+        w_in = native.restore(used["w_in"])
+        assert np.array_equal(w_in, tree["w_in"]) == exact
+        assert 0 < np.abs(native.restore(used["w_out"]) - tree["w_out"]).max() < 0.02
+        nodes[exact] = fff.path_nodes(rows, w_in, used["bias"])[0]
     assert np.any(nodes[True] != nodes[False])
 
 
@@ -140,18 +143,30 @@ def test_narrow_trees_turn_by_their_rounded_weights(made, dtype):
 def test_packed_weights_are_not_kept_twice(made):
     model = made("tree")
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
-        params = Engine(model, dtype).params
-        assert "tree" not in params["encoder"].get("layer_00", {})
-        assert "attention" not in params["encoder"].get("layer_00", {})
-        tree = params["packed"]["layer_00"]["tree"]
-        assert sum(leaf.nbytes for leaf in jax.tree.leaves(tree["w_out"])) <= 63 * (32 * size + 4)
+        layer = Engine(model, dtype).params["encoder"]["layer_00"]
+        assert layer["attention"].keys() == {"qkv", "out"}
+        assert layer["tree"].keys() == {"w_in", "bias", "w_out"}
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(layer["tree"]["w_out"])) <= 63 * (32 * size + 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "kind"), [("tree", "attention"), ("rotary", "glu")])
+def test_a_layer_that_cannot_be_packed_is_computed_by_its_module(made, name, kind, monkeypatch):
+    model = made(name)
+    monkeypatch.delitem(PACKED_LAYERS, kind)
+    predictor = Predictor(model)
+    assert (
+        predictor.engine.params["encoder"]["layer_00"][kind].keys() == model.params["encoder"]["layer_00"][kind].keys()
+    )
+    for hidden, wanted in zip(predictor.encode(TEXTS), one_by_one(model), strict=True):
+        np.testing.assert_allclose(hidden, wanted, atol=1e-4)
 
 
 GROWTH = """
 import gc, sys
 import jax
 from ufbert.bench.encoder_ours import private_memory
-from ufbert.device import give_back_freed_memory
+from ufbert.runtime.memory import give_back_freed_memory
 from ufbert.inference.predictor import Predictor
 
 for _ in "compiled", "measured":

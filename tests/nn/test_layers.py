@@ -10,8 +10,8 @@ import pytest
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import encode_texts
-from ufbert.glue.finetune import scores_of
-from ufbert.glue.rows import Rows
+from ufbert.glue.finetune import teacher_scores
+from ufbert.glue.tasks import Examples
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.ops import native
@@ -32,7 +32,8 @@ encode = jax.jit(nn.encode, static_argnames=("config", "deterministic", "statist
 def run(cfg: ModelConfig, params=None, ids=IDS, **options):
     params = nn.init(cfg, jax.random.key(0)) if params is None else params
     hidden, aux = encode(params, cfg, ids, **options)
-    return np.asarray(hidden), {name: float(value) for name, value in aux.items() if value.ndim == 0}
+    names = {name for layer in aux.values() for name in layer.losses}
+    return np.asarray(hidden), {name: sum(float(layer.losses[name]) for layer in aux.values()) for name in names}
 
 
 def test_a_leaf_tree_is_soft_in_training_and_hard_in_inference():
@@ -48,14 +49,14 @@ def test_a_leaf_tree_is_soft_in_training_and_hard_in_inference():
 
 def test_hardening_follows_its_weight_and_its_ramp():
     cfg = config(feedforward=("leaf_tree",), tree_depth=2, leaf_width=4, leaf_hardening=2.0, leaf_hardening_ramp=0.5)
-    full = run(cfg, deterministic=False, progress=0.5)[1]["hardening_loss"]
+    full = run(cfg, deterministic=False, progress=0.5)[1]["hardening"]
     assert 0 < full < 2.0 * 2 * np.log(2)
     for progress, share in ((0.0, 0.0), (0.25, 0.5), (1.0, 1.0)):
-        found = run(cfg, deterministic=False, progress=progress)[1]["hardening_loss"]
+        found = run(cfg, deterministic=False, progress=progress)[1]["hardening"]
         np.testing.assert_allclose(found, share * full, rtol=1e-5)
     assert run(cfg)[1] == {}
     np.testing.assert_allclose(
-        run(replace(cfg, leaf_hardening=1.0), deterministic=False)[1]["hardening_loss"], full / 2, rtol=1e-5
+        run(replace(cfg, leaf_hardening=1.0), deterministic=False)[1]["hardening"], full / 2, rtol=1e-5
     )
 
 
@@ -90,8 +91,8 @@ def test_inference_of_a_switch_layer_does_not_depend_on_the_batch():
     np.testing.assert_allclose(run(cfg, params, IDS[1:2])[0], whole[1:2], atol=1e-5)
     dropped, losses = run(cfg, params, deterministic=False)
     assert np.abs(dropped - whole).max() > 1e-2
-    assert set(losses) == {"router_balance_loss", "router_z_loss"}
-    assert losses["router_balance_loss"] >= 2 * 0.01 * 0.99  # two layers, one at perfect balance each
+    assert set(losses) == {"router_balance", "router_z"}
+    assert losses["router_balance"] >= 2 * 0.01 * 0.99  # two layers, one at perfect balance each
 
 
 def test_switch_padding_counts_for_nothing():
@@ -112,10 +113,9 @@ def test_bfloat16_compute_routes_as_float32_does(kind):
     counts = []
     for dtype in ("float32", "bfloat16"):
         _, aux = nn.encode(params, replace(cfg, dtype=dtype), IDS, statistics=True)
-        counts.append({name: np.asarray(value) for name, value in aux.items()})
-    assert counts[0].keys() == counts[1].keys() != set()
-    for name, found in counts[0].items():
-        np.testing.assert_array_equal(found, counts[1][name])
+        counts.append(aux)
+    assert jax.tree.leaves(counts[0])
+    jax.tree.map(np.testing.assert_array_equal, *counts)
 
 
 def test_the_uniform_start_is_louder_than_the_papers():
@@ -160,7 +160,7 @@ def test_a_fourier_model_has_one_length_and_one_answer(fourier_model):
     rows = encode_texts(fourier_model.tokenizer, texts, None, fourier_model.config, 64)
     assert rows.pad([0]).ids.shape == (1, 12)
     assert rows.pad([0, 1, 2]).ids.shape == (3, 12)
-    together = scores_of(fourier_model, Rows(texts, None, None), FinetuneConfig(max_len=64))
+    together = teacher_scores(fourier_model, Examples(texts, None, None), FinetuneConfig(max_len=64))
     predictor = Predictor(fourier_model, truncate=True)
     for text, scores in zip(texts, together, strict=True):
         odds = np.exp(scores - scores.max())

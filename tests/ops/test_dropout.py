@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ufbert.ops.dropout import dropout, kept
+from ufbert.ops.dense import dropout, keep_mask
 
 N = 1 << 18
 
 
 def masks(n, share=0.9, shape=(N,)):
     keys = [*jax.random.split(jax.random.key(7), n), *(jax.random.fold_in(jax.random.key(3), i) for i in range(n))]
-    return np.stack([np.asarray(kept(key, share, shape), np.float64) for key in keys])
+    return np.stack([np.asarray(keep_mask(key, share, shape), np.float64) for key in keys])
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.ops import leaf_fff
-from ufbert.ops.activations import gelu
+from ufbert.ops.dense import gelu
 from ufbert.ops.leaf_fff import LeafTree
 
 SHAPES = [(1, 0, 1), (9, 5, 2), (4, 3, 5)]
@@ -103,9 +103,9 @@ def test_straight_through_is_hard_in_value_and_soft_in_gradient():
 def test_region_leak_is_uniform_at_a_half():
     tree, x = draw(6, 1, 2, 2)
     shares = jnp.broadcast_to(leaf_fff.right_shares(x, tree), (20_000, 3))
-    mean = leaf_fff.leaf_weights(leaf_fff.leaked(shares, 0.5, jax.random.key(0))).mean(axis=0)
+    mean = leaf_fff.leaf_weights(leaf_fff.leak_regions(shares, 0.5, jax.random.key(0))).mean(axis=0)
     np.testing.assert_allclose(mean, 0.25, atol=0.01)
-    np.testing.assert_array_equal(leaf_fff.leaked(shares, 0.0, jax.random.key(0)), shares)
+    np.testing.assert_array_equal(leaf_fff.leak_regions(shares, 0.0, jax.random.key(0)), shares)
 
 
 def test_entropies_lie_between_the_clamp_and_ln_two():
@@ -115,14 +115,10 @@ def test_entropies_lie_between_the_clamp_and_ln_two():
     np.testing.assert_allclose(leaf_fff.node_entropies(jnp.array([[0.5], [0.01]]), real), np.log(2), rtol=1e-5)
 
 
-def test_usage_sums_to_the_rows_at_every_level():
+def test_usage_sums_to_the_rows():
     tree, x = draw(7, 37, 4, 2)
     weights = leaf_fff.leaf_weights(leaf_fff.right_shares(x, tree))
     np.testing.assert_allclose(leaf_fff.soft_usage(weights).sum(), 37, rtol=1e-5)
-    nodes = np.asarray(leaf_fff.soft_node_usage(weights))
-    assert nodes.shape == (15,)
-    for level in range(4):
-        np.testing.assert_allclose(nodes[2**level - 1 : 2 ** (level + 1) - 1].sum(), 37, rtol=1e-5)
 
 
 def test_the_balance_loss_runs_from_one_to_the_number_of_leaves():

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from ufbert import nn
 from ufbert.config.presets import load_preset, preset_names
-from ufbert.ops.attention import attention, visible_tokens
 from ufbert.ops.losses import cross_entropy
 from ufbert.ops.masking import count_masked, mask_tokens
-from ufbert.ops.positions import sinusoid
+from ufbert.ops.mixing import attention, attention_mask, sinusoid
 
 SPECIAL = (0, 2, 3)
 
@@ -91,7 +90,7 @@ def test_rows_short_of_words_weigh_less():
 
 def test_visibility_is_the_own_document_and_never_padding():
     segments = jnp.array([[1, 1, 2, 0]])
-    visible = np.asarray(visible_tokens(segments))[0].astype(int)
+    visible = np.asarray(attention_mask(segments))[0].astype(int)
     np.testing.assert_array_equal(visible, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0]])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ufbert.ops import native
-from ufbert.ops.attention import attention, visible_tokens
+from ufbert.ops.mixing import attention, attention_mask
 from ufbert.ops.native import build
 
 try:
@@ -119,7 +119,7 @@ def test_attention_keeps_to_documents(shape, sees):
     for seed in range(4):
         ids = segments(seed, b, t)
         real = (ids != 0)[:, :, None, None]
-        wanted = np.asarray(attention(q, k, v, visible_tokens(jnp.asarray(ids))))
+        wanted = np.asarray(attention(q, k, v, attention_mask(jnp.asarray(ids))))
         wanted = wanted if sees else np.where(real, wanted, 0)
         found = np.asarray(ask(qkv, ids))
         np.testing.assert_allclose(found, wanted, atol=1e-5)

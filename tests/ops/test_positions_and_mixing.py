@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.ops import fff
-from ufbert.ops.activations import ACTIVATIONS, gelu, symmetric_gelu
-from ufbert.ops.fourier import fourier_mix
-from ufbert.ops.rotary import rotate
+from ufbert.ops.dense import ACTIVATIONS, gelu, symmetric_gelu
+from ufbert.ops.mixing import fourier_mix, rotate
 
 
 @jax.jit

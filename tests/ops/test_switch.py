@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ufbert.ops import switch
-from ufbert.ops.activations import ACTIVATIONS
-from ufbert.ops.grouped import grouped_mlp
+from ufbert.ops.dense import ACTIVATIONS, grouped_mlp
 
 RELU = ACTIVATIONS["relu"]
 

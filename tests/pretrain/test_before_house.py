@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ufbert.cli import call
 from ufbert.data.prepared import open_prepared
 from ufbert.hub.folder import flatten, load_model
-from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.metrics import HeldOut, read_records
 from ufbert.runtime.run_folder import read_run, read_summary
 from ufbert.runtime.typed import read_lines
@@ -39,7 +39,7 @@ def test_a_run_goes_on_to_the_loss_that_it_ended_with_then(tmp_path, monkeypatch
     config = json.loads((folder / "config.json").read_text())
     config["prepared_data"]["folder"] = str(tmp_path / "before" / "prepared")  # the absolute path of another machine
     (folder / "config.json").write_text(json.dumps(config))
-    summary = pretrain_command(["--resume", f"--out={folder}"], 0.0)
+    summary = call("train", ["--resume", f"--out={folder}"])
     assert summary["steps"] == 60
     assert summary["restarts"] == 1
     assert summary["heldout_loss"] == pytest.approx(then[60], abs=0.02)

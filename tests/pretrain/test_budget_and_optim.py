@@ -23,7 +23,7 @@ from ufbert.pretrain.optim import (
     groups,
     make_optimizer,
 )
-from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_update
+from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_step
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_an_open_batch_ramp_ends_at_a_500th_of_the_expected_rows_or_8192():
 
 def test_batch_ramp_is_linear_in_whole_micro_batches():
     config = PretrainConfig(batch_rows=1024, micro_rows=128, ramp_until=0.6)
-    assert [rows_per_update(config, x) for x in (0.0, 0.15, 0.6, 1.0)] == [128, 384, 1024, 1024]
-    assert {rows_per_update(config, x) % 128 for x in np.linspace(0, 1, 50)} == {0}
+    assert [rows_per_step(config, x) for x in (0.0, 0.15, 0.6, 1.0)] == [128, 384, 1024, 1024]
+    assert {rows_per_step(config, x) % 128 for x in np.linspace(0, 1, 50)} == {0}
 
 
 def test_step_clock_counts_updates():

@@ -62,7 +62,7 @@ def spent(run: Run, machine: Machine) -> tuple[float, list[float]]:
                 note(machine.work(cost))
         clock.reserve(costs.reserve())
         shares.append(clock.fraction(len(shares)))
-        costs.updated(machine.work(run.update), TOKENS)
+        costs.stepped(machine.work(run.update), TOKENS)
     machine.work(run.evaluation)
     machine.work(1.3 * run.save)  # the checkpoint, and the model folder
     return machine.now, shares
@@ -153,14 +153,14 @@ def test_the_end_costs_more_where_updates_do():
     costs = EndCosts(save_guess=0.5, evaluations=2)
     assert costs.reserve() == ALWAYS + 1.5 * 0.5
     costs.evaluated(1.0)
-    costs.updated(0.5, TOKENS)
+    costs.stepped(0.5, TOKENS)
     costs.saved(2.0)
     assert costs.reserve() == pytest.approx(ALWAYS + 2 * 0.5 + 2 * 1.5 * 1.0 + 1.5 * 2.0)
-    costs.updated(50.0, TOKENS)  # a stall
+    costs.stepped(50.0, TOKENS)  # a stall
     assert costs.reserve() == pytest.approx(ALWAYS + 2 * 0.5 + 2 * 1.5 * 1.0 + 1.5 * 2.0)
     for _ in range(PIECES):
-        costs.updated(1.5, TOKENS)
+        costs.stepped(1.5, TOKENS)
     assert costs.reserve() == pytest.approx(ALWAYS + 3 * (2 * 0.5 + 2 * 1.5 * 1.0 + 1.5 * 2.0))
     for _ in range(4 * PIECES):
-        costs.updated(0.25, TOKENS)  # faster than when they were measured: the end costs what it did
+        costs.stepped(0.25, TOKENS)  # faster than when they were measured: the end costs what it did
     assert costs.reserve() == pytest.approx(ALWAYS + 0.5 + 2 * 1.5 * 1.0 + 1.5 * 2.0)

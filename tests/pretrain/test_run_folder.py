@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import REPO, RUN, SMALL
 
+from ufbert.cli import call
 from ufbert.errors import UserError
-from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.claim import LOCK, claimed
 from ufbert.runtime.metrics import read_records
 
@@ -32,7 +32,7 @@ def test_a_folder_in_use_is_left_as_it_is_by_whoever_comes_second(copied, corpus
     with claimed(copied):
         for args in (["--resume", f"--out={copied}"], [*RUN, f"--corpus=text:{corpus_file}", f"--out={copied}"]):
             with pytest.raises(UserError, match=f"{copied} is in use by process {os.getpid()} on"):
-                pretrain_command(args, 0.0)
+                call("train", args)
     assert contents(copied) == before
 
 
@@ -40,9 +40,9 @@ def test_a_run_that_fails_before_it_has_begun_leaves_no_folder(tmp_path, corpus_
     monkeypatch.chdir(tmp_path)
     for out in ([], [f"--out={tmp_path / 'run'}"]):
         with pytest.raises(UserError, match="There is no preset"):
-            pretrain_command(["--config=tinny", f"--corpus=text:{corpus_file}", *out], 0.0)
+            call("train", ["--config=tinny", f"--corpus=text:{corpus_file}", *out])
         with pytest.raises(UserError, match="does not exist"):
-            pretrain_command([*SMALL, "--budget=3steps", "--corpus=text:absent.txt", *out], 0.0)
+            call("train", [*SMALL, "--budget=3steps", "--corpus=text:absent.txt", *out])
     assert [path for path in tmp_path.rglob("*") if path.name != "runs"] == []
 
 
@@ -70,7 +70,7 @@ def test_a_config_of_another_version_or_kind_is_a_sentence(copied, changes, word
     (copied / "config.json").write_text(json.dumps(values))
     before = contents(copied)
     with pytest.raises(UserError, match=words):
-        pretrain_command(["--resume", f"--out={copied}"], 0.0)
+        call("train", ["--resume", f"--out={copied}"])
     assert contents(copied) == before
 
 
@@ -78,7 +78,7 @@ def test_a_config_of_another_version_or_kind_is_a_sentence(copied, changes, word
 def test_a_config_that_is_no_config_is_a_sentence(copied, text):
     (copied / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json (is not readable JSON|holds)"):
-        pretrain_command(["--resume", f"--out={copied}"], 0.0)
+        call("train", ["--resume", f"--out={copied}"])
 
 
 def test_a_folder_of_a_stranger_runs_and_overwrites_nothing(copied, tmp_path, capsys):
@@ -94,10 +94,10 @@ def test_a_folder_of_a_stranger_runs_and_overwrites_nothing(copied, tmp_path, ca
     letter.write_text("kept")
     (copied / ".summary.json.partial").symlink_to(letter)
     with pytest.raises(UserError, match=r"\.summary\.json\.partial is a link, to"):
-        pretrain_command(["--resume", f"--out={copied}"], 0.0)
+        call("train", ["--resume", f"--out={copied}"])
     (copied / ".summary.json.partial").unlink()
     assert letter.read_text() == "kept"
-    summary = pretrain_command(["--resume", f"--out={copied}"], 0.0)
+    summary = call("train", ["--resume", f"--out={copied}"])
     assert summary["steps"] == 80
     assert json.loads((copied / "summary.json").read_text()) == summary
     assert (copied / "report.html").is_file()
@@ -130,7 +130,7 @@ def test_a_run_that_has_diverged_fails_and_leaves_no_model(corpus_file, tmp_path
     ]
     last = f"ls {folder} >> {log}; echo status $UFBERT_EXIT_CODE >> {log}"
     with pytest.raises(UserError, match=r"has diverged: its held-out loss at step 6 is nan, so no model is written"):
-        pretrain_command(["--budget=6steps", *options, f"--when-done={last}"], 0.0)
+        call("train", ["--budget=6steps", *options, f"--when-done={last}"])
     assert log.read_text().endswith("status 2\n")  # a rented machine must stop all the same
     assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "ledger.jsonl", "metrics.jsonl"}
     assert list((folder / "checkpoints").iterdir()) == []

@@ -14,9 +14,9 @@ import pytest
 from conftest import REPO, RUN, SMALL
 from safetensors.numpy import load_file
 
+from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
-from ufbert.pretrain.run import pretrain_command
 from ufbert.runtime.metrics import read_records
 
 
@@ -51,9 +51,9 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(run_folder, corpus_file, tmp_path):
     args = [*RUN, f"--corpus=text:{corpus_file}"]
-    pretrain_command([*args, f"--out={tmp_path / 'again'}"], 0.0)
+    call("train", [*args, f"--out={tmp_path / 'again'}"])
     assert losses(tmp_path / "again") == losses(run_folder)
-    pretrain_command([*args, f"--out={tmp_path / 'other'}", "--seed=1"], 0.0)
+    call("train", [*args, f"--out={tmp_path / 'other'}", "--seed=1"])
     assert losses(tmp_path / "other") != losses(run_folder)
 
 
@@ -172,7 +172,7 @@ SHORT = ["--budget=120steps", *SMALL, "--train.n-checkpoints=5"]
 def short(corpus_file, tmp_path_factory):
     """A run of 120 updates on one device."""
     folder = tmp_path_factory.mktemp("short") / "run"
-    pretrain_command([*SHORT, f"--corpus=text:{corpus_file}", f"--out={folder}"], 0.0)
+    call("train", [*SHORT, f"--corpus=text:{corpus_file}", f"--out={folder}"])
     return folder
 
 
@@ -227,7 +227,7 @@ def test_updates_that_are_not_finite_are_skipped_and_the_run_goes_back(corpus_fi
         "--train.max-skipped=3",
         "--train.n-checkpoints=5",
     ]
-    summary = pretrain_command(args, 0.0)
+    summary = call("train", args)
     assert summary["rollbacks"] == 1
     assert summary["skipped_updates"] == 4  # three, and the one that was in flight
     assert summary["gain_over_unigram"] > 0.1
@@ -249,7 +249,7 @@ def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_p
     folder, log = tmp_path / "run", tmp_path / "log"
     last = f"ls {folder} {folder}/model >> {log}; echo status $UFBERT_EXIT_CODE >> {log}"
     options = [f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL]
-    pretrain_command(["--budget=3steps", *options, f"--when-done={last}"], 0.0)
+    call("train", ["--budget=3steps", *options, f"--when-done={last}"])
     said = log.read_text()
     assert "model.safetensors" in said
     assert "report.html" in said
@@ -257,20 +257,20 @@ def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_p
     assert said.endswith("status 0\n")
     resume = ["--resume", f"--out={folder}"]
     with pytest.raises(UserError, match="is finished"):
-        pretrain_command([*resume, f"--when-done={last}"], 0.0)
+        call("train", [*resume, f"--when-done={last}"])
     assert log.read_text() == said
     (folder / "when_done.json").unlink()  # as if the machine had died just before
     capsys.readouterr()
     with pytest.raises(UserError, match="is finished"):  # the folder may be a stranger's: its command is named, not run
-        pretrain_command(resume, 0.0)
+        call("train", resume)
     assert f"not run at the end: the stored --when-done {last!r}; give the option again" in capsys.readouterr().out
     assert log.read_text() == said
     assert not (folder / "when_done.json").exists()
-    pretrain_command([*resume, f"--when-done={last}"], 0.0)
+    call("train", [*resume, f"--when-done={last}"])
     assert log.read_text() == said * 2
     (folder / "when_done.json").unlink()
     with pytest.raises(UserError, match="ended with status 3"):
-        pretrain_command([*resume, "--when-done=exit 3"], 0.0)
+        call("train", [*resume, "--when-done=exit 3"])
 
 
 def test_hours_on_the_wall_are_an_absolute_stop(corpus_file, tmp_path, command):
@@ -287,12 +287,12 @@ def test_hours_on_the_wall_are_an_absolute_stop(corpus_file, tmp_path, command):
 def test_a_run_below_its_reference_is_warned_about(run_folder, corpus_file, tmp_path, capsys):
     folder = tmp_path / "run"
     args = ["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL, "--train.peak-lr=1e-9"]
-    pretrain_command([*args, f"--reference={run_folder}"], 0.0)
+    call("train", [*args, f"--reference={run_folder}"])
     assert capsys.readouterr().out.count("warning: off track") == 1
     (event,) = events(folder, "off track")
     assert event["step"] < 60
     with pytest.raises(UserError, match="does not hold a finished run"):
-        pretrain_command([*args, f"--reference={tmp_path}", f"--out={tmp_path / 'other'}"], 0.0)
+        call("train", [*args, f"--reference={tmp_path}", f"--out={tmp_path / 'other'}"])
     assert not (tmp_path / "other").exists()
 
 
@@ -300,7 +300,7 @@ def test_the_modern_recipe_trains_and_keeps_the_better_weights(corpus_file, tmp_
     folder = tmp_path / "run"
     args = ["--budget=80steps", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL, "--recipe=modern"]
     args += ["--config=crammed_bert", "--train.peak-lr=0.02", "--tensorboard"]
-    summary = pretrain_command(args, 0.0)
+    summary = call("train", args)
     assert summary["heldout_loss"] < heldout(folder)[0] - 1.5
     assert summary["heldout_loss"] == min(summary["averaged_heldout_loss"], summary["last_heldout_loss"])
     rates = [r["mask_rate"] for r in read_records(folder / "metrics.jsonl") if "mask_rate" in r]
@@ -364,7 +364,7 @@ def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
 
 def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
     common = ["--budget=6steps", f"--corpus=text:{corpus_file}", *SMALL, "--train.batch-rows=8", "--train.ramp-until=0"]
-    pretrain_command([*common, f"--out={tmp_path / 'micro'}", "--train.micro-rows=4"], 0.0)
+    call("train", [*common, f"--out={tmp_path / 'micro'}", "--train.micro-rows=4"])
     model = load_model(tmp_path / "micro" / "model")
     assert np.isfinite(losses(tmp_path / "micro")).all()
     rows = [r["rows"] for r in read_records(tmp_path / "micro" / "metrics.jsonl") if "rows" in r]
@@ -374,7 +374,7 @@ def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
 
 def test_short_pieces_come_first_and_change_only_the_shape(corpus_file, tmp_path):
     common = ["--budget=8steps", f"--corpus=text:{corpus_file}", *SMALL, "--data.short-len=8"]
-    pretrain_command([*common, f"--out={tmp_path / 'run'}", "--data.short-until=0.5"], 0.0)
+    call("train", [*common, f"--out={tmp_path / 'run'}", "--data.short-until=0.5"])
     records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if "rows" in r]
     assert [r["rows"] for r in records] == [8] * 8
     assert [r["length"] for r in records] == [8] * 4 + [32] * 4
@@ -415,7 +415,9 @@ def small_disk(tmp_path):
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root; tests/test_checkpoint.py refuses a write without one")
+        pytest.skip(
+            "mounting a small file system needs root; tests/pretrain/test_checkpoint.py refuses a write without one"
+        )
     yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     subprocess.run(["umount", "-l", str(place)], check=True)
 

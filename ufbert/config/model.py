@@ -1,15 +1,24 @@
 """The architecture: every setting of one encoder. Imports no jax."""
 
+import os
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ufbert.config.checks import check_kinds, check_least, check_most, check_share
 from ufbert.errors import UserError
 
-Mixer = Literal["attention", "fourier"]
+MIXER_NAMES = ["attention", "fourier"]
+"""Names of the token mixers. `ufbert.nn.registry` has an entry for each, and adds those that a user registers."""
 
 
-FeedForwardKind = Literal["dense", "glu", "tree", "leaf_tree", "switch"]
+FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "switch"]
+"""Names of the feedforwards, likewise."""
+
+
+ONE_LENGTH = {"fourier"}
+"""Those of both that mix padding in, so that a model with one reads rows of one length only."""
 
 
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
@@ -35,11 +44,12 @@ class ModelConfig:
     """Number of blocks, each a token mixer and a feedforward."""
     n_heads: int = 12
     """Attention heads; `d_model` must be a multiple of it."""
-    mixer: tuple[Mixer, ...] = ("attention",)
-    """Token mixer of each layer (attention or fourier); a shorter tuple is repeated from the bottom up."""
-    feedforward: tuple[FeedForwardKind, ...] = ("glu",)
-    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward) or switch
-    (experts); a shorter tuple is repeated from the bottom up."""
+    mixer: tuple[str, ...] = ("attention",)
+    """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
+    the bottom up."""
+    feedforward: tuple[str, ...] = ("glu",)
+    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward), switch
+    (experts) or one of your own (docs/layers.md); a shorter tuple is repeated from the bottom up."""
     d_hidden: int = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
     activation: ActivationName = "gelu"
@@ -164,10 +174,14 @@ class ModelConfig:
                 f"model.n_trees {self.n_trees} of model.tree_depth {self.tree_depth} have more than 2^24 nodes."
             )
         check_share(self, "model", "dropout")
-        for name, kinds in (("mixer", self.mixer), ("feedforward", self.feedforward)):
+        for name, kinds, known in (
+            ("mixer", self.mixer, MIXER_NAMES),
+            ("feedforward", self.feedforward, FEEDFORWARD_NAMES),
+        ):
             object.__setattr__(self, name, tuple(kinds))  # a list could not be looked up among what is compiled
             if not 1 <= len(kinds) <= self.n_layers:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
+            _check_known(name, kinds, known)
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
             raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
         if self.pad_id >= self.vocab_size:
@@ -184,11 +198,38 @@ class ModelConfig:
     def only_len(self) -> int:
         """The one row length this model can read, or 0 if it reads any up to max_len. Fourier mixers mix every position
         of a row into every other, padding included, so a text has one answer only at one length."""
-        return (self.fixed_len or self.max_len) if any(mixer == "fourier" for mixer, _ in self.layers) else 0
+        return (self.fixed_len or self.max_len) if any(map(ONE_LENGTH.intersection, self.layers)) else 0
 
     @property
-    def layers(self) -> tuple[tuple[Mixer, FeedForwardKind], ...]:
+    def layers(self) -> tuple[tuple[str, str], ...]:
         """(mixer, feedforward) of every layer, bottom first."""
         return tuple(
             (self.mixer[i % len(self.mixer)], self.feedforward[i % len(self.feedforward)]) for i in range(self.n_layers)
         )
+
+
+def _check_known(field: str, kinds: tuple[str, ...], known: list[str]) -> None:
+    """Raise UserError for the name of a layer that is not registered, after running the file of $UFBERT_LAYERS."""
+    for kind in kinds:
+        if kind not in known:
+            _register_own()
+        if kind not in known:
+            raise UserError(
+                f"model.{field} names {kind!r}; known are {', '.join(known)}. If it is a layer of your own, let "
+                "$UFBERT_LAYERS name the Python file that registers it."
+            )
+
+
+def _register_own() -> None:
+    """Run the Python file that $UFBERT_LAYERS names, once a process."""
+    path = os.environ.get("UFBERT_LAYERS", "")
+    if not path or path in _run:
+        return
+    _run.add(path)  # first: the file may itself hold a config that names an unknown layer
+    try:
+        runpy.run_path(str(Path(path).expanduser()))
+    except Exception as error:  # of a user's code, anything
+        raise UserError(f"$UFBERT_LAYERS names {path}, which fails: {type(error).__name__}: {error}") from error
+
+
+_run: set[str] = set()

@@ -1,6 +1,5 @@
 """Find presets by name, and shrink them to a scale that a device and a budget can train."""
 
-import difflib
 import runpy
 import traceback
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from ufbert.config.checks import shown
 from ufbert.config.model import ModelConfig
 from ufbert.config.run import Recipe, RunConfig, Scale
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 _PACKAGED = Path(__file__).parent.parent / "configs"
 _CHECKOUT = Path(__file__).parent.parent.parent / "configs"
@@ -37,9 +36,7 @@ def load_preset(name: str) -> RunConfig:
     except OSError:  # a name of more letters than a file may have
         known = False
     if not known:
-        near = difflib.get_close_matches(name[:100], preset_names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known presets: {', '.join(preset_names())}."
-        raise UserError(f"There is no preset {shown(name)}; {hint}")
+        raise UserError(f"There is no preset {shown(name)}; {near_miss(name[:100], preset_names())}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except (Exception, SystemExit) as error:  # a preset is a program, and may fail in any way

@@ -1,18 +1,17 @@
-"""What the vendors say that devices can do. Measured speeds of this machine are in `cost` and `pretrain.speeds`."""
+"""Peaks of accelerators, from the vendors' data sheets. `cost.parts` measures the speed of this machine."""
 
-import difflib
 from typing import NamedTuple
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 
 class DevicePeaks(NamedTuple):
-    """The limits of one accelerator, dense arithmetic (the doubled figures for sparse matrices are not used)."""
+    """The limits of an accelerator, for dense arithmetic (data sheets also print twice as much, for sparse matrices)."""
 
     name: str
-    """The name on the command line."""
+    """Its name on the command line."""
     kinds: tuple[str, ...]
-    """Beginnings of jax's `device_kind` for it."""
+    """Prefixes of jax's `device_kind` for it."""
     platform: str
     """gpu or tpu."""
     bfloat16: float
@@ -24,15 +23,15 @@ class DevicePeaks(NamedTuple):
     memory: float
     """Bytes of the device's memory."""
     source: str
-    """Where the numbers are printed, and what is assumed."""
+    """The document that prints the numbers, and assumptions."""
 
     def products(self, dtype: str) -> float:
-        """FLOP/s of matrix products of `dtype`."""
+        """Return the FLOP/s of matrix products of `dtype`."""
         return self.bfloat16 if dtype == "bfloat16" and self.bfloat16 else self.float32
 
     @property
     def dtype(self) -> str:
-        """The type that a model should compute in here."""
+        """The type that a model should compute in on this device."""
         return "bfloat16" if self.bfloat16 else "float32"
 
 
@@ -71,22 +70,19 @@ DEVICES = (
 
 
 def device_names() -> list[str]:
-    """Every name that `find_device` knows."""
+    """Return every name that `find_device` knows."""
     return [device.name for device in DEVICES]
 
 
 def find_device(name: str) -> DevicePeaks:
-    """The device of a command-line name. Raises UserError, with the nearest name, if there is none."""
+    """Return the device of a command-line name. Raises UserError, with the nearest name, if there is none."""
     for device in DEVICES:
         if device.name == name.lower():
             return device
     known = ["auto", "cpu", *device_names()]
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-    raise UserError(f"There is no device {name!r} in the table of peaks; {hint}")
+    raise UserError(f"There is no device {name!r} in the table of peaks; {near_miss(name, known)}")
 
 
 def device_of_kind(device_kind: str) -> DevicePeaks | None:
-    """The device that jax calls `device_kind`, or None if it is not in the table."""
-    found = [device for device in DEVICES if device_kind.startswith(device.kinds)]
-    return found[0] if found else None
+    """Return the device that jax calls `device_kind`, or None if it is not in the table."""
+    return next((device for device in DEVICES if device_kind.startswith(device.kinds)), None)

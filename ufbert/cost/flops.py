@@ -1,56 +1,36 @@
-"""Arithmetic and memory traffic of a configuration, counted for one token."""
+"""Arithmetic and memory traffic of a configuration, counted for one token from the entries of its layers."""
 
-import math
+from collections.abc import Iterator
 
-from ufbert.config import FeedForwardKind, ModelConfig, RunConfig, TreeBackend
+from ufbert.config import ModelConfig, RunConfig, TreeBackend
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, Use
+
+
+def _layers(config: ModelConfig) -> Iterator[Layer]:
+    """The mixer and the feedforward of every layer, bottom first."""
+    for mixer, feedforward in config.layers:
+        yield MIXERS[mixer]
+        yield FEEDFORWARDS[feedforward]
+
+
+def _backend(masked_trees: bool) -> TreeBackend:
+    """A tree backend that computes every node of a tree, or the nodes on the path."""
+    return "masked" if masked_trees else "gather"
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: bool, training: bool = True) -> float:
-    """Floating-point operations of the encoder for one token of a row; a multiply-add counts two.
+    """Count the floating-point operations of the encoder for one token of a row; a multiply-add counts two.
 
     `masked_trees` counts every node of a tree, as the `masked` backend computes; else the nodes on the path. `training`
     counts what layers compute then: all leaves of a leaf tree, and the places of a switch layer's experts, filled or not.
     """
-    d, total = config.d_model, 0.0
-    for mixer, feedforward in config.layers:
-        # A complex FFT of n points takes about 5 n log2 n operations (Cooley & Tukey 1965); FNet's runs over both axes.
-        fft = 5 * d * (math.log2(d) + math.log2(max(1, seq_len)))
-        total += fft if mixer == "fourier" else 2 * 4 * d * d + 2 * 2 * seq_len * d
-        total += 2 * d * _feedforward_products(config, feedforward, masked_trees, training)
-    return total
-
-
-def _feedforward_products(
-    config: ModelConfig, kind: FeedForwardKind, masked_trees: bool, training: bool
-) -> float | int:
-    """Multiply-adds of a feedforward for one token, over d."""
-    depth, leaves, f = config.tree_depth, 2**config.tree_depth, config.d_hidden
-    nodes = config.nodes_per_tree if masked_trees else depth + 1
-    decisions, used = (leaves - 1, leaves) if training else (depth, 1)
-    products: dict[FeedForwardKind, float | int] = {
-        "dense": 2 * f,
-        "glu": 3 * f,
-        "tree": 2 * config.n_trees * nodes,
-        "leaf_tree": decisions + 2 * (used * config.leaf_width + config.master_leaf),
-        "switch": config.n_experts + 2 * f * (config.capacity_factor if training else 1.0),
-    }
-    return products[kind]
+    use = Use(seq_len, _backend(masked_trees), training)
+    return float(sum(layer.flops(config, use) for layer in _layers(config)))
 
 
 def neurons(config: ModelConfig) -> tuple[int, int]:
-    """(neurons that one token uses in inference, neurons there) of the feedforward that has most of them."""
-    depth = config.tree_depth
-    counts: dict[FeedForwardKind, tuple[int, int]] = {
-        "dense": (config.d_hidden, config.d_hidden),
-        "glu": (config.d_hidden, config.d_hidden),
-        "tree": (config.n_trees * (depth + 1), config.n_trees * config.nodes_per_tree),
-        "leaf_tree": (
-            depth + config.leaf_width + config.master_leaf,
-            2**depth - 1 + 2**depth * config.leaf_width + config.master_leaf,
-        ),
-        "switch": (config.d_hidden, config.n_experts * config.d_hidden),
-    }
-    return max((counts[kind] for _, kind in config.layers), key=lambda pair: pair[1])
+    """(neurons that one token uses in inference, neurons in all) of the feedforward that has most of them."""
+    return max((FEEDFORWARDS[kind].neurons(config) for _, kind in config.layers), key=lambda pair: pair[1])
 
 
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
@@ -61,15 +41,8 @@ def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
 
 def routing_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
     """The part of `train_flops_per_token` that routes, and so is float32 arithmetic whatever the model's type."""
-    model, total = run.model, 0.0
-    products = {
-        "tree": model.n_trees * (model.nodes_per_tree if masked_trees else model.tree_depth + 1),
-        "leaf_tree": 2**model.tree_depth - 1,
-        "switch": model.n_experts,
-    }
-    for _, kind in model.layers:
-        total += 3 * 2 * model.d_model * products.get(kind, 0)
-    return total
+    use = Use(run.data.seq_len, _backend(masked_trees), training=True)
+    return float(3 * sum(layer.routing_flops(run.model, use) for layer in _layers(run.model)))
 
 
 def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool) -> float:
@@ -78,22 +51,9 @@ def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool)
     The factors were fitted to XLA's count of the compiled step on a CPU, of the presets at the scales below `base`, and
     hold to about a fifth. They let a scale be chosen without compiling; `ufbert plan` counts the compiled step instead.
     """
-    model, t, d = run.model, run.data.seq_len, run.model.d_model
-    short, routed = 0.0, 0.0
-    for mixer, kind in model.layers:
-        short += 91 * d + (50 * model.n_heads * t + 10 * d if mixer == "attention" else 0)
-        short += {
-            "dense": 20 * model.d_hidden,
-            "glu": 48 * model.d_hidden,
-            "tree": 0,
-            "leaf_tree": 40 * 2**model.tree_depth * model.leaf_width,
-            "switch": 50 * model.d_hidden,
-        }[kind]
-        if kind == "tree":
-            routed += {
-                "masked": 45 * model.n_trees * model.nodes_per_tree,
-                "gather": d * (60 + 7.4 * model.n_trees * (model.tree_depth + 1)),
-                "native": 0,
-            }[trees]
+    model, use = run.model, Use(run.data.seq_len, trees, training=True)
+    norms_and_sums = 91 * model.d_model * model.n_layers
     head = 24 * max(run.train.mask_rate) * model.vocab_size
-    return 4 * ((short + head) * (0.65 if bfloat16 else 1.0) + routed)
+    short = norms_and_sums + head + sum(layer.traffic(model, use) for layer in _layers(model))
+    routed = sum(layer.routing_traffic(model, use) for layer in _layers(model))
+    return 4 * (short * (0.65 if bfloat16 else 1.0) + routed)

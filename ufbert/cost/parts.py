@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ufbert.config import FeedForwardKind, Mixer, ModelConfig, RunConfig
+from ufbert.config import ModelConfig, RunConfig
 from ufbert.cost.devices import device_of_kind
 from ufbert.cost.speeds import (
     CPU_UTILISATION,
@@ -25,11 +25,7 @@ from ufbert.cost.speeds import (
     measured_flops,
     peak_speeds,
 )
-from ufbert.nn import tree_backend
-from ufbert.ops.activations import ACTIVATIONS
-from ufbert.ops.attention import attention
-from ufbert.ops.fff import fast_feedforward
-from ufbert.ops.fourier import fourier_mix
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer
 from ufbert.ops.losses import cross_entropy
 
 MAX_TOKENS = 4096
@@ -54,15 +50,16 @@ class PartSpeeds:
     def __init__(self, run: RunConfig) -> None:
         model, seq_len = run.model, run.data.seq_len
         rows = max(1, min(run.train.micro_rows, MAX_TOKENS // seq_len))
-        width = model.d_hidden if {"dense", "glu", "switch"} & set(model.feedforward) else model.d_model
+        layers = [(MIXERS[mixer], FEEDFORWARDS[feedforward]) for mixer, feedforward in model.layers]
+        has_hidden = any("d_hidden" in feedforward.fields for _, feedforward in layers)
+        width = model.d_hidden if has_hidden else model.d_model
         x, g = _random(rows * seq_len, model.d_model), _random(rows * seq_len, width)
         weights = _random(model.d_model, width)
         self._products = _part(lambda x, w, g: (x @ w, x.T @ g, g @ w.T), (x, weights, g), 1.0)
         norms = _part(_derivative(_norm), (x,), 2.0 * model.n_layers)
         self._rest = [norms, _loss_part(run, rows)]
-        mixers, feedforwards = Counter(mixer for mixer, _ in model.layers), Counter(kind for _, kind in model.layers)
-        self._rest += [_mixer_part(model, kind, rows, seq_len, float(n)) for kind, n in mixers.items()]
-        self._rest += [_feedforward_part(model, kind, rows * seq_len, float(n)) for kind, n in feedforwards.items()]
+        for layer, n in Counter(layer for pair in layers for layer in pair).items():
+            self._rest.append(_layer_part(layer, model, rows, seq_len, float(n)))
 
     def measure(self, calls: int = 3) -> None:
         """Time every part a few times."""
@@ -156,27 +153,7 @@ def _loss_part(run: RunConfig, rows: int) -> _Part:
     return _part(jax.value_and_grad(lambda logits: cross_entropy(logits, labels, weights).loss), (logits,), 1.0)
 
 
-def _mixer_part(model: ModelConfig, kind: Mixer, rows: int, seq_len: int, times: float) -> _Part:
-    if kind == "fourier":
-        x = _random(rows, seq_len, model.d_model)
-        return _part(_derivative(lambda x: fourier_mix(x, ortho=True)), (x,), times)
-    q = _random(rows, seq_len, model.n_heads, model.d_model // model.n_heads)
-    visible = jnp.ones((rows, seq_len, seq_len), bool)
-    return _part(_derivative(lambda q, k, v: attention(q, k, v, visible)), (q, q, q), times)
-
-
-def _feedforward_part(model: ModelConfig, kind: FeedForwardKind, tokens: int, times: float) -> _Part:
-    """What a feedforward does beside its large products: the walk down a tree, or the nonlinearity of its neurons."""
-    if kind == "tree":
-        x, shape = _random(tokens, model.d_model), (model.n_trees, model.nodes_per_tree)
-        w = _random(*shape, model.d_model)
-        backend = tree_backend(model, tokens)
-        walk = _derivative(lambda x, w: fast_feedforward(x, w, jnp.zeros(shape), w, backend=backend))
-        return _part(walk, (x, w), times)
-    activation, width = ACTIVATIONS[model.activation], model.d_hidden
-    if kind == "leaf_tree":
-        width = 2**model.tree_depth * model.leaf_width
-    hidden = _random(tokens, width)
-    if kind == "glu":
-        return _part(_derivative(lambda u, v: activation(u) * v), (hidden, hidden), times)
-    return _part(_derivative(activation), (hidden,), times)
+def _layer_part(layer: Layer, model: ModelConfig, rows: int, seq_len: int, times: float) -> _Part:
+    """What a layer does besides its large products, such as the walk down a tree, or the nonlinearity of its neurons."""
+    function, shapes = layer.timed_part(model, rows, seq_len)
+    return _part(_derivative(function), tuple(_random(*shape) for shape in shapes), times)

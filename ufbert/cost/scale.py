@@ -1,4 +1,4 @@
-"""The scale that a device can train within a budget."""
+"""Choose the scale of a model that a device can train within a budget."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,13 @@ from ufbert.cost.flops import (
 from ufbert.cost.speeds import Speeds
 
 TOKENS_PER_WEIGHT = 40.0
-"""A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
-
+"""`auto` chooses only scales that see this many tokens for each weight that a token touches."""
 
 SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")
 
 
-class Plan(NamedTuple):
-    """A scale for a budget, and what it is expected to do."""
+class ScaleChoice(NamedTuple):
+    """A scale for a budget, and the speed and tokens to expect of it."""
 
     scale: Scale
     run: RunConfig
@@ -29,14 +28,16 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool) -> Plan:
+def choose_scale(
+    run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool
+) -> ScaleChoice:
     """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
 
-    `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
-    `tiny` if none does.
+    `auto` takes the largest scale that sees TOKENS_PER_WEIGHT tokens for each weight that a token touches, and `tiny` if none
+    does.
     """
 
-    def at(name: Scale) -> Plan:
+    def at(name: Scale) -> ScaleChoice:
         config = scaled(run, name)
         flops = train_flops_per_token(config, masked_trees=trees == "masked")
         routing = routing_flops_per_token(config, masked_trees=trees == "masked")
@@ -47,7 +48,7 @@ def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees:
             f"about {speed:,.0f} tokens/s expected ({speeds.source}): "
             f"{ratio:,.0f} tokens per weight in use ({TOKENS_PER_WEIGHT:.0f} wanted)"
         )
-        return Plan(name, config, speed, speed * seconds, reason)
+        return ScaleChoice(name, config, speed, speed * seconds, reason)
 
     if scale != "auto":
         return at(scale)
@@ -57,4 +58,5 @@ def plan(run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees:
 
 
 def _weights(run: RunConfig, trees: TreeBackend) -> float:
+    """Count the weights that a token touches: the forward pass multiplies and adds once for each."""
     return forward_flops_per_token(run.model, 0, masked_trees=trees == "masked") / 2

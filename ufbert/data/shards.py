@@ -1,4 +1,4 @@
-"""Rows of ids on disk: files of at most 256 MiB each, written once, mapped into memory and read at random."""
+"""Rows of ids on disk, in files of at most 256 MiB that are mapped into memory, and the order in which a run reads them."""
 
 import hashlib
 import os
@@ -14,12 +14,12 @@ from ufbert.errors import UserError
 from ufbert.runtime.typed import Count
 
 SHARD_BYTES = 256 * 2**20
-"""A shard holds as many whole rows as fit."""
+"""Largest size of a shard, unless a single row is larger."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of 2-byte little-endian ids, row after row."""
+    """A file of 2-byte little-endian ids, row after row."""
 
     name: str
     rows: Count
@@ -31,7 +31,7 @@ class Shard:
 
 
 class RowWriter:
-    """Writes a stream of ids as rows of `seq_len`, shard after shard; a tail that does not fill a row is dropped."""
+    """Writes a stream of ids as rows of `seq_len`, shard after shard. A tail that does not fill a row is dropped."""
 
     def __init__(self, folder: Path, stem: str, seq_len: int) -> None:
         self.folder, self.stem, self.seq_len = folder, stem, seq_len
@@ -69,18 +69,18 @@ class RowWriter:
         self._file, self._rows, self._digest = None, 0, hashlib.sha256()
 
     def close(self) -> list[Shard]:
-        """All shards, written."""
+        """Finish the last shard and return all of them."""
         self._finish_shard()
         return self.shards
 
     def abandon(self) -> None:
-        """Close the file that is being written, whatever it holds."""
+        """Close the file that is being written, unless it is finished."""
         if self._file is not None:
             self._file.close()
 
 
 class Rows:
-    """Rows of several shards as one sequence. Nothing is read until rows are taken."""
+    """The rows of several shards as one sequence. Nothing is read until rows are taken."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], seq_len: int) -> None:
         """Raises UserError if a shard is missing or has another size than it should."""
@@ -92,24 +92,48 @@ class Rows:
         return int(self._starts[-1])
 
     def take(self, rows: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n t"]:
-        """The rows of these numbers, in this order."""
+        """Read the rows of these numbers, in this order."""
         if len(self._maps) == 1:
             return self._maps[0][rows].astype(np.int32)
-        taken = np.empty((len(rows), self.seq_len), np.int32)
-        places = np.searchsorted(self._starts, rows, side="right") - 1
-        for place in np.unique(places):
-            here = np.flatnonzero(places == place)
-            taken[here] = self._maps[place][rows[here] - self._starts[place]]
-        return taken
+        ids = np.empty((len(rows), self.seq_len), np.int32)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        for shard in np.unique(shards):
+            picks = np.flatnonzero(shards == shard)
+            ids[picks] = self._maps[shard][rows[picks] - self._starts[shard]]
+        return ids
 
     def __getitem__(self, rows: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n t"]:
         return self.take(rows)
 
     def blocks(self, rows: int = 65536) -> Iterator[np.ndarray]:
-        """All rows in order, as (at most `rows`, t) arrays of 2-byte ids."""
+        """Read all rows in order, as arrays (at most `rows`, t) of 2-byte ids."""
         for shard in self._maps:
             for start in range(0, len(shard), rows):
                 yield shard[start : start + rows]
+
+
+class RowOrder:
+    """Row numbers in training order: a seeded shuffle of every epoch, or the order in which rows are stored.
+
+    Position p of the endless order is a function of (n_rows, seed, shuffled, p) alone, so that a run resumes from p.
+    """
+
+    def __init__(self, n_rows: int, seed: int, shuffled: bool = True) -> None:
+        self.n_rows, self.seed, self.shuffled = n_rows, seed, shuffled
+        self._epoch, self._permutation = -1, np.zeros(0, np.int64)
+
+    def take(self, position: int, count: int) -> np.ndarray:
+        """Return the row numbers at positions position ... position + count - 1, shape (count,)."""
+        parts = []
+        while count > 0:
+            epoch, start = divmod(position, self.n_rows)
+            if self.shuffled and epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+            stop = min(start + count, self.n_rows)
+            parts.append(self._permutation[start:stop] if self.shuffled else np.arange(start, stop))
+            position, count = position + stop - start, count - (stop - start)
+        return np.concatenate(parts)
 
 
 def _map(path: Path, rows: int, seq_len: int) -> np.ndarray:
@@ -125,15 +149,15 @@ def _map(path: Path, rows: int, seq_len: int) -> np.ndarray:
 
 
 def verify(folder: Path, shards: Sequence[Shard]) -> None:
-    """Read every shard, several at a time, and compare its checksum. Raises UserError for the first that is not as written."""
+    """Read every shard, several at a time, and compare its checksum. Raises UserError for the first that differs."""
 
     def digest(shard: Shard) -> str:
         with (folder / shard.name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for shard, found in zip(shards, pool.map(digest, shards), strict=True):
-            if found != shard.sha256:
+        for shard, checksum in zip(shards, pool.map(digest, shards), strict=True):
+            if checksum != shard.sha256:
                 raise UserError(
                     f"{folder / shard.name} is damaged (its checksum differs); delete its folder to prepare the data anew."
                 )

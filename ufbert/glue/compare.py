@@ -1,179 +1,245 @@
 """`ufbert glue-table`: sweeps side by side, with the chance that is in their differences."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ufbert.errors import UserError
-from ufbert.glue.bootstrap import DRAWS, interval, resampled_scores
-from ufbert.glue.metrics import METRICS
-from ufbert.glue.outcome import Predictions, read_predictions
+from ufbert.glue.metrics import DRAWS, METRICS, interval, resampled_scores
+from ufbert.glue.predictions import Predictions, read_predictions
+from ufbert.glue.report import points
+from ufbert.glue.results import DevResult, GlueResults, read_results, results_file
 from ufbert.glue.tasks import TASKS
-from ufbert.report.glue_results import DevResult, GlueResults, TaskResult, read_results
-from ufbert.report.glue_table import Difference, Line, side_by_side
+from ufbert.options.finetune import GlueTableOptions
+from ufbert.report.page import markdown_grid
 from ufbert.runtime.files import write_text
 
 
-def _positional() -> Any:
-    import tyro
+def compare(options: GlueTableOptions) -> str:
+    """Print sweeps side by side as Markdown, write it to `options.out` if that is named, and return it.
 
-    return tyro.conf.Positional
-
-
-@dataclass(frozen=True)
-class GlueTableOptions:
-    """Print GLUE sweeps side by side as Markdown: the median of each task, and its difference to the first sweep's with a 95
-    % interval for the seeds and the finite dev set."""
-
-    sweeps: Annotated[tuple[str, ...], _positional()]
-    """Two or more folders that `ufbert finetune` wrote, or their glue.json."""
-    out: str = ""
-    """Write the table to this file, too."""
-
-
-def glue_table_command(args: list[str]) -> None:
-    """`ufbert glue-table ARGS`."""
-    import tyro
-
-    options = tyro.cli(GlueTableOptions, args=args, prog="ufbert glue-table")
+    Raises UserError for fewer than two sweeps, and for a file that is missing or damaged.
+    """
     if len(options.sweeps) < 2:
         raise UserError("glue-table compares; name at least two sweeps.")
-    text = glue_table([read_results(Path(place)) for place in options.sweeps])
+    text = glue_table([Path(place) for place in options.sweeps])
     if options.out:
         write_text(Path(options.out), text)
     print(text, end="")
+    return text
 
 
-def glue_table(sweeps: Sequence[GlueResults]) -> str:
-    """The Markdown of two or more sweeps, the first being what the others are compared with."""
-    names = dict.fromkeys((name, split) for sweep in sweeps for name, task in sweep.tasks.items() for split in task.dev)
-    lines = [_line(sweeps, name, split) for name, split in names]
+class Sweep(NamedTuple):
+    """A sweep to compare."""
+
+    folder: Path
+    """Folder of its prediction files."""
+    results: GlueResults
+
+    def dev(self, name: str, split: str) -> DevResult | None:
+        """Return the scores on a dev split of a task; None if the sweep lacks them."""
+        return self.results.tasks[name].dev.get(split) if name in self.results.tasks else None
+
+
+class Difference(NamedTuple):
+    """Difference of one sweep's median to the first sweep's."""
+
+    value: float
+    """As a fraction, not in points of a hundred."""
+    low: float = float("nan")
+    high: float = float("nan")
+    """Ends of the 95 % interval; NaN if there is none."""
+    of_rows: bool = False
+    """True if the interval holds the chance of dev rows and seeds, False if that of seeds alone."""
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low == self.low
+
+    def __str__(self) -> str:
+        value = _signed(self.value)
+        if not self.has_interval:
+            return f"{value} (no interval)"
+        unsettled = " ≈" if self.low <= 0 <= self.high else ""
+        return f"{value} [{_signed(self.low)}, {_signed(self.high)}]{unsettled}{'' if self.of_rows else ' †'}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+class TableRow(NamedTuple):
+    """One dev split, or one average: the median of each sweep, and its difference to the first."""
+
+    task: str
+    metric: str
+    rows: str
+    medians: list[float | None]
+    """None for a sweep without that split."""
+    differences: list[Difference | str | None]
+    """Of each sweep but the first; a text says why there is none, None that there is nothing to compare."""
+
+    def cells(self) -> list[str]:
+        medians = ["" if median is None else points(median) for median in self.medians]
+        differences = ["" if difference is None else str(difference) for difference in self.differences]
+        pairs = zip(medians[1:], differences, strict=True)
+        return [self.task, self.metric, self.rows, medians[0], *(cell for pair in pairs for cell in pair)]
+
+
+def glue_table(places: Sequence[Path]) -> str:
+    """Compare sweeps with the first of them, as Markdown: their letters, warnings, the table, and how to read it.
+
+    `places` are folders of sweeps, or their `glue.json`. Raises UserError for a file that is missing or damaged.
+    """
+    sweeps = [Sweep(results_file(place).parent, read_results(place)) for place in places]
+    letters = [chr(ord("A") + i) for i in range(len(sweeps))]
+    names = dict.fromkeys(
+        (name, split) for sweep in sweeps for name, task in sweep.results.tasks.items() for split in task.dev
+    )
+    rows = [_split_row(sweeps, name, split) for name, split in names]
+    key = _key(sweeps, rows)
     warnings = [
-        f"{chr(ord('B') + i)} and A differ in {mismatch}; a difference is not the models' alone."
-        for i, other in enumerate(sweeps[1:])
-        for mismatch in _mismatches(sweeps[0], other)
+        f"**WARNING: {letter} and A differ in {mismatch}; a difference is not the models' alone.**"
+        for letter, other in zip(letters[1:], sweeps[1:], strict=True)
+        for mismatch in _mismatches(sweeps[0].results, other.results)
     ]
-    return side_by_side(sweeps, lines, warnings, _key(sweeps, lines))
+    models = [
+        [letter, r.model, str(r.protocol), r.source, ", ".join(map(str, r.seeds))]
+        for letter, (_, r) in zip(letters, sweeps, strict=True)
+    ]
+    head = ["task", "metric", "dev rows", "A", *(x for b in letters[1:] for x in (b, f"{b} - A"))]
+    cells = [row.cells() for row in (*rows, *_average_rows(sweeps))]
+    parts = [
+        markdown_grid(["", "model", "protocol", "source", "seeds"], models),
+        *warnings,
+        markdown_grid(head, cells, numbers=range(2, len(head))),
+        key,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _line(sweeps: Sequence[GlueResults], name: str, split: str) -> Line:
-    found = [(sweep.tasks[name], sweep.tasks[name].dev.get(split)) if name in sweep.tasks else None for sweep in sweeps]
-    devs = [pair[1] if pair else None for pair in found]
-    task = next(pair[0] for pair in found if pair and pair[1])
+def _split_row(sweeps: Sequence[Sweep], name: str, split: str) -> TableRow:
+    devs = [sweep.dev(name, split) for sweep in sweeps]
+    task = next(sweep.results.tasks[name] for sweep in sweeps if sweep.dev(name, split))
     metric = task.metrics[0]
-    title = f"{task.title(split)} (a part of {TASKS[task.cut_of].folder})" if task.cut_of else task.title(split)
+    title = (
+        f"{task.title(split)} (a part of {TASKS[task.cut_of].folder})" if task.cut_of in TASKS else task.title(split)
+    )
     rows = " / ".join(dict.fromkeys(f"{dev.rows:,}" for dev in devs if dev))
     medians = [dev.median.get(metric) if dev else None for dev in devs]
     differences = [_compared(sweeps[0], sweep, name, split, metric) for sweep in sweeps[1:]]
-    return Line(title, metric, rows, medians, differences)
+    return TableRow(title, metric, rows, medians, differences)
 
 
-def _compared(first: GlueResults, other: GlueResults, name: str, split: str, metric: str) -> Difference | str | None:
-    """The difference on one dev split; None if one of the two lacks it, a text if they cannot be compared."""
-    if any(name not in sweep.tasks or split not in sweep.tasks[name].dev for sweep in (first, other)):
+def _average_rows(sweeps: Sequence[Sweep]) -> list[TableRow]:
+    """Return a row for each average that every sweep has."""
+    rows = []
+    for key, average in sweeps[0].results.averages.items():
+        averages = [sweep.results.averages.get(key) for sweep in sweeps]
+        values = [a.value for a in averages if a is not None and a.value is not None]
+        if len(values) == len(sweeps):
+            differences: list[Difference | str | None] = [Difference(value - values[0]) for value in values[1:]]
+            rows.append(TableRow(average.name, "mean", "", [*values], differences))
+    return rows
+
+
+def _compared(first: Sweep, other: Sweep, name: str, split: str, metric: str) -> Difference | str | None:
+    """Return the difference on one dev split; None if one of the two lacks it, a text if they cannot be compared."""
+    devs = first.dev(name, split), other.dev(name, split)
+    if devs[0] is None or devs[1] is None:
         return None
-    tasks, devs = [s.tasks[name] for s in (first, other)], [s.tasks[name].dev[split] for s in (first, other)]
+    tasks = first.results.tasks[name], other.results.tasks[name]
     if devs[0].rows != devs[1].rows or tasks[0].cut_of != tasks[1].cut_of or metric not in tasks[1].metrics:
         return "not the same dev rows"
-    files = [_predictions(s, s.tasks[name], name, split, metric) for s in (first, other)]
-    if files[0] and files[1] and files[0].rows != files[1].rows:
+    files = _predictions(first, name, split, metric), _predictions(other, name, split, metric)
+    if files[0] is None or files[1] is None:
+        return _difference(devs[0], devs[1], metric, None)
+    if files[0].rows != files[1].rows:
         return "not the same dev rows"
-    return _difference(devs[0], devs[1], metric, (files[0], files[1]) if files[0] and files[1] else None)
+    return _difference(devs[0], devs[1], metric, (files[0], files[1]))
 
 
-def _predictions(sweep: GlueResults, task: TaskResult, name: str, split: str, metric: str) -> Predictions | None:
-    """A sweep's predictions on one dev split, or None. Raises UserError where they do not give the scores of `glue.json`."""
+def _predictions(sweep: Sweep, name: str, split: str, metric: str) -> Predictions | None:
+    """Read a sweep's predictions on one dev split, or None. Raises UserError if they do not give the scores of `glue.json`."""
+    task = sweep.results.tasks[name]
     path = sweep.folder / "predictions" / f"{name}.{split}.tsv"
-    found = read_predictions(path, task.label_names)
-    if found is None:
+    predictions = read_predictions(path, task.label_names)
+    if predictions is None:
         return None
     for seed, scores in task.dev[split].seeds.items():
-        predicted = found.predicted.get(seed)
-        if predicted is None or abs(METRICS[metric](predicted, found.labels) - scores[metric]) > 1e-4:
+        predicted = predictions.predicted.get(seed)
+        if predicted is None or abs(METRICS[metric](predicted, predictions.labels) - scores[metric]) > 1e-4:
             raise UserError(
                 f"{path} is not of the run in {sweep.folder / 'glue.json'}: seed {seed} scores differently."
             )
-    return found
+    return predictions
 
 
 def _difference(
     first: DevResult, other: DevResult, metric: str, files: tuple[Predictions, Predictions] | None
 ) -> Difference:
-    """The difference of two medians over seeds; the interval is of dev rows and seeds, or without files of seeds alone."""
+    """Return the difference of two medians over seeds. Its interval is of dev rows and seeds, or without files of seeds."""
     seeds = sorted(first.seeds), sorted(other.seeds)
     value = other.median[metric] - first.median[metric]
     if not files and len(seeds[0]) == len(seeds[1]) == 1:
         return Difference(value)
     rng = np.random.default_rng(0)
     if files:
-        scores = resampled_scores(
-            METRICS[metric],
-            [np.stack([file.predicted[seed] for seed in some]) for file, some in zip(files, seeds, strict=True)],
-            files[0].labels,
-            rng,
-        )
+        predicted = [np.stack([file.predicted[seed] for seed in of]) for file, of in zip(files, seeds, strict=True)]
+        scores = resampled_scores(METRICS[metric], predicted, files[0].labels, rng)
     else:
         scores = [
-            np.tile([dev.seeds[seed][metric] for seed in some], (DRAWS, 1))
-            for dev, some in zip((first, other), seeds, strict=True)
+            np.tile([dev.seeds[seed][metric] for seed in of], (DRAWS, 1))
+            for dev, of in zip((first, other), seeds, strict=True)
         ]
     low, high = interval(scores[0], scores[1], seeds[0] == seeds[1], rng)
     return Difference(value, low, high, files is not None)
 
 
 def _mismatches(first: GlueResults, other: GlueResults) -> list[str]:
-    """In what two sweeps differ besides the model, in words."""
-    shared = [(first.tasks[name], other.tasks[name]) for name in first.tasks if name in other.tasks]
-    found = [
-        f"the {what} ({a}; {b})"
-        for what, a, b in (
-            *(
-                (f"protocol's {key}", getattr(first.protocol, key), getattr(other.protocol, key))
-                for key in ("name", "mode")
-            ),
-            ("source", first.source, other.source),
-        )
-        if a != b
+    """List in words what two sweeps differ in besides the model."""
+    pairs = [
+        ("protocol's name", first.protocol.name, other.protocol.name),
+        ("protocol's mode", first.protocol.mode, other.protocol.mode),
+        ("source", first.source, other.source),
     ]
-    if first.protocol.text != other.protocol.text:
-        found.append("the protocol's text (see above)")
-    for one, two in shared:
+    for name in [name for name in first.tasks if name in other.tasks]:
+        tasks = first.tasks[name], other.tasks[name]
         for key in ("cut_of", "train_rows", "skipped_rows", "starts_from"):
-            a, b = getattr(one, key), getattr(two, key)
-            if a != b:
-                found.append(f"the {key.replace('_', ' ')} of {one.folder} ({a or 'none'}; {b or 'none'})")
-    return found
+            a, b = (getattr(task, key) or "none" for task in tasks)
+            pairs.append((f"{key.replace('_', ' ')} of {tasks[0].folder}", a, b))
+    texts = [] if first.protocol.text == other.protocol.text else ["the protocol's text (see above)"]
+    return texts + [f"the {name} ({a}; {b})" for name, a, b in pairs if a != b]
 
 
-def _key(sweeps: Sequence[GlueResults], lines: Sequence[Line]) -> str:
-    """How to read the table, as far as it needs saying."""
-    found = [d for line in lines for d in line.differences if isinstance(d, Difference) and d.low == d.low]
+def _key(sweeps: Sequence[Sweep], rows: Sequence[TableRow]) -> str:
+    """Say how to read the table, as far as its rows need it."""
+    differences = [d for row in rows for d in row.differences if isinstance(d, Difference) and d.has_interval]
     fewest = min(
-        (len(dev.seeds) for sweep in sweeps for task in sweep.tasks.values() for dev in task.dev.values()), default=0
+        (len(dev.seeds) for s in sweeps for task in s.results.tasks.values() for dev in task.dev.values()), default=0
     )
-    said = ["Scores are medians over seeds, times 100."]
-    if found:
-        said.append(
+    sentences = ["Scores are medians over seeds, times 100."]
+    if differences:
+        sentences.append(
             "Brackets hold the 95 % interval of a difference, ≈ marks one that contains 0: its sign is not settled."
         )
-    if any(d.of_rows for d in found):
-        said.append(
+    if any(d.of_rows for d in differences):
+        sentences.append(
             f"The interval is the middle 95 % of {DRAWS:,} bootstrap draws, each of dev rows (the same rows for both models) "
             "and of seeds."
         )
-    if any(not d.of_rows for d in found):
-        said.append(
+    if any(not d.of_rows for d in differences):
+        sentences.append(
             f"† No prediction files with equal rows on both sides: the interval is of {DRAWS:,} draws of seeds alone, and "
             "too narrow."
         )
-    if found and fewest == 1:
-        said.append("Where a model has one seed, the interval leaves out what another seed would have changed.")
-    elif found and fewest < 5:
-        said.append(
+    if differences and fewest == 1:
+        sentences.append("If a model has one seed, the interval leaves out what another seed would have changed.")
+    elif differences and fewest < 5:
+        sentences.append(
             f"The range of {fewest} seeds holds their true median in {100 * (1 - 2 ** (1 - fewest)):.0f} % of cases, so "
             "that the intervals are too narrow."
         )
-    return " ".join(said)
+    return " ".join(sentences)

@@ -1,37 +1,41 @@
-"""Fine-tune an encoder on one task: several runs (seeds, or learning rates) at once, by `vmap`, scored on dev every epoch.
-
-The arrays of the state have one leading axis, r, for the runs. Each run sees its own batches; their lengths are the same for
-all (`batches`), so one jitted update serves every run, and every task of equal shape.
-"""
+"""Fine-tune an encoder on one task, several runs (seeds, or learning rates) at once, and score it on dev every epoch."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jaxtyping import Float
 
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
-from ufbert.data.encode import Batch, Encoded, encode_texts
+from ufbert.data.encode import Encoded, encode_texts
 from ufbert.errors import UserError
-from ufbert.glue.batches import epoch_batches
-from ufbert.glue.metrics import score
-from ufbert.glue.outcome import decide
-from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.tasks import Task
+from ufbert.glue.batches import TrainingRows, epoch_of_runs, predict_rows
+from ufbert.glue.results import Point, Scores
+from ufbert.glue.scores import dev_metrics, split_metrics
+from ufbert.glue.step import (
+    FinetuneSteps,
+    Setting,
+    State,
+    cached_features,
+    finetune_steps,
+    learning_rate,
+    pick_runs,
+    start_state,
+)
+from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, TaskInfo, with_task
-from ufbert.ops.losses import cross_entropy, distillation, squared_error
 
-EVAL_ROWS = 64
+Progress = Callable[[int, int, str], None]
+"""Gets updates done, updates in all, and a text about the event."""
 
 
 class Run(NamedTuple):
-    """What tells one run of a task from another."""
+    """A run of a task, as opposed to its other runs."""
 
     seed: int
     """Of the head, the row order and dropout."""
@@ -40,24 +44,24 @@ class Run(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a run left besides its weights."""
+    """The record of a run, besides its weights."""
 
-    curve: list[dict[str, float]]
-    """Mean training loss of each epoch, and the metrics of the first dev split after it."""
-    losses: np.ndarray
-    """(updates,) training loss of each update."""
-    scores: dict[str, np.ndarray]
-    """By dev and test split, the classifier's scores (rows, outputs), in the labels' unit."""
+    curve: list[Point]
+    """The mean training loss of each epoch, and the dev metrics after it."""
+    losses: Float[np.ndarray, " updates"]
+    """Training loss of each update."""
+    scores: dict[str, Float[np.ndarray, "rows c"]]
+    """By dev and test split, the classifier's scores in the labels' unit."""
     truncated: int
     """Rows of all splits that were cut to the longest row a model reads."""
 
 
 class Diverged(NamedTuple):
-    """A run of which something was no finite number: its loss, or the scores of its last weights."""
+    """A run with a loss, or with scores of its last weights, that are not finite."""
 
     run: Run
     update: int
-    """At which update first, the first being 1."""
+    """The first such update, counted from 1."""
 
 
 class Tuned(NamedTuple):
@@ -65,58 +69,29 @@ class Tuned(NamedTuple):
 
     run: Run
     model: ModelFolder
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, Scores]
     """By dev split, of the weights in `model`."""
     trace: Trace
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a jitted update is made for; tasks of equal setting share it."""
+class _Job(NamedTuple):
+    """All that the runs of a task have in common."""
 
-    config: ModelConfig
+    data: TaskData
     tune: FinetuneConfig
-    is_regression: bool
-    probe: bool
-    """Whether only the classifier is trained, on features that are kept."""
-    taught: bool
-    """Whether a teacher's scores are part of the loss."""
-
-
-class Batches(NamedTuple):
-    """One batch of every run: NumPy arrays, in jitted functions traced ones."""
-
-    inputs: Any
-    """Batch of (r, b, t) arrays; of a probe, features (r, b, d)."""
-    targets: Any
-    """(r, b) class numbers or standardised values."""
-    weights: Any
-    """(r, b), 0 for rows that only fill up a batch."""
-    teacher: Any
-    """(r, b, c) scores, or None."""
-
-
-class State(NamedTuple):
-    """Parameters and optimizer state of every run."""
-
-    params: Any
-    opt_state: Any
-
-
-class _Target(NamedTuple):
-    """How regression targets are learnt: standardised, because a small head reaches 0 to 5 too slowly."""
-
+    runs: list[Run]
+    steps: FinetuneSteps
+    training: TrainingRows
+    splits: Mapping[str, Encoded | Float[np.ndarray, "rows d"]]
+    """The rows of each dev and test split, or a probe's features of them."""
+    truncated: int
     mean: float
     spread: float
+    """Of the regression targets, which are standardised because a small head reaches 0 to 5 too slowly; 0 and 1 for classes."""
 
-
-def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
-    """Share of the peak rate at update `step` of `total`: a linear rise, then a cosine or a line down to zero."""
-    rise = max(1, int(config.warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, total - rise)
-    return 1.0 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    def scores(self, params: nn.Params, split: str) -> Float[np.ndarray, "r rows c"]:
+        """Score a split with every run, in the labels' unit."""
+        return predict_rows(self.steps.predict, params, self.splits[split]) * self.spread + self.mean
 
 
 def finetune_task(
@@ -129,102 +104,83 @@ def finetune_task(
     probe: bool = False,
     teacher: ModelFolder | None = None,
     keep_best: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+    progress: Progress = lambda done, total, event: None,
 ) -> list[Tuned | Diverged]:
-    """Fine-tune `model`'s encoder under a fresh classifier (whose pooler is the model's or its classifier's, where it has one),
-    once for each of `runs`, all at once.
+    """Fine-tune `model`'s encoder under a fresh classifier, once for each of `runs`, all at once.
 
-    `from_scratch` starts each run from random weights instead; `probe` leaves the encoder as it is; a `teacher` for the
-    same task has its scores learnt beside the labels. The weights of the last epoch are kept, or with `keep_best` those of
-    the best one on dev. `progress` is told (updates done, updates in all, what happens).
+    The classifier's pooler is the model's, or its old classifier's, if it has one. `from_scratch` starts each run from random
+    weights instead. `probe` leaves the encoder as it is. A `teacher` for the same task has its scores learnt along with the
+    labels. The weights of the last epoch are kept, or with `keep_best` those of the best one on dev.
     """
-    task = data.task
     if tune.pooling != "model":
         model = replace(model, config=replace(model.config, pooling=tune.pooling))
-    config = replace(model.config, dropout=tune.dropout)
-    setting = Setting(config, tune, task.is_regression, probe, teacher is not None)
-    steps = steps_of(setting)
-    rows = encode_texts(model.tokenizer, data.train.texts, data.train.pairs, config, tune.max_len)
-    held = {name: _encoded(model, part, tune) for name, part in (data.dev | data.test).items()}
-    target = _target_of(task, data.train)
-    targets = ((np.asarray(data.train.labels) - target.mean) / target.spread).astype(np.float32)
-    taught = None if teacher is None else (scores_of(teacher, data.train, tune) - target.mean) / target.spread
-    params = start_params(model, config, task, runs, from_scratch)
-    features, truncated = None, rows.truncated + sum(part.truncated for part in held.values())
-    if probe:
-        encoder = jax.tree.map(lambda leaf: leaf[0], params["encoder"])  # the same for every run
-        features = cached_features(config, encoder, rows)
-        held = {name: cached_features(config, encoder, part) for name, part in held.items()}
-        params = {"classifier": params["classifier"]}
-    state = start_state(params, tune)
-    keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
-    peaks = np.array([run.lr for run in runs], np.float32)
-    total = math.ceil(len(targets) / tune.batch_rows) * tune.epochs
-    curves: list[list[dict[str, float]]] = [[] for _ in runs]
-    best, best_score, stale, step = None, np.full(len(runs), -np.inf), 0, 0
-    losses: list[Any] = []
+    params = start_params(model, replace(model.config, dropout=tune.dropout), data.task, runs, from_scratch)
+    job = _prepare(model, data, tune, runs, teacher, params["encoder"] if probe else None)
+    state = start_state({"classifier": params["classifier"]} if probe else params, tune)
+    losses = np.zeros((0, len(runs)), np.float32)
+    curves: list[list[Point]] = [[] for _ in runs]
+    best, best_metric, stale_epochs = None, np.full(len(runs), -np.inf), 0
     for epoch in range(tune.epochs):
-        before = len(losses)
-        for batches in _epoch(rows, features, targets, taught, runs, epoch, tune.batch_rows):
-            lr = peaks * np.float32(learning_rate(step, total, tune))
-            state, loss = steps.update(state, batches, keys, np.int32(step), lr)
-            losses.append(loss)
-            step += 1
-            progress(step, total, f"epoch {epoch + 1}/{tune.epochs}")
-        scores = {name: _rescaled(predict_rows(steps.predict, state.params, held[name]), target) for name in data.dev}
-        losses[before:] = [np.asarray(loss) for loss in losses[before:]]
+        state, new_losses = _train_epoch(job, state, epoch, progress)
+        losses = np.concatenate([losses, new_losses])
         if not np.isfinite(losses).all(axis=0).any():
-            break  # no run is left
-        found = [metrics_of(data, {name: of_runs[i] for name, of_runs in scores.items()}) for i in range(len(runs))]
-        mean = np.mean(losses[before:], axis=0)
-        for i, metrics in enumerate(found):
-            curves[i].append({"epoch": epoch + 1, "loss": float(mean[i]), **metrics[task_split(data)]})
-        score_now = np.array([metrics[task_split(data)][task.metrics[0]] for metrics in found])
-        progress(step, total, f"epoch {epoch + 1}/{tune.epochs}, dev {task.metrics[0]} {_points(score_now)}")
-        better = score_now > best_score
-        best_score, stale = np.where(better, score_now, best_score), 0 if better.any() else stale + 1
+            break  # every run has diverged
+        scores = job.scores(state.params, data.deciding_split)
+        metrics = [split_metrics(data, data.deciding_split, of_run) for of_run in scores]
+        for curve, loss, of_run in zip(curves, new_losses.mean(axis=0), metrics, strict=True):
+            curve.append({"epoch": epoch + 1, "loss": float(loss), **of_run})
+        metric = np.array([of_run[data.task.metrics[0]] for of_run in metrics])
+        points = " ".join(f"{100 * value:.1f}" for value in metric)
+        event = f"epoch {epoch + 1}/{tune.epochs}, dev {data.task.metrics[0]} {points}"
+        progress(len(losses), tune.epochs * len(new_losses), event)
+        better = metric > best_metric
+        best_metric, stale_epochs = np.where(better, metric, best_metric), 0 if better.any() else stale_epochs + 1
         if keep_best:
-            best = _chosen(better, state.params, state.params if best is None else best)
-        if tune.early_stop and stale >= tune.early_stop:
+            best = pick_runs(better, state.params, state.params if best is None else best)
+        if tune.early_stop and stale_epochs >= tune.early_stop:
             break
-    kept = state.params if best is None else best
-    scores = {name: _rescaled(predict_rows(steps.predict, kept, part), target) for name, part in held.items()}
-    return [
-        _outcome(
-            run, data, model, jax.tree.map(lambda leaf, i=i: leaf[i], kept), target,
-            Trace(curves[i], np.stack(losses)[:, i], {name: found[i] for name, found in scores.items()}, truncated),
-        )
-        for i, run in enumerate(runs)
-    ]  # fmt: skip
+    return _outcomes(job, model, state.params if best is None else best, curves, losses)
 
 
-def _first_bad_update(trace: Trace) -> int:
-    """The first update, from 1, whose loss is not finite, or the last one if its weights' scores are not; 0 for none."""
-    bad = np.flatnonzero(~np.isfinite(trace.losses))
-    if len(bad):
-        return int(bad[0]) + 1
-    return 0 if all(np.isfinite(scores).all() for scores in trace.scores.values()) else len(trace.losses)
+def _prepare(
+    model: ModelFolder, data: TaskData, tune: FinetuneConfig, runs: list[Run], teacher: ModelFolder | None, encoder: Any
+) -> _Job:
+    """Encode a task's rows, and compute a probe's features of them with the `encoder` parameters of every run."""
+    config = replace(model.config, dropout=tune.dropout)
+    rows = _encode(model, data.train, tune)
+    encoded = {name: _encode(model, examples, tune) for name, examples in (data.dev | data.test).items()}
+    labels = np.asarray(data.train.labels, float)
+    mean, spread = (float(labels.mean()), float(labels.std()) or 1.0) if data.task.is_regression else (0.0, 1.0)
+    taught = None if teacher is None else (teacher_scores(teacher, data.train, tune) - mean) / spread
+    features, splits = None, {**encoded}
+    if encoder is not None:
+        shared = jax.tree.map(lambda leaf: leaf[0], encoder)  # the same for every run
+        features = cached_features(config, shared, rows)
+        splits = {name: cached_features(config, shared, split) for name, split in encoded.items()}
+    training = TrainingRows(rows, features, ((labels - mean) / spread).astype(np.float32), taught)
+    truncated = rows.truncated + sum(split.truncated for split in encoded.values())
+    steps = finetune_steps(Setting(config=config, tune=tune, is_regression=data.task.is_regression))
+    return _Job(data, tune, runs, steps, training, splits, truncated, mean, spread)
 
 
-def task_split(data: TaskData) -> str:
-    """The dev split that decides."""
-    return next(iter(data.dev))
+def _encode(model: ModelFolder, examples: Examples, tune: FinetuneConfig) -> Encoded:
+    return encode_texts(model.tokenizer, examples.texts, examples.pairs, model.config, tune.max_len)
 
 
-def _encoded(model: ModelFolder, rows: Rows, tune: FinetuneConfig) -> Encoded:
-    return encode_texts(model.tokenizer, rows.texts, rows.pairs, model.config, tune.max_len)
+def teacher_scores(teacher: ModelFolder, examples: Examples, tune: FinetuneConfig) -> Float[np.ndarray, "rows c"]:
+    """Score rows with a fine-tuned model. Raises UserError if a score is not finite."""
+    steps = finetune_steps(Setting(config=teacher.config, tune=tune))
+    stacked = jax.tree.map(lambda leaf: leaf[None], teacher.params)
+    scores = predict_rows(steps.predict, stacked, _encode(teacher, examples, tune))[0].astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise UserError("The teacher's scores are not finite; fine-tune another teacher, at a lower rate (--tune.lr).")
+    return scores
 
 
-def _target_of(task: Task, train: Rows) -> _Target:
-    if not task.is_regression:
-        return _Target(0.0, 1.0)
-    return _Target(float(np.mean(train.labels or [0.0])), float(np.std(train.labels or [0.0])) or 1.0)
+def start_params(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run], from_scratch: bool) -> nn.Params:
+    """Return the parameters of every run, stacked along a first axis."""
 
-
-def start_params(model: ModelFolder, config: ModelConfig, task: Task, runs: list[Run], from_scratch: bool) -> Any:
-    """Parameters of every run, stacked."""
-
-    def one(run: Run) -> Any:
+    def of_run(run: Run) -> nn.Params:
         head_key, _ = jax.random.split(jax.random.key(run.seed))
         encoder = model.params["encoder"]
         if from_scratch:
@@ -235,173 +191,58 @@ def start_params(model: ModelFolder, config: ModelConfig, task: Task, runs: list
             classifier = {**classifier, "pooler": pooler}
         return {"encoder": encoder, "classifier": classifier}
 
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one(run) for run in runs])
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(of_run, runs))
 
 
-def _epoch(
-    rows: Encoded,
-    features: np.ndarray | None,
-    targets: np.ndarray,
-    teacher: np.ndarray | None,
-    runs: list[Run],
-    epoch: int,
-    batch_rows: int,
-) -> Any:
-    """The batches of an epoch, one of every run at a time."""
-    orders = {run.seed: epoch_batches(rows, batch_rows, run.seed, epoch) for run in runs}
-    for together in zip(*(orders[run.seed] for run in runs), strict=True):
-        picks = np.stack([one.picks for one in together])
-        weights = np.stack([one.weights for one in together])
-        if features is None:
-            padded = [rows.pad(one.picks, one.length) for one in together]
-            inputs: Any = Batch(*(np.stack(arrays) for arrays in zip(*padded, strict=True)))
-        else:
-            inputs = features[picks]
-        yield Batches(inputs, targets[picks], weights, None if teacher is None else teacher[picks])
+def _train_epoch(
+    job: _Job, state: State, epoch: int, progress: Progress
+) -> tuple[State, Float[np.ndarray, "updates r"]]:
+    """Train every run on all rows once; return their state and the loss of each update."""
+    tune, runs = job.tune, job.runs
+    keys = jnp.stack([jax.random.split(jax.random.key(run.seed))[1] for run in runs])
+    peaks = np.array([run.lr for run in runs], np.float32)
+    updates = math.ceil(len(job.training.targets) / tune.batch_rows)
+    total, losses = updates * tune.epochs, []
+    batches = epoch_of_runs(job.training, tune.batch_rows, [run.seed for run in runs], epoch)
+    for step, batch in enumerate(batches, epoch * updates):
+        lr = peaks * np.float32(learning_rate(step, total, tune))
+        state, loss = job.steps.update(state, batch, keys, np.int32(step), lr)
+        losses.append(loss)
+        progress(step + 1, total, f"epoch {epoch + 1}/{tune.epochs}")
+    return state, np.stack([np.asarray(loss) for loss in losses])  # read at the epoch's end, so that updates are queued
 
 
-class Steps(NamedTuple):
-    """Jitted functions of one setting, over all runs."""
-
-    update: Callable[..., Any]
-    """(state, batches, keys, step, lr (r,)) -> (state, mean losses (r,)). The state is donated."""
-    predict: Callable[..., Any]
-    """(params, one batch for all runs) -> classifier scores (r, rows, outputs), without dropout."""
-
-
-@lru_cache(maxsize=32)
-def steps_of(setting: Setting) -> Steps:
-    """The jitted functions of a setting, made once."""
-    optimizer = _optimizer(setting.tune)
-
-    def loss_of(params: Any, batch: Batches, key: Any) -> Any:
-        scores, extra = classifier_scores(setting, params, batch.inputs, key)
-        if setting.is_regression:
-            sums = squared_error(scores[:, 0], batch.targets, batch.weights)
-        else:
-            sums = cross_entropy(scores, batch.targets.astype(jnp.int32), batch.weights)
-        loss = sums.loss
-        if batch.teacher is not None:
-            share = setting.tune.teacher_weight
-            if setting.is_regression:
-                taught = squared_error(scores[:, 0], batch.teacher[:, 0], batch.weights).loss
-            else:
-                taught = distillation(scores, batch.teacher, batch.weights, setting.tune.temperature)
-            loss = (1.0 - share) * loss + share * taught
-        return loss / jnp.maximum(sums.count, 1.0) + extra
-
-    def update_one(state: State, batch: Batches, key: Any, step: Any, lr: Any) -> tuple[State, Any]:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, jax.random.fold_in(key, step))
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, direction)
-        return State(params, opt_state), loss
-
-    def predict_one(params: Any, inputs: Any) -> Any:
-        return classifier_scores(setting, params, inputs, None)[0]
-
-    return Steps(
-        jax.jit(jax.vmap(update_one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
-        jax.jit(jax.vmap(predict_one, in_axes=(0, None))),
-    )
+def _outcomes(
+    job: _Job, model: ModelFolder, params: Any, curves: list[list[Point]], losses: Float[np.ndarray, "updates r"]
+) -> list[Tuned | Diverged]:
+    """Score all splits with the weights that are kept, and tell the runs that diverged from those that did not."""
+    scores = {split: job.scores(params, split) for split in job.splits}
+    outcomes: list[Tuned | Diverged] = []
+    for i, run in enumerate(job.runs):
+        trace = Trace(curves[i], losses[:, i], {split: of[i] for split, of in scores.items()}, job.truncated)
+        if update := _first_bad_update(trace):
+            outcomes.append(Diverged(run, update))
+            continue
+        metrics = dev_metrics(job.data, trace.scores)
+        params_of_run = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        outcomes.append(Tuned(run, _tuned_model(job, model, params_of_run, metrics), metrics, trace))
+    return outcomes
 
 
-def classifier_scores(setting: Setting, params: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
-    """Scores (b, c) and what layers add to the loss; with a key as in training, without as in inference."""
-    encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
-    if setting.probe:
-        return nn.classify(params, setting.config, inputs[:, None], None, head_key), 0.0
-    hidden, aux = nn.encode(
-        params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
-        type_ids=inputs.type_ids,
-    )  # fmt: skip
-    return nn.classify(params, setting.config, hidden, inputs.segment_ids, head_key), nn.aux_loss(aux)
+def _first_bad_update(trace: Trace) -> int:
+    """Return the first update, from 1, whose loss is not finite; the last one if its weights' scores are not; 0 for none."""
+    bad = np.flatnonzero(~np.isfinite(trace.losses))
+    if len(bad):
+        return int(bad[0]) + 1
+    return 0 if all(np.isfinite(scores).all() for scores in trace.scores.values()) else len(trace.losses)
 
 
-def start_state(params: Any, tune: FinetuneConfig) -> State:
-    """The state of runs whose parameters are stacked along a first axis."""
-    return State(params, jax.vmap(_optimizer(tune).init)(params))
-
-
-def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
-    parts = [
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)),
-    ]
-    return optax.chain(*([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []), *parts)
-
-
-@jax.jit
-def _chosen(better: Any, new: Any, old: Any) -> Any:
-    """Per run, the new arrays where they are better."""
-    return jax.tree.map(lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
-
-
-def predict_rows(predict: Callable[..., Any], params: Any, rows: Encoded | np.ndarray) -> np.ndarray:
-    """Scores (r, rows, outputs) of encoded rows or of features (rows, d), in order; rows of like length share a batch."""
-    lengths = [len(ids) for ids in rows.ids] if isinstance(rows, Encoded) else np.zeros(len(rows))
-    order = np.argsort(lengths, kind="stable")
-    found = []
-    for start in range(0, len(order), EVAL_ROWS):
-        picks = np.resize(order[start : start + EVAL_ROWS], EVAL_ROWS)
-        inputs = rows.pad(picks) if isinstance(rows, Encoded) else rows[picks]
-        found.append(np.asarray(predict(params, inputs)))
-    return np.concatenate(found, axis=1)[:, : len(order)][:, np.argsort(order)]
-
-
-def cached_features(config: ModelConfig, encoder: Any, rows: Encoded) -> np.ndarray:
-    """(rows, d): what the classifier's pooler reads of each row."""
-
-    def features(params: Any, batch: Any) -> Any:
-        hidden, _ = nn.encode({"encoder": params[0]}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
-        return nn.pooled_input(config, hidden, batch.segment_ids)[None]
-
-    return predict_rows(jax.jit(features), [encoder], rows)[0]
-
-
-def scores_of(model: ModelFolder, rows: Rows, tune: FinetuneConfig) -> np.ndarray:
-    """The scores (rows, outputs) of a fine-tuned model folder."""
-    setting = Setting(model.config, tune, False, False, False)
-    encoded = _encoded(model, rows, tune)
-    stacked = jax.tree.map(lambda leaf: leaf[None], model.params)
-    scores = predict_rows(steps_of(setting).predict, stacked, encoded)[0].astype(np.float32)
-    if not np.isfinite(scores).all():
-        raise UserError(
-            "The teacher's scores are no finite numbers; fine-tune another teacher, at a lower rate (--tune.lr)."
-        )
-    return scores
-
-
-def _rescaled(scores: np.ndarray, target: _Target) -> np.ndarray:
-    return scores * target.spread + target.mean
-
-
-def metrics_of(data: TaskData, scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """By dev split, the task's metrics of scores (rows, outputs); what is no finite number counts as 0."""
-    finite = {name: np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0) for name, found in scores.items()}
-    return {
-        name: score(data.task.metrics, decide(data.task, finite[name]), np.asarray(rows.labels))
-        for name, rows in data.dev.items()
-    }
-
-
-def _outcome(
-    run: Run, data: TaskData, model: ModelFolder, params: Any, target: _Target, trace: Trace
-) -> Tuned | Diverged:
-    """A run's scores and its model folder, whose classifier answers in the labels' unit."""
-    if update := _first_bad_update(trace):
-        return Diverged(run, update)
-    metrics = metrics_of(data, trace.scores)
-    info = TaskInfo(data.task.name, data.task.label_names, metrics[task_split(data)])
-    out = params["classifier"]["out"]
-    out = {"kernel": out["kernel"] * target.spread, "bias": out["bias"] * target.spread + target.mean}
+def _tuned_model(
+    job: _Job, model: ModelFolder, params: Mapping[str, nn.Params], metrics: dict[str, Scores]
+) -> ModelFolder:
+    """Return the model folder of a run, whose classifier answers in the labels' unit."""
+    task, out = job.data.task, params["classifier"]["out"]
+    out = {"kernel": out["kernel"] * job.spread, "bias": out["bias"] * job.spread + job.mean}
     base = replace(model, params={"encoder": params.get("encoder", model.params["encoder"])})
-    return Tuned(run, with_task(base, {**params["classifier"], "out": out}, info), metrics, trace)
-
-
-def format_metrics(metrics: dict[str, float]) -> str:
-    """`accuracy 81.4, f1 85.0`, in points of a hundred."""
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-
-
-def _points(values: np.ndarray) -> str:
-    return " ".join(f"{100 * value:.1f}" for value in values)
+    info = TaskInfo(task.name, task.label_names, metrics[job.data.deciding_split])
+    return with_task(base, {**params["classifier"], "out": out}, info)

@@ -1,27 +1,29 @@
-"""Protocols: everything about fine-tuning that makes two scores comparable, under a name."""
+"""Protocols: named settings of fine-tuning, which make two scores comparable."""
 
 from dataclasses import dataclass, fields, replace
 
 from ufbert.config import FinetuneConfig, ModelConfig, ProtocolName
+from ufbert.options.finetune import FinetuneOptions
+from ufbert.options.given import Given
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every task is fine-tuned and what is reported."""
+    """Settings of fine-tuning, the same for every task."""
 
     name: str
     source: str
-    """Where it comes from, and what it is for."""
+    """Its paper, and its purpose."""
     tune: FinetuneConfig
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Runs; their median is reported."""
     rates: tuple[float, ...] = ()
-    """Peak learning rates that are all tried, the best on dev kept; none for the one of `tune`."""
+    """Peak learning rates to try, of which the best on dev is kept; () takes the one of `tune`."""
     mnli_first: tuple[str, ...] = ()
     """Tasks that start from the model fine-tuned on MNLI."""
 
     def text(self, config: ModelConfig) -> str:
-        """All of it in one line, for the table."""
+        """Describe the protocol in one line, for the table."""
         tune = self.tune
         rates = " or ".join(f"{rate:g}" for rate in self.rates) or f"{tune.peak_lr(config):.2g}"
         best = " (the best on dev, per task)" if self.rates else ""
@@ -43,7 +45,7 @@ class Protocol:
         return "; ".join(parts)
 
     def with_overrides(self, tune: FinetuneConfig, seeds: tuple[int, ...]) -> "Protocol":
-        """This protocol with hyper-parameters and seeds changed by hand, which its name then tells."""
+        """Return this protocol with other hyper-parameters and seeds, and a name that lists the changes."""
         changed = [
             f"{f.name} {getattr(tune, f.name):g}" if isinstance(getattr(tune, f.name), float) else
             f"{f.name} {getattr(tune, f.name)}"
@@ -89,7 +91,25 @@ PROTOCOLS = {
 
 
 def find_protocol(name: ProtocolName, config: ModelConfig) -> Protocol:
-    """The protocol of that name; `auto` is `crammed` from width 768 up and `small` below."""
+    """Return the protocol of that name; `auto` is `crammed` from width 768 up and `small` below."""
     if name == "auto":
         name = "crammed" if config.d_model >= 768 else "small"
     return PROTOCOLS[name]
+
+
+def choose_protocol(options: FinetuneOptions, given: Given, config: ModelConfig) -> Protocol:
+    """Return the protocol of a sweep; hyper-parameters in `given`, such as "tune.lr", override it.
+
+    A probe trains a classifier on frozen features, which needs more and larger steps.
+    """
+    protocol = find_protocol(options.protocol, config)
+    if options.probe:
+        tune = replace(protocol.tune, epochs=20, lr=1e-3)
+        protocol = replace(protocol, name=f"{protocol.name}, probe", tune=tune, rates=())
+    return protocol.with_overrides(given_tune(protocol.tune, given), options.seed_list or protocol.seeds)
+
+
+def given_tune(tune: FinetuneConfig, given: Given) -> FinetuneConfig:
+    """Return hyper-parameters with those in `given`, such as "tune.lr". Raises UserError for a value out of range."""
+    changes = {name.removeprefix("tune."): value for name, value in given.items() if name.startswith("tune.")}
+    return replace(tune, **changes)

@@ -1,249 +1,256 @@
-"""A sweep: every task, every run, and what is written after each."""
+"""A sweep: every task, every run, and the files that are written after each."""
 
 import importlib.metadata
-import json
 import platform as host
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
-from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
-from ufbert.glue.command import FREE_ON_RESUME, FinetuneOptions
-from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task, format_metrics, metrics_of
-from ufbert.glue.outcome import averages, dev_outcome, write_predictions, write_submission
+from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task
+from ufbert.glue.predictions import write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
-from ufbert.glue.rows import Rows, TaskData
-from ufbert.glue.tasks import Task
+from ufbert.glue.report import points, write_glue_report
+from ufbert.glue.results import GlueResults, Point, ProtocolResult, TaskResult, read_results, write_results
+from ufbert.glue.scores import averages, dev_metrics, dev_result
+from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, load_model, save_model
-from ufbert.report.glue_report import write_glue_report
-from ufbert.runtime.console import LiveLine
+from ufbert.options.finetune import FREE_ON_RESUME, FinetuneOptions
+from ufbert.runtime.console import LiveLine, clock
 from ufbert.runtime.files import write_json
+from ufbert.runtime.typed import Count, read_typed
 
 
-def sweep(options: FinetuneOptions, protocol: Protocol, model: ModelFolder, sets: list[TaskData]) -> dict[str, Any]:
-    """Fine-tune on every task and return what `glue.json` in the output folder holds; it is written after each task."""
-    folder, live = Path(options.out), LiveLine(every=10.0)
-    results = _begin(folder, options, protocol, model)
-    teachers = {data.task.name: _teacher(options.teacher, data.task) for data in sets} if options.teacher else {}
+class SweepInputs(NamedTuple):
+    """All that a sweep reads."""
+
+    options: FinetuneOptions
+    """With the hyper-parameters of the protocol."""
+    protocol: Protocol
+    model: ModelFolder
+    tasks: list[TaskData]
+
+
+def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
+    """Fine-tune on every task and return the results; `glue.json` in `folder` is written after each task.
+
+    Raises UserError if a task has no run with a finite loss, after the other tasks are done.
+    """
+    options, protocol, model, tasks = inputs
+    results = _start_results(inputs, folder)
+    teachers = {data.task.name: _teacher(options.teacher, data.task) for data in tasks} if options.teacher else {}
     print(f"protocol {protocol.name}: {protocol.text(model.config)}")
-    eta = _Eta([_work(data, protocol) for data in sets])
+    progress = SweepProgress(tasks, protocol)
+    mnli = next((data.task.name for data in tasks if "mnli" in (data.task.name, data.task.cut_of)), "")
     failed: list[str] = []
-    mnli = next((data.task.name for data in sets if "mnli" in (data.task.name, data.task.cut_of)), "")
-    for number, data in enumerate(sets, 1):
+    for number, data in enumerate(tasks):
         task, began = data.task, time.monotonic()
-        if task.name in results["tasks"]:
-            live.say(f"[{number}/{len(sets)}] {task.name}: done before")
-            eta.skip(number - 1)
+        progress.current = number
+        if task.name in results.tasks:
+            progress.skip()
+            progress.say("done before")
             continue
-        runs = [
-            Run(seed, lr) for lr in protocol.rates or (protocol.tune.peak_lr(model.config),) for seed in protocol.seeds
-        ]
-        live.say(
-            f"[{number}/{len(sets)}] {task.name}: {len(data.train.texts):,} training and {len(_first(data.dev).texts):,} dev "
-            f"rows, {len(runs)} run(s){_counted(data)}"
-        )
-        first = task.name in protocol.mnli_first
-        if first and mnli not in results["tasks"]:
+        rates = protocol.rates or (protocol.tune.peak_lr(model.config),)
+        runs = [Run(seed, lr) for lr in rates for seed in protocol.seeds]
+        progress.say(_describe_rows(data, len(runs)))
+        starts_from = mnli if task.name in protocol.mnli_first else "model"
+        if starts_from == mnli and mnli not in results.tasks:
             failed.append(f"{task.name}, for want of {mnli}")
-            eta.skip(number - 1)
+            progress.skip()
             continue
-        start = load_model(folder / mnli) if first else model
-        done = _runs(
-            options, protocol, start, data, runs, teachers.get(task.name), folder, live, eta, f"[{number}/{len(sets)}]"
-        )
-        if not done:
+        start = model if starts_from == "model" else load_model(folder / mnli)
+        tuned = _run_all(inputs, start, data, runs, teachers.get(task.name), folder, progress)
+        if not tuned:
             failed.append(task.name)
             continue
-        entry = _finish_task(folder, data, done, protocol)
-        entry |= {"starts_from": mnli if first else "model", "seconds": time.monotonic() - began}
-        results["tasks"][task.name] = entry
-        results["averages"] = averages(results["tasks"])
-        live.say(f"[{number}/{len(sets)}] {task.name}: {_said(entry)} ({entry['seconds']:.0f} s)")
-        write_json(folder / "glue.json", results)
+        result = _finish_task(folder, data, tuned, starts_from, began)
+        done = {**results.tasks, task.name: result}
+        results = replace(results, tasks=done, averages=averages(done))
+        medians = ", ".join(
+            f"{name} {points(result.deciding.median[name])} ({points(low)} to {points(high)})"
+            for name, (low, high) in result.deciding.spread.items()
+        )
+        progress.say(f"{medians} ({result.seconds:.0f} s)")
+        write_results(folder, results)
         shutil.rmtree(folder / "partial", ignore_errors=True)
-    if failed and not results["tasks"]:
-        raise UserError(_failure(failed))
-    table, page = write_glue_report(folder)
-    print(
-        f"\n{table.read_text(encoding='utf-8')}\nresults {folder / 'glue.json'}, {table}, {page}; one model folder per task"
-    )
+    if results.tasks:
+        files = ", ".join(str(folder / name) for name in ("glue.json", "glue.md", "report.html"))
+        print(f"\n{write_glue_report(folder, results)}\nresults {files}; one model folder per task")
     if failed:
-        raise UserError(_failure(failed))
+        raise UserError(
+            f"No run of {'; '.join(failed)} kept a finite loss, so that no model of it was saved; take a lower rate "
+            "(--tune.lr) or clip gradients (--tune.clip-norm 1), in a new --out."
+        )
     return results
 
 
-def _failure(tasks: list[str]) -> str:
-    return (
-        f"No run of {'; '.join(tasks)} kept a finite loss, so that no model of it was saved; take a lower rate (--tune.lr) or "
-        "clip gradients (--tune.clip-norm 1), in a new --out."
-    )
-
-
-def _begin(folder: Path, options: FinetuneOptions, protocol: Protocol, model: ModelFolder) -> dict[str, Any]:
-    """A new `glue.json`, or on resuming the one that is there. Raises UserError if that is of other options."""
-    asked = json.loads(json.dumps({k: v for k, v in asdict(options).items() if k not in FREE_ON_RESUME}))
-    path = folder / "glue.json"
+def _start_results(inputs: SweepInputs, folder: Path) -> GlueResults:
+    """Write a new `glue.json`, or on resuming read the one of the folder. Raises UserError if that has other options."""
+    options, protocol, model, _ = inputs
+    asked = {name: value for name, value in asdict(options).items() if name not in FREE_ON_RESUME}
     if options.resume:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            before, version = dict(found["options"]), found["format_version"]
-        except FileNotFoundError as error:
-            raise UserError(f"There is no sweep in {folder} to resume.") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged, so the sweep cannot go on: {error}; start a new one.") from error
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {version}; this ufbert reads {FORMAT_VERSION}. Resume it with its own."
-            )
-        for name, value in asked.items():
-            if name in before and before[name] != value:  # an option that is newer than the sweep
-                raise UserError(
-                    f"{folder} was started with {name}={before.get(name)}; it cannot go on with {name}={value}."
-                )
-        return found
+        return _resumed_results(folder, asked)
     mode = "probe" if options.probe else "from scratch" if options.from_scratch else "fine-tuned"
-    results = {
-        "format": "ufbert-glue",
-        "format_version": FORMAT_VERSION,
-        "model": options.model,
-        "source": options.task_file or options.train or options.glue_source,
-        "protocol": {
-            "name": protocol.name,
-            "text": f"{protocol.text(model.config)} ({protocol.source})",
-            "mode": f"{mode}, taught by {options.teacher}" if options.teacher else mode,
-        },
-        "options": asked,
-        "environment": {
-            "python": host.python_version(),
-            "machine": host.platform(),
-            **{name: importlib.metadata.version(name) for name in ("ufbert", "jax", "flax", "optax")},
-        },
-        "tasks": {},
-        "averages": averages({}),
-    }
-    write_json(path, results)
+    versions = {name: importlib.metadata.version(name) for name in ("ufbert", "jax", "flax", "optax")}
+    results = GlueResults(
+        options.model,
+        options.task_file or options.train or options.glue_source,
+        ProtocolResult(
+            protocol.name,
+            f"{protocol.text(model.config)} ({protocol.source})",
+            f"{mode}, taught by {options.teacher}" if options.teacher else mode,
+        ),
+        asked,
+        {"python": host.python_version(), "machine": host.platform(), **versions},
+        tasks={},
+        averages=averages({}),
+    )
+    write_results(folder, results)
     return results
 
 
-def _runs(
-    options: FinetuneOptions,
-    protocol: Protocol,
-    model: ModelFolder,
+def _resumed_results(folder: Path, asked: dict[str, object]) -> GlueResults:
+    if not (folder / "glue.json").exists():
+        raise UserError(f"There is no sweep in {folder} to resume.")
+    try:
+        results = read_results(folder)
+    except UserError as error:
+        raise UserError(f"The sweep in {folder} is damaged and cannot go on; start a new one. {error}") from error
+    for name, value in asked.items():
+        before = results.options.get(name, value)  # an option that is newer than the sweep had its default
+        if before != value:
+            raise UserError(f"{folder} was started with {name}={before}; it cannot go on with {name}={value}.")
+    return results
+
+
+def _run_all(
+    inputs: SweepInputs,
+    start: ModelFolder,
     data: TaskData,
     runs: list[Run],
     teacher: ModelFolder | None,
     folder: Path,
-    live: LiveLine,
-    eta: "_Eta",
-    where: str,
+    progress: "SweepProgress",
 ) -> list[Tuned]:
-    """All runs of a task that did not diverge, as many at once as asked for. What groups gave is kept in `partial/` until the
-    task is done."""
-    size, done = options.runs_at_once or len(runs), []
+    """Run all runs of a task, as many at once as `--runs-at-once` says, and return those that did not diverge.
+
+    The outcomes of groups are kept in `partial/` until the task is done.
+    """
+    options, size = inputs.options, inputs.options.runs_at_once or len(runs)
     groups = [runs[i : i + size] for i in range(0, len(runs), size)]
+    outcomes: list[Tuned | Diverged] = []
     for number, group in enumerate(groups):
-        kept = [_stored(folder, data, run) for run in group]
-        if all(kept):
-            done += [one for one in kept if isinstance(one, Tuned)]
-            live.say(f"{where} {data.task.name}, {_named(group)}: done before")
+        stored = [outcome for run in group if (outcome := _load_outcome(folder, data, run))]
+        if len(stored) == len(group):
+            outcomes += stored
+            progress.say("done before", group)
             continue
 
-        def progress(step: int, total: int, what: str, number: int = number, group: list[Run] = group) -> None:
-            left = eta.left((number + step / total) / len(groups))
-            live.show(
-                f"{where} {data.task.name}, {_named(group)}: {what}, update {step:,}/{total:,}; {left} left in all"
-            )
+        def show(step: int, total: int, event: str, number: int = number, group: list[Run] = group) -> None:
+            done = (number + step / total) / len(groups)
+            left = progress.left(done)
+            progress.say(f"{event}, update {step:,}/{total:,}; {left} left in all", group, stays=False)
 
-        found = finetune_task(
-            model, data, protocol.tune, group, from_scratch=options.from_scratch, probe=options.probe, teacher=teacher,
-            keep_best=options.keep == "best", progress=progress,
+        new = finetune_task(
+            start, data, inputs.protocol.tune, group, from_scratch=options.from_scratch, probe=options.probe,
+            teacher=teacher, keep_best=options.keep == "best", progress=show,
         )  # fmt: skip
-        for one in found:
-            said = f"dev {format_metrics(_first(one.metrics))}" if isinstance(one, Tuned) else _said_of(one)
-            live.say(f"{where} {data.task.name}, {_named([one.run])}: {said}")
+        for outcome in new:
+            progress.say(_describe_outcome(data, outcome), [outcome.run])
             if len(groups) > 1:
-                _store(folder, data, one)
-        done += [one for one in found if isinstance(one, Tuned)]
-    eta.task_done()
-    return done
+                _save_outcome(folder, data, outcome)
+        outcomes += new
+    return [outcome for outcome in outcomes if isinstance(outcome, Tuned)]
 
 
-def _place(folder: Path, data: TaskData, run: Run) -> Path:
+@dataclass(frozen=True)
+class _Stored:
+    """`trace.json` of a run that is kept."""
+
+    curve: list[Point]
+    truncated: Count
+
+
+def _outcome_folder(folder: Path, data: TaskData, run: Run) -> Path:
     return folder / "partial" / f"{data.task.name}-{run.seed}-{run.lr:g}"
 
 
-def _said_of(diverged: Diverged) -> str:
-    return f"the loss was no finite number any more at update {diverged.update:,}, so that this run does not count"
-
-
-def _store(folder: Path, data: TaskData, tuned: Tuned | Diverged) -> None:
-    """Keep a run until its task is done; the model folder comes last and marks it whole."""
-    place = _place(folder, data, tuned.run)
+def _save_outcome(folder: Path, data: TaskData, outcome: Tuned | Diverged) -> None:
+    """Keep a run until its task is done; the model folder is written last and marks it whole."""
+    place = _outcome_folder(folder, data, outcome.run)
     place.mkdir(parents=True, exist_ok=True)
-    if isinstance(tuned, Diverged):
-        return write_json(place / "diverged.json", {"update": tuned.update})
-    arrays: dict[str, Any] = {"losses": tuned.trace.losses, **tuned.trace.scores}
-    np.savez(place / "arrays.npz", **arrays)
-    write_json(place / "trace.json", {"curve": tuned.trace.curve, "truncated": tuned.trace.truncated})
-    save_model(place / "model", tuned.model)
+    if isinstance(outcome, Diverged):
+        return write_json(place / "diverged.json", {"update": outcome.update})
+    trace = outcome.trace
+    np.savez(place / "arrays.npz", allow_pickle=False, losses=trace.losses, **trace.scores)
+    write_json(place / "trace.json", {"curve": trace.curve, "truncated": trace.truncated})
+    save_model(place / "model", outcome.model)
 
 
-def _stored(folder: Path, data: TaskData, run: Run) -> Tuned | Diverged | None:
-    """A run that was kept, or None."""
-    place = _place(folder, data, run)
-    if (place / "diverged.json").is_file():
-        return Diverged(run, json.loads((place / "diverged.json").read_text(encoding="utf-8"))["update"])
-    if not (place / "model").is_dir():
+def _load_outcome(folder: Path, data: TaskData, run: Run) -> Tuned | Diverged | None:
+    """Load a run that was kept; None if there is none, or if it is damaged and must be run again."""
+    place = _outcome_folder(folder, data, run)
+    try:
+        if (place / "diverged.json").is_file():
+            return Diverged(run, read_typed(place / "diverged.json", dict[str, Count])["update"])
+        if not (place / "model").is_dir():
+            return None
+        stored = read_typed(place / "trace.json", _Stored)
+        with np.load(place / "arrays.npz") as arrays:
+            losses = arrays["losses"]
+            scores = {split: arrays[split] for split in data.dev | data.test}
+        model = load_model(place / "model")
+    except (UserError, OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-    with np.load(place / "arrays.npz") as found:
-        scores = {name: found[name] for name in found.files}
-    kept = json.loads((place / "trace.json").read_text(encoding="utf-8"))
-    trace = Trace(kept["curve"], scores.pop("losses"), scores, kept["truncated"])
-    return Tuned(run, load_model(place / "model"), metrics_of(data, scores), trace)
+    shapes = {split: (len(rows.texts), data.task.n_outputs) for split, rows in (data.dev | data.test).items()}
+    if losses.ndim != 1 or {split: array.shape for split, array in scores.items()} != shapes:
+        return None
+    trace = Trace(stored.curve, losses, scores, stored.truncated)
+    return Tuned(run, model, dev_metrics(data, scores), trace)
 
 
-def _finish_task(folder: Path, data: TaskData, done: list[Tuned], protocol: Protocol) -> dict[str, Any]:
-    """Choose the rate, write the median run's model folder, predictions and submissions, and return the task's entry."""
-    task, main = data.task, data.task.metrics[0]
+def _finish_task(folder: Path, data: TaskData, tuned: list[Tuned], starts_from: str, began: float) -> TaskResult:
+    """Choose the rate, write the median run's model folder, predictions and submissions, and return the task's result."""
+    task = data.task
+
+    def main_metric(run: Tuned) -> float:
+        return run.metrics[data.deciding_split][task.metrics[0]]
+
     by_rate: dict[float, list[Tuned]] = {}
-    for one in done:
-        by_rate.setdefault(one.run.lr, []).append(one)
-    medians = {lr: float(np.median([_first(one.metrics)[main] for one in runs])) for lr, runs in by_rate.items()}
+    for run in tuned:
+        by_rate.setdefault(run.run.lr, []).append(run)
+    medians = {lr: float(np.median([main_metric(run) for run in runs])) for lr, runs in by_rate.items()}
     lr = max(medians, key=lambda rate: (len(by_rate[rate]), medians[rate]))  # a rate that wrecks some seeds comes last
     runs = by_rate[lr]
-    order = np.argsort([_first(one.metrics)[main] for one in runs], kind="stable")
-    saved = runs[int(order[(len(runs) - 1) // 2])]
+    saved = sorted(runs, key=main_metric)[(len(runs) - 1) // 2]
     save_model(folder / task.name, saved.model)
-    for split, rows in (data.dev | data.test).items():
-        write_predictions(folder, task, split, rows, {one.run.seed: one.trace.scores[split] for one in runs})
+    scores = {split: {run.run.seed: run.trace.scores[split] for run in runs} for split in data.dev | data.test}
+    for split, examples in (data.dev | data.test).items():
+        write_predictions(folder, task, split, examples, scores[split])
     for split in data.test:
         write_submission(folder, task, split, saved.trace.scores[split])
-    return {
-        "folder": task.folder,
-        "cut_of": task.cut_of,
-        "metrics": list(task.metrics),
-        "label_names": list(task.label_names),
-        "train_rows": len(data.train.texts),
-        "skipped_rows": sum(rows.skipped for rows in (data.train, *data.dev.values(), *data.test.values())),
-        "truncated_rows": saved.trace.truncated,
-        "lr": lr,
-        "rates": {f"{rate:g}": median for rate, median in medians.items()},
-        "saved_seed": saved.run.seed,
-        "dev": {
-            split: dev_outcome(task, split, data.train, rows, {one.run.seed: one.trace.scores[split] for one in runs})
-            for split, rows in data.dev.items()
+    metrics = {split: {run.run.seed: run.metrics[split] for run in runs} for split in data.dev}
+    return TaskResult(
+        folder=task.folder, cut_of=task.cut_of, metrics=task.metrics, label_names=task.label_names,
+        train_rows=len(data.train.texts), skipped_rows=data.skipped, truncated_rows=saved.trace.truncated, lr=lr,
+        rates={f"{rate:g}": median for rate, median in medians.items()}, saved_seed=saved.run.seed,
+        dev={
+            split: dev_result(task, split, data.train, examples, metrics[split], scores[split])
+            for split, examples in data.dev.items()
         },
-        "curves": {str(one.run.seed): one.trace.curve for one in runs},
-    }
+        curves={run.run.seed: run.trace.curve for run in runs}, starts_from=starts_from,
+        seconds=time.monotonic() - began,
+    )  # fmt: skip
 
 
 def _teacher(place: str, task: Task) -> ModelFolder:
-    """The model that teaches a task. Raises UserError if it was made for other labels."""
+    """Load the model that teaches a task. Raises UserError if it was fine-tuned for other labels."""
     folder = Path(place) / task.name if (Path(place) / task.name).is_dir() else Path(place)
     teacher = load_model(folder)
     if teacher.task is None or teacher.task.labels != task.label_names or teacher.task.independent:
@@ -251,58 +258,56 @@ def _teacher(place: str, task: Task) -> ModelFolder:
     return teacher
 
 
-class _Eta:
-    """What is left of a sweep, by the work that each task is expected to be and the time that work took so far."""
+class SweepProgress:
+    """The lines that a sweep prints. They estimate the time left by the expected work of each task."""
 
-    def __init__(self, work: list[float]) -> None:
-        self._work, self._now, self._done, self._began = work, 0, 0.0, time.monotonic()
+    def __init__(self, tasks: list[TaskData], protocol: Protocol) -> None:
+        self._names, self._live = [data.task.name for data in tasks], LiveLine(every=10.0)
+        self._work, self._began = [_work(data, protocol) for data in tasks], time.monotonic()
+        self.current = 0
+        """Number of the task at work."""
 
-    def skip(self, number: int) -> None:
-        """A task was done by an earlier session."""
-        self._work[number], self._now = 0.0, number + 1
+    def skip(self) -> None:
+        """Expect no work for the current task."""
+        self._work[self.current] = 0.0
 
-    def task_done(self) -> None:
-        self._done, self._now = self._done + self._work[self._now], self._now + 1
+    def say(self, text: str, runs: Sequence[Run] = (), *, stays: bool = True) -> None:
+        """Print a line about the current task, or about some of its runs; one that does not stay is rewritten in place."""
+        where = f"[{self.current + 1}/{len(self._names)}] {self._names[self.current]}"
+        line = f"{where}, {_describe_runs(runs)}: {text}" if runs else f"{where}: {text}"
+        self._live.say(line) if stays else self._live.show(line)
 
     def left(self, share: float) -> str:
-        """Time left when this share of the current task is done."""
-        done = self._done + share * self._work[self._now]
-        seconds = int((time.monotonic() - self._began) * (sum(self._work) - done) / max(done, 1e-9))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}"
+        """Return the time left when this share of the current task is done."""
+        done = sum(self._work[: self.current]) + share * self._work[self.current]
+        return clock((time.monotonic() - self._began) * (sum(self._work) - done) / max(done, 1e-9))
 
 
 def _work(data: TaskData, protocol: Protocol) -> float:
-    """What a task costs, in characters read: three passes' worth for a training row, one for a dev row, of every run."""
+    """Estimate a task's cost in characters read: three passes' worth for a training row, one for a dev row, of every run."""
 
-    def characters(rows: Rows) -> int:
-        return sum(map(len, rows.texts)) + sum(map(len, rows.pairs or []))
+    def characters(examples: Examples) -> int:
+        return sum(map(len, examples.texts)) + sum(map(len, examples.pairs or []))
 
-    scored = sum(characters(rows) for rows in data.dev.values())
     runs = len(protocol.seeds) * max(1, len(protocol.rates))
-    epochs = protocol.tune.epochs * (3.0 * characters(data.train) + scored)
-    return runs * (epochs + sum(map(characters, data.test.values())))
+    epochs = protocol.tune.epochs * (3.0 * characters(data.train) + characters(data.dev[data.deciding_split]))
+    return runs * (epochs + sum(map(characters, (data.dev | data.test).values())))
 
 
-def _first(splits: dict[str, Any]) -> Any:
-    return next(iter(splits.values()))
+def _describe_rows(data: TaskData, runs: int) -> str:
+    dev = len(data.dev[data.deciding_split].texts)
+    skipped = f", {data.skipped:,} broken rows left out" if data.skipped else ""
+    return f"{len(data.train.texts):,} training and {dev:,} dev rows, {runs} run(s){skipped}"
 
 
-def _counted(data: TaskData) -> str:
-    skipped = sum(rows.skipped for rows in (data.train, *data.dev.values(), *data.test.values()))
-    return f", {skipped:,} broken rows left out" if skipped else ""
-
-
-def _named(runs: list[Run]) -> str:
+def _describe_runs(runs: Sequence[Run]) -> str:
     seeds, rates = sorted({run.seed for run in runs}), sorted({run.lr for run in runs})
-    what = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {','.join(map(str, seeds))}"
-    return what if len(rates) == 1 and len(runs) > 1 else f"{what} at {', '.join(f'{rate:.2g}' for rate in rates)}"
+    text = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {','.join(map(str, seeds))}"
+    return text if len(rates) == 1 and len(runs) > 1 else f"{text} at {', '.join(f'{rate:.2g}' for rate in rates)}"
 
 
-def _said(entry: dict[str, Any]) -> str:
-    """The median and spread of each metric, in points."""
-    dev = _first(entry["dev"])
-    return ", ".join(
-        f"{name} {100 * dev['median'][name]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        for name, (low, high) in dev["spread"].items()
-    )
+def _describe_outcome(data: TaskData, outcome: Tuned | Diverged) -> str:
+    if isinstance(outcome, Diverged):
+        return f"the loss was not finite at update {outcome.update:,}, so that this run does not count"
+    metrics = outcome.metrics[data.deciding_split]
+    return f"dev {', '.join(f'{name} {points(value)}' for name, value in metrics.items())}"

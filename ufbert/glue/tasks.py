@@ -1,14 +1,15 @@
-"""The GLUE tasks: columns of their sources, labels, metrics, splits, and the form the GLUE server takes."""
+"""The GLUE tasks: columns of their sources, labels, metrics, splits, the form the GLUE server takes, and their rows."""
 
-import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task, official or a person's own."""
+    """One task, official or custom."""
 
     name: str
     """`cola`; a cut of a task has its folder's name in lower case (`mnli-devsplit`)."""
@@ -21,13 +22,13 @@ class Task:
     labels: tuple[str, ...]
     """Label strings as they stand in the files, in class order; empty for regression."""
     label_names: tuple[str, ...]
-    """What a person calls the classes."""
+    """Names of the classes for a reader."""
     metrics: tuple[str, ...]
     """Official metrics, the main one first."""
     hub_labels: tuple[str, ...] = ()
-    """What the hub's dataset calls the classes, where that is neither `labels` nor `label_names`."""
+    """Names of the classes in the hub's dataset, if they are neither `labels` nor `label_names`."""
     header: bool = True
-    """Whether train and dev files have a header; test files always do."""
+    """True if train and dev files have a header, as test files always do."""
     columns: int = 0
     """Columns of a file without a header."""
     hub_text: tuple[str, ...] = ("sentence1", "sentence2")
@@ -37,7 +38,7 @@ class Task:
     test: dict[str, str] = field(default_factory=lambda: {"test": ""})
     """Test splits, each with the stem of the file that the GLUE server takes ("" for the folder's name)."""
     cut_of: str = ""
-    """The official task of which this is a part, so that its score is not an official one; "" for an official task."""
+    """The official task of which this is a part; "" for an official task. The score of a part is no official score."""
 
     @property
     def is_regression(self) -> bool:
@@ -45,8 +46,41 @@ class Task:
 
     @property
     def n_outputs(self) -> int:
-        """Classifier scores: one for regression."""
+        """Scores that the classifier gives a row: one per class, or one for regression."""
         return max(1, len(self.labels))
+
+
+class Examples(NamedTuple):
+    """The rows of one split of a task."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    """Second texts, for tasks on pairs."""
+    labels: list[float] | None
+    """Class numbers, or targets for regression; None for a test split without labels."""
+    skipped: int = 0
+    """Broken rows that were left out, as `--skip-bad-rows` asks."""
+
+
+class TaskData(NamedTuple):
+    """All rows of one task."""
+
+    task: Task
+    train: Examples
+    dev: dict[str, Examples]
+    """Labelled splits by name, those of `task.dev` that the source has; the first decides."""
+    test: dict[str, Examples]
+    """Splits without labels, those of `task.test` that the source has."""
+
+    @property
+    def deciding_split(self) -> str:
+        """Name of the dev split that decides."""
+        return next(iter(self.dev))
+
+    @property
+    def skipped(self) -> int:
+        """Broken rows of all splits that were left out."""
+        return sum(examples.skipped for examples in (self.train, *self.dev.values(), *self.test.values()))
 
 
 BINARY = ("0", "1")
@@ -90,19 +124,22 @@ TASKS = {
 """In the order in which a sweep runs them."""
 
 
-def find_task(name: str) -> Task:
-    """The official task of that name (`sst2`, `SST-2` and `sst-2` are one). Raises UserError, with the nearest known name."""
+def find_task(name: str, others: Sequence[str] = ()) -> Task:
+    """Return the official task of that name (`sst2`, `SST-2` and `sst-2` are one).
+
+    Raises UserError, with the nearest of the official names and of `others` that could have been meant.
+    """
     key = name.lower().replace("-", "").replace("_", "")
     if key in TASKS:
         return TASKS[key]
-    near = difflib.get_close_matches(key, TASKS, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}."
-    raise UserError(f"There is no task {name!r}; {hint}")
+    raise UserError(f"There is no task {name!r}; {near_miss(key, [*others, *TASKS])}")
 
 
 def cut_of(folder: str) -> Task | None:
-    """The task of a folder that holds a part of an official one (`MNLI-devsplit`: `train.tsv` and `dev.tsv` cut from MNLI's
-    dev set); None if the folder's name does not begin with a task's."""
+    """Return the task of a folder that holds a part of an official one, or None for any other name.
+
+    `MNLI-devsplit`, for example, holds a `train.tsv` and a `dev.tsv` cut from MNLI's dev set.
+    """
     for task in TASKS.values():
         if folder.startswith(f"{task.folder}-"):
             return replace(task, name=folder.lower(), folder=folder, dev=("dev",), test={}, cut_of=task.name)

@@ -18,6 +18,7 @@ from ufbert.hub.layout import Layout, Tensors, to_ours, to_theirs
 from ufbert.hub.names import BUFFERS, Named, present_day, with_tied
 from ufbert.hub.tensors import first_few, read_all_tensors, read_json, write_folder
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 
 
 class Weights(NamedTuple):
@@ -171,26 +172,21 @@ UNEXPRESSED = (
 )
 """Fields that say how to compute or train, not what is computed; a foreign config may lose them."""
 ONLY_FOR = {
-    "dense": ("d_hidden", "activation"),
-    "glu": ("d_hidden", "activation"),
-    "tree": ("n_trees", "tree_depth", "tree_activation"),
-    "leaf_tree": ("tree_depth", "activation", "leaf_width", "master_leaf"),
-    "switch": ("d_hidden", "activation", "n_experts"),
-    "attention": ("n_heads", "qk_norm"),
     "rotary": ("rotary_base",),
     "pre": ("first_norm",),
     "classifier": ("pooling", "pooler", "pooler_width"),
     "pooler": ("pooling", "pooler", "pooler_width"),
     "masked_lm": ("head_transform", "head_bias"),
 }
-"""Fields that matter only to a model with this part."""
+"""Fields that matter only to a model with this part; those of mixers and feedforwards are in their entries."""
 
 
 def _differences(ours: ModelConfig, back: ModelConfig, heads: tuple[str, ...]) -> list[str]:
     """Fields that did not survive the way to the foreign config and back, among those that matter to this model."""
+    only_for = {name: layer.fields for name, layer in (MIXERS | FEEDFORWARDS).items()} | ONLY_FOR
     parts = {part for layer in ours.layers for part in layer} | {ours.positions, ours.norm, *heads}
-    special = {name for names in ONLY_FOR.values() for name in names}
-    relevant = {name for part in parts for name in ONLY_FOR.get(part, ())}
+    special = {name for names in only_for.values() for name in names}
+    relevant = {name for part in parts for name in only_for.get(part, ())}
     found = []
     for field in dataclasses.fields(ModelConfig):
         name, before, after = field.name, getattr(ours, field.name), getattr(back, field.name)

@@ -1,9 +1,6 @@
 """Folders and tensor files, read and written whole or not at all."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ufbert.errors import UserError
+from ufbert.runtime.files import private_folder, publish
 from ufbert.runtime.memory import aligned
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -199,37 +197,18 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 def write_folder(
     folder: str | Path, tensors: Mapping[str, np.ndarray] | None, files: Mapping[str, str | bytes]
 ) -> None:
-    """Write `model.safetensors` (of `tensors`) and other files into a folder, whole or not at all; an existing folder at that
-    path is replaced once the new one is ready.
+    """Write a folder of `model.safetensors` (from `tensors`) and other files, whole or not at all.
 
-    Raises UserError if the disk refuses.
+    An existing folder at that path is replaced. Raises UserError if the disk refuses.
     """
     folder = Path(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"Cannot write a model folder at {folder}: {error.strerror}.") from error
-    try:
-        scratch.chmod(0o755)
-        if tensors is not None:
-            arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-            save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
-        for name, content in files.items():
-            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        _swap_in(scratch, folder)
+        with private_folder(folder.parent) as scratch:
+            if tensors is not None:
+                arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+                save_file(arrays, scratch / "model.safetensors", metadata={"format": "pt"})
+            for name, content in files.items():
+                (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            publish(scratch, folder, replace=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write a model folder at {folder}: {error}.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _swap_in(scratch: Path, folder: Path) -> None:
-    """Put `scratch` in the place of `folder`."""
-    if not folder.exists():
-        os.rename(scratch, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / "old")
-    os.rename(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,72 +2,19 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ufbert.config import Device
 from ufbert.data.text_files import read_lines
 from ufbert.errors import UserError
+from ufbert.hub.folder import load_model
+from ufbert.inference.predictor import Predictor, changed_routes
+from ufbert.options.ask import AskOptions, FillMaskOptions, PredictOptions
 from ufbert.runtime.device import use_device
 
-if TYPE_CHECKING:
-    from ufbert.inference.predictor import Predictor
 
-
-def _positional() -> Any:
-    import tyro
-
-    return tyro.conf.Positional
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskOptions:
-    """What both commands know."""
-
-    model: str
-    """Model folder."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type of the weights of linear layers and trees, rounded when the model is loaded. Narrow ones are read and multiplied
-    faster, and send some tokens another way through a tree (how many is printed)."""
-    exact_routing: bool = False
-    """Decide turns in trees by the unrounded weights, so that no token goes another way."""
-    truncate: bool = False
-    """Cut texts that are longer than the model reads, instead of refusing them."""
-    threads: int = 0
-    """Threads on a CPU; 0 takes all cores."""
-    device: Device = "auto"
-    """cpu, gpu or tpu."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FillMaskOptions(AskOptions):
-    """Print the likeliest word pieces for each [MASK] of a text."""
-
-    text: Annotated[str, _positional()]
-    """Text with at least one [MASK]."""
-    top: int = 5
-    """How many guesses to print."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictOptions(AskOptions):
-    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines. Labels that do not
-    exclude each other are all printed."""
-
-    texts: Annotated[tuple[str, ...], _positional()] = ()
-    """One text, or two for a task on pairs."""
-    lines: str = ""
-    """UTF-8 file with a text on each line (two, with a tab between them, for a task on pairs), each of which gets a line:
-    label, tab, probability. Only newlines end a line."""
-
-
-def _load(options: AskOptions, texts: Sequence[str]) -> "Predictor":
-    """The model that the options name; says, of narrow weights, how many of the texts' tokens they send another way."""
+def _load(options: AskOptions, texts: Sequence[str]) -> Predictor:
+    """Load the model that the options name, and print how many of the texts' tokens its narrow weights route otherwise."""
     use_device(options.device, threads=options.threads)
-    from ufbert.hub.folder import load_model
-    from ufbert.inference.predictor import Predictor, changed_routes
-
     model = load_model(options.model, lazily=True)
     predictor = Predictor(model, options.dtype, options.exact_routing, truncate=options.truncate)
     if options.dtype != "float32" and not options.exact_routing and "tree" in model.config.feedforward:
@@ -76,13 +23,8 @@ def _load(options: AskOptions, texts: Sequence[str]) -> "Predictor":
     return predictor
 
 
-def fill_mask_command(args: list[str]) -> None:
-    """`ufbert fill-mask ARGS`."""
-    import tyro
-
-    options = tyro.cli(FillMaskOptions, args=args, prog="ufbert fill-mask")
-    if not 1 <= options.top < 2**31:
-        raise UserError(f"--top is {options.top}; it must lie between 1 and 2^31 - 1.")
+def fill_mask(options: FillMaskOptions) -> None:
+    """Print the likeliest word pieces for each [MASK] of a text. Raises UserError if there is none."""
     predictor = _load(options, [options.text])
     for number, guesses in enumerate(predictor.fill_mask([options.text], options.top)[0], start=1):
         print(f"mask {number}")
@@ -90,11 +32,8 @@ def fill_mask_command(args: list[str]) -> None:
             print(f"  {guess.probability:7.2%}  {guess.token}")
 
 
-def predict_command(args: list[str]) -> None:
-    """`ufbert predict ARGS`."""
-    import tyro
-
-    options = tyro.cli(PredictOptions, args=args, prog="ufbert predict")
+def predict(options: PredictOptions) -> None:
+    """Print the label of a text or a pair, or those of a file's lines. Raises UserError for texts that cannot be read."""
     if options.lines:
         return _predict_lines(options)
     if len(options.texts) not in (1, 2):

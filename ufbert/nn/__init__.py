@@ -1,14 +1,15 @@
-"""Flax Linen modules, and the functions through which everything else uses them.
+"""Flax Linen modules, and the functions through which the other packages use them.
 
 Outside this package a model is a `ModelConfig` and `params`, a nested dict of float32 arrays with one entry a part:
-`encoder`, and the heads it was initialised with (`masked_lm`, `pooler`, `classifier`). No module object leaves here.
+`encoder`, and its heads (`masked_lm`, `pooler`, `classifier`).
 """
 
 from ufbert.nn.feedforward import tree_backend
-from ufbert.nn.heads import pooled_input
+from ufbert.nn.heads import pool
 from ufbert.nn.layers import Aux, compute_dtype
 from ufbert.nn.model import (
     Params,
+    apply_pooler,
     aux_loss,
     classify,
     count_params,
@@ -16,14 +17,13 @@ from ufbert.nn.model import (
     init,
     init_classifier,
     masked_lm_logits,
-    pack,
-    pool,
     shapes,
 )
 
 __all__ = [
     "Aux",
     "Params",
+    "apply_pooler",
     "aux_loss",
     "classify",
     "compute_dtype",
@@ -32,9 +32,7 @@ __all__ = [
     "init",
     "init_classifier",
     "masked_lm_logits",
-    "pack",
     "pool",
-    "pooled_input",
     "shapes",
     "tree_backend",
 ]

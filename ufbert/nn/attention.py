@@ -1,23 +1,18 @@
-"""The token mixers: attention and the Fourier transform. A new kind is a module here and an entry in MIXERS."""
-
-from typing import Literal
+"""The token mixers: attention and the Fourier transform. A new kind is a module here and an entry in `registry.py`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import Context, Linear, compute_dtype, dense
-from ufbert.ops import native
-from ufbert.ops.attention import attention
-from ufbert.ops.fourier import fourier_mix
-from ufbert.ops.rotary import rotate
+from ufbert.nn.layers import Context, compute_dtype, dense
+from ufbert.ops.mixing import attention, fourier_mix, rotate
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: project to queries, keys and values, attend, project back.
 
-    Queries and keys are RMS-normalised first, then rotated, where the config says so. Dropout is on the attention weights.
+    If the config says so, queries and keys are RMS-normalised, and then rotated. Dropout is on the attention weights.
     """
 
     config: ModelConfig
@@ -27,28 +22,7 @@ class Attention(nn.Module):
         cfg = self.config
         x = x.astype(compute_dtype(cfg))
         heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
-        if context.packed:
-            qkv = Linear(3 * cfg.d_model, cfg.use_bias, jnp.float32, None, name="qkv")(x).reshape(
-                *x.shape[:2], 3, *heads[2:]
-            )
-            if cfg.qk_norm or cfg.positions == "rotary":
-                q, k = self._placed(qkv[:, :, 0], qkv[:, :, 1], context)
-                qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
-            mixed = native.attention(qkv, context.segment_ids, padding_sees=cfg.only_len > 0)
-        else:
-            q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
-            q, k = self._placed(q, k, context)
-            implementation: Literal["xla", "cudnn"] | None = (
-                None if cfg.attention_impl == "auto" else cfg.attention_impl
-            )
-            mixed = attention(q, k, v, context.visible, dropout=cfg.dropout, key=key, implementation=implementation)
-        return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
-
-    def _placed(
-        self, q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], context: Context
-    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h k"]]:
-        """Queries and keys normalised and rotated, where the config says so."""
-        cfg = self.config
+        q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
         if cfg.qk_norm:
             q, k = (
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(part).astype(part.dtype)
@@ -56,11 +30,17 @@ class Attention(nn.Module):
             )
         if cfg.positions == "rotary":
             q, k = (rotate(part, context.position_ids, cfg.rotary_base) for part in (q, k))
-        return q, k
+        implementation = None if cfg.attention_impl == "auto" else cfg.attention_impl
+        mask = context.attention_mask
+        mixed = attention(q, k, v, mask, dropout=cfg.dropout, key=key, implementation=implementation)
+        return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
 
 
 class Fourier(nn.Module):
-    """FNet's mixing: the real part of the transform over tokens and channels. No parameters, no mask."""
+    """FNet's mixing (Lee-Thorp et al. 2021, arXiv 2105.03824): the real part of the transform over tokens and channels.
+
+    It has no parameters and no mask.
+    """
 
     config: ModelConfig
 
@@ -68,6 +48,3 @@ class Fourier(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
         scale = self.config.fourier_norm
         return fourier_mix(x, ortho=scale == "ortho" or (scale == "auto" and self.config.norm == "pre"))
-
-
-MIXERS: dict[str, type[nn.Module]] = {"attention": Attention, "fourier": Fourier}

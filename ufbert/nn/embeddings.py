@@ -1,4 +1,4 @@
-"""Ids to vectors."""
+"""The embeddings: vectors from token ids."""
 
 import flax.linen as nn
 import jax
@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
-from ufbert.ops.dropout import dropout
-from ufbert.ops.positions import sinusoid
+from ufbert.ops.dense import dropout
+from ufbert.ops.mixing import sinusoid
 
 
 class Embeddings(nn.Module):
-    """Token (+ position, + token type) embeddings, normalised and projected if the config says so."""
+    """Sum of token, position and token-type embeddings, normalised and projected if the config says so."""
 
     config: ModelConfig
 

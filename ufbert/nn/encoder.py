@@ -1,27 +1,25 @@
-"""The one encoder. BERT, crammed BERT, UltraFastBERT, FNet and Switch differ in its configuration only."""
+"""The encoder. BERT, crammed BERT, UltraFastBERT, FNet and Switch differ in its configuration only."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ufbert.config import FeedForwardKind, Mixer, ModelConfig
+from ufbert.config import ModelConfig
 from ufbert.errors import UserError
-from ufbert.nn.attention import MIXERS
 from ufbert.nn.embeddings import Embeddings
-from ufbert.nn.feedforward import FEEDFORWARDS
 from ufbert.nn.layers import Aux, Context, layer_norm
-from ufbert.ops import native
-from ufbert.ops.attention import visible_tokens
-from ufbert.ops.dropout import dropout
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.ops.dense import dropout
+from ufbert.ops.mixing import attention_mask
 
 
 class Block(nn.Module):
-    """A token mixer and a feedforward, each with a residual connection; and what the feedforward reports."""
+    """A token mixer and a feedforward, each with a residual connection. Also returns what the feedforward reports."""
 
     config: ModelConfig
-    mixer: Mixer
-    feedforward: FeedForwardKind
+    mixer: str
+    feedforward: str
     has_mixer_norm: bool = True
 
     @nn.compact
@@ -30,29 +28,29 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Aux]:
         cfg = self.config
         weights_key, mixed_key, hidden_key, noise_key = (None,) * 4 if key is None else jax.random.split(key, 4)
-        mix = MIXERS[self.mixer](cfg, name=self.mixer)
-        feed = FEEDFORWARDS[self.feedforward](cfg, name=self.feedforward)
+        mix = MIXERS[self.mixer].module(cfg, name=self.mixer)
+        feed = FEEDFORWARDS[self.feedforward].module(cfg, name=self.feedforward)
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
-        plus = native.add if context.packed else jnp.add
         if cfg.norm == "pre":
             normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
-            x = plus(x, dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key))
+            x = x + dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
             y, aux = feed(feedforward_norm(x), context, noise_key)
-            return plus(x, dropout(y, cfg.dropout, hidden_key)), aux
-        x = layer_norm(cfg, "mixer_norm")(plus(x, dropout(mix(x, context, weights_key), cfg.dropout, mixed_key)))
+            return x + dropout(y, cfg.dropout, hidden_key), aux
+        x = layer_norm(cfg, "mixer_norm")(x + dropout(mix(x, context, weights_key), cfg.dropout, mixed_key))
         y, aux = feed(x, context, noise_key)
-        return feedforward_norm(plus(x, dropout(y, cfg.dropout, hidden_key))), aux
+        return feedforward_norm(x + dropout(y, cfg.dropout, hidden_key)), aux
 
 
 class Encoder(nn.Module):
-    """ids -> hidden states, and what the layers report.
+    """ids -> hidden states, and what each layer reports, by its name.
 
-    `segment_ids` (0 = padding, 1, 2, ... = documents of the row) says who may see whom; without it every token sees
-    every token. `type_ids` are BERT's sentence A / B marks, used only if the config has token types. Training behaviour
-    (soft decisions, capacities) follows `deterministic=False`; dropout and noise need a `key` besides. `progress` is the
-    share of the budget spent, for what is annealed. With `statistics`, layers count which parts of them were used.
+    A token attends to the tokens with its number in `segment_ids`: 1, 2, ... for the documents of a row, 0 for padding.
+    Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
+    token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
+    need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
+    which of their parts are used.
 
-    Raises UserError, when traced, for rows of another length than a model with Fourier mixers reads.
+    Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
 
     config: ModelConfig
@@ -69,30 +67,27 @@ class Encoder(nn.Module):
         type_ids: Int[Array, "b t"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
         statistics: bool = False,
-    ) -> tuple[Float[Array, "b t d"], Aux]:
+    ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
-            raise UserError(f"This model mixes by Fourier and reads rows of {cfg.only_len} tokens, not {ids.shape[1]}.")
+            raise UserError(
+                f"This model mixes padding in, so it reads rows of {cfg.only_len} tokens, not {ids.shape[1]}."
+            )
         if position_ids is None:
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:
             type_ids = jnp.zeros_like(ids)
-        packed = self.has_variable("packed", "layer_00")
         real = None if segment_ids is None else segment_ids != 0
-        visible = None if segment_ids is None or packed else visible_tokens(segment_ids)
-        context = Context(visible, segment_ids, real, position_ids, not deterministic, progress, statistics, packed)
+        mask = None if segment_ids is None else attention_mask(segment_ids)
+        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])
-        aux: Aux = {}
+        aux: dict[str, Aux] = {}
         for i, (mixer, feedforward) in enumerate(cfg.layers):
-            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=f"layer_{i:02d}")
-            x, found = block(x, context, keys[i + 1])
-            for name, value in found.items():
-                if name.endswith("_loss"):
-                    aux[name] = aux.get(name, jnp.zeros(())) + value
-                else:
-                    aux[f"layer_{i:02d}.{name}"] = value
+            name = f"layer_{i:02d}"
+            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
+            x, aux[name] = block(x, context, keys[i + 1])
         if cfg.final_norm:
             x = layer_norm(cfg, "final_norm")(x)
         return x, aux

@@ -1,8 +1,7 @@
-"""The feedforward sublayers. A new kind is a module here and an entry in FEEDFORWARDS, its name in
-`config.FeedForwardKind`, and a row in `cost.py`.
+"""The feedforward sublayers. A new kind is a module here and an entry in `registry.py`.
 
 Each takes hidden states, the layer's `Context` and a key for its noise (None: no noise), and returns its output and what
-it has to report (`Aux`): weighted losses under names ending in `_loss`, and counts where statistics are asked for.
+it has to report (`Aux`): weighted losses, and counts where statistics are asked for.
 """
 
 import functools
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
 from ufbert.ops import fff, leaf_fff, native, switch
-from ufbert.ops.activations import ACTIVATIONS
+from ufbert.ops.dense import ACTIVATIONS
 
 Found = tuple[Float[Array, "b t d"], Aux]
 
@@ -31,7 +30,7 @@ class DenseFeedForward(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
         hidden = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "in")(x))
-        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), {}
+        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), Aux({})
 
 
 class GluFeedForward(nn.Module):
@@ -44,14 +43,14 @@ class GluFeedForward(nn.Module):
         cfg = self.config
         gate = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "gate")(x))
         hidden = gate * dense(cfg, cfg.d_hidden, "value")(x)
-        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), {}
+        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), Aux({})
 
 
 class TreeFeedForward(nn.Module):
     """K trees of depth D (`ufbert.ops.fff`). A node is one contiguous row of `w_in` and of `w_out`.
 
     Initialised as the reference trains it: N(0, init_std) for both matrices, zero bias (the class's own uniform
-    initialisation is overwritten there; `tree_init = "uniform"` restores it). Weights may be packed (`ufbert.nn.pack`).
+    initialisation is overwritten there; `tree_init = "uniform"` restores it).
     """
 
     config: ModelConfig
@@ -59,8 +58,6 @@ class TreeFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
         cfg = self.config
-        if self.has_variable("packed", "w_out"):
-            return self._packed(x, context)
         n, shape = cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
         if cfg.tree_init == "uniform":
             start_in, start_bias = (_uniform(cfg.d_model) for _ in range(2))
@@ -74,32 +71,16 @@ class TreeFeedForward(nn.Module):
         activation = ACTIVATIONS[cfg.tree_activation]
         backend = tree_backend(cfg, x.size // cfg.d_model)
         y = fff.fast_feedforward(x, w_in, bias, w_out, backend=backend, activation=activation, dtype=compute_dtype(cfg))
-        aux: Aux = {}
+        aux = Aux({})
         balanced = context.training and cfg.tree_balance > 0
         if balanced or context.statistics:
             rows, real = x.reshape(-1, cfg.d_model), None if context.real is None else context.real.reshape(-1)
             nodes, logits = fff.path_nodes(rows, w_in, bias)
             if balanced:
-                aux["tree_balance_loss"] = cfg.tree_balance * fff.balance_loss(nodes, logits, n, real)
+                balance = fff.balance_loss(nodes, logits, n, real)
+                aux = aux._replace(losses={"tree_balance": cfg.tree_balance * balance})
             if context.statistics:
-                aux["visits"] = fff.node_visits(nodes, n, real)
-        return y, aux
-
-    def _packed(self, x: Float[Array, "b t d"], context: Context) -> Found:
-        """With the weights that were packed. The statistics have each row's `margins`, the smallest logit that decided a turn,
-        and, if the unrounded `w_in` is there, too, of which share of the rows rounding changed the path through any tree."""
-        rows = x.reshape(-1, x.shape[-1])
-        w_in, bias, w_out = (self.get_variable("packed", name) for name in ("w_in", "bias", "w_out"))
-        y = native.tree_forward(rows, w_in, bias, w_out, activation=self.config.tree_activation).reshape(x.shape)
-        aux: Aux = {}
-        if context.statistics:
-            real = None if context.real is None else context.real.reshape(-1)
-            nodes, z = fff.path_nodes(rows, native.restore(w_in), bias)
-            aux["visits"] = fff.node_visits(nodes, bias.shape[1], real)
-            aux["margins"] = jnp.min(jnp.abs(z[..., :-1]), axis=(1, 2), initial=jnp.inf)
-            if self.has_variable("params", "w_in"):
-                exact = fff.path_nodes(rows, self.get_variable("params", "w_in"), bias)[0]
-                aux["changed_routes"] = jnp.mean(jnp.any(exact != nodes, axis=(1, 2)), where=real)
+                aux = aux._replace(visits=fff.node_visits(nodes, n, real))
         return y, aux
 
 
@@ -127,7 +108,7 @@ class LeafTreeFeedForward(nn.Module):
         )
         rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
         activation = ACTIVATIONS[cfg.activation]
-        aux: Aux = {}
+        aux = Aux({})
         if context.training:
             y, aux = self._trained(rows, tree, context, key)
         else:
@@ -135,7 +116,7 @@ class LeafTreeFeedForward(nn.Module):
             y, leaf = hard(rows, tree, activation)
             if context.statistics:
                 weight = jnp.ones(leaf.shape) if real is None else real.astype(jnp.float32)
-                aux["leaves"] = jnp.zeros((leaves,)).at[leaf].add(weight)
+                aux = Aux({}, counts={"leaves": jnp.zeros((leaves,)).at[leaf].add(weight)})
         if cfg.master_leaf:
             hidden = activation(dense(cfg, cfg.master_leaf, "master_in", use_bias=True)(rows))
             share = self.param("master_share", nn.initializers.constant(0.5), (1,))[0]
@@ -150,16 +131,16 @@ class LeafTreeFeedForward(nn.Module):
         real = None if context.real is None else context.real.reshape(-1)
         shares = leaf_fff.right_shares(rows, tree, temperature=cfg.leaf_temperature**progress)
         if key is not None and cfg.leaf_leak > 0:
-            shares = leaf_fff.leaked(shares, cfg.leaf_leak, key)
+            shares = leaf_fff.leak_regions(shares, cfg.leaf_leak, key)
         soft = leaf_fff.leaf_weights(shares)
         weights = soft if cfg.leaf_training == "soft" else leaf_fff.leaf_weights(leaf_fff.straight_through(shares))
-        aux: Aux = {}
+        losses = {}
         if cfg.leaf_hardening > 0 and cfg.tree_depth > 0:
             ramp = jnp.minimum(1.0, progress / cfg.leaf_hardening_ramp) if cfg.leaf_hardening_ramp > 0 else 1.0
-            aux["hardening_loss"] = cfg.leaf_hardening * ramp * jnp.mean(leaf_fff.node_entropies(shares, real))
+            losses["hardening"] = cfg.leaf_hardening * ramp * jnp.mean(leaf_fff.node_entropies(shares, real))
         if cfg.tree_balance > 0:
-            aux["tree_balance_loss"] = cfg.tree_balance * leaf_fff.balance_loss(soft, real)
-        return leaf_fff.mixture(rows, tree, weights, ACTIVATIONS[cfg.activation]), aux
+            losses["tree_balance"] = cfg.tree_balance * leaf_fff.balance_loss(soft, real)
+        return leaf_fff.mixture(rows, tree, weights, ACTIVATIONS[cfg.activation]), Aux(losses)
 
 
 class SwitchFeedForward(nn.Module):
@@ -181,18 +162,18 @@ class SwitchFeedForward(nn.Module):
         rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
         activation = ACTIVATIONS[cfg.activation]
         routing = switch.route(rows, router, real, jitter=cfg.router_jitter, key=key)
-        aux: Aux = {}
+        losses, counts = {}, None
         if context.training:
             limit = switch.capacity(len(rows), e, cfg.capacity_factor)
             y, _ = switch.switch_with_capacity(rows.astype(dtype), routing, w_in, w_out, activation, limit, real)
-            aux["router_balance_loss"] = cfg.router_balance * routing.balance_loss
-            aux["router_z_loss"] = cfg.router_z * routing.z_loss
+            losses["router_balance"] = cfg.router_balance * routing.balance_loss
+            losses["router_z"] = cfg.router_z * routing.z_loss
         else:
             y = switch.switch_whole(rows.astype(dtype), routing, w_in, w_out, activation, real)
         if context.statistics:
             weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
-            aux["experts"] = jnp.zeros((e,)).at[routing.expert].add(weight)
-        return y.reshape(x.shape).astype(jnp.float32), aux
+            counts = {"experts": jnp.zeros((e,)).at[routing.expert].add(weight)}
+        return y.reshape(x.shape).astype(jnp.float32), Aux(losses, counts=counts)
 
 
 def _uniform(fan: int) -> nn.initializers.Initializer:
@@ -227,12 +208,3 @@ def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-FEEDFORWARDS: dict[str, type[nn.Module]] = {
-    "dense": DenseFeedForward,
-    "glu": GluFeedForward,
-    "tree": TreeFeedForward,
-    "leaf_tree": LeafTreeFeedForward,
-    "switch": SwitchFeedForward,
-}

@@ -1,17 +1,16 @@
-"""What sits on top of the encoder."""
+"""The heads on top of the encoder: masked-LM logits, pooling, pooler and classifier."""
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
-from ufbert.ops.activations import ACTIVATIONS
-from ufbert.ops.dropout import dropout
+from ufbert.ops.dense import ACTIVATIONS, dropout
 
 
 class MaskedLMHead(nn.Module):
-    """Hidden states to token logits through the (tied) token embedding."""
+    """Token logits from hidden states, through the token embedding (tied)."""
 
     config: ModelConfig
 
@@ -32,31 +31,32 @@ class MaskedLMHead(nn.Module):
         return logits
 
 
-def pooled_input(
-    config: ModelConfig, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
+def pool(
+    config: ModelConfig, hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"] | None = None
 ) -> Float[Array, "b d"]:
-    """The first token's hidden state, or the mean over the tokens whose segment is not 0 (padding; without `segment_ids`
-    all tokens are real)."""
+    """Take the first token's hidden state, or the mean over all tokens, as `config.pooling` says.
+
+    Only tokens where `mask` is true count; without it all do.
+    """
+    if mask is None:
+        mask = jnp.ones(hidden.shape[:2], bool)
     if config.pooling == "first":
-        return hidden[:, 0]
-    real = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-    return jnp.einsum("bt,btd->bd", real, hidden) / jnp.maximum(real.sum(axis=1, keepdims=True), 1.0)
+        return hidden[jnp.arange(len(hidden)), jnp.argmax(mask, axis=1)]
+    weights = mask.astype(jnp.float32)
+    return jnp.einsum("bt,btd->bd", weights, hidden) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
 
 
 class Pooler(nn.Module):
-    """What a classifier sees: tanh(W h + b) as in BERT, or LayerNorm(activation(W h)) as in ModernBERT, h the pooled
-    input."""
+    """The layer between pooling and a classifier: tanh(W x + b) as in BERT, or LayerNorm(activation(W x)) as in ModernBERT."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b p"]:
-        cfg, h = self.config, pooled_input(self.config, hidden, segment_ids)
+    def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:
+        cfg = self.config
         if cfg.pooler == "transform":
-            return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(h)))
-        return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(h).astype(jnp.float32))
+            return layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.pooler_width, "dense")(pooled)))
+        return jnp.tanh(dense(cfg, cfg.pooler_width, "dense", use_bias=True)(pooled).astype(jnp.float32))
 
 
 class ClassifierHead(nn.Module):
@@ -66,11 +66,6 @@ class ClassifierHead(nn.Module):
     n_outputs: int
 
     @nn.compact
-    def __call__(
-        self,
-        hidden: Float[Array, "b t d"],
-        segment_ids: Int[Array, "b t"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b c"]:
-        pooled = dropout(Pooler(self.config, name="pooler")(hidden, segment_ids), self.config.dropout, key)
-        return dense(self.config, self.n_outputs, "out", use_bias=True)(pooled).astype(jnp.float32)
+    def __call__(self, pooled: Float[Array, "b d"], key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
+        x = dropout(Pooler(self.config, name="pooler")(pooled), self.config.dropout, key)
+        return dense(self.config, self.n_outputs, "out", use_bias=True)(x).astype(jnp.float32)

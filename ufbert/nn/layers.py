@@ -1,4 +1,4 @@
-"""The small parts that every block is made of, and what a layer may need to know beside its input."""
+"""Linear layers and LayerNorm, and the context that every mixer and feedforward is called with."""
 
 from typing import Any, NamedTuple
 
@@ -8,42 +8,47 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
-from ufbert.ops import linear, native
+from ufbert.ops.dense import product
 
-Aux = dict[str, Array]
-"""What layers report beside their output: weighted losses (names ending in `_loss`), and, where statistics are asked for,
-counts (`layer_00.visits`, ...). Empty for dense models."""
+
+class Aux(NamedTuple):
+    """What a layer reports besides its output. All but `losses` is None unless statistics are asked for."""
+
+    losses: dict[str, Float[Array, ""]]
+    """Weighted losses by name, each a mean per token."""
+    visits: Float[Array, "m n"] | None = None
+    """Tokens that passed each node of each tree."""
+    counts: dict[str, Float[Array, " p"]] | None = None
+    """Tokens that each of the layer's other parts took, by the name of the parts: `leaves`, `experts`."""
 
 
 class Context(NamedTuple):
-    """What a layer may need beside its input."""
+    """The arguments of a mixer or feedforward besides its input."""
 
-    visible: Bool[Array, "b t t"] | None
-    """Which token may look at which; None: every one at every one (or `segment_ids` say it)."""
+    attention_mask: Bool[Array, "b t t"] | None
+    """True where a query (second axis) may attend to a key (third axis). None for no mask."""
     segment_ids: Int[Array, "b t"] | None
-    """The document of each token, 0 for padding; None: a row is one document."""
+    """The document of each token, from 1; 0 on padding. None if each row is one document."""
     real: Bool[Array, "b t"] | None
-    """False on padding; None: there is none."""
+    """False on padding. None if there is no padding."""
     position_ids: Int[Array, "#b t"]
     training: bool
-    """Whether soft decisions, noise and capacities apply. Dropout also needs a key."""
+    """True if soft decisions, noise and capacities apply. Dropout also needs a key."""
     progress: Float[Array, ""] | float
     """Share of the budget spent, for what is annealed."""
     statistics: bool
-    """Whether to count which nodes, leaves and experts are used."""
-    packed: bool
-    """Whether weights are packed (`ufbert.nn.pack`) and the C++ kernels for inference compute."""
+    """True to count which nodes, leaves and experts are used."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of the matrix products: `config.dtype`, with auto resolved for the default device."""
+    """Return the type of the matrix products: `config.dtype`, with auto resolved for the default device."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
 
 
 class Linear(nn.Module):
-    """x W (+ b); the weights may be packed (`ufbert.nn.pack`)."""
+    """x W (+ b)."""
 
     width: int
     use_bias: bool
@@ -52,13 +57,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
-        if self.has_variable("packed", "kernel"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            rows = x.reshape(-1, x.shape[-1])
-            found = native.linear(rows, self.get_variable("packed", "kernel"), bias, self.width)
-            return found.reshape(*x.shape[:-1], self.width)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
-        y = linear.product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,))
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
@@ -66,17 +66,13 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over channels, in float32; the weights may be packed (`ufbert.nn.pack`)."""
+    """LayerNorm over channels, in float32."""
 
     epsilon: float
     use_bias: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        if self.has_variable("packed", "scale"):
-            bias = self.get_variable("packed", "bias") if self.use_bias else None
-            scale = self.get_variable("packed", "scale")
-            return native.layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.epsilon).reshape(x.shape)
         channels = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(channels)
         x = x.astype(jnp.float32)
@@ -89,8 +85,10 @@ class LayerNorm(nn.Module):
 def dense(
     config: ModelConfig, width: int, name: str, use_bias: bool | None = None, closes_block: bool = False
 ) -> Linear:
-    """A linear layer; biased as the config says unless `use_bias` does. One that `closes_block` writes to the residual
-    stream, and starts at zero if the config says so."""
+    """Make a linear layer. It has a bias if `use_bias`, by default `config.use_bias`.
+
+    A layer that `closes_block` writes to the residual stream; its kernel starts at zero if `config.zero_init_out`.
+    """
     zero = closes_block and config.zero_init_out
     return Linear(
         width,
@@ -102,5 +100,5 @@ def dense(
 
 
 def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
-    """LayerNorm with scale and (unless the config says otherwise) bias."""
+    """Make a LayerNorm with a scale, and a bias if `config.norm_bias`."""
     return LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, name=name)

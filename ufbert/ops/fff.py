@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.ops import native
-from ufbert.ops.activations import Activation, activation_name, gelu
+from ufbert.ops.dense import Activation, activation_name, gelu
 
 Backend = Literal["masked", "gather", "native"]
 
@@ -38,7 +38,7 @@ small matrix product instead of a scatter."""
 
 
 def tree_depth(n: int) -> int:
-    """The depth D of a tree of n = 2^(D+1) - 1 nodes. Raises ValueError for any other n."""
+    """Return the depth D of a tree of n = 2^(D+1) - 1 nodes. Raises ValueError for any other n."""
     depth = (n + 1).bit_length() - 2
     if n < 1 or 2 ** (depth + 1) - 1 != n:
         raise ValueError(f"a tree has 2^(D+1) - 1 nodes, not {n}")
@@ -46,14 +46,11 @@ def tree_depth(n: int) -> int:
 
 
 def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool) -> Backend:
-    """What `auto` computes `rows` rows with, on a platform of jax.
+    """Choose the backend that `auto` computes `rows` rows with on a platform of jax (cpu, gpu or tpu).
 
-    From forward and backward passes of one layer, 768 wide, on two cores of an EPYC of 2021 and of one of 2024: native was
-    the fastest wherever it was tried (2 to 11 levels, 64 to 4,096 rows). Without it, masked is while the tree is shallow and
-    its rows visit every node anyway: at 4,096 rows masked and gather took 15 and 24 ms at depth 4, 24 and 31 at 5, 36 and
-    35 at 6, 70 and 44 at 7, 158 and 53 at 8. An H100 trained UltraFastBERT-1x11 (16 layers, 16,384 tokens a step) at 323,000
-    tokens/s with gather and 98,000 masked, close to the 314,000 and 111,000 of `ufbert plan`, by whose arithmetic the two
-    are even at depth 9 there and at 10 on an A6000. Nothing was measured on a TPU; products are its strength.
+    A CPU takes the native kernels if it has them. Without them it takes `masked` for shallow trees whose rows visit every
+    node anyway, and `gather` for others. A GPU takes `gather` for deep trees only. A TPU always takes `masked`: products are
+    its strength. The depths were measured (docs/results/speed.md).
     """
     if platform == "gpu":
         return "gather" if depth > 9 else "masked"
@@ -74,7 +71,7 @@ def fast_feedforward(
     activation: Activation = gelu,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*rows d"]:
-    """Sum over m trees of the activations on each row's path. `dtype` is the type of `masked`'s output product."""
+    """Compute a layer of m trees for each row of x. `dtype` is the type of `masked`'s output product."""
     flat = x.reshape(-1, x.shape[-1])
     if backend == "masked":
         y = _masked(flat, w_in, bias, w_out, activation, dtype)
@@ -86,24 +83,27 @@ def fast_feedforward(
 def path_nodes(
     x: Float[Array, "b d"], w_in: Float[Array, "m n d"], bias: Float[Array, "m n"]
 ) -> tuple[Int[Array, "b m s"], Float[Array, "b m s"]]:
-    """The nodes each row visits in each tree, root first, and their logits; s = D + 1."""
+    """Find the s = D + 1 nodes that each row visits in each tree, root first. Returns them and their logits."""
     m, n, d = w_in.shape
-    rows, row_bias = w_in.reshape(m * n, d), bias.reshape(m * n)
+    # One gather over the nodes of all trees is faster than one for each tree: node v of tree i is row i * n + v.
+    weights, flat_bias = w_in.reshape(m * n, d), bias.reshape(m * n)
     offset = jnp.arange(m, dtype=jnp.int32)[None] * n
     node = jnp.zeros((x.shape[0], m), jnp.int32)
     nodes, logits = [], []
     for _ in range(tree_depth(n) + 1):
         flat = node + offset
-        z = jnp.einsum("bd,bmd->bm", x, rows[flat], precision=jax.lax.Precision.HIGHEST) + row_bias[flat]
+        # HIGHEST, because an accelerator's default product (TF32 or bfloat16) would send some rows to the wrong child.
+        z = jnp.einsum("bd,bmd->bm", x, weights[flat], precision=jax.lax.Precision.HIGHEST) + flat_bias[flat]
         nodes.append(node)
         logits.append(z)
-        node = 2 * node + 1 + (z > 0)
+        node = 2 * node + 1 + (z > 0)  # the left child is 2v + 1, the right one 2v + 2
     return jnp.stack(nodes, -1), jnp.stack(logits, -1)
 
 
 def path_mask(logits: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
-    """One where a node is on the row's path, else zero, from the logits of all nodes."""
+    """Return 1 where a node is on the row's path and 0 elsewhere, from the logits of all nodes."""
     depth = tree_depth(logits.shape[-1])
+    # Level by level: a node's children are on the path if it is, and if it turns to them.
     on_path = [jnp.ones_like(logits[..., :1], dtype=bool)]
     for level in range(depth):
         right = logits[..., 2**level - 1 : 2 ** (level + 1) - 1] > 0
@@ -121,6 +121,7 @@ def _masked(
     dtype: Any,
 ) -> Float[Array, "b d"]:
     z = jnp.einsum("bd,mnd->bmn", x, w_in, precision=jax.lax.Precision.HIGHEST) + bias[None]
+    # The decision is a step function, so its gradient is zero; the mask is a constant of the backward pass.
     active = activation(z) * jax.lax.stop_gradient(path_mask(z))
     y = jnp.einsum("bmn,mnd->bd", active.astype(dtype), w_out.astype(dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -153,7 +154,7 @@ def _on_path_forward(
 def _on_path_backward(
     native_kernels: bool, activation: Activation, saved: tuple[Array, ...], g: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Gradients of x, w_in, bias, w_out. Rows of w_in and w_out that no token visited stay exactly zero."""
+    """Return the gradients of x, w_in, bias and w_out. Those of nodes that no row visited are exactly zero."""
     if native_kernels:
         return native.tree_backward(*saved, g, activation=activation_name(activation))
     return _gather_backward(activation, *saved, g)
@@ -169,15 +170,15 @@ def _gather_forward(
     bias: Float[Array, "m n"],
     w_out: Float[Array, "m n d"],
 ) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
-    """The output, the nodes of every path and their logits."""
+    """Compute the output, the nodes of every path and their logits."""
     m, n, d = w_in.shape
     nodes, z = path_nodes(x, w_in, bias)
     active = activation(z)
     flat = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n
-    rows = w_out.reshape(m * n, d)
+    weights = w_out.reshape(m * n, d)
     y = jnp.zeros_like(x)
-    for step in range(nodes.shape[-1]):
-        y = y + jnp.einsum("bm,bmd->bd", active[..., step], rows[flat[..., step]])
+    for s in range(nodes.shape[-1]):  # a level at a time: all of them at once would be b * m * s * d gathered numbers
+        y = y + jnp.einsum("bm,bmd->bd", active[..., s], weights[flat[..., s]])
     return y, nodes, z
 
 
@@ -209,10 +210,12 @@ def _gather_backward(
 def _sum_by_node(
     nodes: Int[Array, "b m s"], weight: Float[Array, "b m s"], row: Float[Array, "b d"], n: int
 ) -> Float[Array, "m n d"]:
-    """out[m, v] = sum of weight[b, m, s] * row[b] over all (b, s) with nodes[b, m, s] = v."""
+    """Compute out[m, v] = sum of weight[b, m, s] * row[b] over all (b, s) with nodes[b, m, s] = v."""
     b, m, n_steps = nodes.shape
     top = min(GEMM_LEVELS, n_steps)
     n_top = 2**top - 1
+    # Many rows meet in the top nodes, where a scatter would have to add them one after the other. There the weights are
+    # spread over one column a node (level s has 2^s nodes, from 2^s - 1 on), and a product sums them.
     columns = [
         weight[..., s, None] * jax.nn.one_hot(nodes[..., s] - (2**s - 1), 2**s, dtype=weight.dtype) for s in range(top)
     ]
@@ -225,7 +228,7 @@ def _sum_by_node(
 
 
 def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None) -> Float[Array, "m n"]:
-    """How many rows visit each node; every level of every tree sums to the number of (real) rows."""
+    """Count the rows that visit each node. Rows that are not `real` are left out; every level of a tree sums to the others."""
     b, m, _ = nodes.shape
     tree = jnp.broadcast_to(jnp.arange(m)[None, :, None], nodes.shape)
     rows = jnp.ones((b,)) if real is None else real.astype(jnp.float32)
@@ -235,20 +238,20 @@ def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | No
 def balance_loss(
     nodes: Int[Array, "b m s"], logits: Float[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None
 ) -> Float[Array, ""]:
-    """How unevenly the turns split, 1 if every visited node sends half its rows each way, at most 2.
+    """Measure how unevenly the nodes split their rows: 1 if every visited node sends half of them each way, at most 2.
 
-    For a node, 2 (f p + (1 - f)(1 - p)): f is the share of its visitors that turn right, without gradient, and p the
-    mean of sigmoid(logit) over them, which has one. Nodes weigh by their visitors; the last level does not turn. This is
-    the balance loss of Switch with two experts, at every node; the paper trains without one.
+    The loss of a node is 2 (f p + (1 - f)(1 - p)). f is the share of its visitors that turn right, and has no gradient. p is
+    the mean of sigmoid(logit) over them, and has one. The result is the mean over nodes, weighted by their visitors. This is
+    the balance loss of Switch with two experts at every node; the paper trains without one.
     """
     if logits.shape[-1] == 1:
         return jnp.ones(())
     rows = jnp.ones((nodes.shape[0],)) if real is None else real.astype(jnp.float32)
-    turns, z = nodes[..., :-1], logits[..., :-1]
-    tree = jnp.broadcast_to(jnp.arange(nodes.shape[1])[None, :, None], turns.shape)
+    deciding, z = nodes[..., :-1], logits[..., :-1]  # a node of the last level has no children to choose from
+    tree = jnp.broadcast_to(jnp.arange(nodes.shape[1])[None, :, None], deciding.shape)
 
     def by_node(values: Float[Array, "b m s"]) -> Float[Array, "m n"]:
-        return jnp.zeros((nodes.shape[1], n)).at[tree, turns].add(values * rows[:, None, None])
+        return jnp.zeros((nodes.shape[1], n)).at[tree, deciding].add(values * rows[:, None, None])
 
     visits = by_node(jnp.ones_like(z))
     count = jnp.maximum(visits, 1.0)
@@ -258,10 +261,11 @@ def balance_loss(
 
 
 def usage_summary(visits: np.ndarray) -> dict[str, float]:
-    """What a layer's visits (m, n) say about its trees, as shares: nodes visited, and leaves in effective use
-    (exp of the entropy of the leaves' visits, over their number, averaged over trees); and the number of dead subtrees:
-    nodes that no row visited below a node that some row did. A dead half of a tree counts as one, so read it beside the
-    nodes visited."""
+    """Summarise the visits (m, n) to the nodes of a layer's trees.
+
+    `nodes_visited` is the share of nodes with a visitor. `leaves_in_use` is the effective share of the leaves, averaged over
+    trees. `dead_subtrees` counts the nodes without a visitor whose parent has one; a dead half of a tree counts as one.
+    """
     n = visits.shape[1]
     depth = tree_depth(n)
     parents = (np.arange(1, n) - 1) // 2
@@ -275,7 +279,7 @@ def usage_summary(visits: np.ndarray) -> dict[str, float]:
 
 
 def effective_share(counts: np.ndarray) -> float:
-    """exp(entropy of the counts) over their number: 1 if all are equal, 1/k if one of k takes all, 0 without any."""
+    """Return exp(entropy of the counts) over their number: 1 if all are equal, 1/k if one of k takes all, 0 without any."""
     total = counts.sum()
     if total <= 0:
         return 0.0

@@ -8,17 +8,17 @@ from jaxtyping import Array, Float, Int
 
 
 class Sums(NamedTuple):
-    """Totals over weighted positions; divide by `count` at the end, so that batches add up exactly."""
+    """Totals over weighted positions. Divide by `count` at the end."""
 
     loss: Float[Array, ""]
     count: Float[Array, ""]
     correct: Float[Array, ""]
     extra: Float[Array, ""]
-    """Weighted losses that layers report beside their output (balance, hardening, ...), times `count`."""
+    """Weighted auxiliary losses of the layers (balance, hardening, ...), times `count`."""
 
 
 def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], weights: Float[Array, "*rows"]) -> Sums:
-    """Weighted totals of -log softmax(logits)[label] in nats, in float32, and of labels that have the highest logit."""
+    """Sum -log softmax(logits)[label] in nats, in float32, and the labels that have the highest logit."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
@@ -32,16 +32,18 @@ def distillation(
     weights: Float[Array, "*rows"],
     temperature: float,
 ) -> Float[Array, ""]:
-    """Weighted total of T^2 KL(softmax(teacher / T) || softmax(logits / T)) in nats (Hinton et al. 2015, section 2): the
-    factor keeps its gradient as large as that of the labels' loss."""
-    soft = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    found = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.sum(jnp.sum(jnp.exp(soft) * (soft - found), axis=-1) * weights)
+    """Sum T^2 KL(softmax(teacher / T) || softmax(logits / T)) in nats (Hinton et al. 2015, section 2).
+
+    The factor T^2 keeps its gradient as large as that of the labels' loss.
+    """
+    target = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    predicted = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    return temperature**2 * jnp.sum(jnp.sum(jnp.exp(target) * (target - predicted), axis=-1) * weights)
 
 
 def squared_error(
     predicted: Float[Array, "*rows"], target: Float[Array, "*rows"], weights: Float[Array, "*rows"]
 ) -> Sums:
-    """Weighted totals of squared differences; nothing counts as correct."""
+    """Sum the squared differences; nothing counts as correct."""
     loss = jnp.square(predicted.astype(jnp.float32) - target)
     return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.zeros(()), jnp.zeros(()))

@@ -1,4 +1,4 @@
-"""Choose and hide the tokens that a masked language model has to predict, on the device."""
+"""Masking, on the device: choose the tokens that a masked language model has to predict, and replace them."""
 
 from typing import NamedTuple
 
@@ -8,17 +8,17 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Masked(NamedTuple):
-    """Rows with hidden tokens, and what was hidden. `k` slots a row, the same number in every row."""
+    """Masked rows and their labels. Each row has the same number `k` of slots."""
 
     ids: Int[Array, "b t"]
     positions: Int[Array, "b k"]
     labels: Int[Array, "b k"]
     weights: Float[Array, "b k"]
-    """1 where a position is hidden, 0 in slots beyond the rate and where the row had too few ordinary tokens."""
+    """1 where a position is masked, 0 in slots beyond the rate and where the row had too few ordinary tokens."""
 
 
 def count_masked(rate: float, seq_len: int) -> int:
-    """Positions hidden in a row: round(rate * seq_len), at least one."""
+    """Return how many positions of a row are masked: round(rate * seq_len), at least one."""
     return max(1, round(rate * seq_len))
 
 
@@ -32,19 +32,20 @@ def mask_tokens(
     mask_id: int,
     special_ids: tuple[int, ...],
 ) -> Masked:
-    """Hide exactly round(rate * t) positions of every row, drawn without replacement among its ordinary tokens.
+    """Mask exactly round(rate * t) positions of every row, drawn without replacement among its ordinary tokens.
 
-    `rate` may be an array, so that it can change without a recompilation; the result has `count_masked(max_rate, t)` slots a
-    row, and those beyond the rate weigh nothing. Of k hidden positions, round(0.8 k) become `mask_id`, round(0.1 k) a random
-    token, the rest stay as they are: the fixed split of crammed BERT (26, 3 and 3 of 32). Positions holding one of
-    `special_ids` are never chosen, unless a row has too few others; then they weigh nothing.
+    Of k masked positions, round(0.8 k) become `mask_id`, round(0.1 k) a random token, and the rest stay as they are: the
+    fixed split of crammed BERT (26, 3 and 3 of 32). `special_ids` are never masked. The result has `count_masked(max_rate,
+    t)` slots a row, whatever the rate; those beyond it weigh nothing.
     """
     b, t = ids.shape
-    slots = count_masked(max_rate, t)
+    slots = count_masked(max_rate, t)  # static, while `rate` may be an array that changes without a recompilation
     k = jnp.clip(jnp.round(rate * t), 1, slots)
     n_mask, n_random = jnp.round(0.8 * k), jnp.round(0.1 * k)
     draw_key, random_key = jax.random.split(key)
     special = jnp.isin(ids, jnp.array(special_ids, ids.dtype))
+    # The highest of random scores are a draw without replacement. In a row with too few ordinary tokens special ones are
+    # drawn as well; their negative score gives them no weight, and they are shown as they are.
     score = jnp.where(special, -1.0, jax.random.uniform(draw_key, (b, t)))
     score, positions = jax.lax.top_k(score, slots)
     labels = jnp.take_along_axis(ids, positions, axis=1)
@@ -54,5 +55,5 @@ def mask_tokens(
     shown = jnp.where(order < n_mask, jnp.array(mask_id, ids.dtype), labels)
     shown = jnp.where((order >= n_mask) & (order < n_mask + n_random), random_ids, shown)
     shown = jnp.where(weights > 0, shown, labels)
-    hidden = ids.at[jnp.arange(b)[:, None], positions].set(shown)
-    return Masked(hidden, positions, labels, weights)
+    masked = ids.at[jnp.arange(b)[:, None], positions].set(shown)
+    return Masked(masked, positions, labels, weights)

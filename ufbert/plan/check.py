@@ -51,7 +51,7 @@ def check_run(run: RunConfig, parts: PartSpeeds | None, speeds: Speeds) -> tuple
     rows = run.train.micro_rows
     while rows > 1 and speeds.seconds(rows * seq_len * per_token, 0.0, 0.0) > LONGEST_UPDATE:
         rows //= 2
-    count, update = count_step(run, "update", rows, seq_len), real_update(run, rows)
+    count, update = count_step(run, "step", rows, seq_len), real_update(run, rows)
     seconds: list[float] = []
     for _ in range(ROUNDS):
         if parts is not None:

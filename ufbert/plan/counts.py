@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ufbert.config import RunConfig, TreeBackend
+from ufbert.data.tokenizer import SpecialIds
+from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 
 class StepCount(NamedTuple):
@@ -88,30 +90,28 @@ def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
 
 
 def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
-    """`gradient`, `finish`, `update` or `evaluate` of `run`, lowered from shapes: `rows` packed rows in pieces of `length`.
+    """`gradient`, `finish`, `step` or `evaluate` of `run`, lowered from shapes: `rows` packed rows in pieces of `length`.
 
     The only place in planning that knows the arguments of the step functions, beside `real_update`.
     """
     import jax
     import jax.numpy as jnp
 
-    from ufbert.pretrain.step import Controls, build_steps
-
     steps: Any = build_steps(run, _special())
     state = _state_shapes(run)
     key = jax.eval_shape(jax.random.key, 0)
     number: Any = jax.ShapeDtypeStruct((), jnp.float32)
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    controls = Controls(number, number, number, count)
+    inputs = StepInputs(number, number, number, count)
     batch = jax.ShapeDtypeStruct((rows * run.data.seq_len // length, length), jnp.int32)
     if part == "evaluate":
         return steps.evaluate.lower(state.params, batch, key)
-    if part == "update":
-        return steps.update.lower(state, batch, key, controls)
-    total = jax.eval_shape(steps.gradient, state.params, batch, key, controls, None)
+    if part == "step":
+        return steps.train_step.lower(state, batch, key, inputs)
+    total = jax.eval_shape(steps.add_gradient, state.params, batch, key, inputs, None)
     if part == "finish":
-        return steps.finish.lower(state, total, controls)
-    return steps.gradient.lower(state.params, batch, key, controls, total)
+        return steps.apply_gradient.lower(state, total, inputs)
+    return steps.add_gradient.lower(state.params, batch, key, inputs, total)
 
 
 def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
@@ -120,22 +120,20 @@ def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
     import jax.numpy as jnp
     import numpy as np
 
-    from ufbert.pretrain.step import Controls, build_steps, init_state
-
     special = _special()
     steps = build_steps(run, special)
     held = [init_state(run, jax.random.key(0))]
     batch = np.random.default_rng(0).integers(5, run.model.vocab_size, (rows, run.data.seq_len)).astype(np.int32)
     batch[:, 0] = special.cls
 
-    controls = Controls(
+    inputs = StepInputs(
         jnp.float32(run.train.peak_lr * 0.25), jnp.float32(0.0), jnp.float32(run.train.mask_rate[0]), jnp.int32(rows)
     )
 
     def update() -> None:
         key = jax.random.fold_in(jax.random.key(1), int(held[0].step))
-        held[0], outcome = steps.update(held[0], batch, key, controls)
-        jax.block_until_ready(outcome)
+        held[0], metrics = steps.train_step(held[0], batch, key, inputs)
+        jax.block_until_ready(metrics)
 
     update()
     return update
@@ -156,15 +154,12 @@ def planned_model(run: RunConfig, *, dtype: str, trees: TreeBackend) -> RunConfi
 
 def _special() -> Any:
     """Any special ids do: neither arithmetic nor memory depends on them."""
-    from ufbert.data.tokenizer import SpecialIds
 
     return SpecialIds(0, 1, 2, 3, 4)
 
 
 def _state_shapes(run: RunConfig) -> Any:
     import jax
-
-    from ufbert.pretrain.step import init_state
 
     return jax.eval_shape(lambda key: init_state(run, key), jax.eval_shape(jax.random.key, 0))
 

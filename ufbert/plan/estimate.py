@@ -7,13 +7,11 @@ from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
 from ufbert.cost.speeds import Speeds
 from ufbert.plan.counts import RunCounts
 from ufbert.pretrain.budget import Budget
-from ufbert.pretrain.schedules import n_checkpoints, rows_per_update
+from ufbert.pretrain.reserve import guessed_save_seconds
+from ufbert.pretrain.schedules import n_checkpoints, rows_per_step
 
 ACCELERATOR_COMPILE_SECONDS = 60.0
 """Assumed seconds to compile a run's functions for an accelerator that is not here."""
-
-SAVE_SECONDS, SAVE_BYTES_PER_SECOND = 0.5, 200e6
-"""Assumed cost of a save: this plus the state's bytes at this rate, which the loop assumes too until it has measured one."""
 
 _SLICES = 2000
 """Points of a run at which the ramping batch is evaluated."""
@@ -81,7 +79,7 @@ def plan_run(
     micro = {n: micro_batch_seconds(run, counts, speeds, masked_trees=masked_trees, length=n) for n in lengths}
     finish = speeds.seconds(counts.finish.flops, 0.0, counts.finish.bytes)
     evaluation = data.eval_rows / train.micro_rows * speeds.seconds(counts.evaluate.flops, 0.0, counts.evaluate.bytes)
-    save = SAVE_SECONDS + counts.state_bytes / SAVE_BYTES_PER_SECOND
+    save = guessed_save_seconds(counts.state_bytes)
     fixed = Times(
         compile_seconds, 0.0, (train.n_evals + 1) * evaluation, (n_checkpoints(train, budget.seconds) + 1) * save
     )
@@ -91,7 +89,7 @@ def plan_run(
     updates = rows = seconds = 0.0
     for i in range(points):
         fraction = (i + 0.5) / points if budget.steps is None else i / points
-        n_rows = rows_per_update(train, fraction)
+        n_rows = rows_per_step(train, fraction)
         length = data.short_len if fraction < data.short_until else data.seq_len
         one = n_rows / train.micro_rows * micro[length] + finish
         n = (trainable or 0.0) / points / one if budget.steps is None else budget.steps / points

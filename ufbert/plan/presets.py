@@ -1,25 +1,13 @@
 """`ufbert presets`."""
 
-from dataclasses import dataclass
-
+from ufbert import nn
 from ufbert.config.presets import load_preset, preset_names, preset_summary
+from ufbert.cost.flops import forward_flops_per_token, neurons, train_flops_per_token
+from ufbert.options.train import PresetsOptions
 
 
-@dataclass(frozen=True)
-class PresetsOptions:
-    """List the presets: parameters as a masked language model, encoder FLOPs for one token of a row in training (forward
-    and backward, masked-LM head included) and in inference (forward, only what a token uses), feedforward neurons used of
-    those there in a layer, and what the preset is."""
-
-
-def presets_command(args: list[str]) -> None:
-    """`ufbert presets`."""
-    import tyro
-
-    tyro.cli(PresetsOptions, args=args, prog="ufbert presets")
-    from ufbert import nn
-    from ufbert.cost.flops import forward_flops_per_token, neurons, train_flops_per_token
-
+def list_presets(options: PresetsOptions) -> None:
+    """Print a line for every preset."""
     print(f"{'':<20} {'':>12} {'MFLOP per token':>19} {'neurons used':>16}")
     print(f"{'preset':<20} {'parameters':>12} {'training':>9} {'inference':>9} {'of a layer':>16}  what it is")
     for name in preset_names():

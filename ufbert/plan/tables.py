@@ -1,23 +1,22 @@
 """A plan as plain values, and as tables for a person."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ufbert.config import RunConfig
 from ufbert.cost.speeds import CPU_UTILISATION, Speeds
+from ufbert.options.train import PlanOptions
 from ufbert.plan.check import Check
 from ufbert.plan.counts import RunCounts
 from ufbert.plan.estimate import RunPlan, micro_batch_sizes
+from ufbert.plan.target import Target
 from ufbert.pretrain.budget import Budget
-
-if TYPE_CHECKING:
-    from ufbert.plan.run import PlanOptions, Target
 
 
 def plan_facts(
-    options: "PlanOptions",
+    options: PlanOptions,
     run: RunConfig,
     budget: Budget,
-    target: "Target",
+    target: Target,
     counts: RunCounts,
     speeds: Speeds,
     plan: RunPlan,

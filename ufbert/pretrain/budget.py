@@ -9,16 +9,17 @@ import json
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated
 
 from msgspec import Meta
 
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.runtime import distributed
+from ufbert.runtime import console, distributed
 from ufbert.runtime.typed import read_lines
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -28,14 +29,14 @@ MOST_SECONDS, MOST_STEPS = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds or updates; exactly one is set."""
+    """Seconds or steps; exactly one is set."""
 
     seconds: float | None = None
     steps: int | None = None
 
 
 def parse_budget(text: str) -> Budget:
-    """`24h`, `90m`, `300s` or `200steps`. Raises UserError for anything else, and for a budget of nothing."""
+    """Parse `24h`, `90m`, `300s` or `200steps`. Raises UserError for anything else, and for a budget of nothing."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|steps?)", text.strip())
     if match is None:
         raise UserError(
@@ -55,68 +56,68 @@ def parse_budget(text: str) -> Budget:
     return Budget(steps=int(amount))
 
 
-@runtime_checkable
-class Clock(Protocol):
-    """What the loop asks of time."""
+class Clock(ABC):
+    """The time of a run. It starts at its construction, or at `started`, a time.monotonic() reading."""
 
-    seconds: float | None
-    """The whole budget, where it is one of time."""
-    spent_before: float
-    """Seconds that earlier sessions of the run used."""
+    def __init__(
+        self,
+        seconds: float | None,
+        spent_before: float,
+        started: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`seconds`: the whole budget, if it is one of time. `spent_before`: what earlier sessions of the run used of it."""
+        self.seconds, self.spent_before, self._now = seconds, spent_before, now
+        self._started, self._reserve = now() if started is None else started, 0.0
 
+    @abstractmethod
     def fraction(self, step: int) -> float:
-        """Share of the training budget spent when update `step` begins, in [0, 1]; never decreases."""
-        ...
+        """Return the share of the training budget spent when `step` begins, in [0, 1]; it never decreases."""
 
+    @abstractmethod
     def done(self, step: int) -> bool:
-        """Whether update `step` must not begin."""
-        ...
+        """Tell whether `step` must not begin."""
 
+    @abstractmethod
     def left(self, step: int) -> str:
-        """What is left, for a person."""
-        ...
+        """Say what is left of the budget."""
 
     def reserve(self, seconds: float) -> None:
         """Keep this much of the end for the last evaluation and the last save."""
-        ...
+        self._reserve = seconds
 
     def spent(self) -> float:
-        """Seconds used so far, earlier sessions of the run included."""
-        ...
+        """Return the seconds used so far, earlier sessions of the run included."""
+        return self.spent_before + self._now() - self._started
 
 
-class StepClock:
-    """A budget of updates: the same numbers on every run, however fast the machine is.
+class StepClock(Clock):
+    """A budget of steps: the same numbers on every run, however fast the machine is.
 
     It ends early at `deadline`, a time.monotonic() reading, less what is reserved.
     """
 
     def __init__(self, steps: int, spent_before: float = 0.0, deadline: float | None = None) -> None:
-        self.seconds: float | None = None
-        self.steps, self.spent_before, self._started = steps, spent_before, time.monotonic()
-        self._deadline, self._reserve = deadline, 0.0
+        super().__init__(None, spent_before)
+        self.steps, self._deadline = steps, deadline
 
     def fraction(self, step: int) -> float:
         return min(1.0, step / self.steps)
 
     def done(self, step: int) -> bool:
-        late = self._deadline is not None and time.monotonic() >= self._deadline - self._reserve
+        late = self._deadline is not None and self._now() >= self._deadline - self._reserve
         return late or step >= self.steps
 
     def left(self, step: int) -> str:
         return f"{max(0, self.steps - step):,} steps left"
 
-    def reserve(self, seconds: float) -> None:
-        self._reserve = seconds
 
-    def spent(self) -> float:
-        return self.spent_before + time.monotonic() - self._started
+class WallClock(Clock):
+    """A budget of seconds, to the end of the last save; restarts go on from `spent_before`.
 
-
-class WallClock:
-    """A budget of seconds. It runs from its construction (or from `started`, a time.monotonic() reading) to the end of
-    the last save, and continues over restarts from `spent_before`. Where `deadline`, another such reading, comes first, the
-    budget is what can be spent until then, so that the learning rate is at its end by that time."""
+    If `deadline`, a time.monotonic() reading, comes first, the budget is what can be spent until then, so that the learning
+    rate is at its end by that time.
+    """
 
     def __init__(
         self,
@@ -126,15 +127,11 @@ class WallClock:
         deadline: float | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._now, self._started = now, now() if started is None else started
+        super().__init__(seconds, spent_before, started, now)
         if deadline is not None:
             seconds = min(seconds, spent_before + deadline - self._started)
-        self.seconds: float | None = seconds
-        self._budget, self.spent_before = seconds, spent_before
-        self._reserve, self._furthest = 0.0, 0.0
-
-    def spent(self) -> float:
-        return self.spent_before + self._now() - self._started
+        self.seconds = self._budget = seconds
+        self._furthest = 0.0
 
     def fraction(self, step: int) -> float:
         trainable = max(1e-9, self._budget - self._reserve)
@@ -145,21 +142,15 @@ class WallClock:
         return self.spent() >= self._budget - self._reserve
 
     def left(self, step: int) -> str:
-        left = max(0, int(self._budget - self.spent()))
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
-
-    def reserve(self, seconds: float) -> None:
-        self._reserve = seconds
+        return f"{console.clock(max(0, int(self._budget - self.spent())))} left"
 
 
-class AgreedClock:
-    """What the clock of process 0 says, on every process. All must ask it the same questions in the same order."""
+class AgreedClock(Clock):
+    """The clock of process 0, on every process. All must ask it the same questions in the same order."""
 
     def __init__(self, clock: Clock) -> None:
+        super().__init__(None if clock.seconds is None else distributed.from_main(clock.seconds), clock.spent_before)
         self._clock = clock
-        self.seconds: float | None = None if clock.seconds is None else distributed.from_main(clock.seconds)
-        self.spent_before = clock.spent_before
 
     def fraction(self, step: int) -> float:
         return distributed.from_main(self._clock.fraction(step))
@@ -178,7 +169,7 @@ class AgreedClock:
 
 
 class Ledger:
-    """`ledger.jsonl`: one line a second with what the current session has spent, so that a kill loses a second at most."""
+    """`ledger.jsonl`: a line a second with what the current session has spent, so that a kill loses a second at most."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,14 +183,14 @@ class Ledger:
         return sum(self.sessions.values(), 0.0)
 
     def charge(self, seconds: float) -> None:
-        """Note what was spent by an earlier session whose own lines are lost."""
+        """Note what an earlier session spent whose own lines are lost."""
         session = max(self.sessions, default=0) + 1
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"session": session, "spent": round(seconds, 3)}) + "\n")
         self.sessions[session] = seconds
 
     def start(self, clock: Clock) -> None:
-        """Begin to write the current session's time from `clock`, every second, until `close`."""
+        """Write the current session's time by `clock` every second from now on, until `close`."""
         session, before = max(self.sessions, default=0) + 1, self.spent_before
 
         def write() -> None:

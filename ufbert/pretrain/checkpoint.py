@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 from ufbert.runtime import distributed
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import read_typed
@@ -254,5 +254,6 @@ def _refusal(folder: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Cannot write a checkpoint in {folder}: {cause}; earlier ones are kept.") from error
+        raise UserError(
+            f"Cannot write a checkpoint in {folder}: {first_line(error)}; earlier ones are kept."
+        ) from error

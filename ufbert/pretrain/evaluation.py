@@ -2,48 +2,49 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from ufbert import nn
 from ufbert.config import RunConfig
 from ufbert.data.prepared import PreparedData
 from ufbert.data.tokenizer import special_ids
 from ufbert.ops.fff import effective_share, usage_summary
+from ufbert.ops.losses import Sums
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import Steps, mask_rows
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out rows with fixed masks, cut into equal batches, and the loss of guessing by frequency on the same masks."""
+    """Held-out rows with fixed masks, cut into equal batches."""
 
-    batches: np.ndarray
-    """(batches, rows, seq_len) int32."""
+    batches: Int[np.ndarray, "n b t"]
     unigram_loss: float
-    """-mean log p(token) over the hidden positions, p the add-one training frequencies, in nats."""
+    """Loss of guessing masked tokens by frequency: mean -log p(token) in nats, p the add-one training frequencies."""
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     loss: float
-    """Nats per hidden token."""
+    """Nats per masked token."""
     accuracy: float
     usage: dict[str, dict[str, float]]
     """Per layer, how the parts of trees, leaf trees and switch layers were used; empty for dense models."""
 
 
 def evaluation_key(batch: int) -> jax.Array:
-    """The masking key of a held-out batch: the same in every run and evaluation."""
+    """Return the masking key of a held-out batch: the same in every run and evaluation."""
     return jax.random.fold_in(jax.random.key(20231122), batch)
 
 
 def heldout_of(run: RunConfig, data: PreparedData) -> Heldout:
-    """The held-out batches of a run."""
+    """Take the held-out batches of a run, and compute the unigram loss on their masks."""
     rows = data.heldout_sample(run.data.eval_rows)
     size = min(len(rows), run.train.micro_rows)
     batches = rows[: len(rows) // size * size].reshape(-1, size, rows.shape[1])
@@ -61,33 +62,26 @@ def heldout_of(run: RunConfig, data: PreparedData) -> Heldout:
 def evaluate(
     steps: Steps, params: nn.Params, heldout: Heldout, layout: Layout, stop: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
-    """Held-out loss and accuracy of parameters; None if `stop`, asked after every batch but the last, said so."""
-    even = len(heldout.batches[0]) % len(layout.devices) == 0  # a small held-out text is not worth splitting
-    found = []
+    """Compute held-out loss, accuracy and usage of parameters; None if `stop`, asked between batches, said so."""
+    divides = len(heldout.batches[0]) % len(layout.devices) == 0  # a small held-out text is not worth splitting
+    results: list[tuple[Sums, dict[str, nn.Aux]]] = []
     for i, rows in enumerate(heldout.batches):
         if i > 1:
-            jax.block_until_ready(
-                found[-2]
-            )  # else all are dispatched before the first is done, and none can be left out
+            # Else all batches are dispatched before the first is done, and `stop` comes too late for any of them.
+            jax.block_until_ready(results[-2])
         if i and stop():
             return None
-        found.append(steps.evaluate(params, layout.rows(rows) if even else rows, evaluation_key(i)))
-    loss, count, correct = (
-        sum(float(getattr(sums, name)) for sums, _ in found) for name in ("loss", "count", "correct")
-    )
-    return Evaluation(loss / max(count, 1.0), correct / max(count, 1.0), _usage([aux for _, aux in found]))
+        results.append(steps.evaluate(params, layout.rows(rows) if divides else rows, evaluation_key(i)))
+    sums, reports = zip(*results, strict=True)
+    loss, count, correct = (sum(float(getattr(part, name)) for part in sums) for name in ("loss", "count", "correct"))
+    totals = jax.tree.map(lambda *counts: sum(np.asarray(count, np.float64) for count in counts), *reports)
+    usage = {layer: summary for layer, aux in totals.items() if (summary := _usage_summary(aux))}
+    return Evaluation(loss / max(count, 1.0), correct / max(count, 1.0), usage)
 
 
-def _usage(counts: list[nn.Aux]) -> dict[str, dict[str, Any]]:
-    totals = {name: sum(np.asarray(aux[name], np.float64) for aux in counts) for name in counts[0] if "." in name}
-    usage = {}
-    for name, total in totals.items():
-        layer, what = name.split(".")
-        if what == "visits":
-            usage[layer] = usage_summary(np.asarray(total))
-        else:
-            usage[layer] = {
-                f"{what}_in_use": effective_share(np.asarray(total)),
-                f"{what}_dead": float(np.sum(total == 0)),
-            }
-    return usage
+def _usage_summary(aux: nn.Aux) -> dict[str, float]:
+    """Summarise a layer's counts over all batches: shares of its parts in use, and numbers of dead ones."""
+    summary = {} if aux.visits is None else usage_summary(np.asarray(aux.visits))
+    for parts, tokens in (aux.counts or {}).items():
+        summary |= {f"{parts}_in_use": effective_share(np.asarray(tokens)), f"{parts}_dead": float(np.sum(tokens == 0))}
+    return summary

@@ -1,8 +1,12 @@
 """The pretraining loop: the only place that decides when files are read and written.
 
-Order of a session: (1) restore the newest good checkpoint, or initialise; (2) evaluate, which also compiles; (3) until the
-clock is done or a signal comes: dispatch update n, then read the numbers of update n - 1, evaluate and checkpoint when their
-share of the budget comes; (4) last evaluation; (5) last save. The clock covers all of it.
+Order of a session, all of it on the clock:
+1. Restore the newest good checkpoint, or initialise.
+2. Evaluate, which also compiles.
+3. Until the clock is done or a signal comes, dispatch step n, then read the numbers of step n - 1. Evaluate and checkpoint when
+   their share of the budget comes.
+4. Evaluate for the last time.
+5. Write the model, the last checkpoint and the summary.
 """
 
 import signal
@@ -16,23 +20,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from ufbert import nn
 from ufbert.config import RunConfig
-from ufbert.cost.flops import train_flops_per_token
-from ufbert.data.order import RowOrder
 from ufbert.data.prepared import PreparedData
+from ufbert.data.shards import RowOrder
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
-from ufbert.pretrain.reference import Point, Reference, no_reference_complaint
-from ufbert.pretrain.reserve import EndCosts
-from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_update
+from ufbert.pretrain.progress import Progress, StepRecord
+from ufbert.pretrain.reference import Reference
+from ufbert.pretrain.reserve import EndCosts, guessed_save_seconds
+from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
-from ufbert.pretrain.step import Controls, Outcome, Steps, TrainState, build_steps, init_state, state_of
+from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
 from ufbert.runtime import distributed
 from ufbert.runtime.console import LiveLine
 from ufbert.runtime.files import write_json
@@ -46,9 +51,12 @@ MAX_ROLLBACKS = 3
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a session is given beside its configuration and data."""
+class RunContext:
+    """What a session of a run is given."""
 
+    run: RunConfig
+    data: PreparedData
+    clock: Clock
     folder: Path
     seed: int
     restarts: int
@@ -56,7 +64,7 @@ class Surroundings:
     identity: dict[str, str]
     """What its checkpoints belong to."""
     peak_flops: float
-    """FLOP/s of the device at best, for the utilisation; 0 if unknown."""
+    """FLOP/s of a device at best, for the utilisation; 0 if unknown."""
     reference: Reference | None = None
     """A curve to hold the run to."""
     open_writer: Callable[[int | None], Writer] = lambda _: Writer(())
@@ -65,77 +73,68 @@ class Surroundings:
 
 @dataclass
 class _Session:
-    """What a session carries between phases."""
+    """What a session carries between phases: its means, and, from `state` on, what changes."""
 
-    run: RunConfig
-    data: PreparedData
-    around: Surroundings
-    clock: Clock
+    context: RunContext
     layout: Layout
     steps: Steps
     heldout: Heldout
     checkpoints: Checkpoints
     signals: StopSignals
-    shapes: TrainState
-    """The state as shapes with their places, for restoring."""
-    state: TrainState
-    metrics: Writer
-    live: LiveLine
-    flops_per_token: float
+    progress: Progress
     costs: EndCosts
+    state: TrainState
     heldout_loss: float = float("inf")
     skipped_in_row: int = 0
     rollbacks: int = 0
-    complained: bool = False
 
     @property
     def step(self) -> int:
         return int(self.state.step)
 
-    def asked(self) -> signal.Signals | None:
-        """The signal to stop that this or another process of the run got. All must ask, in the same order."""
+    def stop_signal(self) -> signal.Signals | None:
+        """Return the signal to stop that this or another process of the run got. All must ask, in the same order."""
         number = distributed.highest(self.signals.asked or 0)
         return signal.Signals(number) if number else None
 
-    def over(self, step: int) -> bool:
-        """Whether no further work of update `step` may begin. All must ask, in the same order."""
-        return self.clock.done(step) or self.asked() is not None
+    def is_over(self, step: int) -> bool:
+        """Tell whether no further work of `step` may begin. All must ask, in the same order."""
+        return self.context.clock.done(step) or self.stop_signal() is not None
 
 
-def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings) -> dict[str, Any]:
+def train(context: RunContext) -> dict[str, Any]:
     """Train to the end of the clock and return the run's summary, which is also in `summary.json` of the run folder.
 
     Continues from `checkpoints/` of the run folder if there are any. Raises UserError if no checkpoint is good, the disk
     fails, or the numbers do not stay finite; Interrupted once all is saved after SIGTERM or SIGINT.
     """
-    live, layout = LiveLine(), Layout(run)
-    key = jax.random.key(around.seed)
-    steps, heldout = build_steps(run, special_ids(data.tokenizer), layout), heldout_of(run, data)
-    shapes = layout.abstract(jax.eval_shape(lambda: init_state(run, key)))
-    checkpoints = Checkpoints(around.folder / "checkpoints", around.identity, run.train.keep_checkpoints)
-    restored = checkpoints.restore(shapes, live.say)
-    state = initial_state(run, key, shapes) if restored is None else restored.state
-    metrics = around.open_writer(int(state.step) if around.restarts else None)
+    run, clock, live, layout = context.run, context.clock, LiveLine(), Layout(context.run)
+    key = jax.random.key(context.seed)
+    steps, heldout = build_steps(run, special_ids(context.data.tokenizer), layout), heldout_of(run, context.data)
+    checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
+    restored = checkpoints.restore(state_shapes(run, layout), live.say)
+    state = init_state(run, key, layout) if restored is None else restored.state
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
+    metrics = context.open_writer(int(state.step) if context.restarts else None)
+    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
-        session = _Session(
-            run, data, around, clock, layout, steps, heldout, checkpoints, signals, shapes, state, metrics, live,
-            flops_per_token=train_flops_per_token(run, masked_trees=nn.tree_backend(run.model, run.micro_tokens) == "masked"),
-            costs=EndCosts(save_guess=0.5 + size / 200e6, evaluations=1 if state.average is None else 2),
-        )  # fmt: skip
+        session = _Session(context, layout, steps, heldout, checkpoints, signals, progress, costs, state)
         try:
             if restored is not None:
-                _note_resumption(session, restored.spent)
+                progress.resumption(session.step, restored.spent, len(layout.devices))
             if not clock.done(session.step):
-                compiling = _compile_evaluation(session)
+                began = time.monotonic()
+                evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
+                compile_seconds = time.monotonic() - began
                 _evaluate(session, record=restored is None)
-                # The first update compiles, which costs about twice what compiling the evaluation did: where that much is not
+                # The first step compiles, which costs about twice what compiling the evaluation did. If that much is not
                 # left, as after a late resume, it must not begin. The schedule knows nothing of it.
-                clock.reserve(session.costs.reserve() + 2.0 * compiling)
-                if not session.over(session.step):
-                    clock.reserve(session.costs.reserve())
-                    _updates(session, key)
-            if session.asked() is not None:
+                clock.reserve(costs.reserve() + 2.0 * compile_seconds)
+                if not session.is_over(session.step):
+                    clock.reserve(costs.reserve())
+                    _take_steps(session, key)
+            if session.stop_signal() is not None:
                 raise _interruption(session)
             return _finish(session)
         finally:
@@ -143,223 +142,166 @@ def train(run: RunConfig, data: PreparedData, clock: Clock, around: Surroundings
             checkpoints.close()
 
 
-def initial_state(run: RunConfig, key: jax.Array, shapes: TrainState) -> TrainState:
-    """Fresh parameters and optimizer state, placed like `shapes`."""
-    params = nn.init(run.model, key)
-    if jax.process_count() > 1:  # each has drawn the same numbers
-        params = jax.tree.map(np.asarray, params)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(lambda params: state_of(run, params), out_shardings=places)(params)
-
-
-def _note_resumption(session: _Session, spent_at_save: float) -> None:
-    """Say and record what the interruption cost: work after the checkpoint, done once more or dropped, and the start-up."""
-    clock, step = session.clock, session.step
-    lost = max(0.0, session.clock.spent_before - spent_at_save)
-    start = clock.spent() - session.clock.spent_before
-    session.live.say(
-        f"resumed from the checkpoint of step {step:,}; {clock.left(step)}; the restart cost {lost:.1f} s of work after that "
-        f"checkpoint and {start:.1f} s of start-up so far"
-    )
-    cost = {"lost_seconds": lost, "start_seconds": start, "devices": len(session.layout.devices)}
-    session.metrics.write({"step": step, "event": "resumed", **cost})
-
-
-def _updates(session: _Session, key: jax.Array) -> None:
-    """Phase 3: updates until the clock is done or a signal comes."""
-    run, cfg, clock = session.run, session.run.train, session.clock
+def _take_steps(session: _Session, key: jax.Array) -> None:
+    """Phase 3: take steps until the clock is done or a signal comes."""
+    run, data, clock = session.context.run, session.context.data, session.context.clock
+    cfg, n_saves = run.train, n_checkpoints(run.train, clock.seconds)
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-    order = RowOrder(len(session.data.train), seed, shuffled=run.data.order == "shuffled")
-    saves = n_checkpoints(cfg, clock.seconds)
+    order = RowOrder(len(data.train), seed, shuffled=run.data.order == "shuffled")
     step, position = session.step, int(session.state.rows_seen)
     fraction = clock.fraction(step)
-    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * saves)
-    pending: dict[str, Any] | None = None
+    evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_saves)
+    in_flight: tuple[StepRecord, StepMetrics] | None = None
     last, speed = time.monotonic(), 0.0
-    while not session.over(step):
+    while not session.is_over(step):
         fraction = clock.fraction(step)
-        due_eval, due_save = int(fraction * cfg.n_evals) > evals_done, int(fraction * saves) > saves_done
-        if (due_eval and fraction < 1.0) or due_save:
-            pending = _report(session, pending)
-            if due_eval and fraction < 1.0:
+        due_eval = fraction < 1.0 and int(fraction * cfg.n_evals) > evals_done
+        due_save = int(fraction * n_saves) > saves_done
+        if due_eval or due_save:
+            _settle(session, in_flight)
+            in_flight = None
+            if due_eval:
                 evals_done = int(fraction * cfg.n_evals)
                 _evaluate(session)
             if due_save and not session.skipped_in_row:
-                saves_done = int(fraction * saves)
+                saves_done = int(fraction * n_saves)
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
                     _checkpoint(session)
             last = time.monotonic()
+
+        # Evaluations and saves have taken time, and said what the end will take: ask the clock again.
         clock.reserve(session.costs.reserve())
         fraction = clock.fraction(step)
-        picks = order.take(position, rows_per_update(cfg, fraction))
+        picks = order.take(position, rows_per_step(cfg, fraction))
         length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
-        controls = Controls(
+        inputs = StepInputs(
             jnp.float32(cfg.peak_lr * lr_share(cfg, fraction)),
             jnp.float32(fraction),
             jnp.float32(mask_rate(cfg, fraction)),
             jnp.int32(len(picks)),
         )
         session.signals.save_first()
-        outcome = _one_update(session, step, picks, length, jax.random.fold_in(key, step + 1), controls)
-        if outcome is None:
+        metrics = _dispatch(session, step, picks, length, jax.random.fold_in(key, step + 1), inputs)
+        if metrics is None:
             break
         step, position = step + 1, position + len(picks)
-        waited = pending is not None  # else nothing was in flight, and the dispatch alone says nothing about speed
-        _report(session, pending)
+
+        # While the device computes this step, read the numbers of the one before.
+        _settle(session, in_flight)
         now = time.monotonic()
-        if waited:
-            session.costs.updated(now - last, len(picks) * length)
+        if in_flight is not None:  # else the dispatch alone was timed, which says nothing about speed
+            session.costs.stepped(now - last, len(picks) * length)
             speed = len(picks) * run.data.seq_len / max(now - last, 1e-9)
-        pending = {
-            "step": step, "outcome": outcome, "lr": float(controls.lr), "mask_rate": mask_rate(cfg, fraction),
-            "rows": len(picks), "length": length, "fraction": fraction, "tokens": position * run.data.seq_len,
-            "tokens_per_second": speed,
-        }  # fmt: skip
         last = now
-    _report(session, pending)
+        record = StepRecord(
+            step=step, lr=float(inputs.lr), mask_rate=mask_rate(cfg, fraction), rows=len(picks), length=length,
+            fraction=fraction, tokens=position * run.data.seq_len, tokens_per_second=speed,
+        )  # fmt: skip
+        in_flight = record, metrics
+    _settle(session, in_flight)
 
 
-def _one_update(
-    session: _Session, step: int, picks: np.ndarray, length: int, key: jax.Array, controls: Controls
-) -> Outcome | None:
-    """Dispatch one update; None if the clock ran out or a signal came between its micro-batches, which are then dropped."""
-    steps, micro = session.steps, session.run.train.micro_rows
+def _dispatch(
+    session: _Session, step: int, picks: Int[np.ndarray, " n"], length: int, key: jax.Array, inputs: StepInputs
+) -> StepMetrics | None:
+    """Dispatch a step on the rows `picks`, in micro-batches.
+
+    Returns None if the clock ran out or a signal came between them; what was computed is dropped.
+    """
+    steps, micro, text = session.steps, session.context.run.train.micro_rows, session.context.data.train
 
     def rows(part: np.ndarray) -> Any:
-        return session.layout.rows(session.data.train.take(part).reshape(-1, length))
+        return session.layout.rows(text.take(part).reshape(-1, length))
 
     if len(picks) == micro:
-        session.state, outcome = steps.update(session.state, rows(picks), key, controls)
-        return outcome
+        session.state, metrics = steps.train_step(session.state, rows(picks), key, inputs)
+        return metrics
     total = None
     for i in range(0, len(picks), micro):
-        if i and session.over(step):
+        if i and session.is_over(step):
             return None
         micro_key = jax.random.fold_in(key, i)
-        total = steps.gradient(session.state.params, rows(picks[i : i + micro]), micro_key, controls, total)
-    session.state, outcome = steps.finish(session.state, total, controls)
-    return outcome
+        total = steps.add_gradient(session.state.params, rows(picks[i : i + micro]), micro_key, inputs, total)
+    session.state, metrics = steps.apply_gradient(session.state, total, inputs)
+    return metrics
 
 
-def _report(session: _Session, pending: dict[str, Any] | None) -> None:
-    """Read and write the numbers of an update that was dispatched earlier."""
-    if pending is None:
+def _settle(session: _Session, in_flight: tuple[StepRecord, StepMetrics] | None) -> None:
+    """Report a step that was dispatched earlier, and go back to a checkpoint if too many in a row were not finite."""
+    if in_flight is None:
         return
-    outcome: Outcome = pending.pop("outcome")
-    sums, applied = outcome.sums, bool(outcome.applied)
-    count = max(float(sums.count), 1.0)
-    record: dict[str, Any] = {
-        **pending,
-        "loss": float(sums.loss) / count,
-        "accuracy": float(sums.correct) / count,
-        "gradient_norm": float(outcome.norm),
-        "spent": round(session.clock.spent(), 3),
-    }
-    if float(sums.extra):
-        record["extra_loss"] = float(sums.extra) / count
-    if session.around.peak_flops:
-        speed = record["tokens_per_second"] * session.flops_per_token
-        record["utilisation"] = speed / session.around.peak_flops / len(session.layout.devices)
-    if not applied:
-        record["skipped"] = True
-    session.metrics.write(record)
-    session.live.show(
-        f"{session.clock.left(record['step'])}  step {record['step']:,}  {record['tokens_per_second']:,.0f} tokens/s  "
-        f"loss {record['loss']:.3f}  lr {record['lr']:.2e}"
-    )
+    applied = session.progress.step(*in_flight)
     session.skipped_in_row = 0 if applied else session.skipped_in_row + 1
-    if not applied and session.skipped_in_row == 1:
-        session.live.say(f"step {record['step']:,}: loss or gradient is not finite; the update is skipped")
-    if session.skipped_in_row >= session.run.train.max_skipped:
+    if session.skipped_in_row == 1:
+        session.progress.live.say(f"step {in_flight[0].step:,}: loss or gradient is not finite; the update is skipped")
+    if session.skipped_in_row >= session.context.run.train.max_skipped:
         _roll_back(session)
 
 
 def _roll_back(session: _Session) -> None:
     """Take the weights of the last good checkpoint, and go on with the text that comes next."""
+    run, layout, live = session.context.run, session.layout, session.progress.live
     session.rollbacks, session.skipped_in_row = session.rollbacks + 1, 0
-    what = f"{session.run.train.max_skipped} updates in a row were not finite"
+    why = f"{run.train.max_skipped} updates in a row were not finite"
     if session.rollbacks > MAX_ROLLBACKS:
         raise UserError(
-            f"{what}, for the {session.rollbacks}th time; the run is given up at step {session.step}. Lower --train.peak-lr or "
+            f"{why}, for the {session.rollbacks}th time; the run is given up at step {session.step}. Lower --train.peak-lr or "
             "look at the text; the checkpoints are kept."
         )
-    now, restored = session.state, session.checkpoints.restore(session.shapes, session.live.say)
-    fresh = jax.random.key(session.around.seed)
-    state = initial_state(session.run, fresh, session.shapes) if restored is None else restored.state
+    now, restored = session.state, session.checkpoints.restore(state_shapes(run, layout), live.say)
+    key, to_step = jax.random.key(session.context.seed), 0 if restored is None else restored.step
+    state = init_state(run, key, layout) if restored is None else restored.state
     session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
-    step = 0 if restored is None else restored.step
-    session.live.say(f"step {session.step:,}: {what}; the weights go back to those of step {step:,}")
-    session.metrics.write({"step": session.step, "event": "rolled back", "to_step": step})
-
-
-def _compile_evaluation(session: _Session) -> float:
-    """Evaluate one batch, which compiles; the seconds that takes are not what a later evaluation will take."""
-    began, first = time.monotonic(), replace(session.heldout, batches=session.heldout.batches[:1])
-    evaluate(session.steps, session.state.params, first, session.layout)
-    return time.monotonic() - began
+    live.say(f"step {session.step:,}: {why}; the weights go back to those of step {to_step:,}")
+    session.progress.event(session.step, "rolled back", to_step=to_step)
 
 
 def _held_out(session: _Session, params: nn.Params) -> Evaluation:
-    """What an evaluation of these parameters finds; where a signal comes during it, save and raise Interrupted."""
-    found = evaluate(session.steps, params, session.heldout, session.layout, lambda: session.asked() is not None)
-    if found is None:
+    """Evaluate parameters. If a signal comes during it, save and raise Interrupted."""
+    result = evaluate(session.steps, params, session.heldout, session.layout, lambda: session.stop_signal() is not None)
+    if result is None:
         raise _interruption(session)
-    return found
+    return result
 
 
 def _evaluate(session: _Session, record: bool = True) -> None:
-    """Held-out loss in nats; written to the metrics under `heldout_loss` if it is to be recorded."""
-    began, clock = time.monotonic(), session.clock
-    found = _held_out(session, session.state.params)
+    """Evaluate the state, and report the result if it is to be recorded."""
+    began = time.monotonic()
+    result = _held_out(session, session.state.params)
     session.costs.evaluated(time.monotonic() - began)
-    session.heldout_loss = found.loss
-    if not record:
-        return
-    step, gain = session.step, session.heldout.unigram_loss - found.loss
-    now = Point(clock.fraction(step), int(session.state.rows_seen) * session.run.data.seq_len, gain)
-    facts: dict[str, Any] = {"step": step, "heldout_loss": found.loss, "heldout_accuracy": found.accuracy}
-    facts |= {"fraction": now.share, "tokens": now.tokens, "memory_bytes": memory_bytes()}
-    facts |= {"skipped_updates": int(session.state.skipped), "spent": round(clock.spent(), 3)}
-    session.metrics.write({**facts, **({"usage": found.usage} if found.usage else {})})
-    session.live.say(
-        f"step {step:,}: held-out loss {found.loss:.3f} nats ({gain:+.3f} below word frequency), accuracy {found.accuracy:.1%}"
-    )
-    reference = session.around.reference
-    complaint = no_reference_complaint(now) if reference is None else reference.complaint(now)
-    if complaint is not None and not session.complained:
-        session.complained = True
-        session.live.say(f"warning: {complaint}")
-        session.metrics.write({"step": step, "event": "off track", "why": complaint})
+    session.heldout_loss = result.loss
+    if record:
+        session.progress.evaluation(session.state, result, session.heldout.unigram_loss)
 
 
 def _checkpoint(session: _Session, wait: bool = False) -> None:
-    """Start to save the state; the session's first time, and if asked, wait for it: that measures what a save takes."""
+    """Start to save the state. The session's first time, and if asked, wait for it, which measures what a save takes."""
     seconds, first = session.checkpoints.wait(), not session.costs.knows_saves
     if seconds is not None:
         session.costs.saved(seconds)
-    session.checkpoints.save(session.step, session.state, session.heldout_loss, session.clock.spent())
+    session.checkpoints.save(session.step, session.state, session.heldout_loss, session.context.clock.spent())
     if (wait or first) and (seconds := session.checkpoints.wait()) is not None:
         session.costs.saved(seconds)
 
 
 def _interruption(session: _Session) -> Interrupted:
-    """Save after a signal; what to raise then."""
-    asked = session.asked() or signal.SIGTERM
+    """Save after a signal, and return what to raise then."""
+    received = session.stop_signal() or signal.SIGTERM
     session.signals.save_first()
     session.checkpoints.wait()
     if session.step not in session.checkpoints.steps():
         _checkpoint(session, wait=True)
-    session.metrics.write({"step": session.step, "event": "interrupted", "signal": asked.name})
+    session.progress.event(session.step, "interrupted", signal=received.name)
     return Interrupted(
-        f"{asked.name}: saved at step {session.step:,} after {session.clock.spent():.1f} s of the budget; go on with "
-        f"`train --resume --out={session.around.folder}`",
-        128 + asked,
+        f"{received.name}: saved at step {session.step:,} after {session.context.clock.spent():.1f} s of the budget; go on "
+        f"with `train --resume --out={session.context.folder}`",
+        128 + received,
     )
 
 
 def _finish(session: _Session) -> dict[str, Any]:
     """Phases 4 and 5: last evaluation, model folder, last checkpoint, summary."""
-    run, clock, around, data = session.run, session.clock, session.around, session.data
+    context, folder = session.context, session.context.folder
     _evaluate(session)
     params, loss, averaged = session.state.params, session.heldout_loss, None
     if session.state.average is not None:
@@ -369,40 +311,45 @@ def _finish(session: _Session) -> dict[str, Any]:
     if not isfinite(loss):
         raise UserError(
             f"The run has diverged: its held-out loss at step {session.step:,} is {loss}, so no model is written. Start a new "
-            f"one with a lower --train.peak-lr, or go on from its last checkpoint with `train --resume --out={around.folder}`."
+            f"one with a lower --train.peak-lr, or go on from its last checkpoint with `train --resume --out={folder}`."
         )
     params = distributed.whole(params)
     if distributed.is_main():
-        save_model(around.folder / "model", ModelFolder(run.model, params, data.tokenizer))
-    step, rows = session.step, int(session.state.rows_seen)
+        save_model(folder / "model", ModelFolder(context.run.model, params, context.data.tokenizer))
     session.checkpoints.wait()
-    if step not in session.checkpoints.steps():
+    if session.step not in session.checkpoints.steps():
         _checkpoint(session)
     session.checkpoints.wait()
-    resumed = list(read_lines(around.folder / "metrics.jsonl", Resumed))
-    summary = {
+    summary = _summary(session, loss, averaged)
+    if distributed.is_main():
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _summary(session: _Session, loss: float, averaged: float | None) -> dict[str, Any]:
+    """Sum up a run: `loss` is that of the weights that were written, `averaged` that of the average if there is one."""
+    context, run, rows = session.context, session.context.run, int(session.state.rows_seen)
+    resumed = list(read_lines(context.folder / "metrics.jsonl", Resumed))
+    return {
         "heldout_loss": loss,
         "unigram_loss": session.heldout.unigram_loss,
         "gain_over_unigram": session.heldout.unigram_loss - loss,
         **({} if averaged is None else {"averaged_heldout_loss": averaged, "last_heldout_loss": session.heldout_loss}),
-        "steps": step,
+        "steps": session.step,
         "skipped_updates": int(session.state.skipped),
         "rollbacks": session.rollbacks,
         "tokens": rows * run.data.seq_len,
-        "passes": rows / len(data.train),
-        "spent_seconds": round(clock.spent(), 2),
-        "budget_seconds": clock.seconds,
-        "restarts": around.restarts,
+        "passes": rows / len(context.data.train),
+        "spent_seconds": round(context.clock.spent(), 2),
+        "budget_seconds": context.clock.seconds,
+        "restarts": context.restarts,
         "restart_seconds": round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
         "parameters": nn.count_params(run.model),
-        "flops_per_token": session.flops_per_token,
-        "peak_flops": around.peak_flops,
+        "flops_per_token": session.progress.flops_per_token,
+        "peak_flops": context.peak_flops,
         "memory_bytes": memory_bytes(),
         "tree_backend": nn.tree_backend(run.model, run.micro_tokens),
         "device": str(jax.devices()[0].device_kind),
         "devices": len(session.layout.devices),
         "processes": jax.process_count(),
     }
-    if distributed.is_main():
-        write_json(around.folder / "summary.json", summary)
-    return summary

@@ -1,4 +1,4 @@
-"""Which optimizer moves which parameter: AdamW, or Muon for dense matrices; clipping; the average of past weights."""
+"""The optimizer: AdamW, or Muon for dense matrices; weight decay, clipping, and the average of past weights."""
 
 import math
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert.config import PretrainConfig
 from ufbert.nn import Params
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 
 Group = Literal["muon", "adamw"]
 
@@ -22,39 +23,42 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def group(path: tuple[Any, ...]) -> Group:
-    """The optimizer of the parameter at a path, if Muon is in use.
+    """Return the optimizer of the parameter at a path, if Muon is in use.
 
-    muon: the kernels of attention (query, key, value and out are matrices of their own) and of dense and GLU feedforwards
-    (gate, value, in, out likewise). adamw: embeddings, norms, biases, trees, leaves, routers, experts and heads.
+    muon: those that the entry of a layer's kind names, such as the kernels of attention (query, key, value and out are
+    matrices of their own) and of dense and GLU feedforwards. adamw: all others, such as embeddings, norms, biases and heads.
     """
-    names = _names(path)
-    return "muon" if names[-1] == "kernel" and {"attention", "dense", "glu"} & set(names[:-2]) else "adamw"
+    names, layers = _names(path), MIXERS | FEEDFORWARDS
+    layer = layers.get(names[2]) if names[0] == "encoder" and len(names) > 3 else None
+    return "muon" if layer is not None and names[-1] in layer.muon else "adamw"
 
 
 def decays(path: tuple[Any, ...]) -> bool:
-    """Whether weight decay applies to the parameter at this path: to all but norms and biases."""
+    """Tell whether weight decay applies to the parameter at a path: to all but norms and biases."""
     names = _names(path)
     return not (names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
 
 
 def groups(params: Params) -> Any:
-    """`group` of every parameter."""
+    """Map every parameter to its `group`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
 
 
 def decay_mask(params: Params) -> Any:
-    """True at every parameter that weight decay applies to."""
+    """Map every parameter to whether weight decay applies to it."""
     return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 
 
 def is_position_scale(params: Params) -> Any:
-    """True at the scalar that multiplies the position sinusoid."""
+    """Map the scalar that multiplies the position sinusoid to True, all else to False."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position_scale", params)
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Clipped AdamW, or Muon and AdamW, whose updates still lack the factor -lr, which the step multiplies in (it is an
-    argument there)."""
+    """Make clipped AdamW, or Muon and AdamW.
+
+    Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
+    """
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -65,7 +69,7 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: PretrainConfig) -> optax.GradientTransformation:
-    """Momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS. Every kernel is (inputs, outputs).
+    """Make Muon: momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS. Kernels are (inputs, outputs).
 
     An orthogonalised (a, b) matrix has entries of root mean square 1 / sqrt(max(a, b)).
     """
@@ -83,12 +87,12 @@ def _muon(config: PretrainConfig) -> optax.GradientTransformation:
 
 
 def apply_update(params: Params, direction: Any, lr: jax.Array) -> Any:
-    """params - lr * direction."""
+    """Return params - lr * direction."""
     return jax.tree.map(lambda p, u: p - lr * u.astype(jnp.float32), params, direction)
 
 
 def averaging_power(width: float) -> float:
-    """gamma of the profile (t / T)^gamma whose standard deviation is `width` * T (Karras et al. 2024, arXiv 2312.02696,
+    """Return gamma of the profile (t / T)^gamma whose standard deviation is `width` * T (Karras et al. 2024, arXiv 2312.02696,
     equation 11: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)))."""
     low, high = 0.0, 1.0 / width
     for _ in range(60):
@@ -98,10 +102,10 @@ def averaging_power(width: float) -> float:
     return (low + high) / 2
 
 
-def averaged(average: Params, params: Params, updates: Int[Array, ""], gamma: float) -> Any:
-    """The average after update number `updates` (from 1): beta * average + (1 - beta) * params, beta = (1 - 1/t)^(gamma + 1).
+def averaged(average: Params, params: Params, t: Int[Array, ""], gamma: float) -> Any:
+    """Return the average after update t (from 1): beta * average + (1 - beta) * params, beta = (1 - 1/t)^(gamma + 1).
 
     Its window grows with the run, so that it needs no knowledge of the end.
     """
-    beta: Float[Array, ""] = (1.0 - 1.0 / updates.astype(jnp.float32)) ** (gamma + 1.0)
+    beta: Float[Array, ""] = (1.0 - 1.0 / t.astype(jnp.float32)) ** (gamma + 1.0)
     return jax.tree.map(lambda a, p: beta * a + (1.0 - beta) * p, average, params)

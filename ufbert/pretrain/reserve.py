@@ -1,24 +1,29 @@
 """What the end of a run will cost, told from what its parts have cost so far.
 
 Pure arithmetic on measured seconds: nothing here asks a clock, so tests drive it with made-up ones. Two things must hold at
-once. The end costs more on a machine that has become slow, so a cost is remembered in seconds and in units of work, the time
-that a token of an update took at that moment, and it counts as the larger of its seconds and its units at the present pace.
-And one stall says nothing about the end: the pace is a median over pieces of work, a cost the lower median of its last three.
+once. The end costs more on a machine that has become slow. So a cost is remembered in seconds and in units of work (the time
+that a token of a step took at that moment), and counts as the larger of its seconds and its units at the present pace. And one
+stall says nothing about the end: the pace is a median over pieces of work, a cost the lower median of its last three.
 
-No estimate can foresee a machine that slows down or stops after the last update has begun: a run is late by what that adds to
+No estimate can foresee a machine that slows down or stops after the last step has begun: a run is late by what that adds to
 its end. One that slows down for good is known to be slow after three pieces of work. A stall in the first piece of all looks
 like a slow machine.
 """
 
-import statistics
 from collections import deque
+from statistics import median_low
 
 PIECE = 0.5
-"""Seconds of updates that make a piece of work: a scheduler's turns last some milliseconds, as do a small model's updates."""
+"""Seconds of steps that make a piece of work: time slices last some milliseconds, as do a small model's steps."""
 PIECES = 5
 MEASURED = 3
 ALWAYS = 1.0
-"""Seconds kept in any case, for what is never measured: writing the summary, a turn of the scheduler that comes late."""
+"""Seconds kept in any case, for what is never measured: writing the summary, waiting for a time slice."""
+
+
+def guessed_save_seconds(n_bytes: int | float) -> float:
+    """Guess what saving a training state of `n_bytes` bytes takes, until it is measured."""
+    return 0.5 + n_bytes / 200e6
 
 
 class Cost:
@@ -32,21 +37,19 @@ class Cost:
         return bool(self._measured)
 
     def measured(self, seconds: float, pace: float | None) -> None:
-        """Note what it has cost; `pace` is None where no update is measured yet."""
+        """Note what it has cost; `pace` is None before the first step is measured."""
         self._measured.append((seconds, pace))
 
     def expected(self, pace: float | None) -> float:
-        """Seconds it will cost at the present pace; 0 where nothing is measured."""
+        """Return the seconds it will cost at the present pace; 0 before it is measured."""
         if not self._measured:
             return 0.0
-        # What was measured before the first update is taken to have been measured at the first known pace.
+        # What was measured before the first step is taken to have been measured at the first known pace.
         self._measured = deque(((seconds, then or pace) for seconds, then in self._measured), MEASURED)
-        seconds = statistics.median_low([seconds for seconds, _ in self._measured])
+        seconds = median_low([seconds for seconds, _ in self._measured])
         if pace is None:
             return seconds
-        return max(
-            seconds, pace * statistics.median_low([seconds / (then or pace) for seconds, then in self._measured])
-        )
+        return max(seconds, pace * median_low([seconds / (then or pace) for seconds, then in self._measured]))
 
 
 class EndCosts:
@@ -56,22 +59,22 @@ class EndCosts:
         """Begin with a guess of what a save takes, in seconds; the end has that many evaluations."""
         self._save_guess, self._evaluations = save_guess, evaluations
         self._paces: deque[float] = deque(maxlen=PIECES)
-        self._seconds, self._tokens, self._update_tokens = 0.0, 0, 0
+        self._seconds, self._tokens, self._step_tokens = 0.0, 0, 0
         self._evaluation, self._save = Cost(), Cost()
 
     @property
     def pace(self) -> float | None:
-        """Seconds that a token of an update takes at present, or None where no update is measured."""
-        return statistics.median_low(self._paces) if self._paces else None
+        """Seconds that a token of a step takes at present, or None before the first step is measured."""
+        return median_low(self._paces) if self._paces else None
 
     @property
     def knows_saves(self) -> bool:
-        """Whether a save is measured."""
+        """True once a save is measured."""
         return self._save.is_known
 
-    def updated(self, seconds: float, tokens: int) -> None:
-        """Note an update."""
-        self._seconds, self._tokens, self._update_tokens = self._seconds + seconds, self._tokens + tokens, tokens
+    def stepped(self, seconds: float, tokens: int) -> None:
+        """Note a step."""
+        self._seconds, self._tokens, self._step_tokens = self._seconds + seconds, self._tokens + tokens, tokens
         if self._seconds >= PIECE or not self._paces:
             self._paces.append(max(self._seconds, 1e-6) / self._tokens)
             self._seconds, self._tokens = 0.0, 0
@@ -85,9 +88,9 @@ class EndCosts:
         self._save.measured(seconds, self.pace)
 
     def reserve(self) -> float:
-        """Seconds to keep for the end: updates in flight, the last evaluations, the last checkpoint and the model folder, which
-        is a part of one. The factors leave room for a pace that varies."""
+        """Return the seconds to keep for the end: steps in flight, the last evaluations, the last checkpoint, and the model
+        folder, which is a part of one. The factors leave room for a pace that varies."""
         pace = self.pace
-        update = (pace or 0.0) * self._update_tokens
+        step = (pace or 0.0) * self._step_tokens
         save = self._save.expected(pace) if self.knows_saves else self._save_guess
-        return ALWAYS + 2.0 * update + 1.5 * self._evaluations * self._evaluation.expected(pace) + 1.5 * save
+        return ALWAYS + 2.0 * step + 1.5 * self._evaluations * self._evaluation.expected(pace) + 1.5 * save

@@ -14,25 +14,22 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ufbert import nn
 from ufbert.config.stored import to_json
 from ufbert.cost.speeds import device_peak
-from ufbert.data.cache import Located, finish, locate, reopen
-from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
+from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
 from ufbert.errors import Interrupted, UserError
+from ufbert.options.given import Given
+from ufbert.options.train import TrainOptions, with_run
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.command import (
-    Resolved,
-    TrainOptions,
-    parse,
-    resolve,
-    resumed_options,
-    stored_options,
-)
+from ufbert.pretrain.corpus import choose_corpus, corpus_bound, fit_vocabulary, locate_rows, prepare_rows
+from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
-from ufbert.runtime import distributed
+from ufbert.pretrain.resolve import Resolved, local_platform, resolve, resumed_options, stored_options, with_batch
+from ufbert.report.run_report import write_report
+from ufbert.runtime import STARTED, distributed
 from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
-from ufbert.runtime.console import LiveLine
 from ufbert.runtime.device import use_device
 from ufbert.runtime.metrics import JsonlWriter, Sink, Spent, TensorBoardWriter, Writer
 from ufbert.runtime.run_folder import (
@@ -49,15 +46,13 @@ from ufbert.runtime.run_folder import (
 )
 from ufbert.runtime.typed import read_lines
 
-MAX_DEMO_PASSES = 40
-MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
-"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
-plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
 
+def pretrain(options: TrainOptions, given: Given, started: float = STARTED) -> dict[str, Any]:
+    """Pretrain within a budget, from raw text to a model folder, and return the summary.
 
-def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
-    """`ufbert train ARGS`. `started` is the process's own start, a time.monotonic() reading: a resume pays from there."""
-    options = parse(args, TrainOptions())
+    `given` are the options that were named. `started` is the start of the process, a time.monotonic() reading: a run that is
+    resumed pays from there. Raises UserError for what cannot be trained, and Interrupted when a signal has stopped the run.
+    """
     parse_budget(options.budget)
     if options.reference:
         reference_from_run(Path(options.reference))
@@ -65,11 +60,13 @@ def pretrain_command(args: list[str], started: float) -> dict[str, Any]:
         raise UserError("--resume needs --out FOLDER, the run to go on with.")
     if options.distributed and not options.out:
         raise UserError("--distributed needs --out FOLDER, one and the same for all processes.")
-    return resume_run(args, Path(options.out), started) if options.resume else new_run(args, options, started)
+    if options.resume:
+        return resume_run(given, Path(options.out), started)
+    return new_run(options, given, started)
 
 
-def new_run(args: list[str], named: TrainOptions, started: float) -> dict[str, Any]:
-    """Claim a folder, prepare data, start the clock and train. `named` is what `args` say. Returns the summary."""
+def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]:
+    """Claim a folder, prepare data, start the clock, train, and return the summary."""
     folder, platform = Path(named.out), ""
     if named.distributed:
         refuse_taken(folder)
@@ -79,13 +76,17 @@ def new_run(args: list[str], named: TrainOptions, started: float) -> dict[str, A
     with ExitStack() as held:
         if named.out:
             held.enter_context(claimed_new(folder))
-        resolved = resolve(args, platform or use_device(named.device))
+        platform = platform or use_device(named.device)
+        resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
+        options, tokens = _decided(named, resolved)
         if not named.out:
             if not Path("runs").exists():
                 held.callback(_remove_if_empty, Path("runs"))
-            folder = new_folder(Path("runs"), _stem(resolved.options))
+            folder = new_folder(Path("runs"), _stem(options))
             held.enter_context(claimed_new(folder))
-        return _prepare_and_train(resolved, folder, started, held.close)
+        print(_headline(options))
+        print(f"  scale {options.scale}: {resolved.reason}")
+        return _prepare_and_train(options, tokens, folder, started, held.close)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -93,22 +94,31 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _prepare_and_train(resolved: Resolved, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
+def _decided(options: TrainOptions, resolved: Resolved) -> tuple[TrainOptions, float]:
+    """Return the options of a resolved run, and the tokens that it is planned to see."""
+    run = with_batch(resolved.run, resolved.scale, resolved.tokens)
+    tokens = resolved.tokens
+    if tokens is None:
+        tokens = float((parse_budget(options.budget).steps or 0) * run.train.batch_rows * run.data.seq_len)
+    return replace(with_run(options, run), scale=resolved.scale), tokens
+
+
+def _prepare_and_train(
+    options: TrainOptions, tokens_planned: float, folder: Path, started: float, release: Callable[[], None]
+) -> dict[str, Any]:
     """Train in a folder that is this process's own until `release`."""
-    options, started_at = resolved.options, time.time() - (time.monotonic() - started)
-    bound = options.data.max_tokens or _corpus_bound(resolved.tokens_planned)
-    corpus = _choose_corpus(options, resolved.tokens_planned)
+    started_at = time.time() - (time.monotonic() - started)
+    bound = options.data.max_tokens or corpus_bound(tokens_planned)
+    corpus = choose_corpus(options, tokens_planned)
     options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
-    print(_headline(options))
-    print(f"  scale {options.scale}: {resolved.reason}")
-    located = _locate(options)
+    located = locate_rows(options)
     write_run(folder, _run_file(options, started_at))
     try:
-        data = _prepare(located, resolved.tokens_planned)
+        data = prepare_rows(located, tokens_planned)
     except UserError:
         discard(folder)  # there is nothing in it to go on with
         raise
-    options = _fit_vocabulary(options, data)
+    options = fit_vocabulary(options, data)
     write_run(folder, _run_file(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     distributed.together("prepared")
@@ -133,10 +143,10 @@ def _prepared(folder: Path) -> PreparedData | None:
     return reopen(used.folder, used.fingerprint, print) if used else None
 
 
-def resume_run(args: list[str], folder: Path, started: float) -> dict[str, Any]:
+def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
     """Go on with a run; the time since `started` is charged to its budget. A finished run only gets the report and the last
     command that a kill may have kept from it."""
-    options = resumed_options(args, folder)
+    options = resumed_options(given, folder)
     if options.distributed:
         use_device(options.device, options.distributed)
         if not distributed.is_main():
@@ -165,8 +175,6 @@ def _summary(folder: Path) -> Summary | None:
 
 def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], None]) -> dict[str, Any]:
     """Do for a finished run what a kill may have kept from it."""
-    from ufbert.report.run_report import write_report
-
     folder = Path(options.out)
     if not (folder / "report.html").is_file():
         write_report(folder)
@@ -183,12 +191,12 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
     print(_headline(options))
     used, data = before.prepared_data, _prepared(folder)
     if data is None:
-        data = _prepare(_locate(options, used.vocab_size if used else 0), 0.0)
+        data = prepare_rows(locate_rows(options, used.vocab_size if used else 0), 0.0)
         if used and data.manifest.fingerprint != used.fingerprint:
             raise UserError(
                 f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
             )
-    options = _fit_vocabulary(options, data)
+    options = fit_vocabulary(options, data)
     kept = replace(options, when_done=options.when_done or before.when_done)
     write_run(folder, _run_file(kept, before.started_at, data))
     restarts = len(ledger.sessions)
@@ -202,11 +210,11 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
 def _train(
     options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float, release: Callable[[], None]
 ) -> dict[str, Any]:
-    from ufbert.pretrain.loop import Surroundings, train
-    from ufbert.report.run_report import write_report
-
     folder = Path(options.out)
-    around = Surroundings(
+    context = RunContext(
+        run=options.run,
+        data=data,
+        clock=AgreedClock(clock),
         folder=folder,
         seed=options.seed,
         restarts=len(ledger.sessions),
@@ -215,15 +223,14 @@ def _train(
         reference=_reference(options),
         open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
-    agreed = AgreedClock(clock)
     if not distributed.is_main():
-        return train(options.run, data, agreed, around)
+        return train(context)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     with _last_command(options, release):
         ledger.start(clock)
         try:
-            summary = train(options.run, data, agreed, around)
+            summary = train(context)
         finally:
             ledger.close()
         report = write_report(folder)
@@ -321,73 +328,11 @@ def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer
     return Writer(sinks)
 
 
-def _choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
-    if options.corpus != "auto":
-        return options.corpus
-    passes = tokens_planned / DEMO_TOKENS
-    if demo_path() is not None and passes <= MAX_DEMO_PASSES:
-        print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
-        return "demo"
-    why = (
-        f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
-        if demo_path() is not None
-        else "the packaged text is not installed"
-    )
-    print(f"corpus {HUB_CORPUS}: {why}")
-    return HUB_CORPUS
-
-
-def _corpus_bound(tokens_planned: float) -> int:
-    """Tokens to read of a corpus."""
-    bound = MIN_CORPUS_TOKENS
-    while bound < tokens_planned:
-        bound *= 2
-    return min(bound, MAX_CORPUS_TOKENS)
-
-
-def _locate(options: TrainOptions, vocab_size: int = 0) -> Located:
-    """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
-
-    `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
-    """
-    given = None
-    if options.tokenizer:
-        from ufbert.hub.vocabulary import read_for_training
-
-        given = read_for_training(options.tokenizer)
-    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
-
-
-def _prepare(located: Located, tokens_planned: float) -> PreparedData:
-    began, live = time.monotonic(), LiveLine(every=5.0)
-    data = finish(located, live.show, live.say)
-    seconds = time.monotonic() - began
-    facts = data.manifest
-    live.say(
-        f"corpus and tokenizer ready in {seconds:.1f} s (not charged): {facts.documents:,} documents, "
-        f"{facts.train_rows:,} training and {facts.heldout_rows:,} held-out rows of {facts.seq_len} tokens, "
-        f"{facts.vocab_size:,} word pieces; licence: {facts.licence}"
-    )
-    live.say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
-    if tokens_planned:
-        live.say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
-    return data
-
-
-def _fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
-    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number."""
-    if data.manifest.vocab_size == options.model.vocab_size:
-        return options
-    return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))
-
-
 def _stem(options: TrainOptions) -> str:
     return f"{Path(options.config).stem}-{options.scale}-{options.budget}"
 
 
 def _headline(options: TrainOptions) -> str:
-    from ufbert import nn
-
     model = options.model
     mixers, kinds = (list(dict.fromkeys(layer[part] for layer in model.layers)) for part in (0, 1))
     tree = (

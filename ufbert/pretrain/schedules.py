@@ -1,11 +1,13 @@
-"""What changes over a run, as functions of the share x of the budget that is spent. The jitted step gets the values as
-arrays, so nothing recompiles."""
+"""What changes over a run, as functions of the share x of the budget that is spent.
+
+The jitted step gets the values as arrays, so nothing recompiles.
+"""
 
 from ufbert.config import PretrainConfig
 
 
 def lr_share(config: PretrainConfig, x: float) -> float:
-    """Learning rate over its peak.
+    """Return the learning rate over its peak.
 
     triangle: min(0.25 + x, 4 (1 - x)), crammed BERT's. stable: up linearly over `warmup`, level, down linearly over `decay`
     (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395).
@@ -18,23 +20,24 @@ def lr_share(config: PretrainConfig, x: float) -> float:
 
 
 def mask_rate(config: PretrainConfig, x: float) -> float:
-    """Share of each row that is hidden: stages of equal length."""
+    """Return the share of each row that is masked: stages of equal length."""
     stages = config.mask_rate
     return stages[min(len(stages) - 1, int(x * len(stages)))]
 
 
-def rows_per_update(config: PretrainConfig, x: float) -> int:
-    """Batch size: linear from micro_rows to batch_rows at `ramp_until`, in whole micro-batches."""
+def rows_per_step(config: PretrainConfig, x: float) -> int:
+    """Return the batch size: linear from micro_rows to batch_rows at `ramp_until`, in whole micro-batches."""
     share = 1.0 if config.ramp_until <= 0 else min(1.0, x / config.ramp_until)
     target = config.micro_rows + share * (config.batch_rows - config.micro_rows)
     return max(1, round(target / config.micro_rows)) * config.micro_rows
 
 
 def final_batch_rows(expected_rows: float, micro_rows: int) -> int:
-    """Where the batch ramp ends if the preset leaves it open: min(8192, expected rows / 500), in whole micro-batches."""
+    """Return the batch size at the end of a ramp that the preset leaves open: min(8192, expected rows / 500), in whole
+    micro-batches."""
     return max(1, round(min(8192.0, expected_rows / 500) / micro_rows)) * micro_rows
 
 
 def n_checkpoints(config: PretrainConfig, seconds: float | None) -> int:
-    """Checkpoints in a run, evenly spread over its budget of `seconds`, or of updates where that is None."""
+    """Return the number of checkpoints in a run, evenly spread over its budget of `seconds` (None: a budget of steps)."""
     return max(config.n_checkpoints, round((seconds or 0.0) / (60.0 * config.checkpoint_minutes)))

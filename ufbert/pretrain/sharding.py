@@ -1,4 +1,4 @@
-"""Where arrays live: one device, or all devices of all processes side by side.
+"""Placement of arrays: on one device, or on all devices of all processes side by side.
 
 On several devices a micro-batch is split by rows, and parameters are copied to each or, with `train.shard_params`, split
 among them. The step functions are the same: XLA divides the work by where their inputs lie.
@@ -27,14 +27,14 @@ class Layout:
         )
 
     def rows(self, rows: np.ndarray) -> jax.Array | np.ndarray:
-        """Rows (b, t), split among the devices; on one device as they are."""
+        """Split rows (b, t) among the devices; on one device they stay as they are."""
         if self._mesh is None:
             return rows
         split = self._named(PartitionSpec("devices"))
         return jax.make_array_from_callback(rows.shape, split, lambda part: rows[part])
 
     def sharding(self, leaf: Any) -> Sharding:
-        """Where an array of the training state lives: `leaf` has a shape."""
+        """Place an array of the training state; all that `leaf` needs is a shape."""
         if self._mesh is None:
             return SingleDeviceSharding(self.devices[0])
         axes: list[str | None] = [None] * len(leaf.shape)
@@ -44,13 +44,13 @@ class Layout:
         return self._named(PartitionSpec(*axes))
 
     def abstract(self, tree: Any) -> Any:
-        """Shapes with their places, for restoring."""
+        """Return shapes with their places, for restoring."""
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding(leaf)), tree
         )
 
     def constrained(self, tree: Any) -> Any:
-        """The same arrays, bound to their places inside a jitted function."""
+        """Bind arrays to their places inside a jitted function."""
         if self._mesh is None:
             return tree
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(leaf)), tree)

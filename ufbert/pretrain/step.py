@@ -1,16 +1,18 @@
-"""The pure functions of pretraining: rows in, new state and sums out."""
+"""The pure functions of pretraining: rows in, new state and sums out. `build_steps` compiles them."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert import nn
-from ufbert.config import RunConfig
+from ufbert.config import PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.ops.losses import Sums, cross_entropy
 from ufbert.ops.masking import Masked, mask_tokens
@@ -18,15 +20,15 @@ from ufbert.pretrain.optim import apply_update, averaged, averaging_power, make_
 from ufbert.pretrain.sharding import Layout
 
 
-class Controls(NamedTuple):
-    """What the clock decides about one update, as arrays, so that nothing recompiles."""
+class StepInputs(NamedTuple):
+    """What the clock decides about a step, as arrays, so that nothing recompiles."""
 
     lr: Float[Array, ""]
     progress: Float[Array, ""]
     """Share of the budget spent, for what layers anneal."""
     mask_rate: Float[Array, ""]
     taken: Int[Array, ""]
-    """Packed rows that the update consumes."""
+    """Packed rows that the step consumes."""
 
 
 class TrainState(NamedTuple):
@@ -37,34 +39,132 @@ class TrainState(NamedTuple):
     average: Any
     """Average of past weights, shaped like `params`; None where none is kept."""
     step: Int[Array, ""]
-    """Updates done, skipped ones included."""
+    """Steps done, skipped ones included."""
     rows_seen: Int[Array, ""]
     """Rows consumed: the position in the endless row order."""
     skipped: Int[Array, ""]
-    """Updates skipped because their loss or gradient was not finite."""
+    """Steps skipped because their loss or gradient was not finite."""
 
 
-class Outcome(NamedTuple):
-    """What an update reports."""
+class StepMetrics(NamedTuple):
+    """What a step reports."""
 
     sums: Sums
     norm: Float[Array, ""]
     """Gradient norm before clipping."""
     applied: Bool[Array, ""]
-    """False if the update was skipped, for a loss or gradient that was not finite."""
+    """False if the step was skipped, for a loss or gradient that was not finite."""
 
 
 class Steps(NamedTuple):
-    """Jitted functions of one configuration."""
+    """The functions below, compiled: their first arguments, which are of a configuration, are bound."""
 
-    update: Callable[..., tuple[TrainState, Outcome]]
-    """(state, rows, key, controls) -> (state, outcome): one update from one micro-batch."""
-    gradient: Callable[..., Any]
-    """(params, rows, key, controls, total) -> total: add one micro-batch's (gradient, sums) to `total`; start from None."""
-    finish: Callable[..., tuple[TrainState, Outcome]]
-    """(state, total, controls) -> (state, outcome): one update from accumulated gradients."""
-    evaluate: Callable[..., tuple[Sums, nn.Aux]]
-    """(params, rows, key) -> sums and counts of what was used, as inference computes: hard, nothing dropped, no noise."""
+    train_step: Callable[..., tuple[TrainState, StepMetrics]]
+    """(state, rows, key, inputs) -> (state, metrics)."""
+    add_gradient: Callable[..., tuple[Any, Sums]]
+    """(params, rows, key, inputs, total) -> total."""
+    apply_gradient: Callable[..., tuple[TrainState, StepMetrics]]
+    """(state, total, inputs) -> (state, metrics)."""
+    evaluate: Callable[..., tuple[Sums, dict[str, nn.Aux]]]
+    """(params, rows, key) -> sums, and what each layer counted."""
+
+
+def build_steps(run: RunConfig, special: SpecialIds, layout: Layout | None = None) -> Steps:
+    """Compile the step functions of a configuration. The state is donated, and so is the total that a gradient is added to.
+
+    `layout` places the new state where the old one was, on several devices.
+    """
+    return Steps(
+        train_step=jax.jit(partial(train_step, run, special, layout), donate_argnums=0),
+        add_gradient=jax.jit(partial(add_gradient, run, special), donate_argnums=4),
+        apply_gradient=jax.jit(partial(apply_gradient, run.train, layout), donate_argnums=0),
+        evaluate=jax.jit(partial(masked_lm_sums, run, special)),
+    )
+
+
+def train_step(
+    run: RunConfig,
+    special: SpecialIds,
+    layout: Layout | None,
+    state: TrainState,
+    rows: Int[Array, "b t"],
+    key: Key[Array, ""],
+    inputs: StepInputs,
+) -> tuple[TrainState, StepMetrics]:
+    """Take an optimizer step from one micro-batch: gradient and update in one program."""
+    total = add_gradient(run, special, state.params, rows, key, inputs, None)
+    return apply_gradient(run.train, layout, state, total, inputs)
+
+
+def add_gradient(
+    run: RunConfig,
+    special: SpecialIds,
+    params: Any,
+    rows: Int[Array, "b t"],
+    key: Key[Array, ""],
+    inputs: StepInputs,
+    total: tuple[Any, Sums] | None,
+) -> tuple[Any, Sums]:
+    """Compute a micro-batch's gradient and loss, sums over masked tokens, and add them to the `total` before, if any."""
+
+    def loss(params: Any) -> tuple[Float[Array, ""], Sums]:
+        sums, _ = masked_lm_sums(run, special, params, rows, key, inputs)
+        return sums.loss + sums.extra, sums
+
+    # The gradient is taken here, and nowhere else in pretraining.
+    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return (grads, sums) if total is None else jax.tree.map(jnp.add, total, (grads, sums))
+
+
+def apply_gradient(
+    train: PretrainConfig, layout: Layout | None, state: TrainState, total: tuple[Any, Sums], inputs: StepInputs
+) -> tuple[TrainState, StepMetrics]:
+    """Take an optimizer step along the mean gradient. If it or the loss is not finite, only the counts move on."""
+    grads, sums = total
+    grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0), grads)
+    norm = optax.tree.norm(grads)
+    applied = jnp.isfinite(norm) & jnp.isfinite(sums.loss + sums.extra)
+    new = jax.lax.cond(applied, lambda: _updated(train, state, grads, inputs.lr), lambda: state)
+    new = new._replace(
+        step=state.step + 1, rows_seen=state.rows_seen + inputs.taken, skipped=state.skipped + (1 - applied)
+    )
+    return new if layout is None else layout.constrained(new), StepMetrics(sums, norm, applied)
+
+
+def _updated(train: PretrainConfig, state: TrainState, grads: Any, lr: Float[Array, ""]) -> TrainState:
+    """Update the parameters, the optimizer's state, and the average of past weights."""
+    direction, opt_state = make_optimizer(train).update(grads, state.opt_state, state.params)
+    params, average = apply_update(state.params, direction, lr), state.average
+    if average is not None:
+        average = averaged(average, params, state.step - state.skipped + 1, averaging_power(train.average_width))
+    return state._replace(params=params, opt_state=opt_state, average=average)
+
+
+def masked_lm_sums(
+    run: RunConfig,
+    special: SpecialIds,
+    params: Any,
+    rows: Int[Array, "b t"],
+    key: Key[Array, ""],
+    inputs: StepInputs | None = None,
+) -> tuple[Sums, dict[str, nn.Aux]]:
+    """Compute the masked-LM loss of packed rows, in nats, as sums. Logits are computed at the masked positions only.
+
+    With `inputs`, layers behave as in training (without dropout: pretraining has none). Without, as in inference: hard,
+    nothing dropped, no noise; and they count what they use.
+    """
+    masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
+    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
+    model = replace(run.model, dropout=0.0)
+    if inputs is None:
+        hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True)
+    else:
+        noise, progress = jax.random.fold_in(key, 1), inputs.progress
+        hidden, aux = nn.encode(params, model, masked.ids, segments, key=noise, deterministic=False, progress=progress)
+    picked = jnp.take_along_axis(hidden, masked.positions[..., None], axis=1)
+    logits = nn.masked_lm_logits(params, run.model, picked)
+    sums = cross_entropy(logits, masked.labels, masked.weights)
+    return sums._replace(extra=nn.aux_loss(aux) * sums.count), aux
 
 
 def mask_rows(
@@ -74,7 +174,7 @@ def mask_rows(
     key: Key[Array, ""],
     rate: Float[Array, ""] | float | None = None,
 ) -> Masked:
-    """The masking of training at `rate`, one of the recipe's; of evaluation without."""
+    """Mask tokens as training does at `rate`, one of the recipe's; as evaluation does without it."""
     max_rate = run.train.eval_mask_rate if rate is None else max(run.train.mask_rate)
     return mask_tokens(
         rows,
@@ -87,90 +187,24 @@ def mask_rows(
     )
 
 
-def masked_lm_sums(
-    params: Any,
-    run: RunConfig,
-    special: SpecialIds,
-    rows: Int[Array, "b t"],
-    key: Key[Array, ""],
-    controls: Controls | None = None,
-) -> tuple[Sums, nn.Aux]:
-    """Masked-LM loss of packed rows, in nats, as sums. Logits are computed at the hidden positions only.
-
-    With `controls`, layers behave as in training (without dropout: pretraining has none); without as in inference, and
-    they count what they use.
-    """
-    masked = mask_rows(run, special, rows, key, None if controls is None else controls.mask_rate)
-    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
-    model = replace(run.model, dropout=0.0)
-    if controls is None:
-        hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True)
-    else:
-        noise, progress = jax.random.fold_in(key, 1), controls.progress
-        hidden, aux = nn.encode(params, model, masked.ids, segments, key=noise, deterministic=False, progress=progress)
-    picked = jnp.take_along_axis(hidden, masked.positions[..., None], axis=1)
-    logits = nn.masked_lm_logits(params, run.model, picked)
-    sums = cross_entropy(logits, masked.labels, masked.weights)
-    return sums._replace(extra=nn.aux_loss(aux) * sums.count), aux
-
-
-def init_state(run: RunConfig, key: Key[Array, ""]) -> TrainState:
-    """Fresh parameters and optimizer state."""
-    return state_of(run, nn.init(run.model, key))
+def init_state(run: RunConfig, key: Key[Array, ""], layout: Layout | None = None) -> TrainState:
+    """Draw parameters, and make the state of a run that starts from them; in its places if `layout` is given."""
+    params = nn.init(run.model, key)
+    if layout is None:
+        return state_of(run, params)
+    if jax.process_count() > 1:  # each has drawn the same numbers
+        params = jax.tree.map(np.asarray, params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(run, layout))
+    return jax.jit(partial(state_of, run), out_shardings=places)(params)
 
 
 def state_of(run: RunConfig, params: Any) -> TrainState:
-    """The state of a run that starts from these parameters."""
+    """Make the state of a run that starts from these parameters."""
     average = jax.tree.map(jnp.zeros_like, params) if run.train.average_width else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, make_optimizer(run.train).init(params), average, zero, zero + 0, zero + 0)
 
 
-def build_steps(run: RunConfig, special: SpecialIds, layout: Layout | None = None) -> Steps:
-    """The jitted step functions of a configuration. The state is donated, and so is the total that `gradient` adds to.
-
-    `layout` places the new state where the old one was, on several devices.
-    """
-    optimizer = make_optimizer(run.train)
-    gamma = averaging_power(run.train.average_width) if run.train.average_width else 0.0
-
-    def loss_and_sums(params: Any, rows: Array, key: Array, controls: Controls) -> tuple[Array, Sums]:
-        sums, _ = masked_lm_sums(params, run, special, rows, key, controls)
-        return sums.loss + sums.extra, sums
-
-    def gradient(params: Any, rows: Array, key: Array, controls: Controls, total: Any) -> Any:
-        (_, sums), grads = jax.value_and_grad(loss_and_sums, has_aux=True)(params, rows, key, controls)
-        found = (grads, sums)
-        return found if total is None else jax.tree.map(jnp.add, total, found)
-
-    def moved(state: TrainState, grads: Any, controls: Controls) -> TrainState:
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_update(state.params, direction, controls.lr)
-        average = state.average
-        if average is not None:
-            average = averaged(average, params, state.step - state.skipped + 1, gamma)
-        return state._replace(params=params, opt_state=opt_state, average=average)
-
-    def finish(state: TrainState, total: Any, controls: Controls) -> tuple[TrainState, Outcome]:
-        grads, sums = total
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0), grads)
-        norm = optax.tree.norm(grads)
-        applied = jnp.isfinite(norm) & jnp.isfinite(sums.loss + sums.extra)
-        new = jax.lax.cond(applied, lambda: moved(state, grads, controls), lambda: state)
-        new = new._replace(
-            step=state.step + 1, rows_seen=state.rows_seen + controls.taken, skipped=state.skipped + (1 - applied)
-        )
-        return new if layout is None else layout.constrained(new), Outcome(sums, norm, applied)
-
-    def update(state: TrainState, rows: Array, key: Array, controls: Controls) -> tuple[TrainState, Outcome]:
-        return finish(state, gradient(state.params, rows, key, controls, None), controls)
-
-    def evaluate(params: Any, rows: Array, key: Array) -> tuple[Sums, nn.Aux]:
-        return masked_lm_sums(params, run, special, rows, key)
-
-    return Steps(
-        update=jax.jit(update, donate_argnums=0),
-        gradient=jax.jit(gradient, donate_argnums=4),
-        finish=jax.jit(finish, donate_argnums=0),
-        evaluate=jax.jit(evaluate),
-    )
+def state_shapes(run: RunConfig, layout: Layout) -> TrainState:
+    """Return the state as shapes with their places, for restoring."""
+    return layout.abstract(jax.eval_shape(lambda: init_state(run, jax.random.key(0))))

@@ -1,4 +1,4 @@
-"""`report.html` of a pretraining run: self-contained, curves as pictures."""
+"""Write `report.html` of a pretraining run, a self-contained page with its curves."""
 
 import html
 from dataclasses import asdict
@@ -15,11 +15,11 @@ from ufbert.runtime.typed import read_lines
 def write_report(folder: Path) -> Path:
     """Draw the curves of a run folder into `report.html` and return its path."""
     config, summary, metrics = read_run(folder), read_summary(folder), folder / "metrics.jsonl"
-    updates = [update for update in read_lines(metrics, Update) if not update.skipped]
+    steps = [step for step in read_lines(metrics, Update) if not step.skipped]
     evals = list(read_lines(metrics, HeldOut))
     events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
-    pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
-    body = f"""{facts(_described(asdict(summary)))}
+    pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
+    body = f"""{facts(_in_units(asdict(summary)))}
 {_cost(config, summary)}
 {"".join(pictures)}
 {_events(events)}
@@ -32,8 +32,8 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _described(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with big numbers in units that people read."""
+def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
+    """Convert the large numbers of a summary to units that people read."""
     averaged = ("averaged_heldout_loss", "last_heldout_loss")
     values = {name: value for name, value in summary.items() if value is not None or name not in averaged}
     for name, unit, factor in (
@@ -47,7 +47,7 @@ def _described(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(config: RunFile, summary: Summary) -> str:
-    """What the budget was in money, if a price was given."""
+    """Write the price of the budget, if a price was given."""
     price, hours = config.price, summary.spent_seconds / 3600
     if not price:
         return ""
@@ -55,7 +55,7 @@ def _cost(config: RunFile, summary: Summary) -> str:
 
 
 def _events(events: list[dict[str, str | float | None]]) -> str:
-    """What interrupted the run, and what that cost."""
+    """Write a table of the events that interrupted the run, with their cost."""
     if not events:
         return ""
     rows = [
@@ -66,27 +66,27 @@ def _events(events: list[dict[str, str | float | None]]) -> str:
         ]
         for r in events
     ]
-    return f"<h2>Events</h2>{grid(['update', 'what', ''], rows)}"
+    return f"<h2>Events</h2>{grid(['step', 'event', ''], rows)}"
 
 
 def _evaluations(evals: list[HeldOut]) -> str:
     rows = [[f"{r.step:,}", f"{r.spent:.1f}", f"{r.heldout_loss:.4f}", f"{r.heldout_accuracy:.2%}"] for r in evals]
-    return grid(["update", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
+    return grid(["step", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
 
 
 def _usage(evals: list[HeldOut]) -> str:
-    """What the last evaluation found in use of each layer's tree, leaves or experts; nothing for dense models."""
+    """Write a table of the shares of each layer's nodes, leaves or experts in use; nothing for dense models."""
     usage = evals[-1].usage if evals else None
     if not usage:
         return ""
-    names = list(dict.fromkeys(name for found in usage.values() for name in found))
-    rows = [[layer, *(f"{found.get(name, float('nan')):.3f}" for name in names)] for layer, found in usage.items()]
+    names = list(dict.fromkeys(name for shares in usage.values() for name in shares))
+    rows = [[layer, *(f"{shares.get(name, float('nan')):.3f}" for name in names)] for layer, shares in usage.items()]
     head = ["layer", *(name.replace("_", " ") for name in names)]
     return f"<h2>In use on held-out text</h2>{grid(head, rows, numbers=range(1, len(head)))}"
 
 
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Compute the exponential moving average, corrected for its start as in Adam."""
     total, norm, out = 0.0, 0.0, []
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
@@ -97,7 +97,9 @@ def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 def _svg(draw: Any, rows: int) -> str:
     import matplotlib.figure
 
-    height = 3.2 * rows  # inches, as are the margins; having them worked out doubles the time (0.66 s, not 0.30)
+    height = (
+        3.2 * rows
+    )  # in inches, as the margins are; matplotlib's own layout would double the time (0.66 s, not 0.30)
     figure = matplotlib.figure.Figure(figsize=(9, height))
     figure.subplots_adjust(left=0.13, right=0.99, bottom=0.5 / height, top=1 - 0.1 / height, hspace=0.06)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
@@ -110,10 +112,10 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
     return values[:: max(1, len(values) // most)]
 
 
-def _loss_picture(updates: list[Update], evals: list[HeldOut], summary: Summary) -> str:
+def _loss_picture(steps: list[Update], evals: list[HeldOut], summary: Summary) -> str:
     def draw(axes: Any) -> None:
-        smooth = _smoothed([r.loss for r in updates])
-        pairs = _thin(list(zip([r.spent for r in updates], smooth, strict=True)))
+        smooth = _smoothed([r.loss for r in steps])
+        pairs = _thin(list(zip([r.spent for r in steps], smooth, strict=True)))
         axes[0].plot(*zip(*pairs, strict=True), color="tab:blue", lw=1, label="training (smoothed)")
         axes[0].plot(
             [r.spent for r in evals], [r.heldout_loss for r in evals], "o-", color="tab:orange", label="held-out"
@@ -125,16 +127,16 @@ def _loss_picture(updates: list[Update], evals: list[HeldOut], summary: Summary)
     return _svg(draw, 1)
 
 
-def _speed_picture(updates: list[Update]) -> str:
+def _speed_picture(steps: list[Update]) -> str:
     def draw(axes: Any) -> None:
-        spent = [r.spent for r in updates]
-        axes[0].plot(_thin(spent), _thin([r.lr for r in updates]), color="tab:green", lw=1)
+        spent = [r.spent for r in steps]
+        axes[0].plot(_thin(spent), _thin([r.lr for r in steps]), color="tab:green", lw=1)
         axes[0].set_ylabel("learning rate")
-        speed = _smoothed([r.tokens_per_second for r in updates])
+        speed = _smoothed([r.tokens_per_second for r in steps])
         axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
         axes[1].set_ylabel("tokens per second")
         axes[1].set_ylim(bottom=0)
-        axes[2].plot(_thin(spent), _thin(_smoothed([r.gradient_norm for r in updates])), color="tab:red", lw=1)
+        axes[2].plot(_thin(spent), _thin(_smoothed([r.gradient_norm for r in steps])), color="tab:red", lw=1)
         axes[2].set_ylabel("gradient norm")
         axes[2].set_yscale("log")
 

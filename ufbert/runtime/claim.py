@@ -1,11 +1,10 @@
-"""A folder that one process writes at a time: a run's, or a sweep's.
+"""Claim a folder (a run's, or a sweep's), so that one process writes there at a time.
 
-Its owner holds a lock that the system gives up when the process dies, however it dies. Over a network file system that holds
+The owner holds a lock that the system releases when the process dies, however it dies. Over a network file system this works
 between machines, too, unless it is mounted with locks of its own machine only (`nolock`, `local_lock=flock`).
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -19,28 +18,30 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ufbert.errors import UserError
+from ufbert.runtime.files import NO_LOCKS
 from ufbert.runtime.typed import read_typed
 
 LOCK = "in_use.lock"
-"""The locked file of a folder that is being written; it says who writes."""
+"""The locked file of a folder that is being written; it names the process that writes."""
 _PATIENCE = 1.0
-"""Seconds, in which whoever has just taken a lock has said who it is."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Seconds to wait for a lock. In this time a new owner has written its name."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Generator[None]:
-    """Keeps other processes from claiming a folder, which is made where it is missing and is gone at the end if it is empty.
+    """Claim a folder while entered. It is made if it is missing, and removed at the end if it is empty.
 
-    Raises UserError, with the process and machine of its owner, if another process has it; also if it cannot be written.
+    Raises UserError if the folder cannot be written, or if another process has claimed it (with the owner's process number
+    and machine).
     """
-    lock = _taken_lock(folder)
+    lock = _acquire(folder)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             if lock is not None:
-                (folder / LOCK).unlink()  # while it is held: whoever has it open already finds that it is gone
+                # Unlinked while it is held: a process that has opened it already notices, and opens the next one.
+                (folder / LOCK).unlink()
             folder.rmdir()
         if lock is not None:
             lock.release()
@@ -48,16 +49,16 @@ def claimed(folder: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def claimed_new(folder: Path) -> Generator[None]:
-    """Claims a folder that must be empty, but for what a kill leaves of a beginning. Raises UserError as `claimed` does."""
+    """Claim a folder that holds nothing yet. Raises UserError as `claimed` and `refuse_taken` do."""
     if not (folder / LOCK).exists():
-        refuse_taken(folder)  # nothing is written into a stranger's folder
+        refuse_taken(folder)  # before the lock is written: nothing is written into a stranger's folder
     with claimed(folder):
         refuse_taken(folder)
         yield
 
 
 def new_folder(root: Path, stem: str) -> Path:
-    """Make and return the first of root/STEM, root/STEM-2, root/STEM-3, ... that is not there yet."""
+    """Make and return the first of root/STEM, root/STEM-2, root/STEM-3, ... that does not exist yet."""
     for number in count(1):
         folder = root / (stem if number == 1 else f"{stem}-{number}")
         try:
@@ -67,11 +68,11 @@ def new_folder(root: Path, stem: str) -> Path:
         except OSError as error:
             raise _cannot_make(folder, error) from error
         return folder
-    raise AssertionError("there are more numbers")
+    raise AssertionError("count() does not end")
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError if something stands where a run folder is to be, other than what a kill leaves of its beginning."""
+    """Raise UserError if a new run must not use a folder: something stands there that a killed start does not leave behind."""
     if folder.is_dir():
         if all(path.name == LOCK or path.name.endswith(".partial") for path in folder.iterdir()):
             return
@@ -81,14 +82,14 @@ def refuse_taken(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError for a link to a file in a folder that may come from anywhere: what is written there lands elsewhere."""
+    """Raise UserError if a folder holds a link to a file: what is written through it would land elsewhere."""
     for path in folder.iterdir():
         if path.is_symlink() and not path.is_dir():
             raise UserError(f"{path} is a link, to {os.readlink(path)}; put a file in its place, or delete it.")
 
 
 def discard(folder: Path) -> None:
-    """Remove what is in a claimed folder, but for the lock, which goes when the claim ends."""
+    """Empty a claimed folder, except for its lock, which goes when the claim ends."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -96,8 +97,8 @@ def discard(folder: Path) -> None:
             path.unlink()
 
 
-def _taken_lock(folder: Path) -> FileLock | None:
-    """The lock of a folder, held; None where the file system has no locks. Raises UserError if another process holds it."""
+def _acquire(folder: Path) -> FileLock | None:
+    """Acquire the lock of a folder; None if the file system has no locks. Raises UserError if another process holds it."""
     lock = FileLock(folder / LOCK, fallback_to_soft=False)
     for attempt in range(3):
         try:
@@ -112,15 +113,17 @@ def _taken_lock(folder: Path) -> FileLock | None:
                 f"{folder} is in use by {_owner(folder)}; wait until that has ended, or name another folder with --out."
             ) from None
         except FileNotFoundError as error:
-            if attempt == 2:  # until then: another process has just removed the empty folder
+            if (
+                attempt == 2
+            ):  # the first times: another process has just removed the empty folder at the end of its claim
                 raise _cannot_make(folder, error) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise UserError(f"Cannot write in {folder}: {error.strerror}.") from error
-            print(f"note: the file system of {folder} has no locks; see that no other process writes there", flush=True)
+            print(f"note: the file system of {folder} has no locks; let no other process write there", flush=True)
             return None
     owner = _Owner(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
-    with contextlib.suppress(OSError):  # a full disk stops what follows with a sentence of its own
+    with contextlib.suppress(OSError):  # if the disk is full, the first real write says so
         (folder / LOCK).write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
     return lock
 
@@ -135,7 +138,7 @@ class _Owner:
 
 
 def _owner(folder: Path) -> str:
-    """Who says to hold a folder's lock. A dead owner's words are gone as soon as the next one holds it."""
+    """Describe the process that holds a folder's lock, as it wrote itself down."""
     try:
         owner = read_typed(folder / LOCK, _Owner)
     except UserError:

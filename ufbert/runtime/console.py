@@ -1,4 +1,4 @@
-"""The console: one line that is rewritten in place, and streams that may go away."""
+"""The console: a line that is rewritten in place, streams that may go away, and times as people read them."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from ufbert.runtime.signals import WATCHER
 
 
 class LiveLine:
-    """One line that is rewritten in place on a terminal, and printed every `every` seconds elsewhere."""
+    """A line that is rewritten in place on a terminal, and printed every `every` seconds elsewhere."""
 
     def __init__(self, every: float = 10.0) -> None:
         self._every, self._last, self._width = every, -1e9, 0
         self._terminal = sys.stdout.isatty()
 
     def show(self, text: str) -> None:
-        """Replace the line; may be called as often as one likes."""
+        """Replace the line. Calls that come too often are dropped."""
         now = time.monotonic()
         if now - self._last < (0.1 if self._terminal else self._every):
             return
@@ -39,8 +39,8 @@ class LiveLine:
 
 
 def open_descriptors() -> None:
-    """Give a process that was started without standard input, output or error the null device: else the first files that it
-    opens take their places, and what a library prints is written into them."""
+    """Open the null device for each of standard input, output and error that the process was started without."""
+    # Otherwise the first files that are opened would take their numbers, and what a library prints would land in them.
     for number in range(3):
         try:
             os.fstat(number)
@@ -51,7 +51,7 @@ def open_descriptors() -> None:
 
 
 def silence(stream: Any) -> None:
-    """Send what a stream still holds, and all that follows, nowhere."""
+    """Discard what a stream still holds, and all that is written to it from now on."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -61,8 +61,7 @@ def silence(stream: Any) -> None:
 class Console:
     """A text stream to a console, pipe or file that may go away or fill up: what cannot be written is dropped.
 
-    A closed pipe asks a run to save and stop, as SIGPIPE would; where nothing takes such a request it raises BrokenPipeError,
-    if `stops`.
+    If `stops`, a closed pipe asks the run to save and stop, as SIGPIPE would. Without a run it raises BrokenPipeError.
     """
 
     def __init__(self, stream: Any, stops: bool) -> None:
@@ -96,10 +95,11 @@ class Console:
             elif self._stops:
                 raise
         except (OSError, ValueError, RuntimeError):
-            pass  # a terminal that is gone, a full disk, a signal's handler that prints while the program does
+            pass  # a terminal that is gone, a full disk, or a signal handler that prints while the program prints
 
 
 def clock(seconds: float) -> str:
+    """Write a time as M:SS, or as H:MM:SS from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

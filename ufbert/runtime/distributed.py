@@ -1,8 +1,8 @@
-"""Several processes that train one model, over `jax.distributed`: each drives its own devices, on one machine or on many.
+"""Train one model by several processes over `jax.distributed`, each with its own devices, on one machine or on many.
 
-All of them run the same program and must take every decision alike, for each jitted step is one computation of all. What
-may differ between them, time and signals above all, is therefore asked of process 0 (`from_main`) or of everyone
-(`highest`). In a run of a single process these functions return what they are given.
+All processes run the same program and must take the same decisions, because each jitted step is one computation of all of
+them. Whatever may differ between them, time and signals above all, is therefore taken from process 0 (`from_main`) or
+agreed on (`highest`). In a run of a single process these functions return their argument.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 
 
 def join(where: str) -> None:
-    """Join the others; must come before jax touches a device. Where `where` is "", there are none.
+    """Join the other processes of a run, before jax touches a device. Only process 0 keeps its standard output.
 
-    `where` is `auto` (jax finds TPU pods, Slurm and Open MPI by itself) or `HOST:PORT,INDEX,COUNT`: the address that
-    process 0 shall listen on, this process's index and the number of processes. Only process 0 keeps its standard output.
-    Raises UserError if the others cannot be found.
+    `where` is `HOST:PORT,INDEX,COUNT` (the address that process 0 listens on, this process's index, and the number of
+    processes), `auto` (jax asks the TPU pod, Slurm or Open MPI), or empty for a run of a single process. Raises UserError if
+    the others cannot be reached.
     """
     if not where:
         return
@@ -32,35 +32,34 @@ def join(where: str) -> None:
             address, index, count = where.split(",")
             jax.distributed.initialize(address, int(count), int(index), cluster_detection_method="deactivate")
     except (ValueError, TypeError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--distributed={where}: cannot join the other processes: {why} Write `auto` on a TPU pod, under Slurm or Open "
-            "MPI, else HOST:PORT,INDEX,COUNT, such as 10.0.0.1:8476,0,2."
+            f"--distributed={where}: cannot join the other processes: {first_line(error)}. Write `auto` on a TPU "
+            "pod, under Slurm or Open MPI, else HOST:PORT,INDEX,COUNT, such as 10.0.0.1:8476,0,2."
         ) from error
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def is_main() -> bool:
-    """Whether this process writes the run's files and speaks to the person."""
+    """Return true in process 0, which writes the run's files and prints."""
     import jax
 
     return jax.process_index() == 0
 
 
 def from_main(value: float) -> float:
-    """The value that process 0 gives. All must call it, in the same order."""
+    """Return the value that process 0 passes. All processes must call it, in the same order."""
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
         return value
-    bits = np.frombuffer(np.float64(value).tobytes(), np.uint32)  # jax would round it to float32
+    bits = np.frombuffer(np.float64(value).tobytes(), np.uint32)  # as integers, because jax would round it to float32
     return float(np.frombuffer(np.asarray(multihost_utils.broadcast_one_to_all(bits)).tobytes(), np.float64)[0])
 
 
 def highest(value: int | bool) -> int:
-    """The largest value that a process gives. All must call it, in the same order."""
+    """Return the largest value that any process passes. All processes must call it, in the same order."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -68,7 +67,7 @@ def highest(value: int | bool) -> int:
 
 
 def whole(tree: Any) -> Any:
-    """A tree of arrays that may be split among processes, as arrays that each process has all of."""
+    """Gather a tree of arrays that are split among processes, so that every process holds them whole."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -76,10 +75,10 @@ def whole(tree: Any) -> Any:
 
 
 def together(name: str) -> None:
-    """Wait until all processes are here. Raises UserError if one of them is gone."""
+    """Wait until all processes have called this. Raises UserError if one of them has ended."""
     from jax.experimental import multihost_utils
 
     try:
         multihost_utils.sync_global_devices(name)
-    except Exception as error:
+    except Exception as error:  # jaxlib raises many kinds for a lost process
         raise UserError(f"Another process of this run ended before all were ready ({name}).") from error

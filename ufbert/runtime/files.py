@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -33,14 +34,14 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under its final name only when it is whole. Raises UserError if the disk refuses."""
+    """Write a value as JSON, whole or not at all. Raises UserError if the disk refuses."""
     write_text(path, to_json_text(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under its final name only when it is whole, with its line ends as they are.
+    """Write UTF-8 text whole or not at all, with its line ends as they are. A missing folder is made.
 
-    Makes the folder where it is missing. Raises UserError if the disk refuses.
+    Raises UserError if the disk refuses.
     """
     scratch = path.with_name(f".{path.name}.partial")
     try:
@@ -52,35 +53,45 @@ def write_text(path: Path, text: str) -> None:
 
 
 def user_cache() -> Path:
-    """$UFBERT_CACHE, or ufbert/ in the user's cache folder: prepared text and compiled steps."""
-    own = os.environ.get("UFBERT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ufbert"
+    """Return the folder of prepared text and compiled programs: $UFBERT_CACHE, or ufbert/ in the user's cache folder."""
+    cache = os.environ.get("UFBERT_CACHE")
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ufbert"
 
 
 def expand_home(option: str) -> str:
-    """An option with the user's home folder for every `~` that begins a path in it, as in `--out=~/run` or
-    `text:~/a.txt,~/b.txt`: a shell does that for none but a whole word."""
+    """Replace every `~` that begins a path in an option by the user's home folder, as in `text:~/a.txt,~/b.txt`.
+
+    A shell does so only for a whole word.
+    """
     return re.sub(r"(^|[=:,])~(?=/|$)", lambda start: start[1] + os.path.expanduser("~"), option)
 
 
-_SUFFIX = ".partial"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 
 
 @contextlib.contextmanager
 def private_folder(root: Path) -> Generator[Path]:
-    """A new folder under `root` that no other process touches; gone at the end, unless `publish` has renamed it.
+    """Make a folder under `root` that no other process touches, and remove it at the end unless `publish` has renamed it.
 
-    Its owner holds a lock on it that the system gives up when the process dies, however it dies. What dead processes left
-    is removed first. Raises OSError if the disk refuses.
+    What killed processes left there is removed first. Raises OSError if the disk refuses.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # until the new folder has its own lock, nobody may take it for a dead one's
-        _remove_the_dead(root)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", suffix=_SUFFIX, dir=root))
+    # A living owner holds a lock on its folder, which the system releases when the process dies, however it dies. The lock on
+    # `root` bridges the moment between making the folder and locking it. Folders of other machines, whose locks are not seen
+    # over a network file system, are left alone.
+    prefix = f".{socket.gethostname()}-"
+    gate = os.open(root, os.O_RDONLY)
+    try:
+        _lock(gate)
+        for folder in root.glob(f"{prefix}*.partial"):
+            _remove_if_unlocked(folder)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=root))
         scratch.chmod(0o755)
         descriptor = os.open(scratch, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
+    finally:
+        os.close(gate)
     try:
         yield scratch
     finally:
@@ -88,39 +99,57 @@ def private_folder(root: Path) -> Generator[Path]:
         os.close(descriptor)
 
 
-def _remove_the_dead(root: Path) -> None:
-    for folder in root.glob(f".*{_SUFFIX}"):
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except OSError:
-            continue  # its owner has just removed it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue  # its owner is alive
-        finally:
-            os.close(descriptor)
+def _remove_if_unlocked(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # its owner has just removed it
+    if _lock(descriptor, fcntl.LOCK_NB):  # else its owner is alive
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
 
 
-def publish(scratch: Path, final: Path) -> None:
-    """Put a finished folder on the disk and rename it to `final`, so that not even a power cut leaves a part of it there.
+def _lock(descriptor: int, options: int = 0) -> bool:
+    """Lock an open folder. Returns false if another process holds the lock, or if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | options)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
-    If another process was first, its folder stays and `scratch` is left as it is.
+
+def publish(scratch: Path, final: Path, replace: bool = False) -> None:
+    """Rename a finished private folder to `final`, so that not even a power cut leaves a part of it there.
+
+    An existing folder at `final` is replaced if `replace` says so. Otherwise it stays, as another process was first.
     """
     for path in (*scratch.iterdir(), scratch):
         _sync(path)
+    old = None
+    if replace and final.exists():
+        # If the process is killed between these two renames, the old folder is still on the disk.
+        old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
+        os.rename(final, old / "old")
     try:
         os.rename(scratch, final)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if replace or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     _sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Memory of the process and of the accelerator."""
+"""Memory of the process and of the accelerator: how much was used, and when glibc returns it."""
 
 import ctypes
 import sys
@@ -7,25 +7,25 @@ import numpy as np
 
 
 def memory_bytes() -> int:
-    """Most memory used so far: of the first accelerator, or of this process on a CPU."""
+    """Return the most bytes used so far: on the first accelerator, or by this process on a CPU."""
     import jax
 
-    found = jax.local_devices()[0].memory_stats()
-    if found and "peak_bytes_in_use" in found:
-        return int(found["peak_bytes_in_use"])
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"])
     try:
         import resource
     except ImportError:  # not on Windows
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep the large buffers that XLA frees after every step instead of returning them to the system.
 
-    Getting them back page by page costs a CPU training step up to half its time. Does nothing elsewhere than on Linux
-    with glibc; must run before threads start.
+    Getting them back page by page costs a CPU training step up to half of its time. Must run before threads start. Without
+    glibc this does nothing.
     """
     if sys.platform != "linux":
         return
@@ -40,14 +40,14 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return what is free now to the system, where the C library can (glibc), whatever it was told to keep."""
+    """Return freed memory to the system, whatever glibc was told to keep. Without glibc this does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An array of `size` bytes, uninitialised, that begins where a cache line does, so that jax takes it without a copy."""
+    """Allocate an uninitialised array of `size` bytes at the start of a cache line, so that jax takes it without a copy."""
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype)

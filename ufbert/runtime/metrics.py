@@ -1,7 +1,6 @@
 """Metrics of a run: a JSONL file always, TensorBoard on request."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 from msgspec import Meta
 
 from ufbert.errors import UserError
-from ufbert.runtime.files import to_json_text
+from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.typed import Count, read_lines
 
 Record = dict[str, Any]
-"""Numbers of one update, evaluation or event, by name."""
+"""Numbers of a step, an evaluation or an event, by name."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def read_records(path: Path) -> list[Record]:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Somewhere that records go."""
+    """A destination of records."""
 
     def write(self, record: Record) -> None: ...
 
@@ -77,7 +76,7 @@ class Sink(Protocol):
 
 
 class Writer:
-    """Gives every record to every sink."""
+    """Writes every record to every sink."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
@@ -92,19 +91,18 @@ class Writer:
 
 
 class JsonlWriter:
-    """Appends one JSON object a line, flushed. A resumed run first drops what came after its checkpoint.
+    """Appends records to a file, one JSON object a line, and flushes each.
 
-    Raises UserError if the disk refuses.
+    A resumed run first drops the records after `keep_through_step`, the step of its checkpoint. Raises UserError if the disk
+    refuses.
     """
 
     def __init__(self, path: Path, keep_through_step: int | None = None) -> None:
         self.path = path
+        if keep_through_step is not None and path.is_file():
+            kept = [to_json_text(r) for r in read_records(path) if _step(r) <= keep_through_step]
+            write_text(path, "".join(line + "\n" for line in kept))
         try:
-            if keep_through_step is not None and path.is_file():
-                kept = [to_json_text(r) for r in read_lines(path, dict[str, Any]) if _step(r) <= keep_through_step]
-                scratch = path.with_suffix(".partial")
-                scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(scratch, path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"Cannot write {path}: {error.strerror}.") from error
@@ -117,12 +115,12 @@ class JsonlWriter:
             raise UserError(f"Cannot write {self.path}: {error.strerror}.") from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be flushed was reported when it was written
+        with contextlib.suppress(OSError):  # what cannot be flushed was reported when it was written
             self._file.close()
 
 
 class TensorBoardWriter:
-    """Every number as a TensorBoard scalar over updates, in `folder`. Raises UserError where tensorboardX is missing."""
+    """Writes every number to `folder` as a TensorBoard scalar over steps. Raises UserError if tensorboardX is missing."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -151,6 +149,6 @@ def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _step(record: Record) -> int | float:
-    """The update that a record is of; infinite where it says none that can be one."""
+    """Return the step of a record, or infinity if the record names none that is a whole number."""
     step = record.get("step", 0)
     return step if isinstance(step, int) else float("inf")

@@ -1,6 +1,6 @@
-"""Signals: requests to stop, and an end that nothing can hold up.
+"""Signals: requests to stop, and an exit that nothing can hold up.
 
-Only the command line installs these; who calls the package from Python keeps the handlers they have.
+Only the command line installs these handlers; a program that calls the package from Python keeps its own.
 """
 
 import contextlib
@@ -16,18 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-
+"""Signals that ask the process to stop."""
 HURRYING = (signal.SIGTERM, signal.SIGINT)
-"""Those that end the process at once when they follow another. A terminal that closes may send SIGHUP twice."""
-
-
+"""Those that end the process at once if they follow another. SIGHUP does not: a terminal that closes may send it twice."""
 GRACE = 5.0
-"""Seconds that a stop with nothing to save, or the interpreter's own end, may take."""
+"""Seconds that a stop with nothing to save, or the interpreter's exit, may take."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal to stop came while there was nothing to save."""
+    """Raised by a signal to stop while there is nothing to save."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -35,41 +32,41 @@ class Stopped(KeyboardInterrupt):
 
 
 class Watcher:
-    """Hears of signals in a thread of its own: the main thread hears of none while it compiles, or waits in a library."""
+    """Listens for signals in a thread of its own: Python runs no handler while the main thread is inside a library."""
 
     def __init__(self) -> None:
         self.unsaved = False
-        """Whether there is work that a stop must wait for until it is saved."""
+        """True while there is work that a stop must wait for until it is saved."""
         self.note: Callable[[int, Any], None] | None = None
-        """Takes a request to stop without ending anything, where a run does that."""
-        self._ears: socket.socket | None = None
-        self._mouth: socket.socket | None = None
+        """Set by a run: records a request to stop instead of ending the process."""
+        self._reader: socket.socket | None = None
+        self._writer: socket.socket | None = None
         self._first: int | None = None
 
     def start(self) -> None:
-        """Handle the signals in `STOPPING` from now on, but for SIGHUP where it is ignored (nohup)."""
-        self._ears, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        """Handle the signals in `STOPPING` from now on, except SIGHUP if it is ignored (nohup)."""
+        # The C part of Python's signal handling writes each signal's number here at once, whatever the main thread does.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in STOPPING:
             if number in HURRYING or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_like_any_process)
-        threading.Thread(target=self._listen, args=(self._ears,), name="signals", daemon=True).start()
+            os.register_at_fork(after_in_child=_restore_handlers)
+        threading.Thread(target=self._listen, args=(self._reader,), name="signals", daemon=True).start()
 
     def forget(self) -> None:
-        """What was asked has been overtaken by the end of the work."""
+        """Forget a request to stop, because the work has ended by itself."""
         self._first = None
 
-    def _listen(self, ears: socket.socket) -> None:
+    def _listen(self, reader: socket.socket) -> None:
         waiting_since, console = time.monotonic(), _poll_of_pipe(1)
         while True:
             if console is not None and self.note is not None and console.poll(0):
-                self.note(signal.SIGPIPE, None)  # a run prints seldom, and would be long in noticing
+                self.note(signal.SIGPIPE, None)  # a run prints so seldom that it would notice late
                 console = None
-            heard = ears.recv(64) if select.select([ears], [], [], 0.2)[0] else b""
-            for number in heard:
+            for number in reader.recv(64) if select.select([reader], [], [], 0.2)[0] else b"":
                 if number in HURRYING and self._first is not None:
                     leave(128 + number, f"{signal.Signals(number).name}: ended at once")
                 if number in STOPPING:
@@ -81,15 +78,15 @@ class Watcher:
 
 
 WATCHER = Watcher()
-"""The process has one set of signals, and so one that watches them."""
+"""The one watcher, because a process has one set of signal handlers."""
 
 
 def _poll_of_pipe(number: int) -> Any:
-    """What tells, when polled, that the reader of this pipe is gone; None if the descriptor is no pipe."""
+    """Return a poll that reports when the reader of a pipe is gone, or None if the descriptor is not a pipe."""
     if not hasattr(select, "poll") or not stat.S_ISFIFO(os.fstat(number).st_mode):
         return None
     poll = select.poll()
-    poll.register(number, 0)  # which leaves POLLERR
+    poll.register(number, 0)  # no events, so that only POLLERR is reported
     return poll
 
 
@@ -97,8 +94,8 @@ def _stop(number: int, frame: Any) -> None:
     raise Stopped(number)
 
 
-def _like_any_process() -> None:
-    """In a forked child: what stops it is its parent's business, and must not be taken for a request to the parent."""
+def _restore_handlers() -> None:
+    """Give a forked child Python's own handlers: a signal to it is not a request to its parent."""
     signal.set_wakeup_fd(-1)
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -106,16 +103,18 @@ def _like_any_process() -> None:
 
 
 def leave(code: int, sentence: str) -> None:
-    """End the process at once. The last resort: what would be waited for is saved, or known to be lost."""
+    """Print a sentence to standard error and end the process at once, without any clean-up."""
     with contextlib.suppress(OSError, ValueError):
-        if select.select([], [2], [], 0)[1]:  # a pipe that nobody reads must not hold it either
+        if select.select([], [2], [], 0)[1]:  # a full pipe that nobody reads must not block the exit
             os.write(2, f"{sentence}\n".encode())
     os._exit(code)
 
 
 def leave_soon(code: int) -> None:
-    """End the process in `GRACE` seconds, if the interpreter has not ended by then: it waits for every thread of every library,
-    and a write to a disk that hangs never returns."""
+    """End the process in `GRACE` seconds if the interpreter has not ended by then.
+
+    The interpreter waits for every thread of every library, and a write to a disk that hangs never returns.
+    """
 
     def end() -> None:
         time.sleep(GRACE)
@@ -128,10 +127,10 @@ def leave_soon(code: int) -> None:
 
 
 class StopSignals:
-    """While entered, the first signal of `STOPPING` is noted in `asked` instead of ending the process; a second SIGTERM or
-    SIGINT ends it. A standard output that nobody reads any more is noted as SIGPIPE.
+    """While entered, records the first signal of `STOPPING` in `asked` instead of ending the process.
 
-    Outside the main thread, where no handler can be set, no signal is ever noted. SIGHUP stays ignored where it is (nohup).
+    A second SIGTERM or SIGINT ends the process. A standard output that nobody reads any more counts as SIGPIPE. SIGHUP stays
+    ignored if it was (nohup). Outside the main thread Python allows no handlers, and no signal is recorded.
     """
 
     def __init__(self) -> None:
@@ -151,25 +150,23 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         WATCHER.note, WATCHER.unsaved = None, False
         if kind is None:
-            WATCHER.forget()  # all is done and saved
+            WATCHER.forget()  # the work is done and saved
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def save_first(self) -> None:
-        """From now on there is work in memory, which a request to stop waits for."""
+        """Make a request to stop wait from now on until the run has saved its work."""
         WATCHER.unsaved = True
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked is not None:
             return
         self.asked = signal.Signals(number)
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # the watcher, which hears of a closed pipe, has its own
+        # The watcher calls this from its own thread for a closed pipe, and only the main thread may set handlers.
+        if threading.current_thread() is threading.main_thread():
             for known in HURRYING:
                 if known in self._before:
                     signal.signal(known, self._before[known])
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError
-        ):  # the console may be gone, or in use at this moment
+        # The console may be gone, or in the middle of a line.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             print(f"{self.asked.name}: saving; once more ends it at once", flush=True)

@@ -1,4 +1,4 @@
-"""The C++ kernels, compiled when they are first used by the compiler of the system, into the user's cache."""
+"""Compile the C++ kernels on first use, with the system's compiler, into the user's cache."""
 
 import ctypes
 import fcntl
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import jax
 
-from ufbert.runtime.files import user_cache
+from ufbert.runtime.files import private_folder, user_cache
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-semantic-interposition", "-fno-math-errno")
 AVX512 = ("-DUFBERT_LANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"plain": ("-DUFBERT_LANES=4",)}
-"""Names, and the flags of the kernels compiled for each; which one runs is decided at run time. One may take another's
-kernels of the trees (UFBERT_TREES)."""
+"""The compiler's flags for each instruction set; which one runs is decided at run time. UFBERT_TREES names the set whose tree
+kernels to reuse."""
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {
         "avx2": ("-DUFBERT_LANES=8", "-mavx2", "-mfma"),
@@ -31,63 +31,60 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class CannotBuild(Exception):
-    """Why there are no native kernels, as a clause without a full stop."""
+    """The reason why there are no native kernels, as a clause without a full stop."""
 
 
 def compiler() -> str:
-    """$CXX, or the first of c++, g++ and clang++. Raises CannotBuild if there is none."""
+    """Return $CXX, or the first of c++, g++ and clang++ that is installed. Raises CannotBuild if there is none."""
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
+        if name and (path := shutil.which(name)):
+            return path
     raise CannotBuild("there is no C++ compiler (c++, g++ or clang++; $CXX names another)")
 
 
 def library() -> Path:
-    """The compiled kernels, made now unless the cache has them as they were made.
+    """Return the shared library of the kernels, compiled now unless the cache holds it undamaged. Raises CannotBuild.
 
-    They are code, so they are taken only from a folder and a file that belong to this user or root and that nobody else may
-    write. The name in the cache depends on the sources, the compiler, its flags, jax's headers and the kind of processor, and
-    ends in the checksum of the file. Where a folder `native` is another user's, this one has a folder beside it. Processes
-    that need the kernels at once wait for the first; none ever sees half a file. Raises CannotBuild.
+    The library is code, so it is loaded only from a folder and a file that belong to this user or to root and that nobody
+    else may write. If the folder `native` of the cache is another user's, this user gets one of their own next to it. The
+    name of the file is a hash of all that decides its content, and ends in its checksum. Processes that need the kernels at
+    the same time wait for the first to compile them.
     """
     if sys.platform == "win32":
         raise CannotBuild("they have not been tried on Windows")
     command = compiler()
-    version = _said([command, "--version"])
+    version = _output([command, "--version"])
     texts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")) if path.suffix in (".cpp", ".h")]
-    what = repr((texts, version, FLAGS, INSTRUCTION_SETS, jax.lib.__version__, platform.machine()))
-    key = hashlib.sha256(what.encode()).hexdigest()[:20]
+    inputs = repr((texts, version, FLAGS, INSTRUCTION_SETS, jax.lib.__version__, platform.machine()))
+    key = hashlib.sha256(inputs.encode()).hexdigest()[:20]
     reasons = []
     for folder in (user_cache() / "native", user_cache() / f"native-{os.getuid()}"):
         try:
-            if (own := _own_folder(folder)) and (made := _whole(folder, key)):
-                return made
-            if own:
-                return _make(folder, key, command)
+            if _is_ours(folder):
+                return _undamaged(folder, key) or _make(folder, key, command)
             reasons.append(f"{folder} is another user's, or others may write there ($UFBERT_CACHE names another cache)")
         except OSError as error:
             reasons.append(f"{folder} cannot be written ({error.strerror})")
     raise CannotBuild(reasons[0])
 
 
-def _own_folder(folder: Path) -> bool:
-    """Whether only this user and root may write in a folder, which is made, or closed to others, where that is possible."""
+def _is_ours(folder: Path) -> bool:
+    """Make a folder in which only this user and root may write. Returns false if others may, and that cannot be changed."""
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     status = folder.stat()
-    if status.st_uid == os.getuid() and status.st_mode & 0o022:  # a habit of systems where every user has a group
+    if status.st_uid == os.getuid() and status.st_mode & 0o022:  # the default where every user has a group of their own
         folder.chmod(status.st_mode & 0o755)
         status = folder.stat()
     owners = {status.st_uid, folder.lstat().st_uid}
     return owners <= {0, os.getuid()} and not status.st_mode & 0o022
 
 
-def _whole(folder: Path, key: str) -> Path | None:
+def _undamaged(folder: Path, key: str) -> Path | None:
     return next((path for path in sorted(folder.glob(f"{key}-*.so")) if not _flaw(path)), None)
 
 
 def _flaw(path: Path) -> str:
-    """ "" if compiled kernels may be loaded, else why not."""
+    """Return why compiled kernels must not be loaded, or an empty string."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -107,14 +104,14 @@ def _flaw(path: Path) -> str:
 def _make(folder: Path, key: str, command: str) -> Path:
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if made := _whole(folder, key):  # by another process, meanwhile
-            return made
+        if path := _undamaged(folder, key):  # compiled by another process while this one waited for the lock
+            return path
         print("compiling the native tree kernels, once (some seconds)", file=sys.stderr, flush=True)
         for path in folder.glob(f"{key}-*.so"):
-            print(f"{path} {_flaw(path)}: it is deleted, and they are compiled again", file=sys.stderr, flush=True)
+            print(f"{path} {_flaw(path)}; deleting it and compiling the kernels again", file=sys.stderr, flush=True)
             path.unlink()
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-            fresh = Path(scratch) / "kernels.so"
+        with private_folder(folder) as scratch:
+            fresh = scratch / "kernels.so"
             compile_to(fresh, command)
             fresh.chmod(0o755)
             digest = hashlib.sha256(fresh.read_bytes()).hexdigest()
@@ -143,24 +140,25 @@ def compile_to(target: Path, command: str, extra: tuple[str, ...] = (), xla: boo
             if process.returncode:
                 raise CannotBuild(f"{command} does not compile {name}: {_first_error(errors[name])}")
         objects = [f"{scratch}/{name}.o" for name in jobs]
-        _said([command, *extra, "-shared", "-pthread", *objects, "-o", f"{scratch}/made.so"])
-        os.replace(f"{scratch}/made.so", target)
+        _output([command, *extra, "-shared", "-pthread", *objects, "-o", str(target)])
 
 
 def load() -> ctypes.CDLL:
-    """The compiled kernels in this process. Raises CannotBuild, also if $UFBERT_ISA names what this processor lacks."""
+    """Load the kernels. Raises CannotBuild, also if $UFBERT_ISA names an instruction set that this processor lacks."""
     path = library()
     try:
-        found = ctypes.CDLL(str(path))
-        found.ufbert_isa.restype = ctypes.c_char_p
+        kernels = ctypes.CDLL(str(path))
+        kernels.ufbert_isa.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise CannotBuild(f"{path} cannot be loaded: {error}") from error
-    if not found.ufbert_isa():
-        raise CannotBuild(f"UFBERT_ISA is {os.environ['UFBERT_ISA']!r}, which this processor or this build has not got")
-    return found
+    if not kernels.ufbert_isa():
+        raise CannotBuild(
+            f"UFBERT_ISA is {os.environ['UFBERT_ISA']!r}, which this processor or this build does not support"
+        )
+    return kernels
 
 
-def _said(command: list[str]) -> str:
+def _output(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CannotBuild(f"{command[0]} failed: {_first_error(done.stderr)}")

@@ -1,11 +1,10 @@
-"""C++ kernels of the tree layers, and of the rest of an encoder, for CPUs, called from inside jitted functions through
-`jax.ffi`.
+"""C++ kernels for CPUs: tree layers and the rest of an encoder, called inside jitted functions through `jax.ffi`.
 
-`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; they are compiled on first use (`build`). The kernels
-for AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other processor come from one text; the
-best that the processor has is taken, or the one that the environment variable UFBERT_ISA names (avx512bf16, avx512, avx2,
-plain). Rows of a large batch are grouped by subtree, and shared among this process's
-helper threads; a row's answer depends neither on the batch nor on the number of threads.
+`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; they are compiled on first use (`build`). One source
+serves AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other processor. The best that the
+processor supports is used, or the one that the environment variable UFBERT_ISA names (avx512bf16, avx512, avx2, plain).
+Rows of a large batch are grouped by subtree and shared among this process's helper threads. A row's answer depends neither
+on the batch nor on the number of threads.
 
 Weights may be bfloat16, or int8 with one scale a node (`quantize`); routing is float32 arithmetic on the weights as stored.
 On every thread and with every instruction set, numbers nearer to zero than 2^-126 count as zero, as they do in XLA.
@@ -24,17 +23,16 @@ from ufbert.ops.native.build import CannotBuild, load
 from ufbert.runtime.memory import aligned
 
 TYPES = ("float32", "bfloat16", "int8")
-"""Names of the types of weights by the kernels' numbers."""
+"""Types of weights, in the order of the kernels' enum."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "symmetric_gelu")
-"""Names by the kernels' numbers."""
-
+"""In the order of the kernels' enum."""
 
 _library = functools.cache(load)
 
 
 @functools.cache
 def unavailable() -> str:
-    """ "" if the kernels can be used by this process, else why not. Compiles them if need be."""
+    """Return why this process cannot use the kernels, or an empty string. Compiles them on first use."""
     if jax.default_backend() != "cpu":
         return f"they are for CPUs, and this process computes on a {jax.default_backend()}"
     try:
@@ -45,7 +43,7 @@ def unavailable() -> str:
 
 
 def instruction_set() -> str:
-    """The kernels in use: avx512bf16, avx512, avx2 or plain. Raises CannotBuild if there are none."""
+    """Return the kernels in use: avx512bf16, avx512, avx2 or plain. Raises CannotBuild if there are none."""
     return _library().ufbert_isa().decode()
 
 
@@ -56,20 +54,21 @@ def _register(library: ctypes.CDLL) -> None:
 
 
 class Quantized(NamedTuple):
-    """int8 rows, each with the float32 factor that its numbers stand for."""
+    """int8 rows, each with the float32 factor to multiply it by."""
 
     rows: Num[Array, "*rows d"]
     scale: Float[Array, "*rows"]
 
 
 def quantize(weights: Float[Array, "*rows d"]) -> Quantized:
-    """Rows rounded to 255 even steps between minus and plus their largest absolute value."""
+    """Round each row to 255 even steps between minus and plus its largest absolute value."""
+    # The floor keeps a row of zeros from a division by zero.
     scale = jnp.maximum(jnp.abs(weights).max(axis=-1), jnp.finfo(jnp.float32).tiny * 127) / 127
     return Quantized(jnp.round(weights / scale[..., None]).astype(jnp.int8), scale)
 
 
 def restore(weights: "Weights") -> Float[Array, "*rows d"]:
-    """The float32 numbers that weights of any type stand for."""
+    """Return weights of any type as float32."""
     if isinstance(weights, Quantized):
         return weights.rows.astype(jnp.float32) * weights.scale[..., None]
     return weights.astype(jnp.float32)
@@ -91,33 +90,35 @@ _ARGUMENTS = {
     "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
     "linear": "x packed scale bias",
     "norm": "x scale bias",
-    "add": "one other",
+    "add": "x y",
     "attention": "qkv segment_ids",
 }
 """Each kernel's arrays, in order."""
 
-_MOST = np.iinfo(np.int32).max
-"""What rows, nodes and columns are counted up to."""
+_LONGEST = np.iinfo(np.int32).max
+"""The kernels count rows, nodes and columns in 32 bits."""
 
 
 def _check(name: str, args: tuple[Array, ...]) -> None:
-    """Raise ValueError for arrays that cannot be counted, and TypeError for one of a type that a kernel has not: XLA's own
-    message names neither."""
-    for what, array in zip(_ARGUMENTS[name].split(), args, strict=True):
+    """Raise ValueError for an array with too long a side, and TypeError for one of a type that the kernel does not take.
+
+    XLA's own message names neither the kernel nor the argument.
+    """
+    for argument, array in zip(_ARGUMENTS[name].split(), args, strict=True):
         dtype = jax.dtypes.canonicalize_dtype(array.dtype).name
-        wanted: tuple[str, ...] = ("int32",) if what in ("nodes", "segment_ids") else ("float32",)
-        if what in ("w_in", "w_out", "packed") and name != "backward":
+        wanted: tuple[str, ...] = ("int32",) if argument in ("nodes", "segment_ids") else ("float32",)
+        if argument in ("w_in", "w_out", "packed") and name != "backward":
             wanted = TYPES
-        if max(array.shape, default=0) > _MOST:
-            raise ValueError(f"{what} of native {name} is {array.shape}: no side may be over 2^31 - 1")
+        if max(array.shape, default=0) > _LONGEST:
+            raise ValueError(f"{argument} of native {name} is {array.shape}: no side may be over 2^31 - 1")
         if dtype not in wanted:
             raise TypeError(
-                f"native {name} takes {' or '.join(wanted)} as {what}, not {dtype}: cast it with .astype first"
+                f"native {name} takes {' or '.join(wanted)} as {argument}, not {dtype}: cast it with .astype first"
             )
 
 
 def _call(name: str, out: Any, *args: Array, threads: int, activation: str = "", **numbers: int | np.generic) -> Any:
-    """The result of a kernel. Raises CannotBuild if there are none, and what `_check` does."""
+    """Call a kernel and return its result. Raises CannotBuild if there are no kernels, and what `_check` raises."""
     if unavailable():
         raise CannotBuild(unavailable())
     _check(name, args)
@@ -149,11 +150,11 @@ def tree_forward(
     layers: int = 1,
     threads: int = 0,
 ) -> Float[Array, "b d"]:
-    """`ufbert.ops.fff.fast_feedforward`, plus `residual` where given, on at most `threads` threads (0: all of XLA's).
+    """Compute `ufbert.ops.fff.fast_feedforward` plus an optional `residual`, on at most `threads` threads (0: all).
 
     `w_in` and `w_out`, (m, n, d), are of one type, or `w_in` is float32 and `w_out` narrower (exact routing). The arrays may
-    hold the trees of all of a model's `layers`, one layer after the other, of which this is number `layer`: jax takes half
-    a microsecond for each argument of a call, and a single row through one layer takes ten in all.
+    hold the trees of all of a model's `layers`, one layer after the other; `layer` is the number of this one. That spares
+    arguments: jax takes half a microsecond for each, and a row through one layer takes ten in all.
     """
     args = _inputs(x, w_in, bias, w_out, residual)
     return _call("forward", _shape(*x.shape), *args, activation=activation, threads=threads, layer=layer, layers=layers)
@@ -168,7 +169,7 @@ def tree_forward_saving(
     activation: str = "gelu",
     threads: int = 0,
 ) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
-    """The output, the nodes of every path, root first, and their logits."""
+    """Compute the output, the nodes of every path, root first, and their logits."""
     path = (x.shape[0], bias.shape[0], (bias.shape[1] + 1).bit_length() - 1)
     out = (_shape(*x.shape), _shape(*path, dtype=jnp.int32), _shape(*path))
     args = _inputs(x, w_in, bias, w_out, None)
@@ -186,9 +187,9 @@ def tree_backward(
     activation: str = "gelu",
     threads: int = 0,
 ) -> tuple[Float[Array, "b d"], Float[Array, "m n d"], Float[Array, "m n"], Float[Array, "m n d"]]:
-    """Gradients of x, w_in, bias and w_out from that of the output, along the paths that `tree_forward_saving` took.
+    """Compute the gradients of x, w_in, bias and w_out from that of the output, along the paths of `tree_forward_saving`.
 
-    Rows of nodes that no row visited are exactly zero.
+    Gradients of nodes that no row visited are exactly zero.
     """
     out = (_shape(*x.shape), _shape(*w_in.shape), _shape(*w_in.shape[:2]), _shape(*w_out.shape))
     return tuple(_call("backward", out, x, w_in, w_out, nodes, z, g, activation=activation, threads=threads))
@@ -206,7 +207,7 @@ def leaf_forward(
     activation: str = "gelu",
     threads: int = 0,
 ) -> tuple[Float[Array, "b o"], Int[Array, " b"]]:
-    """`ufbert.ops.leaf_fff.descend`: each row's output from its own leaf, and which leaf that was.
+    """Compute `ufbert.ops.leaf_fff.descend`: the output of each row's leaf, and the leaf's number.
 
     `w_in` (g, d, w) and `w_out` (g, w, o) are of one type; with int8 the scales, (g, w) each, belong to the hidden units.
     """
@@ -216,38 +217,40 @@ def leaf_forward(
 
 
 class Packed(NamedTuple):
-    """A linear layer's weights in the order in which this processor's kernels read them, float32, bfloat16 or int8; with int8
-    one factor a column. Of use to this process only."""
+    """A linear layer's weights (float32, bfloat16 or int8) in the order in which this processor's kernels read them. Of use to
+    this process only."""
 
     weights: Num[Array, " size"]
     scale: Float[Array, " scales"]
+    """With int8, one factor a column; else empty."""
 
 
 def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
-    """Weights, packed. Raises CannotBuild if there are no kernels."""
+    """Pack the weights of a linear layer as `dtype`. Raises CannotBuild if there are no kernels, and ValueError for weights
+    with too long a side."""
     if unavailable():
         raise CannotBuild(unavailable())
     library, kind = _library(), TYPES.index(dtype)
     d, f = weights.shape
-    if max(d, f) > _MOST:
+    if max(d, f) > _LONGEST:
         raise ValueError(f"weights to pack are ({d}, {f}): no side may be over 2^31 - 1")
     size = library.ufbert_packed_size
     size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
-    found = aligned(size(d, f, kind), jnp.dtype(dtype))
+    packed = aligned(size(d, f, kind), jnp.dtype(dtype))
     scale = aligned(4 * f if dtype == "int8" else 0, np.dtype(np.float32))
     source = np.ascontiguousarray(weights, np.float32)
-    do = library.ufbert_pack
-    do.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
-    if do(d, f, source.ctypes.data, found.ctypes.data, scale.ctypes.data, kind, 0):
+    kernel = library.ufbert_pack
+    kernel.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
+    if kernel(d, f, source.ctypes.data, packed.ctypes.data, scale.ctypes.data, kind, 0):
         raise MemoryError(f"there is not enough memory to pack weights of {d} rows and {f} columns")
-    return Packed(jnp.asarray(found), jnp.asarray(scale))
+    return Packed(jnp.asarray(packed), jnp.asarray(scale))
 
 
 def linear(
     x: Float[Array, "b d"], packed: Packed, bias: Float[Array, " f"] | None, width: int, *, threads: int = 0
 ) -> Float[Array, "b f"]:
-    """x w + bias. With int8 weights every row is rounded to 255 even steps, too; with bfloat16 rows are rounded where the
-    processor multiplies such numbers."""
+    """Compute x w + bias. int8 weights also round every row to 255 even steps; bfloat16 weights round it where the processor
+    multiplies such numbers."""
     bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
     return _call("linear", _shape(x.shape[0], width), x, *packed, bias, threads=threads)
 
@@ -255,14 +258,14 @@ def linear(
 def layer_norm(
     x: Float[Array, "b d"], scale: Float[Array, " d"], bias: Float[Array, " d"] | None, eps: float, *, threads: int = 0
 ) -> Float[Array, "b d"]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias, row by row."""
+    """Compute (x - mean) / sqrt(variance + eps) * scale + bias of each row."""
     bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
     return _call("norm", _shape(*x.shape), x, scale, bias, eps=np.float32(eps), threads=threads)
 
 
-def add(one: Float[Array, "*rows"], other: Float[Array, "*rows"], *, threads: int = 0) -> Float[Array, "*rows"]:
-    """one + other. XLA shares a sum among threads of its own, which then compete for the cores with the kernels' helpers."""
-    return _call("add", _shape(*one.shape), one, other, threads=threads)
+def add(x: Float[Array, "*rows"], y: Float[Array, "*rows"], *, threads: int = 0) -> Float[Array, "*rows"]:
+    """Compute x + y. XLA would use threads of its own, which compete for the cores with the kernels' helpers."""
+    return _call("add", _shape(*x.shape), x, y, threads=threads)
 
 
 def attention(
@@ -272,11 +275,10 @@ def attention(
     padding_sees: bool = False,
     threads: int = 0,
 ) -> Float[Array, "b t h k"]:
-    """`ufbert.ops.attention.attention` among the tokens of each document, without a matrix of who sees whom, from queries, keys
-    and values side by side.
+    """Compute `ufbert.ops.mixing.attention` among the tokens of each document, without forming its mask.
 
-    Documents lie side by side in a row. Padding (segment 0) gets zeros, or, with `padding_sees`, what it gets there: it sees
-    every token.
+    The documents of a row lie one after the other. Padding (segment 0) gets zeros; with `padding_sees` it attends to every
+    real token, as it does there.
     """
     segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     out = _shape(*qkv.shape[:2], *qkv.shape[3:])

@@ -1,0 +1,217 @@
+"""`ufbert plan`: counts of the compiled step, the arithmetic on them, and what the command prints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ufbert import nn
+from ufbert.cli import call
+from ufbert.config.presets import load_preset, scaled
+from ufbert.cost.devices import DEVICES, device_of_kind, find_device
+from ufbert.cost.flops import routing_flops_per_token, train_bytes_per_token, train_flops_per_token
+from ufbert.cost.parts import PartSpeeds, local_speeds
+from ufbert.cost.speeds import Speeds, device_peak, peak_speeds
+from ufbert.errors import UserError
+from ufbert.plan import check as plan_check
+from ufbert.plan.check import Check
+from ufbert.plan.counts import RunCounts, StepCount, count_run, count_step, planned_model, real_update
+from ufbert.plan.estimate import Times, plan_run
+from ufbert.pretrain.budget import Budget, parse_budget
+
+
+def on_cpu(name, scale="tiny", trees="gather"):
+    run = planned_model(scaled(load_preset(name), scale), dtype="float32", trees=trees)
+    train, data = replace(run.train, batch_rows=8, micro_rows=8), replace(run.data, short_until=0.0)
+    return replace(run, train=train, data=data)
+
+
+@pytest.fixture(scope="module")
+def dense_counts():
+    return count_run(on_cpu("crammed_bert"))
+
+
+def test_the_compiled_dense_step_has_the_analytic_operations(dense_counts):
+    run = on_cpu("crammed_bert")
+    counted = dense_counts.gradient[8, 128].flops / (8 * 128)
+    assert counted == pytest.approx(train_flops_per_token(run, masked_trees=False), rel=0.06)
+
+
+def test_memory_between_compiled_sizes_is_that_of_the_compiled_step(dense_counts):
+    """The line through 4 and 8 rows meets what 16 rows hold."""
+    run = on_cpu("crammed_bert")
+    longer = count_run(replace(run, train=replace(run.train, batch_rows=16, micro_rows=16)))
+    assert dense_counts.memory(16) == pytest.approx(longer.memory(16), rel=0.05)
+    assert dense_counts.memory(16) > dense_counts.memory(8) > dense_counts.state_bytes
+
+
+@pytest.mark.parametrize("name", ["crammed_bert", "ultrafastbert_1x11", "fnet"])
+@pytest.mark.parametrize("trees", ["gather", "native"])
+def test_analytic_bytes_are_near_those_of_the_compiled_step(name, trees):
+    run = on_cpu(name, trees=trees)
+    count = count_step(run, "gradient", 8, 128)
+    assert train_bytes_per_token(run, trees=trees, bfloat16=False) == pytest.approx(count.bytes / 1024, rel=0.2)
+
+
+def made_up(gradient=(1e9, 1e6), finish=(1e6, 1e6)) -> RunCounts:
+    one = StepCount(*gradient, memory=100.0, compile_seconds=1.0)
+    half = one._replace(memory=60.0)
+    end = StepCount(*finish, memory=50.0, compile_seconds=0.5)
+    return RunCounts({(128, 128): one, (64, 128): half}, end, end, optimizer_bytes=20.0, state_bytes=200e6)
+
+
+FAST = Speeds(1e15, 1e15, 1e15, overlap=True, source="a test")
+
+
+def test_memory_is_the_larger_of_gradient_and_update():
+    counts = made_up()
+    assert [counts.memory(rows) for rows in (64, 128, 256)] == [80.0, 120.0, 200.0]
+    assert counts._replace(finish=counts.finish._replace(memory=90.0)).memory(64) == 90.0
+
+
+def test_a_time_budget_is_spent_to_the_end_and_a_step_budget_to_the_step():
+    run = load_preset("crammed_bert")
+    run = replace(run, train=replace(run.train, batch_rows=8192))
+    kinds = {"masked_trees": True, "compile_seconds": 60.0}
+    speeds = Speeds(1e12, 1e12, 1e12, overlap=True, source="a test")
+    day = plan_run(run, parse_budget("24h"), made_up(), speeds, **kinds)
+    assert day.times.total == pytest.approx(86400)
+    assert day.times.compilation == 60.0
+    assert day.times.checkpoints == pytest.approx(97 * 1.5)  # one every quarter of an hour, and the last
+    assert day.tokens == pytest.approx(day.updates * day.average_rows * 128)
+    assert day.tokens_per_second == pytest.approx(1e12 / train_flops_per_token(run, masked_trees=True), rel=0.01)
+    steps = plan_run(run, Budget(steps=200), made_up(), speeds, **kinds)
+    assert steps.updates == pytest.approx(200)
+    sizes = [max(1, round(1 + min(1.0, i / 200 / 0.6) * 63)) * 128 for i in range(200)]  # the ramp of the recipe
+    assert steps.tokens == pytest.approx(sum(sizes) * 128)
+
+
+def test_a_budget_below_its_fixed_costs_buys_nothing():
+    run = load_preset("crammed_bert")
+    found = plan_run(run, Budget(seconds=30.0), made_up(), FAST, masked_trees=True, compile_seconds=60.0)
+    assert (found.updates, found.tokens) == (0, 0)
+
+
+def test_a_roofline_takes_the_slower_and_a_cpu_the_sum():
+    speeds = Speeds(100.0, 10.0, 5.0, overlap=True, source="")
+    assert speeds.seconds(1000.0, 100.0, 10.0) == pytest.approx(9 + 10)
+    assert speeds.seconds(1000.0, 0.0, 100.0) == pytest.approx(20)
+    assert speeds._replace(overlap=False).seconds(1000.0, 0.0, 100.0) == pytest.approx(30)
+
+
+def test_routing_is_float32_arithmetic_and_counts_as_such():
+    tree, dense = load_preset("ultrafastbert_1x11"), load_preset("crammed_bert")
+    assert routing_flops_per_token(tree, masked_trees=True) == 16 * 3 * 2 * 768 * 4095
+    assert routing_flops_per_token(dense, masked_trees=True) == 0
+    h100 = peak_speeds(find_device("h100"), "bfloat16")
+    assert h100.products == pytest.approx(0.4 * 989.4e12)
+    assert peak_speeds(find_device("2080ti"), "float32").products == pytest.approx(0.6 * 13.4e12)
+
+
+def test_published_speed_of_crammed_bert_on_an_a6000_is_met():
+    """About 105 thousand tokens a second (crammed BERT's issue #45), from analytic counts."""
+    run = load_preset("crammed_bert")
+    flops = train_flops_per_token(run, masked_trees=True)
+    moved = train_bytes_per_token(run, trees="masked", bfloat16=True)
+    speed = 1 / peak_speeds(find_device("a6000"), "bfloat16").seconds(flops, 0.0, moved)
+    assert speed == pytest.approx(105e3, rel=0.25)
+
+
+def test_devices_are_known_by_both_names():
+    for device in DEVICES:
+        assert find_device(device.name) is device
+        assert all(device_of_kind(kind) is device for kind in device.kinds)
+        assert device.source
+    assert device_of_kind("NVIDIA H100 80GB HBM3") is find_device("h100")
+    assert device_of_kind("cpu") is None
+    with pytest.raises(UserError, match="did you mean h100"):
+        find_device("h1000")
+    with pytest.raises(UserError, match="known are auto, cpu, h100"):
+        find_device("abacus")
+
+
+def test_the_peak_of_a_device_without_a_data_sheet_is_measured():
+    flops, source = device_peak()
+    assert flops > 1e8
+    assert "measured here" in source
+
+
+@pytest.mark.parametrize("name", ["crammed_bert", "ultrafastbert_1x11", "fnet", "original_fff", "switch_8e"])
+def test_every_kind_of_part_can_be_timed(name):
+    parts = PartSpeeds(on_cpu(name))
+    parts.measure(1)
+    speeds = parts.speeds()
+    assert speeds.products > 0
+    assert speeds.bandwidth > 0
+    assert not speeds.overlap
+
+
+def test_local_speeds_of_a_cpu_are_those_of_the_parts():
+    assert "parts reach alone" in local_speeds(on_cpu("crammed_bert"), seconds=0.05).source
+
+
+def test_the_check_trains_and_says_when_it_disagrees():
+    update = real_update(on_cpu("ultrafastbert_1x11"), 4)
+    update()
+    assert Check(4, 2, 100.0, 126.0).ratio == pytest.approx(1.26)
+    assert [Check(4, 2, 100.0, x).holds for x in (74.0, 76.0, 124.0, 126.0)] == [False, True, True, False]
+
+
+def test_times_add_up():
+    assert Times(1.0, 2.0, 3.0, 4.0).total == 10.0
+
+
+@pytest.mark.long
+def test_the_command_plans_and_checks_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_check, "ROUNDS", 2)
+    monkeypatch.setattr(plan_check, "SECONDS_PER_ROUND", 0.0)
+    file = tmp_path / "plan.json"
+    small = ["--config=tiny", "--scale=base", "--train.batch-rows=4", "--train.micro-rows=4"]
+    call("plan", [*small, "--budget=20steps", "--device=cpu", "--price=3", "--corpus-tokens=1000", f"--json={file}"])
+    shown, facts = capsys.readouterr().out, json.loads(file.read_text())
+    for words in ("tokens", "updates", "memory while training", "check on this machine", "money", "passes"):
+        assert words in shown
+    assert facts["updates"] == 20
+    assert facts["tokens"] == 20 * 4 * 128
+    assert facts["passes"] == pytest.approx(20 * 4 * 128 / 1000)
+    assert facts["check"]["measured"] > 0
+    assert facts["money"] == pytest.approx(3 * facts["seconds"]["total"] / 3600)
+    assert list(facts["memory"]) == ["1", "2", "4", "8", "16"]
+    assert facts["seconds"]["budget"] is None
+
+
+def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    model = [
+        "--config=crammed_bert",
+        "--scale=base",
+        "--model.n-layers=2",
+    ]  # of sixteen, which take a minute to compile
+    call("plan", [*model, "--device=h100", "--budget=24h", "--price=2", f"--json={file}"])
+    state = 12 * nn.count_params(replace(load_preset("crammed_bert").model, n_layers=2))
+    shown, facts = capsys.readouterr().out, json.loads(file.read_text())
+    assert "this device is not here" in shown
+    assert "128 (configured)" in shown
+    assert facts["check"] is None
+    assert facts["money"] == 48
+    assert facts["backend"] == {"compiled_here": False, "dtype": "bfloat16", "trees": "gather"}
+    assert facts["state_bytes"] == pytest.approx(state, rel=0.01)
+    sizes = [facts["memory"][str(rows)] for rows in (32, 64, 128, 256, 512)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > state
+    assert 0.05 < facts["model_flops_utilisation"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--device=a1000"], "did you mean a100?"),
+        (["--budget=1day"], "is not a budget"),
+        (["--config=crammed_brt"], "did you mean crammed_bert?"),
+        (["--price=-1"], "must not be negative"),
+        (["--json=/nowhere/at/all.json"], "does not exist"),
+    ],
+)
+def test_wrong_options_are_one_sentence(args, words):
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        call("plan", args)

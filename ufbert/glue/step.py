@@ -1,0 +1,142 @@
+"""The pure functions of fine-tuning: a batch of every run in, new states and losses out.
+
+Several runs (seeds, or learning rates) are trained at once by `vmap`: the arrays of the state have one leading axis, r, for
+the runs. The batches of all runs have the same lengths (`batches`), so one jitted update serves every run, and every task of
+equal setting.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ufbert import nn
+from ufbert.config import FinetuneConfig, ModelConfig
+from ufbert.data.encode import Encoded
+from ufbert.glue.batches import Batches, TokenBatch, predict_rows
+from ufbert.ops.losses import cross_entropy, distillation, squared_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """All that a jitted step depends on; tasks of equal setting share it."""
+
+    config: ModelConfig
+    tune: FinetuneConfig
+    is_regression: bool = False
+
+
+class State(NamedTuple):
+    """Parameters and optimizer state of every run."""
+
+    params: nn.Params
+    opt_state: optax.OptState
+
+
+class FinetuneSteps(NamedTuple):
+    """Jitted functions of one setting, over all runs."""
+
+    update: Callable[..., tuple[State, Float[Array, " r"]]]
+    """(state, batches, keys (r,), step, lr (r,)) -> (state, mean losses). The state is donated."""
+    predict: Callable[..., Float[Array, "r b c"]]
+    """(params, one batch for all runs) -> the classifier's scores, without dropout."""
+
+
+def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
+    """Return the share of the peak rate at update `step` of `total`: a linear rise, then a cosine or a line down to zero."""
+    rise = max(1, int(config.warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, total - rise)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@lru_cache(maxsize=32)
+def finetune_steps(setting: Setting) -> FinetuneSteps:
+    """Return the jitted functions of a setting, made once."""
+    return FinetuneSteps(
+        jax.jit(jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
+        jax.jit(jax.vmap(partial(_predict, setting), in_axes=(0, None))),
+    )
+
+
+def _update(
+    setting: Setting, state: State, batch: Batches, key: Key[Array, ""], step: Int[Array, ""], lr: Float[Array, ""]
+) -> tuple[State, Float[Array, ""]]:
+    """Update one run with one batch; return its new state and the mean loss."""
+    loss, grads = jax.value_and_grad(_loss)(state.params, setting, batch, jax.random.fold_in(key, step))
+    direction, opt_state = _optimizer(setting.tune).update(grads, state.opt_state, state.params)
+    return State(jax.tree.map(lambda p, u: p - lr * u, state.params, direction), opt_state), loss
+
+
+def _predict(setting: Setting, params: nn.Params, inputs: TokenBatch | Float[Array, "b d"]) -> Float[Array, "b c"]:
+    return classifier_scores(setting, params, inputs, None)[0]
+
+
+def _loss(params: nn.Params, setting: Setting, batch: Batches, key: Key[Array, ""]) -> Float[Array, ""]:
+    """Return the mean loss of a batch: of labels in nats or squared units, mixed with the teacher's, plus the layers' own."""
+    scores, layers_loss = classifier_scores(setting, params, batch.inputs, key)
+    if setting.is_regression:
+        sums = squared_error(scores[:, 0], batch.targets, batch.weights)
+    else:
+        sums = cross_entropy(scores, batch.targets.astype(jnp.int32), batch.weights)
+    loss = sums.loss
+    if batch.teacher is not None:
+        share = setting.tune.teacher_weight
+        if setting.is_regression:
+            taught = squared_error(scores[:, 0], batch.teacher[:, 0], batch.weights).loss
+        else:
+            taught = distillation(scores, batch.teacher, batch.weights, setting.tune.temperature)
+        loss = (1.0 - share) * loss + share * taught
+    return loss / jnp.maximum(sums.count, 1.0) + layers_loss
+
+
+def classifier_scores(
+    setting: Setting, params: nn.Params, inputs: TokenBatch | Float[Array, "b d"], key: Key[Array, ""] | None
+) -> tuple[Float[Array, "b c"], Float[Array, ""] | float]:
+    """Return the scores of a batch, or of a probe's features, and the losses of the layers; dropout if `key` is given."""
+    encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
+    if not isinstance(inputs, TokenBatch):
+        return nn.classify(params, setting.config, inputs, head_key), 0.0
+    hidden, aux = nn.encode(
+        params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
+        type_ids=inputs.type_ids,
+    )  # fmt: skip
+    pooled = nn.pool(setting.config, hidden, inputs.segment_ids != 0)
+    return nn.classify(params, setting.config, pooled, head_key), nn.aux_loss(aux)
+
+
+def cached_features(config: ModelConfig, encoder: nn.Params, rows: Encoded) -> Float[np.ndarray, "rows d"]:
+    """Compute the pooled hidden states of each row, which the classifier's pooler reads."""
+
+    def features(params: nn.Params, batch: TokenBatch) -> Float[Array, "1 b d"]:
+        hidden, _ = nn.encode({"encoder": params}, config, batch.ids, batch.segment_ids, type_ids=batch.type_ids)
+        return nn.pool(config, hidden, batch.segment_ids != 0)[None]
+
+    return predict_rows(jax.jit(features), encoder, rows)[0]
+
+
+def start_state(params: nn.Params, tune: FinetuneConfig) -> State:
+    """Return the state of runs whose parameters are stacked along a first axis."""
+    return State(params, jax.vmap(_optimizer(tune).init)(params))
+
+
+def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    parts = [
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)),
+    ]
+    return optax.chain(*([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []), *parts)
+
+
+@jax.jit
+def pick_runs(better: Bool[Array, " r"], new: nn.Params, old: nn.Params) -> nn.Params:
+    """Take the new arrays of the runs that are better, and the old ones of the others."""
+    return jax.tree.map(lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)

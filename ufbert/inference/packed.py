@@ -1,0 +1,233 @@
+"""An encoder on packed weights: the forward pass of `ufbert.nn.encode`, in plain functions that call the C++ kernels.
+
+`pack` rounds an encoder's weights to a narrower type, and lays them out as the kernels read them. The tree keeps the names
+of the parameters that it was made from, with three differences:
+
+- the `kernel` of a linear layer is a `native.Packed`;
+- attention has one linear layer `qkv` in place of `query`, `key` and `value`;
+- `w_in` and `w_out` of a tree may be bfloat16, or `native.Quantized`.
+
+`PACKED_LAYERS` has two functions for each kind of mixer and feedforward: one packs a layer, the other computes it. Kinds
+that are not there keep their weights, and are computed by their training modules.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ufbert.config import ModelConfig
+from ufbert.nn.layers import Context
+from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.ops import fff, leaf_fff, native
+from ufbert.ops.dense import ACTIVATIONS
+from ufbert.ops.mixing import attention_mask, rotate, sinusoid
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+Params = Mapping[str, Any]
+Hidden = Float[Array, "b t d"]
+
+
+def pack(encoder: Params, config: ModelConfig, dtype: Dtype = "float32", exact_routing: bool = False) -> dict[str, Any]:
+    """Pack the parameters of an encoder (`params["encoder"]`) for this CPU.
+
+    Linear layers and trees get weights of type `dtype`, int8 with one factor a column or a node. With `exact_routing` the
+    input weights of trees stay float32. Raises CannotBuild if there are no kernels.
+    """
+    packed = dict(encoder)
+    if config.embedding_projection:
+        embeddings = encoder["embeddings"]
+        packed["embeddings"] = {**embeddings, "projection": _pack_linear(embeddings["projection"], dtype)}
+    for name in (f"layer_{i:02d}" for i in range(config.n_layers)):
+        packed[name] = {
+            part: PACKED_LAYERS[part].pack(params, dtype, exact_routing) if part in PACKED_LAYERS else params
+            for part, params in encoder[name].items()
+        }
+    return jax.tree.map(jnp.asarray, packed)
+
+
+def forward(
+    encoder: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    position_ids: Int[Array, "#b t"],
+    type_ids: Int[Array, "b t"],
+) -> tuple[Hidden, dict[str, Hidden]]:
+    """Compute the hidden states of the last layer, and the input of each layer's feedforward.
+
+    Arguments as in `ufbert.nn.encode`. The inputs, by the layer's name, cost nothing if they are not used.
+    """
+    # Only modules without a packed function read this mask; attention here goes by the segments.
+    mask = attention_mask(segment_ids)
+    context = Context(mask, segment_ids, segment_ids != 0, position_ids, training=False, progress=1.0, statistics=False)
+    x, inputs = _embed(encoder["embeddings"], config, ids, position_ids, type_ids), {}
+    for i, (mixer, feedforward) in enumerate(config.layers):
+        layer = encoder[name := f"layer_{i:02d}"]
+        if config.norm == "pre":
+            normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
+            x = native.add(x, _compute(mixer, layer, config, normed, context))
+            inputs[name] = _layer_norm(layer["feedforward_norm"], config, x)
+            x = native.add(x, _compute(feedforward, layer, config, inputs[name], context))
+        else:
+            x = native.add(x, _compute(mixer, layer, config, x, context))
+            inputs[name] = x = _layer_norm(layer["mixer_norm"], config, x)
+            x = native.add(x, _compute(feedforward, layer, config, x, context))
+            x = _layer_norm(layer["feedforward_norm"], config, x)
+    return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs
+
+
+class TreeRouting(NamedTuple):
+    """Routing decisions of a tree layer on a batch."""
+
+    visits: Float[Array, "m n"]
+    """Tokens that visit each node, without padding."""
+    margins: Float[Array, " tokens"]
+    """The absolute logit of each token's closest decision, over all trees; infinite if nothing is decided."""
+    changed: Float[Array, ""]
+    """Share of tokens that rounding sends along another path through any tree, from the same hidden state."""
+
+
+def tree_routing(
+    tree: Params, x: Hidden, exact_w_in: Float[Array, "m n d"], segment_ids: Int[Array, "b t"]
+) -> TreeRouting:
+    """Report the routing decisions of a packed tree layer on its input, given its unrounded `w_in`."""
+    rows, real = x.reshape(-1, x.shape[-1]), segment_ids.reshape(-1) != 0
+    nodes, z = fff.path_nodes(rows, native.restore(tree["w_in"]), tree["bias"])
+    exact_nodes, _ = fff.path_nodes(rows, exact_w_in, tree["bias"])
+    margins = jnp.min(jnp.abs(z[..., :-1]), axis=(1, 2), initial=jnp.inf)  # the last level decides nothing
+    changed = jnp.mean(jnp.any(exact_nodes != nodes, axis=(1, 2)), where=real)
+    return TreeRouting(fff.node_visits(nodes, exact_w_in.shape[1], real), margins, changed)
+
+
+def _compute(kind: str, layer: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    """Compute a layer's mixer or feedforward."""
+    if kind in PACKED_LAYERS:
+        return PACKED_LAYERS[kind].forward(layer[kind], config, x, context)
+    module: Any = (MIXERS | FEEDFORWARDS)[kind].module(config)
+    output = module.apply({"params": layer.get(kind, {})}, x, context, None)
+    return output if kind in MIXERS else output[0]
+
+
+def _embed(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    position_ids: Int[Array, "#b t"],
+    type_ids: Int[Array, "b t"],
+) -> Hidden:
+    x = params["tokens"][ids]
+    if config.positions == "learned":
+        x = x + params["positions"][position_ids]
+    elif config.positions == "scaled_sinusoid":
+        x = x + params["position_scale"][0] * sinusoid(config.max_len, config.d_model)[position_ids]
+    if config.n_token_types:
+        x = x + params["types"][type_ids]
+    if config.embedding_norm:
+        x = _layer_norm(params["norm"], config, x)
+    return _linear(params["projection"], x, config.d_model) if config.embedding_projection else x
+
+
+def _layer_norm(params: Params, config: ModelConfig, x: Hidden) -> Hidden:
+    rows = x.reshape(-1, x.shape[-1])
+    return native.layer_norm(rows, params["scale"], params.get("bias"), config.norm_eps).reshape(x.shape)
+
+
+def _pack_linear(params: Params, dtype: Dtype) -> dict[str, Any]:
+    return {**params, "kernel": native.pack(np.asarray(params["kernel"]), dtype)}
+
+
+def _linear(params: Params, x: Float[Array, "b t d"], width: int) -> Float[Array, "b t f"]:
+    rows = x.reshape(-1, x.shape[-1])
+    return native.linear(rows, params["kernel"], params.get("bias"), width).reshape(*x.shape[:-1], width)
+
+
+def _pack_attention(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+    """Join the three projections, so that one product computes them."""
+    three = [params[name] for name in ("query", "key", "value")]
+    qkv = {name: np.concatenate([np.asarray(part[name]) for part in three], axis=-1) for name in three[0]}
+    norms = {name: params[name] for name in ("query_norm", "key_norm") if name in params}
+    return {"qkv": _pack_linear(qkv, dtype), "out": _pack_linear(params["out"], dtype), **norms}
+
+
+def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    (b, t, d), h = x.shape, config.n_heads
+    qkv = _linear(params["qkv"], x, 3 * d).reshape(b, t, 3, h, d // h)
+    if config.qk_norm or config.positions == "rotary":
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        if config.qk_norm:
+            q, k = _rms_norm(params["query_norm"], q), _rms_norm(params["key_norm"], k)
+        if config.positions == "rotary":
+            q, k = (rotate(part, context.position_ids, config.rotary_base) for part in (q, k))
+        qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
+    # Fourier mixers of other layers read padding too, so there it must hold what it holds in training.
+    mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0)
+    return _linear(params["out"], mixed.reshape(x.shape), d)
+
+
+def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
+    """Divide by the root of the mean square, as `flax.linen.RMSNorm` does."""
+    return x * (jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * params["scale"])
+
+
+def _pack_linears(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+    """Pack all linear layers of a feedforward. The leaves of a leaf tree are none, and stay float32."""
+    return {name: _pack_linear(part, dtype) if isinstance(part, Mapping) else part for name, part in params.items()}
+
+
+def _dense(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    hidden = ACTIVATIONS[config.activation](_linear(params["in"], x, config.d_hidden))
+    return _linear(params["out"], hidden, config.d_model)
+
+
+def _glu(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    gate = ACTIVATIONS[config.activation](_linear(params["gate"], x, config.d_hidden))
+    return _linear(params["out"], gate * _linear(params["value"], x, config.d_hidden), config.d_model)
+
+
+def _leaf_tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    names = ("node", "node_bias", "leaf_in", "leaf_in_bias", "leaf_out", "leaf_out_bias")
+    tree, activation = leaf_fff.LeafTree(*(params[name] for name in names)), ACTIVATIONS[config.activation]
+    y = leaf_fff.descend_native(x.reshape(-1, config.d_model), tree, activation)[0].reshape(x.shape)
+    if config.master_leaf:
+        share, hidden = params["master_share"][0], activation(_linear(params["master_in"], x, config.master_leaf))
+        y = (1 - share) * y + share * _linear(params["master_out"], hidden, config.d_model)
+    return y
+
+
+_quantize = jax.jit(native.quantize)
+
+
+def _pack_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+    def narrow(weights: Any) -> Any:
+        return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
+
+    w_in = params["w_in"] if exact_routing else narrow(params["w_in"])
+    return {"w_in": w_in, "bias": params["bias"], "w_out": narrow(params["w_out"])}
+
+
+def _tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    rows, activation = x.reshape(-1, config.d_model), config.tree_activation
+    y = native.tree_forward(rows, params["w_in"], params["bias"], params["w_out"], activation=activation)
+    return y.reshape(x.shape)
+
+
+class PackedLayer(NamedTuple):
+    """How layers of one kind are packed, and computed from packed weights."""
+
+    pack: Callable[[Params, Dtype, bool], dict[str, Any]]
+    """(parameters, type of the weights, exact routing) -> packed weights."""
+    forward: Callable[[Params, ModelConfig, Hidden, Context], Hidden]
+    """(packed weights, config, input, context) -> output."""
+
+
+PACKED_LAYERS: dict[str, PackedLayer] = {
+    "attention": PackedLayer(_pack_attention, _attention),
+    "dense": PackedLayer(_pack_linears, _dense),
+    "glu": PackedLayer(_pack_linears, _glu),
+    "leaf_tree": PackedLayer(_pack_linears, _leaf_tree),
+    "tree": PackedLayer(_pack_tree, _tree),
+}

@@ -1,0 +1,75 @@
+"""Mix information between tokens: attention, the Fourier transform, and positions."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ufbert.ops.dense import dropout as drop
+
+
+def attention_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Return the mask of packed and padded rows: [b, i, j] is true where query i may attend to key j.
+
+    `segment_ids` numbers the documents of a row from 1; 0 is padding. A token attends to its own document.
+    """
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    # Padding, whose output nobody reads, attends to every real token, as it does in BERT.
+    return (key != 0) & ((query == key) | (query == 0))
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h k"],
+    mask: Bool[Array, "b t t"] | None = None,
+    *,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> Float[Array, "b t h k"]:
+    """Compute softmax(q k^T / sqrt(k)) v, with the softmax in float32. With a `key`, drop a share of the attention weights."""
+    mask = None if mask is None else mask[:, None]
+    if key is None or dropout == 0.0:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    # jax.nn.dot_product_attention has no dropout, so the weights are formed here.
+    logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(float(q.shape[-1]))
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    weights = drop(weights, dropout, key).astype(v.dtype)
+    return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+
+def fourier_mix(x: Float[Array, "b t d"], *, ortho: bool) -> Float[Array, "b t d"]:
+    """Compute Re(F_tokens(F_channels(x))) in float32 (FNet: Lee-Thorp et al. 2021, arXiv 2105.03824, section 3.2).
+
+    There is no mask, so padding is mixed in: a row has one answer only at one length. FNet does not normalise the
+    transform, because its post-norm takes the scale away. `ortho` divides by sqrt(t d), which a pre-norm residual stream
+    needs.
+    """
+    return jnp.fft.fft2(x.astype(jnp.float32), axes=(-2, -1), norm="ortho" if ortho else None).real
+
+
+def sinusoid(length: int, d: int) -> Float[Array, "t d"]:
+    """Return vectors of positions: in row p, sin(p / 10000^(2i/d)) on channel 2i and the cosine on channel 2i + 1 (Vaswani et
+    al. 2017, section 3.5)."""
+    rate = jnp.exp(jnp.arange(0, d, 2) * (-jnp.log(10000.0) / d))
+    angle = jnp.outer(jnp.arange(length), rate)
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, -1)[:, :d]
+
+
+def rotate(x: Float[Array, "b t h k"], position_ids: Int[Array, "#b t"], base: float) -> Float[Array, "b t h k"]:
+    """Rotate the plane of channels (i, i + k/2) of a token at position p by the angle p * base^(-2i/k), in float32.
+
+    The product of a rotated query and a rotated key then depends only on their distance (RoFormer: Su et al. 2021,
+    arXiv 2104.09864, section 3.2).
+    """
+    half = x.shape[-1] // 2
+    rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_ids[:, :, None, None].astype(jnp.float32) * rate[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # RoFormer pairs neighbouring channels; pairing i with i + k/2 is the layout of Hugging Face's checkpoints.
+    left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,54 @@
+"""Options of `ufbert fill-mask` and `ufbert predict`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from ufbert.config import Device
+from ufbert.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What both commands know."""
+
+    model: str
+    """Model folder."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type of the weights of linear layers and trees, rounded when the model is loaded. Narrow ones are read and multiplied
+    faster, and send some tokens another way through a tree (how many is printed)."""
+    exact_routing: bool = False
+    """Decide turns in trees by the unrounded weights, so that no token goes another way."""
+    truncate: bool = False
+    """Cut texts that are longer than the model reads, instead of refusing them."""
+    threads: int = 0
+    """Threads on a CPU; 0 takes all cores."""
+    device: Device = "auto"
+    """cpu, gpu or tpu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMaskOptions(AskOptions):
+    """Print the likeliest word pieces for each [MASK] of a text."""
+
+    text: Annotated[str, Positional]
+    """Text with at least one [MASK]."""
+    top: int = 5
+    """How many guesses to print."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top < 2**31:
+            raise UserError(f"--top is {self.top}; it must lie between 1 and 2^31 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(AskOptions):
+    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines. Labels that do not
+    exclude each other are all printed."""
+
+    texts: Annotated[tuple[str, ...], Positional] = ()
+    """One text, or two for a task on pairs."""
+    lines: str = ""
+    """UTF-8 file with a text on each line (two, with a tab between them, for a task on pairs), each of which gets a line:
+    label, tab, probability. Only newlines end a line."""

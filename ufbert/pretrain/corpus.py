@@ -1,0 +1,74 @@
+"""The text of a run: which corpus, how much of it, and its rows."""
+
+import time
+from dataclasses import replace
+
+from ufbert.data.cache import Located, finish, locate
+from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
+from ufbert.data.prepared import PreparedData
+from ufbert.hub.vocabulary import read_for_training
+from ufbert.options.train import TrainOptions
+from ufbert.runtime.console import LiveLine
+
+MAX_DEMO_PASSES = 40
+MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
+"""Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
+plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
+
+
+def choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
+    if options.corpus != "auto":
+        return options.corpus
+    passes = tokens_planned / DEMO_TOKENS
+    if demo_path() is not None and passes <= MAX_DEMO_PASSES:
+        print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
+        return "demo"
+    why = (
+        f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
+        if demo_path() is not None
+        else "the packaged text is not installed"
+    )
+    print(f"corpus {HUB_CORPUS}: {why}")
+    return HUB_CORPUS
+
+
+def corpus_bound(tokens_planned: float) -> int:
+    """Tokens to read of a corpus."""
+    bound = MIN_CORPUS_TOKENS
+    while bound < tokens_planned:
+        bound *= 2
+    return min(bound, MAX_CORPUS_TOKENS)
+
+
+def locate_rows(options: TrainOptions, vocab_size: int = 0) -> Located:
+    """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
+
+    `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
+    """
+    given = None
+    if options.tokenizer:
+        given = read_for_training(options.tokenizer)
+    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
+
+
+def prepare_rows(located: Located, tokens_planned: float) -> PreparedData:
+    began, live = time.monotonic(), LiveLine(every=5.0)
+    data = finish(located, live.show, live.say)
+    seconds = time.monotonic() - began
+    facts = data.manifest
+    live.say(
+        f"corpus and tokenizer ready in {seconds:.1f} s (not charged): {facts.documents:,} documents, "
+        f"{facts.train_rows:,} training and {facts.heldout_rows:,} held-out rows of {facts.seq_len} tokens, "
+        f"{facts.vocab_size:,} word pieces; licence: {facts.licence}"
+    )
+    live.say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
+    if tokens_planned:
+        live.say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
+    return data
+
+
+def fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
+    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number."""
+    if data.manifest.vocab_size == options.model.vocab_size:
+        return options
+    return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))

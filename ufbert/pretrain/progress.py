@@ -1,0 +1,128 @@
+"""What a run reports while it trains: records in `metrics.jsonl`, sentences on the console."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ufbert import nn
+from ufbert.config import RunConfig
+from ufbert.cost.flops import train_flops_per_token
+from ufbert.pretrain.budget import Clock
+from ufbert.pretrain.evaluation import Evaluation
+from ufbert.pretrain.reference import Point, Reference, no_reference_complaint
+from ufbert.pretrain.step import StepMetrics, TrainState
+from ufbert.runtime.console import LiveLine
+from ufbert.runtime.memory import memory_bytes
+from ufbert.runtime.metrics import Writer
+
+
+class StepRecord(NamedTuple):
+    """A step in `metrics.jsonl`, where None is left out. What has a default is known once the step is done."""
+
+    step: int
+    lr: float
+    mask_rate: float
+    rows: int
+    length: int
+    """Tokens of the pieces that rows were cut into."""
+    fraction: float
+    """Share of the budget spent when the step began."""
+    tokens: int
+    """Consumed since the run began."""
+    tokens_per_second: float
+    loss: float = 0.0
+    accuracy: float = 0.0
+    gradient_norm: float = 0.0
+    spent: float = 0.0
+    extra_loss: float | None = None
+    utilisation: float | None = None
+    skipped: bool | None = None
+
+
+class EvaluationRecord(NamedTuple):
+    """An evaluation in `metrics.jsonl`, where None is left out."""
+
+    step: int
+    heldout_loss: float
+    heldout_accuracy: float
+    fraction: float
+    tokens: int
+    memory_bytes: int
+    skipped_updates: int
+    spent: float
+    usage: dict[str, dict[str, float]] | None
+
+
+@dataclass
+class Progress:
+    """The reports of a session."""
+
+    run: RunConfig
+    clock: Clock
+    metrics: Writer
+    live: LiveLine
+    reference: Reference | None
+    """A curve to hold the run to."""
+    peak_flops: float
+    """FLOP/s of all devices at best, 0 if unknown."""
+    has_complained: bool = False
+
+    def __post_init__(self) -> None:
+        trees_are_masked = nn.tree_backend(self.run.model, self.run.micro_tokens) == "masked"
+        self.flops_per_token = train_flops_per_token(self.run, masked_trees=trees_are_masked)
+
+    def step(self, record: StepRecord, metrics: StepMetrics) -> bool:
+        """Wait for a step that was dispatched as `record` says, and report it. Returns whether it was applied."""
+        sums, applied, speed = metrics.sums, bool(metrics.applied), record.tokens_per_second
+        count = max(float(sums.count), 1.0)
+        record = record._replace(
+            loss=float(sums.loss) / count,
+            accuracy=float(sums.correct) / count,
+            gradient_norm=float(metrics.norm),
+            spent=round(self.clock.spent(), 3),
+            extra_loss=float(sums.extra) / count if float(sums.extra) else None,
+            utilisation=speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            skipped=None if applied else True,
+        )
+        self._write(record)
+        self.live.show(
+            f"{self.clock.left(record.step)}  step {record.step:,}  {speed:,.0f} tokens/s  "
+            f"loss {record.loss:.3f}  lr {record.lr:.2e}"
+        )
+        return applied
+
+    def evaluation(self, state: TrainState, result: Evaluation, unigram_loss: float) -> None:
+        """Report an evaluation of `state`, and warn once if the run is far below the reference curve."""
+        step, gain = int(state.step), unigram_loss - result.loss
+        now = Point(self.clock.fraction(step), int(state.rows_seen) * self.run.data.seq_len, gain)
+        self._write(
+            EvaluationRecord(
+                step, result.loss, result.accuracy, now.share, int(now.tokens), memory_bytes(), int(state.skipped),
+                round(self.clock.spent(), 3), result.usage or None,
+            )
+        )  # fmt: skip
+        self.live.say(
+            f"step {step:,}: held-out loss {result.loss:.3f} nats ({gain:+.3f} below word frequency), "
+            f"accuracy {result.accuracy:.1%}"
+        )
+        complaint = no_reference_complaint(now) if self.reference is None else self.reference.complaint(now)
+        if complaint is not None and not self.has_complained:
+            self.has_complained = True
+            self.live.say(f"warning: {complaint}")
+            self.event(step, "off track", why=complaint)
+
+    def resumption(self, step: int, spent_at_save: float, devices: int) -> None:
+        """Report what an interruption cost: work after the checkpoint, redone or dropped, and the start-up."""
+        lost = max(0.0, self.clock.spent_before - spent_at_save)
+        start = self.clock.spent() - self.clock.spent_before
+        self.live.say(
+            f"resumed from the checkpoint of step {step:,}; {self.clock.left(step)}; the restart cost {lost:.1f} s of work "
+            f"after that checkpoint and {start:.1f} s of start-up so far"
+        )
+        self.event(step, "resumed", lost_seconds=lost, start_seconds=start, devices=devices)
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Record what happened after `step`."""
+        self.metrics.write({"step": step, "event": event, **facts})
+
+    def _write(self, record: StepRecord | EvaluationRecord) -> None:
+        self.metrics.write({name: value for name, value in record._asdict().items() if value is not None})

@@ -1,0 +1,115 @@
+"""Every open choice of a run decided: preset < scale < recipe < what was given. Training, planning and benchmarks share it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ufbert import nn
+from ufbert.config import PretrainConfig, RunConfig, Scale, TreeBackend
+from ufbert.config.presets import load_preset, scaled, with_recipe
+from ufbert.cost.parts import local_speeds
+from ufbert.cost.scale import choose_scale
+from ufbert.cost.speeds import Speeds
+from ufbert.errors import UserError
+from ufbert.options.given import Given, over
+from ufbert.options.train import FREE_ON_RESUME, RunOptions, TrainOptions, with_run
+from ufbert.pretrain.budget import Budget
+from ufbert.pretrain.schedules import final_batch_rows
+from ufbert.runtime.run_folder import read_run
+
+TIMED_SCALE: Scale = "mini"
+"""The scale whose parts are timed on a CPU to choose among all: a choice may take two seconds, not ten."""
+
+
+class Platform(NamedTuple):
+    """The device that a run is for."""
+
+    on_cpu: bool
+    bfloat16: bool
+    """It multiplies in bfloat16."""
+    speeds: Callable[[RunConfig], Speeds]
+    """Its speeds on the parts of a configuration."""
+    trees: Callable[[RunConfig], TreeBackend]
+    """The backend that computes the trees of a configuration there."""
+
+
+def local_platform(name: str) -> Platform:
+    """Return the device that jax runs on; `name` is its platform: cpu, gpu or tpu."""
+    on_cpu = name == "cpu"
+    return Platform(on_cpu, not on_cpu, local_speeds, lambda run: nn.tree_backend(run.model, run.micro_tokens))
+
+
+class Resolved(NamedTuple):
+    """A run with every `auto` decided but the batch, which `with_batch` decides."""
+
+    run: RunConfig
+    scale: Scale
+    reason: str
+    """Why this scale."""
+    tokens: float | None
+    """Tokens that the budget is expected to buy; None where it counts steps."""
+
+
+def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platform) -> Resolved:
+    """Decide preset, scale and recipe; fields that were given win over all of them.
+
+    Raises UserError for an unknown preset, and for a combination that contradicts itself.
+    """
+    preset = load_preset(options.config)
+    scale, reason, tokens = options.scale, "as asked", None
+    if budget.steps is not None:
+        if scale == "auto":
+            scale = "tiny" if platform.on_cpu else "base"
+            reason = "a budget of steps takes tiny on a CPU and base elsewhere"
+    else:
+        assert budget.seconds is not None
+        backend = {name: value for name, value in given.items() if name == "model.tree_backend"}
+        choice = choose_scale(
+            preset,
+            scale,
+            budget.seconds,
+            platform.speeds(scaled(preset, TIMED_SCALE)),
+            trees=platform.trees(over(preset, backend)),
+            bfloat16=platform.bfloat16,
+        )
+        scale, reason, tokens = choice.scale, choice.reason, choice.tokens
+    run = over(with_recipe(scaled(preset, scale), options.recipe, scale), given)
+    return Resolved(run, scale, reason, tokens)
+
+
+def with_batch(run: RunConfig, scale: Scale, tokens: float | None) -> RunConfig:
+    """Return `run` with an open batch (0 rows) decided.
+
+    A batch has 1/500 of the rows in the expected `tokens`, at most 8192. A budget of steps (None) says nothing of tokens: the
+    batch is then the published 8192 at the preset's own size, and one micro-batch below.
+    """
+    if run.train.batch_rows:
+        return run
+    rows = tokens / run.data.seq_len if tokens is not None else (8192.0 * 500 if scale == "base" else 0.0)
+    train: PretrainConfig = replace(run.train, batch_rows=final_batch_rows(rows, run.train.micro_rows))
+    return replace(run, train=train)
+
+
+def stored_options(folder: Path) -> TrainOptions:
+    """Return the options that a run folder was made with, but for the command to run at the end.
+
+    Raises UserError if it is not a run folder.
+    """
+    stored = read_run(folder)
+    return with_run(TrainOptions(**stored.options), stored.run)
+
+
+def resumed_options(given: Given, folder: Path) -> TrainOptions:
+    """Return the stored options of a run with those given that may change.
+
+    Raises UserError if one is given that says something else than the run began with.
+    """
+    stored = replace(stored_options(folder), out=str(folder))
+    for name, value in given.items():
+        outer, _, inner = name.partition(".")
+        before = getattr(getattr(stored, outer), inner) if inner else getattr(stored, outer)
+        if name not in FREE_ON_RESUME and before != value:
+            raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={value}.")
+    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    return replace(stored, **{**free, "out": str(folder), "resume": True})
