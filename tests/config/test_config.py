@@ -5,10 +5,10 @@ import math
 import re
 
 import pytest
-from ufbert.glue.command import FinetuneOptions
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
 from ufbert.errors import UserError
+from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.train import TrainOptions
 
 GROUPS = {"model": ModelConfig, "train": PretrainConfig, "data": DataConfig, "tune": FinetuneConfig}
