@@ -5,10 +5,10 @@ import math
 import re
 
 import pytest
-from ufbert.glue.command import FinetuneOptions
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
 from ufbert.errors import UserError
+from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.train import TrainOptions
 
 GROUPS = {"model": ModelConfig, "train": PretrainConfig, "data": DataConfig, "tune": FinetuneConfig}
@@ -61,6 +61,14 @@ def test_no_rate_or_share_may_be_negative():
         (FinetuneConfig, {"warmup": 1.5}, r"tune\.warmup is 1\.5; it must lie between 0 and 1"),
         (FinetuneConfig, {"adam_b2": 1.0}, r"tune\.adam_b2 is 1\.0; it must lie in \[0, 1\)"),
         (FinetuneConfig, {"temperature": 0.0}, r"tune\.temperature is 0\.0; it must be positive"),
+        (FinetuneConfig, {"epochs": 10**12}, r"tune\.epochs is 1000000000000; it must be at most 10,000"),
+        (DataConfig, {"near_window": 10**11}, r"data\.near_window is 100000000000; it must be at most 100,000,000"),
+        (DataConfig, {"tokenizer_chars": 10**13}, r"data\.tokenizer_chars is"),
+        (PretrainConfig, {"n_evals": 10**9}, r"train\.n_evals is 1000000000; it must be at most"),
+        (PretrainConfig, {"micro_rows": 10**9, "batch_rows": 10**9}, r"train\.micro_rows is 1000000000"),
+        (ModelConfig, {"n_layers": 10**9}, r"model\.n_layers is 1000000000; it must be at most"),
+        (ModelConfig, {"max_len": 10**12}, r"model\.max_len is"),
+        (ModelConfig, {"n_trees": 2**20, "tree_depth": 20}, r"model\.n_trees 1048576 of model\.tree_depth 20"),
         (PretrainConfig, {"peak_lr": 0.0}, r"train\.peak_lr is 0\.0; it must be positive"),
         (DataConfig, {"seq_len": 2}, r"data\.seq_len is 2; it must be at least 3"),
         (TrainOptions, {"seed": -1}, r"--seed is -1; it must lie between 0 and 4294967295"),

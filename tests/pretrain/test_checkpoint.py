@@ -165,7 +165,7 @@ def test_no_damage_to_any_file_is_more_than_a_sentence(checkpoints, shapes, tmp_
     "wrong",
     [
         {"spent": "x"}, {"spent": float("nan")}, {"spent": -1}, {"spent": 10**400}, {"spent": None}, {"identity": 5},
-        {"identity": "a"}, {"identity": ["a"]}, 5, [], None, "text",
+        {"identity": "a"}, {"identity": ["a"]}, {"heldout_loss": "x"}, 5, [], None, "text",
     ],
 )  # fmt: skip
 def test_json_of_wrong_kinds_is_damage(checkpoints, shapes, wrong):
@@ -180,7 +180,21 @@ def test_json_of_wrong_kinds_is_damage(checkpoints, shapes, wrong):
     assert said == ["checkpoint 4 is damaged or cut short; the one of step 3 is used"]
 
 
-@pytest.mark.parametrize("wrong", ["5", "[]", "{}", "null", '{"state/_METADATA": "x"}', "{", '{"a": [1, 2]}'])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "5",
+        "[]",
+        "{}",
+        "null",
+        '{"state/_METADATA": "x"}',
+        "{",
+        '{"a": [1, 2]}',
+        "[" * 100_000,
+        f'{{"a": {"9" * 5000}}}',
+        '{"a\\u0000b": 1}',
+    ],
+)
 def test_a_list_of_contents_that_makes_no_sense_is_damage(checkpoints, shapes, wrong):
     (checkpoints.folder / "4" / "sizes.json").write_text(wrong)
     assert checkpoints.restore(shapes, lambda _: None).step == 3

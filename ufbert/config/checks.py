@@ -36,6 +36,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple | list) and all(_fits(part, inner[0]) for part in value)
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(part, Real) for part in value.values())
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool) and _within(value, MOST)
     if hint is float:

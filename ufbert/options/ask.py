@@ -27,6 +27,10 @@ class AskOptions:
     device: Device = "auto"
     """cpu, gpu or tpu."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= 4096:
+            raise UserError(f"--threads is {self.threads}; it must lie between 0 and 4096.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FillMaskOptions(AskOptions):
@@ -38,6 +42,7 @@ class FillMaskOptions(AskOptions):
     """How many guesses to print."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.top < 2**31:
             raise UserError(f"--top is {self.top}; it must lie between 1 and 2^31 - 1.")
 
