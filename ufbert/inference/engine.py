@@ -170,8 +170,9 @@ class Engine:
     def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:
         hidden = self._encode(params, batch)
         if self.in_one_row:
-            texts = jnp.arange(1, len(batch.starts) + 1)
-            pooled = jax.vmap(lambda i: nn.pool(self.config, hidden, batch.segment_ids == i)[0])(texts)
+            numbers, segments = jnp.arange(1, len(batch.starts) + 1), batch.segment_ids
+            pool = jax.vmap(lambda number, start: nn.pool(self.config, hidden, segments == number, start)[0])
+            pooled = pool(numbers, batch.starts)
         else:
             pooled = nn.pool(self.config, hidden, batch.segment_ids != 0)
         return nn.classify(params, self.config, pooled)

@@ -37,10 +37,9 @@ def pack(encoder: Params, config: ModelConfig, dtype: Dtype = "float32", exact_r
     Linear layers and trees get weights of type `dtype`, int8 with one factor a column or a node. With `exact_routing` the
     input weights of trees stay float32. Raises CannotBuild if there are no kernels.
     """
-    packed = dict(encoder)
+    packed = {**encoder, "embeddings": dict(encoder["embeddings"])}
     if config.embedding_projection:
-        embeddings = encoder["embeddings"]
-        packed["embeddings"] = {**embeddings, "projection": _pack_linear(embeddings["projection"], dtype)}
+        packed["embeddings"]["projection"] = _pack_linear(encoder["embeddings"]["projection"], dtype)
     for name in (f"layer_{i:02d}" for i in range(config.n_layers)):
         packed[name] = {
             part: PACKED_LAYERS[part].pack(params, dtype, exact_routing) if part in PACKED_LAYERS else params
@@ -64,7 +63,18 @@ def forward(
     # Only modules without a packed function read this mask; attention here goes by the segments.
     mask = attention_mask(segment_ids)
     context = Context(mask, segment_ids, segment_ids != 0, position_ids, training=False, progress=1.0, statistics=False)
-    x, inputs = _embed(encoder["embeddings"], config, ids, position_ids, type_ids), {}
+    embeddings, inputs = encoder["embeddings"], {}
+    x = embeddings["tokens"][ids]
+    if config.positions == "learned":
+        x = x + embeddings["positions"][position_ids]
+    elif config.positions == "scaled_sinusoid":
+        x = x + embeddings["position_scale"][0] * sinusoid(config.max_len, config.d_model)[position_ids]
+    if config.n_token_types:
+        x = x + embeddings["types"][type_ids]
+    if config.embedding_norm:
+        x = _layer_norm(embeddings["norm"], config, x)
+    if config.embedding_projection:
+        x = _linear(embeddings["projection"], x, config.d_model)
     for i, (mixer, feedforward) in enumerate(config.layers):
         layer = encoder[name := f"layer_{i:02d}"]
         if config.norm == "pre":
@@ -112,25 +122,6 @@ def _compute(kind: str, layer: Params, config: ModelConfig, x: Hidden, context: 
     return output if kind in MIXERS else output[0]
 
 
-def _embed(
-    params: Params,
-    config: ModelConfig,
-    ids: Int[Array, "b t"],
-    position_ids: Int[Array, "#b t"],
-    type_ids: Int[Array, "b t"],
-) -> Hidden:
-    x = params["tokens"][ids]
-    if config.positions == "learned":
-        x = x + params["positions"][position_ids]
-    elif config.positions == "scaled_sinusoid":
-        x = x + params["position_scale"][0] * sinusoid(config.max_len, config.d_model)[position_ids]
-    if config.n_token_types:
-        x = x + params["types"][type_ids]
-    if config.embedding_norm:
-        x = _layer_norm(params["norm"], config, x)
-    return _linear(params["projection"], x, config.d_model) if config.embedding_projection else x
-
-
 def _layer_norm(params: Params, config: ModelConfig, x: Hidden) -> Hidden:
     rows = x.reshape(-1, x.shape[-1])
     return native.layer_norm(rows, params["scale"], params.get("bias"), config.norm_eps).reshape(x.shape)
@@ -170,7 +161,8 @@ def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context)
 
 def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
     """Divide by the root of the mean square, as `flax.linen.RMSNorm` does."""
-    return x * (jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * params["scale"])
+    scale = params["scale"].reshape(1, 1, 1, -1)
+    return x * (jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * scale)
 
 
 def _pack_linears(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
@@ -32,17 +32,18 @@ class MaskedLMHead(nn.Module):
 
 
 def pool(
-    config: ModelConfig, hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"] | None = None
+    config: ModelConfig,
+    hidden: Float[Array, "b t d"],
+    mask: Bool[Array, "b t"] | None = None,
+    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "b d"]:
-    """Take the first token's hidden state, or the mean over all tokens, as `config.pooling` says.
+    """Take the hidden state of the token at `first`, or the mean over the tokens where `mask` is true (None: over all).
 
-    Only tokens where `mask` is true count; without it all do.
+    `config.pooling` says which.
     """
-    if mask is None:
-        mask = jnp.ones(hidden.shape[:2], bool)
     if config.pooling == "first":
-        return hidden[jnp.arange(len(hidden)), jnp.argmax(mask, axis=1)]
-    weights = mask.astype(jnp.float32)
+        return hidden[:, first]
+    weights = jnp.ones(hidden.shape[:2]) if mask is None else mask.astype(jnp.float32)
     return jnp.einsum("bt,btd->bd", weights, hidden) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
 
 
