@@ -129,7 +129,7 @@ def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix
     ("spec", "words"),
     [
         ({"lable": "x"}, "'lable' is unknown; did you mean label?"),
-        ({"zzz": 1}, "'zzz' is unknown; take name, train"),
+        ({"zzz": 1}, "'zzz' is unknown; known are name, train"),
         ({"text": 3}, "text is 3; it must be text"),
         ({"labels": "yes"}, r"labels is 'yes'; it must be a list"),
         ({"regression": "no"}, "regression is 'no'; it must be true or false"),
