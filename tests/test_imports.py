@@ -51,6 +51,36 @@ def test_packages_import_downwards_only():
         assert inner - {room} <= BELOW[room], f"{path.name} imports {inner - {room} - BELOW[room]}"
 
 
+def test_only_the_command_line_and_the_python_interface_import_late():
+    late = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        if path.name not in ("cli.py", "api.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ufbert"
+    ]
+    assert late == []
+
+
+def test_few_modules_lie_loose_and_no_two_import_each_other():
+    assert len(list(ROOT.glob("*.py"))) <= 6
+    names = {".".join(("ufbert", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
+    imports = {name: {other for other in imports_of(path) if other in names} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"{' -> '.join(above)} -> {name}"
+        if name not in done:
+            for other in imports[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in imports:
+        visit(name, ())
+
+
 def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
     for path in ROOT.rglob("*.py"):
         names, room = imports_of(path), path.relative_to(ROOT).parts[0]
@@ -64,9 +94,10 @@ def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
         assert not any(name.endswith("_peer") for name in imports_of(path)), path
-    allowed = {"torch", "numpy", "torch_peer", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
+    allowed = {"torch", "numpy", "worker", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
     for path in peers:
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
+    assert imports_of(ROOT / "bench" / "worker.py") <= {"numpy", *sys.stdlib_module_names, "collections.abc"}
 
 
 def test_help_and_config_need_no_jax():

@@ -21,6 +21,7 @@ from tyro.conf import Positional
 from ufbert.config.presets import load_preset, scaled, with_recipe
 from ufbert.errors import Interrupted, UserError, near_miss
 from ufbert.options.ask import FillMaskOptions, PredictOptions
+from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTrainOptions
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
@@ -34,8 +35,10 @@ class Verb(NamedTuple):
 
     options: type
     work: str
-    """`module:function` that does it, called with the options and the values given."""
+    """`module:function` that does it, called with the options, and the values given where these go over a preset."""
     summary: str
+    layered: bool = False
+    """What was given goes over a preset or a protocol."""
     makes_folder: bool = False
     """Its product is a folder: a console that is gone costs it nothing, and `--resume` goes on with what is begun."""
 
@@ -45,15 +48,20 @@ VERBS = {
         TrainOptions,
         "ufbert.pretrain.run:pretrain",
         "pretrain a model from raw text within a budget (also: python train.py)",
+        layered=True,
         makes_folder=True,
     ),
     "plan": Verb(
-        PlanOptions, "ufbert.plan.run:plan", "say what a budget buys on a device: tokens, updates, memory, time, money"
+        PlanOptions,
+        "ufbert.plan.run:plan",
+        "say what a budget buys on a device: tokens, updates, memory, time, money",
+        layered=True,
     ),
     "finetune": Verb(
         FinetuneOptions,
         "ufbert.glue.run:finetune",
         "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
+        layered=True,
         makes_folder=True,
     ),
     "glue-table": Verb(
@@ -72,7 +80,22 @@ VERBS = {
     "export": Verb(
         ExportOptions, "ufbert.hub.exchange:export_folder", "write a model folder in another library's layout"
     ),
-    "bench": Verb(object, "ufbert.bench.command:bench_command", "time"),
+    "bench layer": Verb(
+        BenchLayerOptions,
+        "ufbert.bench.layer:run_layer",
+        "time a tree layer on this CPU against dense layers of jax, NumPy and PyTorch",
+    ),
+    "bench encoder": Verb(
+        BenchEncoderOptions,
+        "ufbert.bench.encoder:run_encoder",
+        "time whole encoders on this CPU against BERT in ONNX Runtime and PyTorch",
+    ),
+    "bench train": Verb(
+        BenchTrainOptions,
+        "ufbert.bench.train:run_train",
+        "time pretraining on this CPU against PyTorch, after checking that both compute the same",
+        layered=True,
+    ),
 }
 USAGE = "usage: ufbert VERB [OPTIONS]; `ufbert VERB --help` lists the options\n\n" + "\n".join(
     f"  {name:<13} {verb.summary}" for name, verb in VERBS.items()
@@ -88,7 +111,8 @@ def call(name: str, args: Sequence[str]) -> Any:
         return getattr(importlib.import_module(module), function)(list(args))
     options, given = parse(verb.options, args, f"ufbert {name}")
     module, function = verb.work.split(":")
-    return getattr(importlib.import_module(module), function)(options, given)
+    work = getattr(importlib.import_module(module), function)
+    return work(options, given) if verb.layered else work(options)
 
 
 def parse[Options](cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, Given]:
@@ -160,7 +184,7 @@ def _named(cls: Any, parsed: Any, words: Sequence[str]) -> Given:
 
 def main(args: Sequence[str]) -> int:
     """Run a verb and return the exit code: 0, 2 for wrong use or input, 130 for an interrupt, 128 + n for signal n."""
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help") or list(args) in (["bench"], ["bench", "-h"], ["bench", "--help"]):
         print(USAGE)
         return 0
     if args[0] == "--version":

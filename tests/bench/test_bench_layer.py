@@ -3,43 +3,44 @@
 import json
 import sys
 from math import erf
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ufbert.bench import layer, layer_ours
-from ufbert.bench.contest import Contestant, Missing
-from ufbert.bench.layer_command import layer_command
-from ufbert.bench.layer_gates import check_answers, check_everything, type_of
-from ufbert.bench.layer_job import Answers, Layers, Stored, dense_chain, samples, tree_chain, write_job
-from ufbert.bench.layer_numpy import NumpyDense, gelu_in_place
-from ufbert.bench.layer_options import BenchLayerOptions, parse
-from ufbert.bench.layer_paths import as_stored, narrowed, weight_types
-from ufbert.bench.layer_process import make
-from ufbert.bench.layer_report import distinct_nodes, limit, work
+from ufbert.bench.harness import Entry, Missing, WorkerProcess
+from ufbert.bench.layer import run_layer
+from ufbert.bench.layer_dense import NumpyDense, gelu_in_place
+from ufbert.bench.layer_gates import check_answers, check_everything
+from ufbert.bench.layer_job import RightAnswers, Stored, dense_chain, samples, tree_chain, work, write_job
+from ufbert.bench.layer_ours import OurLayers, as_stored, narrowed, weight_types
+from ufbert.bench.report import distinct_nodes, limit, type_of
 from ufbert.errors import UserError
 from ufbert.ops import native
+from ufbert.options.bench import BenchLayerOptions
 
-SMALL = (
-    "--rows", "1", "64", "--d-model", "32", "--tree-depth", "3", "--dense", "15", "--layers", "2", "--blocks", "1",
-    "--seconds-a-block", "0.001", "--threads", "1",
-)  # fmt: skip
-SHAPE = Layers(d=32, depth=3, trees=2, dense=15, layers=2)
+SMALL: dict[str, Any] = {
+    "rows": (1, 64), "d_model": 32, "tree_depth": 3, "dense": 15, "layers": 2, "blocks": 1, "seconds_a_block": 0.001,
+    "threads": 1,
+}  # fmt: skip
+TWO_TREES = BenchLayerOptions(**SMALL, n_trees=2)
 
 FAKE = """
 import sys
 sys.path[:0] = {path!r}
 import numpy as np
-from pathlib import Path
-from ufbert.bench import layer_process
-folder, kind, threads = sys.argv[1:]
-_, worker = layer_process.make(Path(folder), "numpy", int(threads), [])
-right = worker.runners.pop("numpy")
-worker.runners[kind] = right._replace(chain=lambda x: right.chain(x) * np.float32({factor}))
-layer_process.serve("a fake", worker.answer)
+from ufbert.bench.layer_job import dense_chain
+from ufbert.bench.worker import Worker, serve
+
+def start(folder, name, threads):
+    arrays = dict(np.load(folder / "weights.npz"))
+    chain = lambda i, x: dense_chain(x, arrays).y.astype(np.float32) * np.float32({factor})
+    return "a fake", Worker(folder, {{name: {{"chain": chain, "layer": chain}}}}).answers()
+
+serve(start)
 """
-"""A torch peer without torch: NumPy's answers times a factor."""
+"""A torch peer without torch: the right answers times a factor."""
 
 
 @pytest.fixture
@@ -53,10 +54,10 @@ def compiled():
 def fake_peer(tmp_path):
     """(factor) -> options that run peers whose answers are right but for the factor."""
 
-    def write(factor: float) -> tuple[str, ...]:
+    def write(factor: float) -> dict[str, str]:
         script = tmp_path / "fake.py"
         script.write_text(FAKE.format(path=sys.path, factor=factor), encoding="utf-8")
-        return ("--peer-python", sys.executable, "--peer-script", str(script))
+        return {"peer_python": sys.executable, "peer_script": str(script)}
 
     return write
 
@@ -65,7 +66,7 @@ def test_right_contestants_are_timed_and_reported(compiled, fake_peer, tmp_path,
     to = tmp_path / "report.json"
     paths = ["native", "native-int8-exact"]
     peers = ["torch", "torch-int8"]
-    layer_command([*SMALL, *fake_peer(1.0), "--paths", *paths, "--peers", *peers, "--json", str(to)])
+    run_layer(BenchLayerOptions(**SMALL, **fake_peer(1.0), paths=tuple(paths), peers=tuple(peers), json=str(to)))
     said = capsys.readouterr().out
     assert "best dense float32: torch" in said
     assert "best dense int8: torch-int8" in said
@@ -78,19 +79,24 @@ def test_right_contestants_are_timed_and_reported(compiled, fake_peer, tmp_path,
         assert list(one["contestants"]) == [*paths, *peers]
         assert list(one["ratios"]) == paths
         assert one["ratios"]["native"]["torch"]["pairs"] == 1
-        assert all(
-            found["blocks"]["chain"][0] > 0 < found["blocks"]["layer"][0] for found in one["contestants"].values()
-        )
+        blocks = [contestant["blocks"] for contestant in one["contestants"].values()]
+        assert all(block["chain"][0] > 0 < block["layer"][0] for block in blocks)
     assert max(report["checked"]["errors"][path] for path in paths) < 1e-5
     assert report["checked"]["changed"] == dict.fromkeys(paths, 0)
     assert (tmp_path / "report.svg").read_text().startswith("<?xml")
 
 
 def test_a_peer_that_answers_something_else_is_not_timed(command, fake_peer, tmp_path):
-    done = command(
-        "bench", "layer", *SMALL, *fake_peer(1.01), "--paths", "gather", "--peers", "torch", "--json",
-        str(tmp_path / "report.json"),
-    )  # fmt: skip
+    fields = {
+        **SMALL,
+        **fake_peer(1.01),
+        "rows": 64,
+        "paths": "gather",
+        "peers": "torch",
+        "json": tmp_path / "report.json",
+    }
+    options = [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", value)]
+    done = command("bench", "layer", *options)
     assert done.returncode == 2
     assert "torch computes something else" in done.stderr
     assert "Nothing was timed" in done.stderr
@@ -99,7 +105,7 @@ def test_a_peer_that_answers_something_else_is_not_timed(command, fake_peer, tmp
 
 
 def test_zeros_are_labelled_and_what_is_missing_is_named(capsys):
-    layer_command(["--rows", "8", *SMALL[3:], "--paths", "gather", "--peers", "numpy", "torch", "--zeros"])
+    run_layer(BenchLayerOptions(**SMALL | {"rows": (8,)}, paths=("gather",), peers=("numpy", "torch"), zeros=True))
     said = capsys.readouterr().out
     assert "torch: missing: no interpreter that has torch was named (--peer-python)" in said
     true, false = said.split("### NOT A RESULT: weights and rows of zeros")
@@ -111,7 +117,7 @@ def test_zeros_are_labelled_and_what_is_missing_is_named(capsys):
 
 
 def test_claims_come_with_what_they_were_measured_against(capsys):
-    layer_command(["--claims"])
+    run_layer(BenchLayerOptions(claims=True))
     said = capsys.readouterr().out
     for words in (
         "48x and 78x",
@@ -126,36 +132,37 @@ def test_claims_come_with_what_they_were_measured_against(capsys):
 def test_the_torch_peer_says_that_its_interpreter_has_no_torch(tmp_path):
     # This environment has no torch, on purpose.
     with (
-        Contestant("torch", [sys.executable, str(layer.PEER_SCRIPT), "x", "torch", "1"], tmp_path) as peer,
+        WorkerProcess("torch", [sys.executable, str(layer.PEER_SCRIPT), "x", "torch", "1"], tmp_path) as peer,
         pytest.raises(Missing, match=r"torch is not there: .* cannot import torch"),
     ):
         peer.wait_ready()
     with pytest.raises(Missing, match="Cannot start torch"):
-        Contestant("torch", [str(tmp_path / "nowhere")], tmp_path)
+        WorkerProcess("torch", [str(tmp_path / "nowhere")], tmp_path)
 
 
-class InThisProcess(Contestant):
-    """A contestant without a process."""
+class InThisProcess(WorkerProcess):
+    """RightAnswers without a process."""
 
     def __init__(self, worker) -> None:
         self.worker = worker
 
-    def ask(self, message, wanted):
-        found = self.worker.answer(message)
-        assert wanted in found
-        return found
+    def ask(self, do, wanted, **arguments):
+        answer = getattr(self.worker, do)(**arguments)
+        assert wanted in answer
+        return answer
 
 
 @pytest.fixture
 def check(compiled, tmp_path):
-    """(shape, change of the worker) -> what the gates find of the gathered and the int8 path."""
+    """(change of the worker) -> what the gates find of the gathered and the int8 path."""
 
-    def run(shape=SHAPE, change=lambda worker: None, seed=0):
-        write_job(tmp_path, shape, (1, 64), seed, False)
-        _, worker = make(tmp_path, "ufbert", 1, ["gather", "native-int8"])
+    def run(change=lambda worker: None):
+        write_job(tmp_path, TWO_TREES, False)
+        worker = OurLayers(tmp_path, ["gather", "native-int8"], 1)
         change(worker)
-        ours = [(InThisProcess(worker), name) for name in ("gather", "native-int8")]
-        return check_everything(tmp_path, shape, (1, 64), ours, [])
+        process = InThisProcess(worker)
+        ours = [Entry(process, name) for name in ("gather", "native-int8")]
+        return check_everything(tmp_path, TWO_TREES, ours, [])
 
     return run
 
@@ -169,8 +176,8 @@ def test_right_paths_pass_the_gates(check):
 
 def test_a_kernel_with_wrong_answers_is_refused(check):
     def break_answers(worker):
-        right = worker.runners["native-int8"]
-        worker.runners["native-int8"] = right._replace(chain=lambda x: right.chain(x) + 0.001)
+        right = worker.calls["native-int8"]
+        worker.calls["native-int8"] = right | {"chain": lambda i, x: right["chain"](i, x) + 0.001}
 
     with pytest.raises(UserError, match=r"native-int8 computes something else: with 1 rows .* Nothing was timed"):
         check(change=break_answers)
@@ -193,7 +200,8 @@ def test_a_kernel_that_takes_wrong_turns_is_refused(check, monkeypatch):
 
 def test_rows_that_walk_few_paths_are_refused(check):
     def make_alike(worker):
-        worker.inputs = np.broadcast_to(worker.inputs[:1], worker.inputs.shape)
+        inputs = np.load(worker.folder / "inputs.npy")
+        np.save(worker.folder / "inputs.npy", np.broadcast_to(inputs[:1], inputs.shape))
 
     with pytest.raises(UserError, match=r"end in only 12% of a tree's leaves.*Nothing was timed"):
         check(change=make_alike)
@@ -204,16 +212,16 @@ def test_rows_near_a_turn_are_not_compared_and_too_few_others_are_refused():
     found = y.copy()
     found[0] = 7
     margin = np.array([1e-6, 1.0, 1.0, 1.0])
-    assert check_answers("it", 4, found, x, Answers(y, margin), 1e-4) == 0
+    assert check_answers("it", 4, found, x, RightAnswers(y, margin), 1e-4) == 0
     for wrong in (found + 1e-3, np.full_like(found, np.nan), found[:, :1]):
         with pytest.raises(UserError, match="it computes something else"):
-            check_answers("it", 4, wrong, x, Answers(y, margin), 1e-4)
+            check_answers("it", 4, wrong, x, RightAnswers(y, margin), 1e-4)
     with pytest.raises(UserError, match="only 1 are clear of a turn"):
-        check_answers("it", 4, found, x, Answers(y, margin * [1, 0, 0, 1]), 1e-4)
+        check_answers("it", 4, found, x, RightAnswers(y, margin * [1, 0, 0, 1]), 1e-4)
 
 
 def test_the_oracle_is_a_walk_down_the_tree(tmp_path):
-    write_job(tmp_path, SHAPE, (4,), 1, False)
+    write_job(tmp_path, TWO_TREES, False)
     arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")[:4]
     parts = (arrays[name] for name in ("tree_in", "tree_bias", "tree_out"))
     layers = [(Stored(w_in), bias, Stored(w_out)) for w_in, bias, w_out in zip(*parts, strict=True)]
@@ -236,7 +244,7 @@ def test_numpys_gelu_and_layer_are_near_the_exact_ones(tmp_path):
     found, wanted = z.copy(), np.array([0.5 * v * (1 + erf(v / 2**0.5)) for v in z.tolist()])
     gelu_in_place(found)
     np.testing.assert_allclose(found, wanted, atol=4e-5)
-    write_job(tmp_path, SHAPE, (64,), 0, False)
+    write_job(tmp_path, TWO_TREES, False)
     arrays, x = dict(np.load(tmp_path / "weights.npz")), np.load(tmp_path / "inputs.npy")
     for threads in (1, 2):
         np.testing.assert_allclose(NumpyDense(arrays, threads).chain(x), dense_chain(x, arrays).y, atol=2e-4)
@@ -257,32 +265,34 @@ def test_the_limit_counts_distinct_nodes_once():
     assert distinct_nodes(1, 11) == pytest.approx(12)
     assert distinct_nodes(128, 11) == pytest.approx(658, abs=1)  # as in the notes of the prototypes
     assert distinct_nodes(10**9, 3) == pytest.approx(15)
-    shape, machine = Layers(768, 11, 1, 4095, 12), {"read": 1e10, "float32": 1e11, "bfloat16": 2e11}
-    assert work("native", 1, shape) == pytest.approx((12 * 2 * 768 * 4 + 2 * 768 * 4, 48 * 768))
-    assert work("native-int8-exact", 1, shape)[0] == pytest.approx(12 * 768 * 5 + 2 * 768 * 4)
-    assert work("torch-bf16", 1, shape) == (2 * 4095 * 768 * 2 + 2 * 768 * 4, 4 * 4095 * 768)
-    assert limit("jax", 4096, shape, machine) == 4096 * 4 * 4095 * 768 / 1e11
-    assert limit("torch-int8", 1, shape, machine) is None
+    options, machine = BenchLayerOptions(), {"read": 1e10, "float32": 1e11, "bfloat16": 2e11}
+    assert work("native", 1, options)[:2] == pytest.approx((12 * 2 * 768 * 4 + 2 * 768 * 4, 48 * 768))
+    assert work("native-int8-exact", 1, options).bytes == pytest.approx(12 * 768 * 5 + 2 * 768 * 4)
+    assert work("native-int8-exact", 1, options).arithmetic == "float32"
+    assert work("torch-bf16", 1, options) == (2 * 4095 * 768 * 2 + 2 * 768 * 4, 4 * 4095 * 768, "bfloat16")
+    assert limit(work("jax", 4096, options), machine) == 4096 * 4 * 4095 * 768 / 1e11
+    assert limit(work("torch-int8", 1, options), machine) is None
     assert [type_of(name) for name in ("jax", "jax-bf16", "torch-int8")] == ["float32", "bfloat16", "int8"]
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("fields", "said"),
     [
-        (("--rows", "0"), "rows are numbers from 1 on"),
-        (("--layers", "0"), "layers is 0"),
-        (("--seconds-a-block", "0"), "seconds_a_block must be above 0"),
-        (("--plot", "a.gif"), "must end in .svg or .png"),
+        ({"rows": (0,)}, "rows are numbers from 1 on"),
+        ({"layers": 0}, "layers is 0"),
+        ({"seconds_a_block": 0.0}, "seconds_a_block must be above 0"),
+        ({"seconds_a_block": float("nan")}, "seconds_a_block must be above 0"),
+        ({"plot": "a.gif"}, "must end in .svg or .png"),
     ],
 )
-def test_wrong_options_are_a_sentence(args, said):
+def test_wrong_options_are_a_sentence(fields, said):
     with pytest.raises(UserError, match=said):
-        parse([*args])
+        BenchLayerOptions(**fields)
 
 
 def test_a_report_without_a_folder_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match=r"There is no folder .*nowhere to write"):
-        layer_command(["--json", str(tmp_path / "nowhere" / "report.json")])
+        run_layer(BenchLayerOptions(json=str(tmp_path / "nowhere" / "report.json")))
 
 
 def test_exact_routing_adds_its_paths_once():
@@ -299,4 +309,4 @@ def test_without_kernels_the_rest_is_timed_and_none_at_all_is_a_sentence(monkeyp
     with pytest.raises(
         UserError, match="None of the paths can be used; there are no native kernels: there is no compiler"
     ):
-        layer.race(Path(tmp_path), parse([*SMALL, "--paths", "native"]), False)
+        layer.measure(BenchLayerOptions(**SMALL, paths=("native",)), False)

@@ -3,12 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from ufbert.bench.command import parse
-from ufbert.bench.contest import Contestant, Ratio, check_losses, paired_ratio
+from ufbert.bench.harness import Missing, Ratio, WorkerProcess, paired_ratio
+from ufbert.bench.train import PEER_SCRIPT, check_losses, check_options
+from ufbert.cli import parse
+from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
+from ufbert.options.bench import BenchTrainOptions
+from ufbert.pretrain.budget import Budget
+from ufbert.pretrain.resolve import local_platform, resolve
 
 SMALL = (
     "--scale", "tiny", "--model.d-model", "32", "--model.n-heads", "2", "--model.d-hidden", "48", "--model.vocab-size", "64",
@@ -16,16 +22,12 @@ SMALL = (
 )  # fmt: skip
 
 FAKE = """
-import json, sys
+import sys
 sys.path[:0] = {path!r}
 from pathlib import Path
-from ufbert.bench import worker
-print(json.dumps({{"ready": "a fake"}}), flush=True)
-real = worker.answer(Path(sys.argv[1]))
-for line in sys.stdin:
-    asked = json.loads(line)
-    losses = real(asked["first"], asked["updates"])
-    print(json.dumps({{"losses": [loss * {factor} for loss in losses]}}), flush=True)
+from ufbert.bench import train, worker
+step = train.make_step(Path(sys.argv[1]))
+worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: step(i) * {factor})))
 """
 """A peer that trains with our own step and multiplies the losses."""
 
@@ -85,7 +87,7 @@ def test_a_peer_that_answers_a_wrong_loss_is_not_timed(fake_peer, tmp_path):
 def test_a_loss_that_drifts_or_is_no_number_is_refused():
     assert check_losses("peer", [9.0, 8.0004], [9.0, 8.0]) == pytest.approx(5e-5)
     for wrong in (8.002, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"after 1 updates .* Nothing was timed"):
+        with pytest.raises(UserError, match=r"after 1 steps .* Nothing was timed"):
             check_losses("peer", [9.0, wrong], [9.0, 8.0])
 
 
@@ -107,46 +109,84 @@ def test_the_ratio_is_the_median_of_paired_blocks():
     ],
 )
 def test_a_peer_that_fails_is_reported_in_its_own_words(tmp_path, code, said):
-    with Contestant("peer", [sys.executable, "-c", code], tmp_path) as peer, pytest.raises(UserError, match=said):
+    with WorkerProcess("peer", [sys.executable, "-c", code], tmp_path) as peer, pytest.raises(UserError, match=said):
         peer.wait_ready()
+
+
+def test_an_error_behind_a_message_ends_the_peer_with_a_sentence(tmp_path):
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from ufbert.bench.worker import serve\n"
+        "serve(lambda *_: ('a fake', {'time': lambda first: {'seconds': 1 / first}}))"
+    )
+    with WorkerProcess("peer", [sys.executable, "-c", code, "x", "peer", "1"], tmp_path) as peer:
+        peer.wait_ready()
+        assert peer.ask("time", "seconds", first=2) == {"seconds": 0.5}
+        with pytest.raises(UserError, match="peer failed: ZeroDivisionError: division by zero"):
+            peer.ask("time", "seconds", first=0)
+        with pytest.raises(UserError, match="peer failed"):
+            peer.ask("time", "seconds", first=1)
 
 
 def test_an_interpreter_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"Cannot start torch with .*nowhere"):
-        Contestant("torch", [str(tmp_path / "nowhere")], tmp_path)
+        WorkerProcess("torch", [str(tmp_path / "nowhere")], tmp_path)
+
+
+def test_the_torch_peer_says_that_its_interpreter_has_no_torch(tmp_path):
+    # This environment has no torch, on purpose.
+    with (
+        WorkerProcess("torch", [sys.executable, str(PEER_SCRIPT), "x", "torch", "1"], tmp_path) as peer,
+        pytest.raises(Missing, match=r"torch is not there: .* cannot import torch"),
+    ):
+        peer.wait_ready()
+
+
+def options_of(preset: str, **train) -> BenchTrainOptions:
+    run = load_preset(preset)
+    return BenchTrainOptions(
+        peer_python="python", config=preset, model=run.model, train=replace(run.train, **train), data=run.data
+    )
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("preset", "train", "said"),
     [
-        (("--config", "original_fff"), "model.feedforward"),
-        (("--config", "ultrafastbert_symmetric"), "model.tree_activation"),
-        (("--config", "bert_base"), "model.norm"),
-        (("--config", "crammed_rope"), "model.positions"),
-        (("--train.optimizer", "muon"), "train.optimizer"),
-        (("--train.mask-rate", "0.3", "0.15"), "train.mask_rate"),
-        (("--blocks", "0"), "blocks is 0"),
+        ("original_fff", {}, "model.feedforward"),
+        ("ultrafastbert_symmetric", {}, "model.tree_activation"),
+        ("bert_base", {}, "model.norm"),
+        ("crammed_rope", {}, "model.positions"),
+        ("crammed_bert", {"optimizer": "muon"}, "train.optimizer"),
+        ("crammed_bert", {"mask_rate": (0.3, 0.15)}, "train.mask_rate"),
     ],
 )
-def test_a_model_that_the_peer_is_not_is_refused(args, said):
+def test_a_model_that_the_peer_is_not_is_refused(preset, train, said):
     with pytest.raises(UserError, match=said):
-        parse([*args, "--peer-python", "python"])
+        check_options(options_of(preset, **train))
+
+
+def test_the_peers_models_are_accepted():
+    for preset in ("crammed_bert", "ultrafastbert_1x11"):
+        check_options(options_of(preset))
+    with pytest.raises(UserError, match="blocks is 0"):
+        BenchTrainOptions(blocks=0)
 
 
 def test_there_must_be_something_to_time_beside():
     with pytest.raises(UserError, match="--peer-python"):
-        parse([])
+        check_options(BenchTrainOptions())
     with pytest.raises(UserError, match="crammed_bert has none"):
-        parse(["--beside", "gather"])
+        check_options(BenchTrainOptions(beside=("gather",)))
 
 
 def test_sizes_come_from_the_scale_and_single_fields_win():
-    run = parse(["--peer-python", "python", "--model.vocab-size", "512"]).run
-    assert (run.model.d_model, run.model.n_layers, run.model.vocab_size, run.model.dtype) == (256, 4, 512, "float32")
+    options, given = parse(BenchTrainOptions, ["--peer-python", "python", "--model.vocab-size", "512"], "bench train")
+    model = resolve(options, given, Budget(steps=1), local_platform("cpu")).run.model
+    assert (model.d_model, model.n_layers, model.vocab_size) == (256, 4, 512)
 
 
 def test_help_names_the_kinds_and_an_unknown_kind_is_a_sentence():
     assert "train" in bench("--help").stdout
     wrong = bench("tarin")
     assert wrong.returncode == 2
-    assert "There is no benchmark 'tarin'" in wrong.stderr
+    assert "There is no verb 'bench tarin'; did you mean bench train?" in wrong.stderr

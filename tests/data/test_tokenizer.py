@@ -114,6 +114,7 @@ def test_stored_truncation_and_padding_do_not_touch_the_rows(tmp_path, corpus_fi
 
 def test_a_tokenizer_given_to_train_is_made_fit(tmp_path, corpus_file):
     from ufbert.pretrain.command import TrainOptions
+
     from ufbert.pretrain.run import _locate
 
     trained, path = train_wordpiece(["the cat sees the dog"], 60), tmp_path / "tokenizer.json"

@@ -165,8 +165,8 @@ def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json, line 2: broken JSON"),
-        ("toy.json", '{"train": "a", "train": "b"}', "broken JSON .the key 'train' stands there twice"),
+        ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json is not readable JSON: .* in line 2"),
+        ("toy.json", '{"train": "a", "train": "b"}', "not readable JSON: the key 'train' stands there twice"),
         ("toy.json", "[1]", "must be an object with some of name, train"),
         ("toy.json", "\udcff", "is not UTF-8"),
         ("toy.py", "TASKS = {}", "does not describe a task"),
@@ -174,8 +174,8 @@ def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
         ("toy.py", "TASK = {", "fails with SyntaxError"),
         ("toy.py", None, "Cannot read .*: No such file"),
         ("toy.json", None, r"There is no file .*toy\.json"),
-        ("toy.json", '{"labels": [NaN]}', "broken JSON .'NaN' is not a finite number"),
-        ("toy.json", "[" * 100_000, "broken JSON"),
+        ("toy.json", '{"labels": [NaN]}', "not readable JSON: 'NaN' is not a finite number"),
+        ("toy.json", "[" * 100_000, "not readable JSON"),
         ("toy.py", "raise SystemExit(3)", "fails with SystemExit: 3"),
     ],
 )

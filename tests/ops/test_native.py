@@ -401,7 +401,7 @@ def test_right_shapes_pass_and_unknown_activations_do_not(name, args):
 
 
 def test_a_call_without_kernels_says_why(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr("ufbert.ops.native.calls.unavailable", lambda: "there is no compiler")
     x, *weights = draw_tree(0, 2, 1, 1, 4)
     with pytest.raises(build.CannotBuild, match="there is no compiler"):
         native.tree_forward(*map(jnp.asarray, (x, *weights)))

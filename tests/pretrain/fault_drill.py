@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from ufbert.runtime.files import read_jsonl
+from ufbert.runtime.metrics import read_records
 
 REPO = Path(__file__).parents[2]
 
@@ -94,7 +94,7 @@ class Drill:
     @property
     def spent(self) -> float:
         sessions: dict[int, float] = {}
-        for record in read_jsonl(self.folder / "ledger.jsonl"):
+        for record in read_records(self.folder / "ledger.jsonl"):
             sessions[record["session"]] = max(record["spent"], sessions.get(record["session"], 0.0))
         return sum(sessions.values())
 
@@ -143,7 +143,7 @@ def drill_seconds(folder: Path, options: list[str], budget: float, kills: int, s
 
 def report(drill: Drill) -> bool:
     """Print how a drill ended; whether it failed."""
-    sessions = len({r["session"] for r in read_jsonl(drill.folder / "ledger.jsonl")})
+    sessions = len({r["session"] for r in read_records(drill.folder / "ledger.jsonl")})
     verdict = "; ".join(drill.problems) or "good"
     print(f"{drill.folder.name}: {sessions} charged sessions, {drill.spent:.1f} s spent: {verdict}", flush=True)
     return bool(drill.problems)

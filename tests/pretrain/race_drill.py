@@ -28,8 +28,8 @@ from fault_drill import REPO, sentences
 from ufbert.errors import UserError
 from ufbert.pretrain.budget import Ledger, WallClock
 from ufbert.runtime.claim import claimed, claimed_new, new_folder
-from ufbert.runtime.files import read_jsonl, write_json
-from ufbert.runtime.metrics import JsonlWriter
+from ufbert.runtime.files import write_json
+from ufbert.runtime.metrics import JsonlWriter, read_records
 
 STEPS = 60
 
@@ -44,7 +44,7 @@ def pretend(how: str, folder: Path, seed: int) -> None:
         elif not (folder / "config.json").is_file():
             raise UserError(f"There is no run in {folder} to resume.")
         ledger = Ledger(folder / "ledger.jsonl")
-        done = max((record["step"] for record in read_jsonl(folder / "metrics.jsonl")), default=0)
+        done = max((record["step"] for record in read_records(folder / "metrics.jsonl")), default=0)
         metrics = JsonlWriter(folder / "metrics.jsonl", done if ledger.sessions else None)
         ledger.start(WallClock(100.0))
         for step in range(done + 1, done + STEPS + 1):
@@ -102,7 +102,7 @@ def race(start, how: str, folder: Path, count: int, within: float, rng: random.R
 
 def mixed(folder: Path, sessions: dict[int, float], seed: int | None, new: int = 1) -> list[str]:
     """What shows that more than one process wrote at a time: in metrics, ledger, configuration, and what is left."""
-    records = [record for record in read_jsonl(folder / "metrics.jsonl") if "loss" in record]
+    records = [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     problems = []
     if [record["step"] for record in records] != list(range(1, len(records) + 1)) or len(lines) < len(records):
@@ -114,8 +114,8 @@ def mixed(folder: Path, sessions: dict[int, float], seed: int | None, new: int =
     found = Ledger(folder / "ledger.jsonl").sessions
     if len(found) != len(sessions) + new:
         problems.append(f"{folder}: {len(found)} sessions in the ledger, {len(sessions)} before")
-    each = Counter((r["session"], r["spent"]) for r in read_jsonl(folder / "ledger.jsonl"))
-    order = [r["session"] for r in read_jsonl(folder / "ledger.jsonl")]
+    each = Counter((r["session"], r["spent"]) for r in read_records(folder / "ledger.jsonl"))
+    order = [r["session"] for r in read_records(folder / "ledger.jsonl")]
     if order != sorted(order) or max(each.values()) > 2:
         problems.append(f"{folder}: sessions of the ledger are mixed")
     configured = json.loads((folder / "config.json").read_text())["seed"]
@@ -151,7 +151,7 @@ def drill(start, name: str, folder: Path, tries: int, counts: tuple[int, ...], w
 def prepare(start, folder: Path) -> None:
     """A run to resume: what a kill leaves of one that has trained for a while."""
     process = start("new", folder, 77)
-    while len(read_jsonl(folder / "metrics.jsonl")) < 20 and process.poll() is None:
+    while len(read_records(folder / "metrics.jsonl")) < 20 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.communicate()

@@ -17,15 +17,15 @@ from safetensors.numpy import load_file
 from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
-from ufbert.runtime.files import read_jsonl
+from ufbert.runtime.metrics import read_records
 
 
 def losses(folder):
-    return [record["loss"] for record in read_jsonl(folder / "metrics.jsonl") if "loss" in record]
+    return [record["loss"] for record in read_records(folder / "metrics.jsonl") if "loss" in record]
 
 
 def heldout(folder):
-    return [record["heldout_loss"] for record in read_jsonl(folder / "metrics.jsonl") if "heldout_loss" in record]
+    return [record["heldout_loss"] for record in read_records(folder / "metrics.jsonl") if "heldout_loss" in record]
 
 
 def test_a_run_learns_and_leaves_what_it_promises(run_folder):
@@ -36,13 +36,13 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
     assert summary["heldout_loss"] == heldout(run_folder)[-1] == min(heldout(run_folder))
     assert summary["gain_over_unigram"] > 0.1
     assert len(heldout(run_folder)) == 6
-    rates = [r["lr"] for r in read_jsonl(run_folder / "metrics.jsonl") if "lr" in r]
+    rates = [r["lr"] for r in read_records(run_folder / "metrics.jsonl") if "lr" in r]
     assert rates[0] == pytest.approx(0.25 * max(rates), rel=0.01)
     assert rates[-1] == pytest.approx(4 / 80 * max(rates))
     report = (run_folder / "report.html").read_text()
     assert "<svg" in report
     assert "dead subtrees" in report
-    usage = [r["usage"] for r in read_jsonl(run_folder / "metrics.jsonl") if "usage" in r]
+    usage = [r["usage"] for r in read_records(run_folder / "metrics.jsonl") if "usage" in r]
     assert len(usage) == 6
     assert usage[-1].keys() == {"layer_00", "layer_01"}
     assert all(0 < layer["leaves_in_use"] <= layer["nodes_visited"] <= 1 for layer in usage[-1].values())
@@ -103,7 +103,7 @@ def whole(corpus_file, tmp_path_factory):
 
 
 def events(folder, name):
-    return [r for r in read_jsonl(folder / "metrics.jsonl") if r.get("event") == name]
+    return [r for r in read_records(folder / "metrics.jsonl") if r.get("event") == name]
 
 
 def test_kill_and_resume_ends_in_equal_bits(whole, corpus_file, tmp_path):
@@ -133,7 +133,7 @@ def test_a_signal_saves_says_so_and_resumes_in_equal_bits(whole, corpus_file, tm
     (step,) = {r["step"] for r in events(cut, "interrupted")}
     assert (cut / "checkpoints" / str(step)).is_dir()
     finish(start(["--resume", f"--out={cut}"]))
-    assert sum("loss" in record for record in read_jsonl(cut / "metrics.jsonl")) == 200  # none was done twice
+    assert sum("loss" in record for record in read_records(cut / "metrics.jsonl")) == 200  # none was done twice
     assert losses(cut) == losses(whole)
     equal_weights(whole, cut)
 
@@ -206,7 +206,7 @@ def test_two_processes_train_one_model(short, corpus_file, tmp_path):
     finish(start(["--resume", f"--out={folder}"]))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 120
-    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 121))
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 121))
     np.testing.assert_allclose(losses(folder)[:20], losses(short)[:20], atol=1e-4)
     assert summary["heldout_loss"] == pytest.approx(
         json.loads((short / "summary.json").read_text())["heldout_loss"], abs=0.05
@@ -234,7 +234,7 @@ def test_updates_that_are_not_finite_are_skipped_and_the_run_goes_back(corpus_fi
     (event,) = events(folder, "rolled back")
     assert 0 < event["to_step"] <= 50
     assert "the weights go back to those of step" in capsys.readouterr().out
-    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("skipped")] == [52, 53, 54, 55]
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r.get("skipped")] == [52, 53, 54, 55]
 
 
 def test_a_run_that_stays_broken_is_given_up_in_a_sentence(corpus_file, tmp_path, command):
@@ -303,7 +303,7 @@ def test_the_modern_recipe_trains_and_keeps_the_better_weights(corpus_file, tmp_
     summary = call("train", args)
     assert summary["heldout_loss"] < heldout(folder)[0] - 1.5
     assert summary["heldout_loss"] == min(summary["averaged_heldout_loss"], summary["last_heldout_loss"])
-    rates = [r["mask_rate"] for r in read_jsonl(folder / "metrics.jsonl") if "mask_rate" in r]
+    rates = [r["mask_rate"] for r in read_records(folder / "metrics.jsonl") if "mask_rate" in r]
     assert rates == [0.3] * 20 + [0.25] * 20 + [0.2] * 20 + [0.15] * 20
     (board,) = (folder / "tensorboard").iterdir()
     text = board.read_bytes()
@@ -336,11 +336,11 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(corpus_file, tmp_
 def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     folder = tmp_path / "run"
     process = start(["--budget=20s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])
-    signal_when(process, lambda: len(read_jsonl(folder / "ledger.jsonl")) > 7)
-    before = max(record["spent"] for record in read_jsonl(folder / "ledger.jsonl"))
+    signal_when(process, lambda: len(read_records(folder / "ledger.jsonl")) > 7)
+    before = max(record["spent"] for record in read_records(folder / "ledger.jsonl"))
     finish(start(["--resume", f"--out={folder}"]))
     sessions: dict[int, float] = {}
-    for record in read_jsonl(folder / "ledger.jsonl"):
+    for record in read_records(folder / "ledger.jsonl"):
         sessions[record["session"]] = max(record["spent"], sessions.get(record["session"], 0.0))
     assert sessions[1] == before
     summary = json.loads((folder / "summary.json").read_text())
@@ -348,7 +348,7 @@ def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     assert (
         before < summary["spent_seconds"] <= round(sum(sessions.values()), 2) + 0.01
     )  # the ledger's last line is later
-    updates = [r for r in read_jsonl(folder / "metrics.jsonl") if "lr" in r]
+    updates = [r for r in read_records(folder / "metrics.jsonl") if "lr" in r]
     assert all(r["spent"] < 20.0 for r in updates[:-2])  # none begins after that; test_reserve.py holds the end itself
     # Killed once more after all was spent, before the model was saved: the model is made of the last checkpoint.
     (folder / "summary.json").unlink()
@@ -367,7 +367,7 @@ def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
     call("train", [*common, f"--out={tmp_path / 'micro'}", "--train.micro-rows=4"])
     model = load_model(tmp_path / "micro" / "model")
     assert np.isfinite(losses(tmp_path / "micro")).all()
-    rows = [r["rows"] for r in read_jsonl(tmp_path / "micro" / "metrics.jsonl") if "rows" in r]
+    rows = [r["rows"] for r in read_records(tmp_path / "micro" / "metrics.jsonl") if "rows" in r]
     assert rows == [8] * 6
     assert model.config.d_model == 32
 
@@ -375,7 +375,7 @@ def test_updates_accumulate_micro_batches(corpus_file, tmp_path):
 def test_short_pieces_come_first_and_change_only_the_shape(corpus_file, tmp_path):
     common = ["--budget=8steps", f"--corpus=text:{corpus_file}", *SMALL, "--data.short-len=8"]
     call("train", [*common, f"--out={tmp_path / 'run'}", "--data.short-until=0.5"])
-    records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "rows" in r]
+    records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if "rows" in r]
     assert [r["rows"] for r in records] == [8] * 8
     assert [r["length"] for r in records] == [8] * 4 + [32] * 4
     assert [r["tokens"] for r in records] == [256 * i for i in range(1, 9)]
@@ -415,7 +415,9 @@ def small_disk(tmp_path):
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root; tests/test_checkpoint.py refuses a write without one")
+        pytest.skip(
+            "mounting a small file system needs root; tests/pretrain/test_checkpoint.py refuses a write without one"
+        )
     yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     subprocess.run(["umount", "-l", str(place)], check=True)
 

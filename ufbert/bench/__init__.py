@@ -1,1 +1,1 @@
-"""Speed measured against named peers: answers are checked first, then blocks of work alternate between the processes."""
+"""Benchmarks against others, which time nothing before both sides are known to compute the same."""

@@ -1,9 +1,17 @@
-"""Whole encoders on this CPU against the dense BERT of others: who takes part, the gates, and the rounds of blocks."""
+"""How many times as fast are our encoders on this CPU, from ids to hidden states, as the dense BERT that others
+compute?
+
+Ours are BERT, BERT with trees, and that with Fourier mixing, by the engine behind `Predictor`; the peers are BERT in
+ONNX Runtime and PyTorch. All weights are random, so a ratio between different models says what their arithmetic is
+worth and nothing about quality. How to read the answer: each shape has a table of times and ratios, and one of where
+our time goes. Compare our dense BERT with a peer for the engine alone, and our trees with our dense BERT for the trees
+alone.
+"""
 
 import os
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,128 +19,208 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.bench.contest import Contestant, machine_facts
-from ufbert.bench.encoder_job import BATCHES, configs, parse_shape, write_job
-from ufbert.bench.encoder_options import BenchEncoderOptions
-from ufbert.bench.encoder_report import shape_report
-from ufbert.bench.layer import PAUSE, calls_for, note_missing, run_block
-from ufbert.bench.layer_gates import LEAVES, Ask, type_of
+from ufbert.bench.encoder_job import Shape, configs, parse_shape, work, write_job
+from ufbert.bench.harness import Entry, WorkerProcess, load, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.layer import PLACES
+from ufbert.bench.layer_gates import LEAVES
+from ufbert.bench.report import case_report, figures, page, require_folders, table, type_of, write_files
 from ufbert.errors import UserError
 from ufbert.ops import native
+from ufbert.options.bench import BenchEncoderOptions
+from ufbert.report.page import markdown_grid
+from ufbert.runtime.device import usable_threads, use_device
 
 PEER_SCRIPT = Path(__file__).parent / "encoder_peer.py"
 TOLERANCE = 1e-4
-"""Largest absolute difference of our float32 answers from the training graph's, for tokens whose turns are clear."""
+"""Largest absolute difference of our float32 answers from the training graph's, for tokens with clear routing decisions."""
 UNCLEAR = 0.01
 """Largest share of other tokens."""
-NARROW = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.4}
-"""Largest relative error of narrow weights, a median over tokens, and of peers. Twelve layers of random weights add up
-rounding more than trained ones do; it is printed."""
+RELATIVE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.4}
+"""Largest relative error by type, a median over tokens. Twelve layers of random weights add up rounding more than trained ones
+do; it is printed."""
 
 
-def race(folder: Path, options: BenchEncoderOptions) -> dict[str, Any]:
-    """Check, then time every contestant, and report.
+def run_encoder(options: BenchEncoderOptions) -> None:
+    """Print tables, and write a JSON file and a picture if asked.
 
-    Raises UserError if a contestant fails or computes something else; then nothing has been timed.
+    Raises UserError if a process fails or computes something else.
     """
-    machine, shapes = machine_facts(), [parse_shape(one) for one in dict.fromkeys(options.shapes)]
-    longest = max(options.fourier_len, *(shape.tokens for shape in shapes))
-    models = configs(
-        options.layers, options.d_model, options.vocab_size, options.tree_depth, longest, options.fourier_len
-    )
-    write_job(folder, models, tuple({*shapes, parse_shape(f"1x{options.fourier_len}")}), options.seed)
-    if why := native.unavailable():
-        raise UserError(f"The engine needs the native kernels, and there are none: {why}.")
-    with ExitStack() as running:
-        names = list(dict.fromkeys(options.ours))
-        ours, peers, missing = line_up(folder, options, [*dict.fromkeys([*names, "dense-float32"])], running)
-        checked = check_everything(folder, ours, names, peers, f"1x{options.fourier_len}")
-        machine |= ours.ask({"do": "machine"}, "read")
-        found, parts = {}, {}
-        for shape in shapes:
-            timed = [name for name in names if not name.startswith("fourier") or shape.tokens == options.fourier_len]
-            found[str(shape)] = time_shape([*((ours, name) for name in timed), *peers], str(shape), options)
-            parts[str(shape)] = {
-                name: ours.ask({"do": "parts", "name": name, "shape": str(shape)}, "parts")["parts"] for name in timed
-            }
-        starts = {name: ours.ask({"do": "load time", "name": name}, "seconds") for name in names}
+    require_folders(options.json, options.plot)
+    use_device("cpu")
+    report = measure(options)
+    print(text(report))
+    write_files(report, options, draw)
+
+
+def measure(options: BenchEncoderOptions) -> dict[str, Any]:
+    """Check, then time every entry, and return the report.
+
+    Raises UserError if a process fails or computes something else; then nothing has been timed.
+    """
+    machine, threads = machine_facts(), usable_threads(options.threads)
+    gate_shape = Shape(1, options.fourier_len)
+    shapes = [parse_shape(shape) for shape in dict.fromkeys(options.shapes)]
+    names = list(dict.fromkeys(options.ours))
+    if reason := native.unavailable():
+        raise UserError(f"The engine needs the native kernels, and there are none: {reason}.")
+    peer_program = (options.peer_python or sys.executable, options.peer_script or str(PEER_SCRIPT))
+    programs = {"ufbert": our_program("encoder_ours"), **dict.fromkeys(options.peers, peer_program)}
+    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
+        folder = Path(name)
+        write_job(folder, configs(options), list(dict.fromkeys([*shapes, gate_shape])), options.seed)
+        # Peers are compared with our dense BERT, which is therefore computed even if it is not timed.
+        entries = list(dict.fromkeys([*names, "dense-float32"]))
+        processes, missing = start_processes(programs, folder, threads, running, entries)
+        facts = {name: process.facts for name, process in processes.items()}
+        ours = processes.pop("ufbert")
+        peers = [Entry(process, name) for name, process in processes.items()]
+        checked = check_ours(ours, names, str(gate_shape)) | check_peers(folder, ours, peers, gate_shape)
+        machine |= ours.ask("machine", "read")
+        cases = [time_case(ours, peers, shape, options, machine) for shape in shapes]
+        starts = {name: ours.ask("load_time", "seconds", name=name) for name in names}
+    job = {name: value for name, value in asdict(options).items() if name not in PLACES}
     return {
         "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": {k: v for k, v in asdict(options).items() if k not in ("peer_python", "peer_script", "json", "plot")}
-        | {"used_threads": options.used_threads},
-        "facts": {one.name: one.facts for one in [ours, *(peer for peer, _ in peers)]},
-        "missing": missing,
-        "checked": checked,
-        "starts": starts,
-        "shapes": [
-            shape_report(shape, found[str(shape)], parts[str(shape)], models, names, machine) for shape in shapes
-        ],
-    }
+        "job": job | {"used_threads": threads},
+        "facts": facts, "missing": missing, "checked": checked, "starts": starts, "shapes": cases,
+    }  # fmt: skip
 
 
-def line_up(
-    folder: Path, options: BenchEncoderOptions, names: list[str], running: ExitStack
-) -> tuple[Contestant, list[Ask], dict[str, str]]:
-    """Our process and the peers', which end with `running`; and why some are missing. Raises UserError if one fails."""
-    threads, missing = str(options.used_threads), {}
-    variables = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = dict.fromkeys(variables, threads)
-    script = options.peer_script or str(PEER_SCRIPT)
-    commands = {"ufbert": [sys.executable, "-m", "ufbert.bench.encoder_ours", str(folder), threads, *names]}
-    for peer in dict.fromkeys(options.peers):
-        commands[peer] = [options.peer_python or sys.executable, script, str(folder), peer, threads]
-    there = []
-    for name, command in commands.items():  # one after the other: each needs both cores to get ready
-        with note_missing(name, missing):
-            one = running.enter_context(Contestant(name, command, folder, environment))
-            one.wait_ready()
-            there.append(one)
-    return there[0], [(one, one.name) for one in there[1:]], missing
-
-
-def check_everything(
-    folder: Path, ours: Contestant, names: Sequence[str], peers: list[Ask], shape: str
-) -> dict[str, dict[str, float]]:
-    """What the gates found, by name. Raises UserError if a contestant is wrong, or if tokens take few routes."""
+def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[str, dict[str, float]]:
+    """Return what the gates measured, by name. Raises UserError if an engine is wrong, or if tokens take few routes."""
     checked: dict[str, dict[str, float]] = {}
     for name in names:
-        found = ours.ask({"do": "gate", "name": name, "shape": shape}, "error")
-        if type_of(name) == "float32" and not found["error"] <= TOLERANCE:
-            raise UserError(f"{name} is off by {found['error']:.1e} from the training graph. Nothing was timed.")
-        if not found["relative"] <= NARROW[type_of(name)]:
-            raise UserError(f"{name} is off by {found['relative']:.1%} from the training graph. Nothing was timed.")
-        if found["unclear"] > UNCLEAR:
-            raise UserError(f"{found['unclear']:.1%} of {name}'s tokens turn by a hair's breadth. Nothing was timed.")
-        if found["leaves"] < LEAVES:
+        gate = ours.ask("gate", "relative", name=name, shape=shape)
+        if type_of(name) == "float32" and not gate["error"] <= TOLERANCE:
+            raise UserError(f"{name} is off by {gate['error']:.1e} from the training graph. Nothing was timed.")
+        if not gate["relative"] <= RELATIVE[type_of(name)]:
+            raise UserError(f"{name} is off by {gate['relative']:.1%} from the training graph. Nothing was timed.")
+        if gate["unclear"] > UNCLEAR:
+            raise UserError(f"{gate['unclear']:.1%} of {name}'s tokens turn by a hair's breadth. Nothing was timed.")
+        if gate["leaves"] < LEAVES:
             raise UserError(
-                f"{name}'s tokens end in {found['leaves']:.0%} of the leaves that even turns would use; that would time a "
+                f"{name}'s tokens end in {gate['leaves']:.0%} of the leaves that even turns would use; that would time a "
                 "cache. Nothing was timed."
             )
-        checked[name] = found
-    wanted = np.load(folder / ours.ask({"do": "check", "name": "dense-float32", "shape": shape}, "file")["file"])
-    for peer, name in peers:
-        y = np.load(folder / peer.ask({"do": "check", "name": name, "shape": shape}, "file")["file"])
-        if y.shape != wanted.shape:
-            raise UserError(f"{name} answers {y.shape}, not {wanted.shape}. Nothing was timed.")
-        relative = float(np.median(np.linalg.norm(y - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)))
-        if not relative <= NARROW[type_of(name)]:
-            raise UserError(f"{name} computes another model: it is off by {relative:.1%}. Nothing was timed.")
-        checked[name] = {"relative": relative}
+        checked[name] = gate
     return checked
 
 
-def time_shape(everyone: list[Ask], shape: str, options: BenchEncoderOptions) -> dict[str, list[float]]:
-    """Seconds of a call by name, one number a block. Who begins a round changes from round to round."""
-    for contestant in {id(one): one for one, _ in everyone}.values():
-        contestant.ask({"do": "load", "shape": shape}, "batches")
-    trials = {one[1]: calls_for(one, "call", options.seconds_a_block) for one in everyone}
-    whole = options.blocks * sum(took + PAUSE for _, took in trials.values())
-    print(f"timing {shape}, about {whole:.0f} s", file=sys.stderr, flush=True)
-    found: dict[str, list[float]] = {name: [] for _, name in everyone}
-    for block in range(options.blocks):
-        turn = block % len(everyone)
-        for contestant, name in (*everyone[turn:], *everyone[:turn]):
-            time.sleep(PAUSE)
-            calls = trials[name][0]
-            found[name].append(run_block((contestant, name), "call", block * calls % BATCHES, calls) / calls)
-    return found
+def check_peers(folder: Path, ours: WorkerProcess, peers: Sequence[Entry], shape: Shape) -> dict[str, dict[str, float]]:
+    """Return how far the peers are from our dense BERT, by name. Raises UserError if a peer computes another model."""
+    wanted = first_hidden(folder, Entry(ours, "dense-float32"), shape)
+    checked = {}
+    for peer in peers:
+        y = first_hidden(folder, peer, shape)
+        if y.shape != wanted.shape:
+            raise UserError(f"{peer.name} answers {y.shape}, not {wanted.shape}. Nothing was timed.")
+        relative = float(np.median(np.linalg.norm(y - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)))
+        if not relative <= RELATIVE[type_of(peer.name)]:
+            raise UserError(f"{peer.name} computes another model: it is off by {relative:.1%}. Nothing was timed.")
+        checked[peer.name] = {"relative": relative}
+    return checked
+
+
+def first_hidden(folder: Path, entry: Entry, shape: Shape) -> np.ndarray:
+    """Return an entry's hidden states (b, t, d) of the first batch."""
+    load([entry], f"{shape}.npy", shape.batch)
+    sample = list(range(shape.batch))
+    answer = entry.process.ask("check", "file", name=entry.name, work="call", batches=1, sample=sample)
+    return np.load(folder / answer["file"])
+
+
+def time_case(
+    ours: WorkerProcess, peers: Sequence[Entry], shape: Shape, options: BenchEncoderOptions, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Time one shape; return its report in seconds a call, with the `parts` of ours."""
+    models, fixed = configs(options), shape.tokens == options.fourier_len
+    names = [name for name in dict.fromkeys(options.ours) if fixed or not name.startswith("fourier")]
+    entries = [*(Entry(ours, name) for name in names), *peers]
+    load(entries, f"{shape}.npy", shape.batch)
+    times, _ = time_rounds(entries, {"call": options.seconds_a_block}, options.blocks, str(shape))
+    encoders = {name: models[name.split("-")[0] if name in names else "dense"] for name in times}
+    works = {name: work(config, type_of(name), shape) for name, config in encoders.items()}
+    report = case_report(times, works, names, machine)
+    tokens = shape.batch * shape.tokens
+    for name, contestant in report["contestants"].items():
+        contestant["tokens_per_second"] = tokens / contestant["call"]["median"]
+        is_ours = name in names
+        contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"] if is_ours else {}
+    return {"shape": str(shape), "tokens": tokens, **report}
+
+
+def parts_table(case: Mapping[str, Any]) -> str:
+    """Return where the time of ours goes: each part computed alone, and what is left."""
+    ours = {name: case["contestants"][name] for name in case["ratios"]}
+    kinds = list(dict.fromkeys(part for contestant in ours.values() for part in contestant["parts"]))
+    lines = []
+    for name, contestant in ours.items():
+        parts, call = contestant["parts"], contestant["call"]["median"]
+        cells = [f"{figures(parts[kind], 1e3)} ({parts[kind] / call:.0%})" if kind in parts else "" for kind in kinds]
+        lines.append([name, *cells, f"{1 - sum(parts.values()) / call:.0%}"])
+    return markdown_grid(["ms (share)", *kinds, "the rest"], lines, range(1, 2 + len(kinds)))
+
+
+def check_line(name: str, checked: Mapping[str, float]) -> str:
+    """Return what the gates measured of one entry."""
+    if "error" not in checked:
+        return f"{name}: off by {checked['relative']:.1e} from our dense float32 BERT, median over tokens."
+    line = f"{name}: off by {checked['relative']:.1e} from the training graph, median over tokens"
+    if type_of(name) == "float32":
+        line += f", at most {checked['error']:.0e} where turns are clear (all but {checked['unclear']:.2%})"
+    elif checked["changed"]:
+        line += f"; {checked['changed']:.2%} of the tokens take another way through a layer's tree"
+    leaves = checked["leaves"]
+    return line + (f"; {leaves:.0%} of the leaves that even turns would use." if leaves != 1 else ".")
+
+
+def start_line(name: str, start: Mapping[str, float]) -> str:
+    """Return how soon a model folder answers, and what it takes."""
+    memory = f", {start['memory'] / 1e6:,.0f} MB of memory" if start["memory"] else ""
+    return (
+        f"{name}: {start['seconds']:.2f} s from its folder to a first answer, {start['bytes'] / 1e6:,.0f} MB of weights"
+        f"{memory}."
+    )
+
+
+def text(report: dict[str, Any]) -> str:
+    """Return everything, in Markdown."""
+    job = report["job"]
+    sizes = (
+        f"Encoders of {job['layers']} layers x {job['d_model']}; trees of {2 ** (job['tree_depth'] + 1) - 1} neurons, "
+        f"{job['tree_depth'] + 1} used; {job['used_threads']} threads."
+    )
+    checks = [check_line(name, checked) for name, checked in report["checked"].items()]
+    starts = [start_line(name, start) for name, start in report["starts"].items()]
+    tables = []
+    for case in report["shapes"]:
+        speeds = table(case, "call", "ms a call", 1e3, "tokens/s", lambda c: f"{c['tokens_per_second']:,.0f}")
+        tables.append(f"### {case['shape']}: texts x tokens of a call\n\n{speeds}\n\n{parts_table(case)}")
+    return page(report, sizes, [*checks, *starts], tables)
+
+
+def draw(figure: Any, report: dict[str, Any]) -> None:
+    """Draw a bar for each contestant at each shape, ours with their parts, into a matplotlib figure."""
+    import matplotlib.patches
+
+    cases = report["shapes"]
+    figure.set_size_inches(4.2 * len(cases), 4.2)
+    kinds = list(dict.fromkeys(k for case in cases for c in case["contestants"].values() for k in c["parts"]))
+    colors = {kind: f"C{i}" for i, kind in enumerate(kinds)} | {"the rest": "0.75", "a peer": "0.45"}
+    for axis, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        names = list(case["contestants"])[::-1]
+        for y, name in enumerate(names):
+            parts, left = case["contestants"][name]["parts"], 0.0
+            whole = 1e3 * case["contestants"][name]["call"]["median"]
+            scale = min(1.0, whole / max(1e-9, 1e3 * sum(parts.values())))
+            for kind, seconds in parts.items():
+                axis.barh(y, 1e3 * seconds * scale, left=left, color=colors[kind], height=0.7)
+                left += 1e3 * seconds * scale
+            axis.barh(y, whole - left, left=left, color=colors["the rest" if parts else "a peer"], height=0.7)
+            axis.text(whole, y, f" {whole:.3g}", va="center", fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_xlabel("milliseconds a call")
+        axis.set_title(case["shape"], fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [matplotlib.patches.Patch(color=color, label=kind) for kind, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)

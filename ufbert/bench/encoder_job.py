@@ -1,7 +1,8 @@
-"""What the contestants of `ufbert bench encoder` compute: a dense BERT and encoders with trees, of random weights.
+"""The job of `ufbert bench encoder`: a dense BERT and encoders with trees, of random weights.
 
 The job folder has our model folders `dense`, `tree` and `fourier`; `dense-hf`, the same dense BERT for transformers;
-`dense-onnx/model.onnx`, for ONNX Runtime; and `BATCHxTOKENS.npy`, ids (r, b, t) int32 of r different batches for each shape.
+`dense-onnx/model.onnx`, for ONNX Runtime; and `BATCHxTOKENS.npy` for each shape, int32 ids (r * b, t) of r different
+batches. To read how good a time is, `work` says what a call must read and compute at least.
 """
 
 from dataclasses import replace
@@ -13,19 +14,22 @@ import numpy as np
 from tokenizers import Tokenizer, models, processors
 
 from ufbert import nn
+from ufbert.bench.report import BYTES, Work, distinct_nodes
 from ufbert.config import ModelConfig
 from ufbert.config.presets import load_preset
+from ufbert.cost.flops import forward_flops_per_token
 from ufbert.data.tokenizer import SPECIAL_TOKENS
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.hub.onnx_export import export_onnx
+from ufbert.options.bench import BenchEncoderOptions
 
 BATCHES = 8
 """Different batches of a shape: a call has others than the one before."""
 
 
 class Shape(NamedTuple):
-    """What a call computes."""
+    """The size of a call."""
 
     batch: int
     tokens: int
@@ -35,37 +39,40 @@ class Shape(NamedTuple):
 
 
 def parse_shape(text: str) -> Shape:
-    """BATCHxTOKENS. Raises ValueError."""
-    batch, tokens = map(int, text.split("x"))
-    if batch < 1 or tokens < 1:
-        raise ValueError(text)
-    return Shape(batch, tokens)
+    """Read BATCHxTOKENS, which the options have checked."""
+    return Shape(*map(int, text.split("x")))
 
 
-def configs(
-    layers: int, width: int, vocab_size: int, depth: int, longest: int, fourier_len: int
-) -> dict[str, ModelConfig]:
-    """The encoders by name. `tree` is BERT with UltraFastBERT's layers for its feedforwards, `fourier` that with Fourier mixing
-    for its attention, `dense` BERT itself."""
+def work(config: ModelConfig, kind: str, shape: Shape) -> Work:
+    """Return what a call must read and compute: the weights of `kind` of all layers, each once."""
+    tokens, d = shape.batch * shape.tokens, config.d_model
+    operations = tokens * forward_flops_per_token(config, shape.tokens, masked_trees=False, training=False)
+    weights = 0.0
+    for mixer, feedforward in config.layers:
+        weights += 4 * d * d if mixer == "attention" else 0
+        nodes = config.n_trees * distinct_nodes(tokens, config.tree_depth)
+        weights += 2 * d * (nodes if feedforward == "tree" else config.d_hidden)
+    return Work(weights * BYTES[kind], operations, kind)
+
+
+def configs(options: BenchEncoderOptions) -> dict[str, ModelConfig]:
+    """Return the encoders by name. `tree` is BERT with UltraFastBERT's layers for its feedforwards, `fourier` that with Fourier
+    mixing for its attention, `dense` BERT itself."""
+    width = options.d_model
+    longest = max(options.fourier_len, *(parse_shape(shape).tokens for shape in options.shapes))
     dense = replace(
-        load_preset("bert_base").model,
-        n_layers=layers,
-        d_model=width,
-        n_heads=max(1, width // 64),
-        d_hidden=4 * width,
-        vocab_size=vocab_size,
-        max_len=longest,
-        pooler_width=width,
-    )
-    tree = replace(dense, feedforward=("tree",), tree_depth=depth)
-    return {"dense": dense, "tree": tree, "fourier": replace(tree, mixer=("fourier",), fixed_len=fourier_len)}
+        load_preset("bert_base").model, n_layers=options.layers, d_model=width, n_heads=max(1, width // 64),
+        d_hidden=4 * width, vocab_size=options.vocab_size, max_len=longest, pooler_width=width,
+    )  # fmt: skip
+    tree = replace(dense, feedforward=("tree",), tree_depth=options.tree_depth)
+    return {"dense": dense, "tree": tree, "fourier": replace(tree, mixer=("fourier",), fixed_len=options.fourier_len)}
 
 
-def write_job(folder: Path, models_: dict[str, ModelConfig], shapes: tuple[Shape, ...], seed: int) -> None:
+def write_job(folder: Path, encoders: dict[str, ModelConfig], shapes: list[Shape], seed: int) -> None:
     """Draw weights and ids, and write the folder."""
-    vocab_size = models_["dense"].vocab_size
+    vocab_size = encoders["dense"].vocab_size
     tokenizer = numbered_words(vocab_size)
-    for number, (name, config) in enumerate(models_.items()):
+    for number, (name, config) in enumerate(encoders.items()):
         model = ModelFolder(config, nn.init(config, jax.random.key(seed + number), ()), tokenizer)
         save_model(folder / name, model)
         if name == "dense":
@@ -73,14 +80,14 @@ def write_job(folder: Path, models_: dict[str, ModelConfig], shapes: tuple[Shape
             export_onnx(model, folder / "dense-onnx")
     rng = np.random.default_rng(seed)
     for shape in shapes:
-        ids = rng.integers(len(SPECIAL_TOKENS), vocab_size, (BATCHES, *shape))
+        ids = rng.integers(len(SPECIAL_TOKENS), vocab_size, (BATCHES * shape.batch, shape.tokens))
         np.save(folder / f"{shape}.npy", ids.astype(np.int32))
 
 
 def numbered_words(vocab_size: int) -> Tokenizer:
-    """A tokenizer of so many words; nothing is tokenised, but a model folder has one."""
+    """Return a tokenizer of so many words; nothing is tokenised, but a model folder has one."""
     words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(vocab_size - len(SPECIAL_TOKENS)))]
-    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.add_special_tokens(list(SPECIAL_TOKENS))
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return made
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer

@@ -1,31 +1,28 @@
-"""A peer of `ufbert bench encoder`, run by an interpreter that has what it needs: PYTHON encoder_peer.py FOLDER KIND THREADS.
+"""The peers of `ufbert bench encoder`: the dense BERT of the job folder by others, run by an interpreter that has what
+they need.
 
-KIND is `onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
-torch and transformers): the dense BERT of the job folder (`ufbert/bench/encoder_job.py`) in float32, or
-with int8 weights as that library rounds them on the fly.
-
-The protocol, the same for every contestant: one JSON line a message. It prints `{"ready": WHAT IT IS}`, or
-`{"missing": WHAT IT LACKS}` and ends; then it answers each of
-
-- `{"do": "load", "shape": s}`: get ready for the batches of a shape, `1x128` say; answers their number;
-- `{"do": "check", "name": n, "shape": s}`: `{"file": F}`, where the hidden states (b, t, d) of its first batch are;
-- `{"do": "time", "name": n, "what": w, "first": i, "calls": c}`: `{"seconds": s}` of c calls on batches i, i + 1, ..., from ids
-  to hidden states;
-
-by `{"error": SENTENCE}` if it fails.
+It imports nothing of ufbert but `worker.py`, which lies in the same folder and has the protocol. Its name is
+`onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
+torch and transformers): float32, or int8 weights as that library rounds them on the fly. `encoder_job.py` says what is
+in the job folder.
 """
 
 import json
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from worker import Answers, Worker, serve
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""Ids (b, t) -> hidden states (b, t, d)."""
 
 
-def onnx_session(folder: Path, kind: str, threads: int):
-    """(what it is, ids to hidden states). Fused by ONNX Runtime's own tool for BERT, where torch, which that needs, is there,
-    else by ONNX Runtime alone; quantised by its own tool."""
+def onnx_session(folder: Path, kind: str, threads: int) -> tuple[str, Run]:
+    """Return facts, and BERT in ONNX Runtime, quantised by its own tool.
+
+    It is fused by its own tool for BERT if torch, which that needs, is installed, else by ONNX Runtime alone.
+    """
     import onnxruntime
 
     path, source = folder / f"{kind}.onnx", folder / "dense-onnx" / "model.onnx"
@@ -49,9 +46,9 @@ def onnx_session(folder: Path, kind: str, threads: int):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    names = [tensor.name for tensor in session.get_inputs()]
 
-    def run(ids):
+    def run(ids: np.ndarray) -> np.ndarray:
         wide = ids.astype(np.int64)
         given = {"input_ids": wide, "attention_mask": np.ones_like(wide), "token_type_ids": np.zeros_like(wide)}
         return session.run(["last_hidden_state"], {name: given[name] for name in names})[0]
@@ -59,8 +56,8 @@ def onnx_session(folder: Path, kind: str, threads: int):
     return f"onnxruntime {onnxruntime.__version__}, {how}", run
 
 
-def torch_model(folder: Path, kind: str, threads: int):
-    """(what it is, ids to hidden states), by transformers' BertModel."""
+def torch_model(folder: Path, kind: str, threads: int) -> tuple[str, Run]:
+    """Return facts, and BERT in PyTorch, by transformers' BertModel."""
     import torch
     import transformers
 
@@ -69,51 +66,20 @@ def torch_model(folder: Path, kind: str, threads: int):
     if kind.endswith("int8"):
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
-    def run(ids):
+    def run(ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return model(torch.from_numpy(ids.astype(np.int64))).last_hidden_state.numpy()
 
     return f"torch {torch.__version__}, transformers {transformers.__version__}", run
 
 
-class Peer:
-    """Answers messages."""
-
-    def __init__(self, folder: Path, run):
-        self.folder, self.run, self.batches = folder, run, []
-
-    def load(self, shape):
-        self.batches = list(np.load(self.folder / f"{shape}.npy"))
-        return {"batches": len(self.batches)}
-
-    def check(self, name, shape):
-        np.save(self.folder / f"{name}-found.npy", self.run(np.load(self.folder / f"{shape}.npy")[0]))
-        return {"file": f"{name}-found.npy"}
-
-    def time(self, name, what, first, calls):
-        start = time.perf_counter()
-        for i in range(first, first + calls):
-            self.run(self.batches[i % len(self.batches)])
-        return {"seconds": time.perf_counter() - start}
-
-
-def main() -> None:
-    folder, kind, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    try:
-        facts, run = (onnx_session if kind.startswith("onnxruntime") else torch_model)(folder, kind, threads)
-    except ImportError as error:
-        print(json.dumps({"missing": str(error)}), flush=True)
-        return
-    peer = Peer(folder, run)
-    print(json.dumps({"ready": f"{facts}, {threads} threads"}), flush=True)
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            answer = getattr(peer, message.pop("do"))(**message)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
+    """Get ready: facts, and the answers of this process."""
+    load = onnx_session if name.startswith("onnxruntime") else torch_model
+    facts, run = load(folder, name, threads)
+    worker = Worker(folder, {name: {"call": lambda i, ids: run(ids)}})
+    return f"{facts}", worker.answers()
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -1,149 +1,224 @@
-"""Tree layers against dense layers on this CPU: who takes part, the rounds of blocks, and the report."""
+"""How many times as fast is a tree layer on this CPU as the best dense layer that anyone offers?
+
+A chain of layers goes forward on new random rows at every call: ours by several paths, dense ones by jax, NumPy and
+PyTorch. How to read the answer: for each number of rows the last table names the fastest dense layer of a type, and how
+many times as fast each path of ours is. Compare a narrow path with float32 only if the narrow dense layer is no faster.
+`--zeros` and `--claims` are there to judge the figures of others, not ours: rows and weights of zeros walk one path,
+whose few nodes stay in the cache.
+"""
 
 import os
-import sys
-import time
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ufbert.bench.contest import Contestant, Missing, machine_facts
-from ufbert.bench.layer_gates import Ask, check_everything
-from ufbert.bench.layer_job import write_job
-from ufbert.bench.layer_options import BenchLayerOptions
-from ufbert.bench.layer_report import rows_report
+from ufbert.bench.harness import Entry, load, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.layer_gates import check_everything
+from ufbert.bench.layer_job import work, write_job
+from ufbert.bench.report import case_report, figures, page, ratio_text, require_folders, table, type_of, write_files
 from ufbert.errors import UserError
 from ufbert.ops import native
+from ufbert.options.bench import BenchLayerOptions
+from ufbert.report.page import markdown_grid
+from ufbert.runtime.device import usable_threads, use_device
 
-PEER_SCRIPT = Path(__file__).parent / "torch_layer_peer.py"
-
-PAUSE = 0.03
-"""Seconds between blocks, in which the threads of the one before stop waiting actively for more work."""
-
+PEER_SCRIPT = Path(__file__).parent / "layer_torch_peer.py"
 SINGLE_SHARE = 0.25
 """Time for calls of a single layer over that for calls of the chain."""
-
-
 PLACES = ("peer_python", "peer_script", "json", "plot")
 """Options that say where something lies, which a report need not tell."""
+CLAIMS = """Published, or implied by what was published, of one tree layer of UltraFastBERT 1x11 (12 of 4,095 neurons):
+
+- 48x and 78x: the paper's figures for one layer on a CPU, against its own dense layer. The benchmark released with them never
+  writes its weights or rows, so that every row walks one path; which code gave the printed figures is not known. Built with
+  MKL and run as released on 1 thread of an EPYC (Zen 4) at 4,096 rows, against its own MKL products, it printed 113x, 127x
+  and 180x; with random numbers, and with output weights that it reads, 38x, 34x and 32x.
+- 34x: what its PyTorch benchmark printed there on 1 thread at 128 rows, against a dense layer that gathers its weights like
+  the tree; against PyTorch's ordinary dense layer the same tree layer was 6.2 times as fast.
+- 341x, and 256x against BERT's 3,072 neurons: not measured; the ratio of operations, hence the ceiling of any claim.
+
+None is of a whole model: the released one computes every neuron, and was never faster."""
 
 
-class Field(NamedTuple):
-    """Who takes part."""
+def run_layer(options: BenchLayerOptions) -> None:
+    """Print tables, and write a JSON file and a picture if asked.
 
-    ours: list[Ask]
-    peers: list[Ask]
-    missing: dict[str, str]
-    """Names, and why they are not there."""
-
-
-def race(folder: Path, options: BenchLayerOptions, zeros: bool) -> dict[str, Any]:
-    """Check, then time every contestant, and report. With `zeros`, weights and rows are zeros, and nothing is checked.
-
-    Raises UserError if a contestant fails or computes something else; then nothing has been timed.
+    Raises UserError if a process fails or computes something else.
     """
-    machine = machine_facts()
-    write_job(folder, options.shape, options.rows, options.seed, zeros)
-    with ExitStack() as running:
-        field = line_up(folder, options, running)
-        everyone = [*field.ours, *field.peers]
-        checked = {} if zeros else check_everything(folder, options.shape, options.rows, field.ours, field.peers)
-        machine |= field.ours[0][0].ask({"do": "machine"}, "read")
-        times = {rows: time_rows(everyone, rows, options) for rows in options.rows}
+    if options.claims:
+        print(CLAIMS)
+        return
+    require_folders(options.json, options.plot)
+    use_device("cpu")
+    report = measure(options, zeros=False)
+    print(text(report))
+    if options.zeros:
+        report["zeros_not_a_result"] = measure(options, zeros=True)
+        print("\n" + "\n".join(zeros_lines(report)))
+    write_files(report, options, draw)
+
+
+def measure(options: BenchLayerOptions, zeros: bool) -> dict[str, Any]:
+    """Check, then time every entry, and return the report. With `zeros`, weights and rows are zeros, and nothing is checked.
+
+    Raises UserError if a process fails or computes something else; then nothing has been timed.
+    """
+    machine, threads = machine_facts(), usable_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
+        folder = Path(name)
+        write_job(folder, options, zeros)
+        ours, peers, missing = line_up(folder, options, threads, running)
+        checked = {} if zeros else check_everything(folder, options, ours, peers)
+        machine |= ours[0].process.ask("machine", "read")
+        cases = [time_case([*ours, *peers], rows, options, machine) for rows in options.rows]
+        facts = {process.name: process.facts for process, _ in [ours[0], *peers]}
     job = {name: value for name, value in asdict(options).items() if name not in PLACES}
-    our_names, peer_names = [name for _, name in field.ours], [name for _, name in field.peers]
     return {
         "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": job | {"used_threads": options.used_threads, "zeros": zeros},
-        "facts": {one.name: one.facts for one, _ in everyone},
-        "missing": field.missing,
-        "checked": checked,
-        "rows": [
-            rows_report(rows, found, our_names, peer_names, options.shape, machine) for rows, found in times.items()
-        ],
-    }
+        "job": job | {"used_threads": threads, "zeros": zeros},
+        "facts": facts, "missing": missing, "checked": checked, "rows": cases,
+    }  # fmt: skip
 
 
-def line_up(folder: Path, options: BenchLayerOptions, running: ExitStack) -> Field:
-    """Start all processes; they end with `running`. Raises UserError if one fails, or if none of ours is there."""
-    why = native.unavailable() if any(path != "gather" for path in options.our_paths) else ""
-    missing = {path: f"no native kernels: {why}" for path in options.our_paths if why and path != "gather"}
+def line_up(
+    folder: Path, options: BenchLayerOptions, threads: int, running: ExitStack
+) -> tuple[list[Entry], list[Entry], dict[str, str]]:
+    """Start all processes, which end with `running`; return ours, the peers, and the reasons of those that are missing.
+
+    Raises UserError if a process fails, or if none of our paths can be used.
+    """
+    reason = native.unavailable() if any(path != "gather" for path in options.our_paths) else ""
+    missing = {path: f"no native kernels: {reason}" for path in options.our_paths if reason and path != "gather"}
     paths = [path for path in options.our_paths if path not in missing]
     if not paths:
         raise UserError(f"None of the paths can be used; there are {next(iter(missing.values()))}.")
-    threads = str(options.used_threads)
-    names = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    environment = dict.fromkeys(names, threads)
-    here = (sys.executable, "-m", "ufbert.bench.layer_process", str(folder))
-    torch = (options.peer_python, options.peer_script or str(PEER_SCRIPT), str(folder))
-    commands = {"ufbert": (*here, "ufbert", threads, *paths)}
-    for name in dict.fromkeys(options.peers):
-        if name.startswith("torch") and not options.peer_python:
-            missing[name] = "no interpreter that has torch was named (--peer-python)"
+    programs: dict[str, Sequence[str]] = {"ufbert": our_program("layer_ours")}
+    for name in options.peers:
+        if not name.startswith("torch"):
+            programs[name] = our_program("layer_dense")
+        elif options.peer_python:
+            programs[name] = (options.peer_python, options.peer_script or str(PEER_SCRIPT))
         else:
-            commands[name] = (*(torch if name.startswith("torch") else here), name, threads)
-    started, there = [], []
-    for name, command in commands.items():
-        with note_missing(name, missing):
-            started.append(running.enter_context(Contestant(name, command, folder, environment)))
-    for contestant in started:
-        with note_missing(contestant.name, missing):
-            contestant.wait_ready()
-            there.append(contestant)
-    return Field([(there[0], path) for path in paths], [(one, one.name) for one in there[1:]], missing)
+            missing[name] = "no interpreter that has torch was named (--peer-python)"
+    processes, not_installed = start_processes(programs, folder, threads, running, paths)
+    ours = processes.pop("ufbert")
+    peers = [Entry(process, name) for name, process in processes.items()]
+    return [Entry(ours, path) for path in paths], peers, missing | not_installed
 
 
-@contextmanager
-def note_missing(name: str, missing: dict[str, str]) -> Generator[None]:
-    """Put down why a contestant is not there, if it is not."""
-    try:
-        yield
-    except Missing as error:
-        missing[name] = str(error).rstrip(".")
+def time_case(
+    entries: Sequence[Entry], rows: int, options: BenchLayerOptions, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Time one number of rows; return its report with seconds a layer.
 
-
-def time_rows(everyone: list[Ask], rows: int, options: BenchLayerOptions) -> dict[str, dict[str, Any]]:
-    """By name: `chain`, seconds a layer within the chain, and `layer`, seconds of a call of one layer, one number a block.
-
-    Every block begins with batches that the one before has not had, and who begins a round changes from round to round.
+    `chain` is a layer within the chain, `layer` a call of one layer. `best` is the fastest dense layer of each type and of
+    `any`.
     """
-    for contestant in {id(one): one for one, _ in everyone}.values():
-        contestant.ask({"do": "load", "rows": rows}, "batches")
+    load(entries, "inputs.npy", rows)
     seconds = {"chain": options.seconds_a_block, "layer": SINGLE_SHARE * options.seconds_a_block}
-    trials = {(one[1], what): calls_for(one, what, wanted) for one in everyone for what, wanted in seconds.items()}
-    calls = {key: count for key, (count, _) in trials.items()}
-    whole = options.blocks * sum(took + PAUSE for _, took in trials.values())
-    print(f"timing {rows} rows a call, about {whole:.0f} s", file=sys.stderr, flush=True)
-    found: dict[str, dict[str, Any]] = {name: {"chain": [], "layer": []} for _, name in everyone}
-    for block in range(options.blocks):
-        turn = block % len(everyone)
-        for contestant, name in (*everyone[turn:], *everyone[:turn]):
-            for what, per_call in (("chain", options.layers), ("layer", 1)):
-                time.sleep(PAUSE)
-                n = calls[name, what]
-                took = run_block((contestant, name), what, block * n, n)
-                found[name][what].append(took / n / per_call)
-    for name, one in found.items():
-        one["calls"] = {what: calls[name, what] for what in seconds}
-    return found
+    times, calls = time_rounds(entries, seconds, options.blocks, f"{rows} rows a call")
+    for blocks in times.values():
+        blocks["chain"] = [call / options.layers for call in blocks["chain"]]
+    works = {name: work(name, rows, options) for name in times}
+    report = case_report(times, works, options.our_paths, machine)
+    contestants, best = report["contestants"], {}
+    peers = [name for name in contestants if name not in report["ratios"]]
+    for peer in sorted(peers, key=lambda name: contestants[name]["chain"]["median"], reverse=True):
+        best[type_of(peer)] = best["any"] = peer  # the fastest comes last
+    for name, contestant in contestants.items():
+        contestant["calls"] = calls[name]
+    return {"rows": rows, **report, "best": best}
 
 
-def run_block(one: Ask, what: str, first: int, calls: int) -> float:
-    """Seconds of calls, by the clock of the process itself: the pipe to it is not timed."""
-    contestant, name = one
-    asked = {"do": "time", "name": name, "what": what, "first": first, "calls": calls}
-    return float(contestant.ask(asked, "seconds")["seconds"])
+def headline_table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many times as fast ours are as the best dense layer for every number of rows: in float32, in the type of
+    narrow paths of ours, and in any type, since a narrow type may be the slower one."""
+    ours = list(cases[0]["ratios"])
+    kinds = dict.fromkeys(("float32", *map(type_of, ours), "any"))
+    lines = []
+    for case in cases:
+        for kind in kinds:
+            peer = case["best"].get(kind)
+            compared = [path for path in ours if peer and kind in ("float32", "any", type_of(path))]
+            cells = [ratio_text(case["ratios"][path][peer]) if path in compared else "" for path in ours]
+            against = "best dense layer of any type" if kind == "any" else f"best dense {kind}"
+            lines.append([str(case["rows"]), f"{against}: {peer or 'none was there'}", *cells])
+    return markdown_grid(["rows", "against", *ours], lines, (0, *range(2, 2 + len(ours))))
 
 
-def calls_for(one: Ask, what: str, seconds: float) -> tuple[int, float]:
-    """How many calls take about that long, after a call that compiles, and how long they will take: one may be longer."""
-    run_block(one, what, 0, 1)
-    calls = 1
-    while True:
-        took = run_block(one, what, 0, calls)
-        if took >= seconds / 4 or calls > 1 << 20:
-            count = max(1, round(calls * seconds / max(took, 1e-9)))
-            return count, count * took / calls
-        calls *= 4
+def check_lines(checked: Mapping[str, Any]) -> list[str]:
+    """Return what the gates measured."""
+    errors = ", ".join(f"{name} {error:.0e}" for name, error in checked["errors"].items())
+    changed = ", ".join(f"{name} {share:.2%}" for name, share in checked["changed"].items())
+    return [
+        f"Largest errors against float64, of what the layers add: {errors}.",
+        f"Rows of which a turn differs from that of float32 weights, mean over layers: {changed}.",
+        f"Rows ended in at least {checked['leaves']:.0%} of the leaves of every tree.",
+    ]
+
+
+def text(report: dict[str, Any]) -> str:
+    """Return everything, in Markdown."""
+    job = report["job"]
+    neurons = job["n_trees"] * (2 ** (job["tree_depth"] + 1) - 1)
+    sizes = (
+        f"Trees: {job['n_trees'] * (job['tree_depth'] + 1)} of {neurons} neurons a row; dense layers: {job['dense']}; width "
+        f"{job['d_model']}; {job['layers']} layers of different weights in a call, {job['used_threads']} threads."
+    )
+    single = "one call of one layer, µs"
+    tables = [
+        f"### {case['rows']} rows a call\n\n"
+        + table(case, "chain", "µs a layer", 1e6, single, lambda c: figures(c["layer"]["median"], 1e6))
+        for case in report["rows"]
+    ]
+    tables.append(f"### Times as fast as the best dense layer\n\n{headline_table(report['rows'])}")
+    return page(report, sizes, check_lines(report["checked"]), tables)
+
+
+def zeros_lines(report: dict[str, Any]) -> list[str]:
+    """Return what zeros do to the ratios of ours to the dense float32 layer that is best with random numbers."""
+    lines = ["### NOT A RESULT: weights and rows of zeros, every row walks one path", ""]
+    for true, false in zip(report["rows"], report["zeros_not_a_result"]["rows"], strict=True):
+        peer = true["best"].get("float32")
+        for path, ratios in true["ratios"].items() if peer else ():
+            wrong = false["ratios"][path][peer]["median"]
+            lines.append(
+                f"- {true['rows']} rows: {path} over {peer} would seem {wrong:.1f} with zeros, and is "
+                f"{ratios[peer]['median']:.1f} with random numbers (NOT A RESULT)"
+            )
+    return lines
+
+
+def draw(figure: Any, report: dict[str, Any]) -> None:
+    """Draw times against rows, and ratios of the best dense float32 layer to each of ours, into a matplotlib figure."""
+    import matplotlib.ticker
+
+    figure.set_size_inches(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    cases = report["rows"]
+    rows = [case["rows"] for case in cases]
+    for i, name in enumerate(cases[0]["contestants"]):
+        ours = name in cases[0]["ratios"]
+        line = {"ls": "-" if ours else "--", "color": f"C{i % 10}", "marker": "o", "ms": 3, "lw": 1.2}
+        left.plot(rows, [1e6 * case["contestants"][name]["chain"]["median"] for case in cases], label=name, **line)
+        ratios = [case["ratios"][name].get(case["best"].get("float32")) for case in cases] if ours else [None]
+        if all(ratios):
+            right.plot(rows, [ratio["median"] for ratio in ratios], **line)
+            bounds = ([ratio[side] for ratio in ratios] for side in ("low", "high"))
+            right.fill_between(rows, *bounds, alpha=0.12, color=line["color"])
+    left.set_ylabel("microseconds a layer")
+    right.set_ylabel("times as fast as the best dense float32 layer")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(rows, [f"{b:,}" for b in rows])
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axis.set_xlabel("rows a call")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)

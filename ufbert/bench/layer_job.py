@@ -1,10 +1,11 @@
-"""What the contestants of `ufbert bench layer` compute, the files that they get, and the answers that they should give.
+"""The job of `ufbert bench layer`: files, and the right answers, by the plainest float64 arithmetic that gives them.
 
-A tree layer is x + `ufbert.ops.fff`; its dense rival is x + gelu(x w_in^T + bias) w_out, the two products of a BERT. Several
-layers with weights of their own stand in a chain, since a layer that is called twice finds its weights in the cache.
+A tree layer is x + `ufbert.ops.fff`; its dense rival is x + gelu(x w_in^T + bias) w_out, the two products of a BERT.
+Layers with weights of their own stand in a chain, since a layer that is called twice finds its weights in the cache.
 
-`weights.npz` in the job folder holds `tree_in` and `tree_out` (l, m, n, d), `tree_bias` (l, m, n), `dense_in` and `dense_out`
-(l, f, d), `dense_bias` (l, f); `inputs.npy` holds rows (r, d), of which every call takes others than the call before.
+`weights.npz` in the job folder holds `tree_in` and `tree_out` (l, m, n, d), `tree_bias` (l, m, n), `dense_in` and
+`dense_out` (l, f, d), `dense_bias` (l, f). `inputs.npy` holds rows (r, d); every call takes other rows than the call
+before. To read how good a time is, `work` says what a layer must read and compute at least.
 """
 
 import math
@@ -13,75 +14,68 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
-class Layers(NamedTuple):
-    """The sizes of a chain."""
-
-    d: int
-    """Width."""
-    depth: int
-    """Of the trees."""
-    trees: int
-    """Parallel trees."""
-    dense: int
-    """Neurons of the dense layer."""
-    layers: int
-    """Layers in the chain."""
-
-    @property
-    def nodes(self) -> int:
-        """Nodes of a tree."""
-        return 2 ** (self.depth + 1) - 1
+from ufbert.bench.report import BYTES, Work, distinct_nodes, type_of
+from ufbert.options.bench import BenchLayerOptions
 
 
-class Answers(NamedTuple):
-    """What a chain makes of some rows."""
+class RightAnswers(NamedTuple):
+    """The right results of a chain for some rows."""
 
     y: np.ndarray
     """(k, d), float64."""
     margin: np.ndarray
-    """(k,) the smallest absolute logit that decided a turn: below rounding, the turn is anybody's. Infinite without turns."""
+    """(k,) smallest absolute logit of a routing decision; below rounding, either turn is right. Infinite without turns."""
 
 
-def input_rows(shape: Layers, rows: tuple[int, ...]) -> int:
-    """Rows to draw: four different batches of the largest size, and enough that small ones reach the whole tree."""
-    return 4 * max(*rows, 2**shape.depth, 16)
+def work(name: str, rows: int, options: BenchLayerOptions) -> Work:
+    """Return what a layer must read, write and compute for so many rows.
+
+    A tree layer reads the nodes that its rows visit, each once, a dense layer its weights; rows come and go as float32.
+    """
+    d, steps = options.d_model, options.tree_depth + 1
+    kind, moved = type_of(name), 2 * rows * d * 4
+    if name == "gather" or name.startswith("native"):
+        w_in = 4 if name.endswith("-exact") else BYTES[kind]
+        nodes = options.n_trees * distinct_nodes(rows, options.tree_depth)
+        return Work(nodes * d * (w_in + BYTES[kind]) + moved, 4.0 * rows * options.n_trees * steps * d, "float32")
+    return Work(2.0 * options.dense * d * BYTES[kind] + moved, 4.0 * rows * options.dense * d, kind)
 
 
-def write_job(folder: Path, shape: Layers, rows: tuple[int, ...], seed: int, zeros: bool) -> None:
+def write_job(folder: Path, options: BenchLayerOptions, zeros: bool) -> None:
     """Draw weights and inputs, or fill both with zeros.
 
     Rows are N(0, 1) and input weights N(0, 1/d), so that logits are of order 1. Output weights are N(0, 1/(4 k)) for the k
     neurons that a row uses, so that a layer adds about a third of its input's size and a chain neither dies nor blows up.
     """
-    rng = np.random.default_rng(seed)
-    d, n, f, layers = shape.d, shape.nodes, shape.dense, shape.layers
+    rng = np.random.default_rng(options.seed)
+    d, f, layers, trees = options.d_model, options.dense, options.layers, options.n_trees
+    n, used = 2 ** (options.tree_depth + 1) - 1, trees * (options.tree_depth + 1)
 
     def draw(scale: float, *size: int) -> np.ndarray:
         if zeros:
             return np.zeros(size, np.float32)
         return rng.standard_normal(size, np.float32) * np.float32(scale)
 
-    used = shape.trees * (shape.depth + 1)
     arrays: dict[str, Any] = {
-        "tree_in": draw(d**-0.5, layers, shape.trees, n, d),
-        "tree_bias": draw(0.1, layers, shape.trees, n),
-        "tree_out": draw((4 * used) ** -0.5, layers, shape.trees, n, d),
+        "tree_in": draw(d**-0.5, layers, trees, n, d),
+        "tree_bias": draw(0.1, layers, trees, n),
+        "tree_out": draw((4 * used) ** -0.5, layers, trees, n, d),
         "dense_in": draw(d**-0.5, layers, f, d),
         "dense_bias": draw(0.1, layers, f),
         "dense_out": draw((4 * f) ** -0.5, layers, f, d),
     }
     np.savez(folder / "weights.npz", **arrays)
-    np.save(folder / "inputs.npy", draw(1.0, input_rows(shape, rows), d))
+    # Four different batches of the largest size, and enough rows that small batches reach the whole tree.
+    np.save(folder / "inputs.npy", draw(1.0, 4 * max(*options.rows, 2**options.tree_depth, 16), d))
 
 
 def samples(rows: int) -> list[int]:
-    """Which of so many rows are compared with the right answer: 16, evenly spaced from the first to the last."""
+    """Return which of so many rows are compared with the right answer: 16, evenly spaced from the first to the last."""
     return sorted(set(np.linspace(0, rows - 1, 16).astype(int).tolist()))
 
 
 def gelu(z: np.ndarray) -> np.ndarray:
-    """The exact GELU, in float64, by the C library's erf."""
+    """Return the exact GELU, in float64, by the C library's erf."""
     erf = np.frompyfunc(math.erf, 1, 1)(z * 0.5**0.5).astype(np.float64)
     return 0.5 * z * (1 + erf)
 
@@ -92,10 +86,10 @@ class Stored(NamedTuple):
     rows: np.ndarray
     """(..., d) float32, bfloat16 or int8."""
     scale: np.ndarray | None = None
-    """(...), what an int8 row's numbers count."""
+    """(...) float32, the factor of an int8 row."""
 
     def take(self, index: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The rows at an index, as float64 numbers."""
+        """Return the rows at an index, as float64 numbers."""
         rows = self.rows[index].astype(np.float64)
         return rows if self.scale is None else rows * self.scale[index].astype(np.float64)[..., None]
 
@@ -103,7 +97,7 @@ class Stored(NamedTuple):
 def tree_layer(
     x: np.ndarray, w_in: Stored, bias: np.ndarray, w_out: Stored
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows (k, d) to x + their trees' output in float64, the nodes visited (k, m, s), and the smallest margins (k,)."""
+    """Return x + the trees' output for rows (k, d) in float64, the nodes visited (k, m, s), and the smallest margins (k,)."""
     m, n = bias.shape
     depth = (n + 1).bit_length() - 2
     tree = np.arange(m)[None]
@@ -120,19 +114,19 @@ def tree_layer(
     return y, np.stack(visited, -1), margin
 
 
-def tree_chain(x: np.ndarray, layers: list[tuple[Stored, np.ndarray, Stored]]) -> Answers:
-    """Rows through tree layers, float64 throughout."""
+def tree_chain(x: np.ndarray, layers: list[tuple[Stored, np.ndarray, Stored]]) -> RightAnswers:
+    """Send rows through tree layers, float64 throughout."""
     y, margin = x.astype(np.float64), np.full(len(x), np.inf)
     for w_in, bias, w_out in layers:
         y, _, nearest = tree_layer(y, w_in, bias, w_out)
         margin = np.minimum(margin, nearest)
-    return Answers(y, margin)
+    return RightAnswers(y, margin)
 
 
-def dense_chain(x: np.ndarray, weights: dict[str, np.ndarray]) -> Answers:
-    """Rows through the dense layers, float64 throughout."""
+def dense_chain(x: np.ndarray, weights: dict[str, np.ndarray]) -> RightAnswers:
+    """Send rows through the dense layers, float64 throughout."""
     y = x.astype(np.float64)
     parts = (weights[name] for name in ("dense_in", "dense_bias", "dense_out"))
     for w_in, bias, w_out in zip(*parts, strict=True):
         y = y + gelu(y @ w_in.T.astype(np.float64) + bias) @ w_out.astype(np.float64)
-    return Answers(y, np.full(len(x), np.inf))
+    return RightAnswers(y, np.full(len(x), np.inf))

@@ -1,22 +1,159 @@
-"""What a benchmark prints and writes."""
+"""Tables and pictures of times, ratios and the distance to what this machine can do, for all benchmarks.
+
+How to read them: a time is the median over blocks. The limit is the longer of reading the weights once from memory and
+doing the arithmetic, at the speeds measured here just before, so "over limit" says how much is still to be gained.
+Weights that a cache still holds are read faster than memory allows, and few rows can therefore be below the limit.
+"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+from ufbert.bench.harness import Times, paired_ratio, quartiles
+from ufbert.errors import UserError
+from ufbert.options.bench import ForwardOptions
+from ufbert.report.page import markdown_grid
+
+BUSY = 0.5
+"""Load at the start, in processes, from which a report says that it is not to be trusted."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def show(report: dict[str, Any], verb: str, speed: Callable[[dict[str, Any]], str], to: str) -> None:
-    """Print the table (machine, speeds, ratios), where `speed` says a contestant's and `verb` what it did; write everything
-    to the JSON file `to`, unless it is ""."""
-    print("{cpu}, {cores} cores, load {load:.1f} before and {load_after:.1f} after".format(**report["machine"]))
-    for one in report["contestants"]:
-        print(f"{one['name']:<14} {speed(one)}  ({one['facts']})")
-    for name, ratio in report["ratios"].items():
-        loss = "another model" if ratio["loss_difference"] is None else f"losses within {ratio['loss_difference']:.0e}"
-        print(
-            f"ufbert {verb} {ratio['median']:.2f} times as fast as {name}: median of {ratio['pairs']} pairs of blocks, "
-            f"quartiles {ratio['low']:.2f} and {ratio['high']:.2f}, fastest blocks {ratio['fastest']:.2f}; {loss}"
+class Work(NamedTuple):
+    """What a call must do at least."""
+
+    bytes: float
+    """Bytes to read and write."""
+    operations: float
+    """A multiply-add counts two."""
+    arithmetic: str
+    """Type of the products."""
+
+
+def type_of(name: str) -> Literal["float32", "bfloat16", "int8"]:
+    """Return the type of an entry's weights (the narrower, if it has two), which its name tells."""
+    return "bfloat16" if "bf16" in name or "bfloat16" in name else "int8" if "int8" in name else "float32"
+
+
+def distinct_nodes(rows: int, depth: int) -> float:
+    """Nodes of a tree that rows visit if every turn is even: the sum over levels of 2^l (1 - (1 - 2^-l)^rows)."""
+    return sum(2**level * (1 - (1 - 2.0**-level) ** rows) for level in range(depth + 1))
+
+
+def limit(work: Work, machine: Mapping[str, Any]) -> float | None:
+    """Seconds below which this machine cannot do the work; None if the speed of its products was not measured (int8)."""
+    if work.arithmetic not in machine:
+        return None
+    return max(work.bytes / machine["read"], work.operations / machine[work.arithmetic])
+
+
+def case_report(
+    times: Times, works: Mapping[str, Work], ours: Sequence[str], machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Report one case (a number of rows, a shape), seconds throughout.
+
+    `contestants` holds the spread of every work, its blocks, `bytes`, `operations` and `limit`; `ratios` the ratios of every
+    peer's first work to each of ours.
+    """
+    contestants: dict[str, dict[str, Any]] = {}
+    for name, blocks in times.items():
+        spreads = {work: dict(zip(("low", "median", "high"), quartiles(t), strict=True)) for work, t in blocks.items()}
+        facts = {"bytes": works[name].bytes, "operations": works[name].operations, "limit": limit(works[name], machine)}
+        contestants[name] = {**spreads, "blocks": blocks, **facts}
+    first = {name: next(iter(blocks.values())) for name, blocks in times.items()}
+    ours, peers = [name for name in times if name in ours], [name for name in times if name not in ours]
+    ratios = {name: {peer: paired_ratio(first[name], first[peer])._asdict() for peer in peers} for name in ours}
+    return {"contestants": contestants, "ratios": ratios}
+
+
+def figures(seconds: float | None, unit: float) -> str:
+    """Return a time in units a second with three figures that count, "-" for None."""
+    if seconds is None:
+        return "-"
+    value = unit * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio_text(ratio: Mapping[str, float]) -> str:
+    """Return a ratio and its quartiles."""
+    digits = 0 if ratio["median"] >= 100 else 1
+    return f"{ratio['median']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
+
+
+def table(
+    case: Mapping[str, Any], work: str, heading: str, unit: float, extra: str, cell: Callable[[dict[str, Any]], str]
+) -> str:
+    """Return a line for each contestant: its time of `work`, an `extra` column, the limit, and how many times as fast as each
+    peer it is, if it is ours."""
+    peers = [name for name in case["contestants"] if name not in case["ratios"]]
+    symbol = heading.split()[0]
+    head = ["", heading, "quartiles", extra, f"limit, {symbol}", "over limit", *(f"faster than {p} by" for p in peers)]
+    lines = []
+    for name, contestant in case["contestants"].items():
+        spread, bound = contestant[work], contestant["limit"]
+        low, median, high = (figures(spread[key], unit) for key in ("low", "median", "high"))
+        over = f"{spread['median'] / bound:.1f}" if bound else "-"
+        ratios = [ratio_text(case["ratios"][name][peer]) if name in case["ratios"] else "" for peer in peers]
+        lines.append([name, median, f"{low} to {high}", cell(contestant), figures(bound, unit), over, *ratios])
+    return markdown_grid(head, lines, range(1, len(head)))
+
+
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """Return the processor and how busy it was, with a warning if other work ran here."""
+    lines = ["{cpu}, {cores} cores, load {load:.1f} before and {load_after:.1f} after".format(**machine)]
+    if machine["load"] > BUSY:
+        lines.append(
+            f"OTHER WORK RAN HERE (load {machine['load']:.1f} at the start): threads that wait for each other suffer most "
+            "from that, as those of some peers do. Do not quote these ratios."
         )
-    if to:
-        Path(to).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return lines
+
+
+def page(report: Mapping[str, Any], sizes: str, checks: Sequence[str], tables: Sequence[str]) -> str:
+    """Return everything, in Markdown: the machine, the sizes, who took part and who is missing, the checks, the tables."""
+    machine = report["machine"]
+    lines = [
+        *machine_lines(machine),
+        f"Measured: reads {machine['read'] / 1e9:.1f} GB/s, float32 products {machine['float32'] / 1e9:.0f} GFLOP/s, "
+        f"bfloat16 {machine['bfloat16'] / 1e9:.0f} GFLOP/s.",
+        sizes,
+        *(f"{name}: {facts}" for name, facts in report["facts"].items()),
+        *(f"{name}: missing: {reason}" for name, reason in report["missing"].items()),
+        *checks,
+    ]
+    notes = [
+        "Ratios are medians and quartiles of the ratios of neighbouring blocks.",
+        "The limit is the longer of reading the weights once from memory and the arithmetic, at the speeds measured.",
+    ]
+    return "\n".join([*lines, "", "\n\n".join(tables), "", *notes])
+
+
+def require_folders(*files: str) -> None:
+    """Raise UserError if a file that will be written has no folder to lie in."""
+    for name in files:
+        if name and not Path(name).parent.is_dir():
+            raise UserError(f"There is no folder {Path(name).parent} to write {Path(name).name} in.")
+
+
+def write_json(report: dict[str, Any], path: str) -> None:
+    """Write everything measured, unless the path is empty."""
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def write_files(report: dict[str, Any], options: ForwardOptions, draw: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Write the JSON file and the picture, if they are wanted. `draw` fills a matplotlib figure."""
+    write_json(report, options.json)
+    picture = options.plot or (str(Path(options.json).with_suffix(".svg")) if options.json else "")
+    if not picture:
+        return
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(layout="constrained")
+    draw(figure, report)
+    machine = report["machine"]
+    busy = "; OTHER WORK RAN HERE, do not quote" if machine["load"] > BUSY else ""
+    figure.suptitle(f"{machine['cpu']}, {report['job']['used_threads']} threads{busy}", fontsize=10)
+    figure.savefig(picture)

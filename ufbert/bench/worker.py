@@ -1,84 +1,122 @@
-"""Our side of `ufbert bench train`: `python -m ufbert.bench.worker FOLDER`, a process that trains on request.
+"""A process that is timed: the protocol of all benchmarks, the same for ours and for peers.
 
-The protocol, the same for every peer: the process gets a job folder, prints `{"ready": WHAT IT IS}` when it has loaded it,
-and answers each line `{"first": i, "updates": n}` with `{"losses": [...]}`, the mean losses of updates from the batches
-i, i + 1, ..., i + n - 1, when they are done; or `{"error": SENTENCE}`. All are single lines of JSON.
+Peers run in environments without ufbert and import this file by its name, so it imports the standard library and numpy
+only.
+
+A process is started as `... FOLDER NAME THREADS [ENTRY ...]`: the job folder, its name, the threads that it may use,
+and what it computes, if that is more than one thing. Messages are single lines of JSON. The process reads the job and
+prints `{"ready": FACTS}`, or `{"missing": SENTENCE}` if a library is not installed. Then it answers each of
+
+- `{"do": "load", "file": F, "rows": b}`: cut the array in FOLDER/F into batches of b rows and keep them; answers
+  `{"batches": number}`;
+- `{"do": "check", "name": n, "work": w, "batches": k, "sample": [i, ...]}`: do the work w of entry n on the first k
+  batches; answers `{"file": F}`, where the sampled rows of the results are;
+- `{"do": "time", "name": n, "work": w, "first": i, "calls": c}`: make the calls i to i + c - 1, each finished before
+  the next begins; answers `{"seconds": s}` by the clock of this process. Call j works on batch j modulo the number of
+  batches.
+
+If something fails it answers `{"error": SENTENCE}` and ends. Processes of ours answer more (`layer_ours`,
+`encoder_ours`). Those of `bench train` answer `time` only: a call is a training step on batch i of the job, and the
+answer holds `losses` besides.
 """
 
-import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
+MOST_BATCHES = 4096
+"""More different batches of few rows would not make the caches any colder."""
 
-from ufbert.config import RunConfig
-from ufbert.config.stored import from_json
-from ufbert.data.tokenizer import SpecialIds
-from ufbert.runtime.device import use_device
+Call = Callable[[int, Any], Any]
+"""(number of the call, batch) -> result, when it is computed."""
 
-SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-"""Ids of the special tokens in the benchmark's rows."""
-
-
-def masking_key(seed: int, i: int) -> Any:
-    """The key of batch i's masking."""
-    import jax
-
-    return jax.random.fold_in(jax.random.key(seed), i)
+Answers = Mapping[str, Callable[..., dict[str, Any]]]
+"""What to do for a message, by its "do"; the rest of the message becomes arguments."""
 
 
-def make_update(run: RunConfig, params: Any, lr: float, seed: int) -> Callable[[int, np.ndarray], Any]:
-    """(i, rows) -> mean loss of a training update, on the device; the state stays inside.
+def say(**message: Any) -> None:
+    """Print a message."""
+    print(json.dumps(message), flush=True)
 
-    The one place of the benchmark that knows the signatures of the step functions.
+
+def end_without(error: ImportError) -> NoReturn:
+    """Say which library this interpreter lacks, and end the process."""
+    say(missing=f"{sys.executable} cannot import {error.name or error}")
+    sys.exit(1)
+
+
+try:
+    import numpy as np
+except ImportError as error:
+    end_without(error)
+
+
+class Worker:
+    """The answers to `load`, `check` and `time`."""
+
+    def __init__(
+        self, folder: Path, calls: dict[str, dict[str, Call]], place: Callable[[np.ndarray], Any] = lambda batch: batch
+    ) -> None:
+        """`calls` holds functions by entry and work; `place` puts a batch into the form that they take."""
+        self.folder, self.calls, self.place = folder, calls, place
+        self.batches: list[Any] = []
+
+    def load(self, file: str, rows: int) -> dict[str, Any]:
+        """Keep batches of this many rows."""
+        self.batches = []  # the old ones go before the new ones come
+        array = np.load(self.folder / file, mmap_mode="r")
+        count = min(len(array) // rows, MOST_BATCHES)
+        self.batches = [self.place(np.array(array[i * rows : (i + 1) * rows])) for i in range(count)]
+        return {"batches": count}
+
+    def check(self, name: str, work: str, batches: int, sample: list[int]) -> dict[str, Any]:
+        """Write some rows of the results of the first batches."""
+        call = self.calls[name][work]
+        y = np.concatenate([np.asarray(call(i, self.batches[i])) for i in range(batches)])
+        np.save(self.folder / f"{name}-result.npy", y[sample])
+        return {"file": f"{name}-result.npy"}
+
+    def time(self, name: str, work: str, first: int, calls: int) -> dict[str, Any]:
+        """Time calls."""
+        call, batches, n = self.calls[name][work], self.batches, len(self.batches)
+        start = time.perf_counter()
+        for i in range(first, first + calls):
+            call(i, batches[i % n])
+        return {"seconds": time.perf_counter() - start}
+
+    def answers(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        """The answers by message."""
+        return {"load": self.load, "check": self.check, "time": self.time}
+
+
+def step_answers(step: Callable[[int], Any]) -> Answers:
+    """The answer of a process of `bench train`, from `step`: number of a batch to the loss, which may still be computing."""
+
+    def timed(name: str, work: str, first: int, calls: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        losses = [step(i) for i in range(first, first + calls)]
+        return {"losses": [float(loss) for loss in losses], "seconds": time.perf_counter() - start}
+
+    return {"time": timed}
+
+
+def serve(start: Callable[..., tuple[str, Answers]]) -> None:
+    """Get ready by `start` and answer messages until the input ends.
+
+    `start` takes the job folder, the name, the threads and the entries, and returns facts and answers.
     """
-    import jax.numpy as jnp
-
-    from ufbert.pretrain.step import StepInputs, build_steps, state_of
-
-    state, steps = state_of(run, params), build_steps(run, SPECIAL)
-
-    def update(i: int, rows: np.ndarray) -> Any:
-        nonlocal state
-        rate, taken = jnp.float32(run.train.mask_rate[0]), jnp.int32(len(rows))
-        inputs = StepInputs(jnp.float32(lr), jnp.float32(0.0), rate, taken)
-        state, (sums, _, _) = steps.train_step(state, rows, masking_key(seed, i), inputs)
-        return sums.loss / sums.count
-
-    return update
-
-
-def answer(folder: Path) -> Callable[[int, int], list[float]]:
-    """(first, updates) -> losses: a run on the job in `folder`, that each call trains on."""
-    use_device("cpu")
-    import jax.numpy as jnp
-
-    from ufbert.hub.folder import unflatten
-
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    run = from_json(RunConfig, job["run"], "job.json")
-    flat = np.load(folder / "params.npz")
-    params = {"masked_lm": {}} | unflatten({name: jnp.asarray(flat[name]) for name in flat.files})
-    rows = np.load(folder / "batches.npz")["rows"]
-    update = make_update(run, params, job["lr"], job["seed"])
-
-    def train(first: int, updates: int) -> list[float]:
-        losses = [update(i, rows[i]) for i in range(first, first + updates)]
-        return [float(loss) for loss in losses]
-
-    return train
-
-
-def serve(train: Callable[[int, int], list[float]]) -> None:
-    """Answer requests until the input ends."""
-    print(json.dumps({"ready": f"jax {importlib.metadata.version('jax')}"}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps({"losses": train(asked["first"], asked["updates"])}), flush=True)
-
-
-if __name__ == "__main__":
-    serve(answer(Path(sys.argv[1])))
+    try:
+        folder, name, threads, *entries = sys.argv[1:]
+        facts, answers = start(Path(folder), name, int(threads), *entries)
+        say(ready=f"{facts}, {threads} threads")
+        for line in sys.stdin:
+            message = json.loads(line)
+            say(**answers[message.pop("do")](**message))
+    except ImportError as error:
+        end_without(error)
+    except Exception as error:  # of whatever kind: the process that asked puts it into a sentence
+        say(error=f"{type(error).__name__}: {(str(error).strip() or 'without a word').splitlines()[0]}")
+        sys.exit(1)

@@ -89,6 +89,13 @@ def check_least(config: Any, group: str, least: int, *names: str) -> None:
             raise UserError(f"{group}.{name} is {getattr(config, name)}; it must {wanted}.")
 
 
+def check_most(config: Any, group: str, most: int, *names: str) -> None:
+    """Raise UserError for a field of those names that is more: numbers that become an allocation or a loop have a bound."""
+    for name in names:
+        if getattr(config, name) > most:
+            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must be at most {most:,}.")
+
+
 def check_share(config: Any, group: str, *names: str) -> None:
     """Raises UserError for a field of those names that does not lie in [0, 1)."""
     for name in names:

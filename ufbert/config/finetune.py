@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ufbert.config.checks import check_kinds, check_least, check_share
+from ufbert.config.checks import check_kinds, check_least, check_most, check_share
 from ufbert.config.model import ModelConfig
 from ufbert.errors import UserError
 
@@ -50,6 +50,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "tune.")
         check_least(self, "tune", 1, "epochs", "batch_rows")
+        check_most(self, "tune", 10_000, "epochs", "early_stop")
+        check_most(self, "tune", 2**20, "batch_rows", "max_len")
         if self.max_len < 3:
             raise UserError(
                 f"tune.max_len is {self.max_len}; a row needs room for [CLS] and [SEP] and at least one piece of text, so that "

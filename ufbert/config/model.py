@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ufbert.config.checks import check_kinds, check_least, check_share
+from ufbert.config.checks import check_kinds, check_least, check_most, check_share
 from ufbert.errors import UserError
 
 MIXER_NAMES = ["attention", "fourier"]
@@ -153,11 +153,8 @@ class ModelConfig:
         check_kinds(type(self), vars(self), "model.")
         positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
         check_least(self, "model", 1, *positive, "leaf_width", "n_experts")
-        for name in (*positive, "leaf_width", "n_experts"):
-            if getattr(self, name) > 2**20:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at most {2**20:,}.")
-        if self.n_layers > 1024:
-            raise UserError(f"model.n_layers is {self.n_layers}; it must be at most 1,024.")
+        check_most(self, "model", 2**20, *positive, "leaf_width", "n_experts", "master_leaf", "n_token_types")
+        check_most(self, "model", 1024, "n_layers")
         weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
         check_least(self, "model", 0, *weights, "fixed_len", "pad_id", "n_token_types", "norm_eps", "init_std")
         for name in ("leaf_temperature", "capacity_factor", "rotary_base"):
@@ -172,6 +169,10 @@ class ModelConfig:
             raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
         if not 0 <= self.tree_depth <= 20:
             raise UserError(f"model.tree_depth is {self.tree_depth}; it must lie between 0 and 20.")
+        if self.n_trees * self.nodes_per_tree > 2**24:
+            raise UserError(
+                f"model.n_trees {self.n_trees} of model.tree_depth {self.tree_depth} have more than 2^24 nodes."
+            )
         check_share(self, "model", "dropout")
         for name, kinds, known in (
             ("mixer", self.mixer, MIXER_NAMES),

@@ -1,10 +1,12 @@
 """Find presets by name, and shrink them to a scale that a device and a budget can train."""
 
 import runpy
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ufbert.config.checks import shown
 from ufbert.config.model import ModelConfig
 from ufbert.config.run import Recipe, RunConfig, Scale
 from ufbert.errors import UserError, near_miss
@@ -26,12 +28,22 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> RunConfig:
     """The `config` of a preset file, by name or by the path of a .py file.
 
-    Raises UserError for an unknown name (with the nearest known one) or a file without a `config`.
+    Raises UserError for an unknown name (with the nearest known one), and for a file without a `config` or whose code fails.
     """
     path = Path(name) if name.endswith(".py") else preset_folder() / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"There is no preset {name!r}; {near_miss(name, preset_names())}")
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        known = path.is_file()
+    except OSError:  # a name of more letters than a file may have
+        known = False
+    if not known:
+        raise UserError(f"There is no preset {shown(name)}; {near_miss(name[:100], preset_names())}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (Exception, SystemExit) as error:  # a preset is a program, and may fail in any way
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}{f', line {line}' if line else ''}: {what}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path} does not define `config = RunConfig(...)`.")
     return config

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ufbert.config.checks import check_kinds, check_least, check_share
+from ufbert.config.checks import check_kinds, check_least, check_most, check_share
 from ufbert.config.model import ModelConfig
 from ufbert.errors import UserError
 
@@ -73,14 +73,17 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "train.")
         check_least(self, "train", 1, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
+        check_most(self, "train", 2**20, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
+        check_most(self, "train", 2**24, "batch_rows")
         check_least(self, "train", 0, "position_scale_lr", "batch_rows", "weight_decay", "adam_eps", "ramp_until")
         check_share(self, "train", "adam_b1", "adam_b2", "muon_momentum")
         for name in ("peak_lr", "clip_norm", "checkpoint_minutes"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be positive.")
-        for rate in (*self.mask_rate, self.eval_mask_rate):
-            if not 0.0 < rate < 1.0:
-                raise UserError(f"train.mask_rate is {rate}; it must lie between 0 and 1.")
+        for name, rates in (("mask_rate", self.mask_rate), ("eval_mask_rate", (self.eval_mask_rate,))):
+            for rate in rates:
+                if not 0.0 < rate < 1.0:
+                    raise UserError(f"train.{name} is {rate}; it must lie between 0 and 1.")
         if not self.mask_rate:
             raise UserError("train.mask_rate is empty; give at least one rate.")
         for name in ("warmup", "decay", "average_width"):
@@ -132,6 +135,9 @@ class DataConfig:
         check_least(self, "data", 1, "short_len", "eval_rows", "tokenizer_chars", "near_window")
         check_least(self, "data", 3, "seq_len")  # [CLS], a piece and [SEP]
         check_least(self, "data", 0, "max_tokens", "short_until")
+        check_most(self, "data", 2**20, "seq_len", "short_len", "eval_rows")
+        check_most(self, "data", 100_000_000, "near_window")
+        check_most(self, "data", 10**12, "tokenizer_chars", "max_tokens")
         check_share(self, "data", "filter_worst")
         if not 0.0 < self.near_threshold <= 1.0:
             raise UserError(f"data.near_threshold is {self.near_threshold}; it must lie in (0, 1].")
@@ -160,6 +166,10 @@ class RunConfig:
                 raise UserError(
                     f"train.mask_rate {rate} of data.seq_len {self.data.seq_len} tokens is no token; raise either."
                 )
+        if self.micro_tokens > 2**28:
+            raise UserError(
+                f"train.micro_rows {self.train.micro_rows} x data.seq_len {self.data.seq_len} are too many tokens."
+            )
         only = self.model.only_len
         if only and (self.data.seq_len != only or self.data.short_until > 0):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What the vendors say that devices can do. Measured speeds of this machine are in `cost` and `pretrain.speeds`."""
+"""Peaks of accelerators, from the vendors' data sheets. `cost.parts` measures the speed of this machine."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from ufbert.errors import UserError, near_miss
 
 
 class DevicePeaks(NamedTuple):
-    """The limits of one accelerator, dense arithmetic (the doubled figures for sparse matrices are not used)."""
+    """The limits of an accelerator, for dense arithmetic (data sheets also print twice as much, for sparse matrices)."""
 
     name: str
-    """The name on the command line."""
+    """Its name on the command line."""
     kinds: tuple[str, ...]
-    """Beginnings of jax's `device_kind` for it."""
+    """Prefixes of jax's `device_kind` for it."""
     platform: str
     """gpu or tpu."""
     bfloat16: float
@@ -23,15 +23,15 @@ class DevicePeaks(NamedTuple):
     memory: float
     """Bytes of the device's memory."""
     source: str
-    """Where the numbers are printed, and what is assumed."""
+    """The document that prints the numbers, and assumptions."""
 
     def products(self, dtype: str) -> float:
-        """FLOP/s of matrix products of `dtype`."""
+        """Return the FLOP/s of matrix products of `dtype`."""
         return self.bfloat16 if dtype == "bfloat16" and self.bfloat16 else self.float32
 
     @property
     def dtype(self) -> str:
-        """The type that a model should compute in here."""
+        """The type that a model should compute in on this device."""
         return "bfloat16" if self.bfloat16 else "float32"
 
 
@@ -70,12 +70,12 @@ DEVICES = (
 
 
 def device_names() -> list[str]:
-    """Every name that `find_device` knows."""
+    """Return every name that `find_device` knows."""
     return [device.name for device in DEVICES]
 
 
 def find_device(name: str) -> DevicePeaks:
-    """The device of a command-line name. Raises UserError, with the nearest name, if there is none."""
+    """Return the device of a command-line name. Raises UserError, with the nearest name, if there is none."""
     for device in DEVICES:
         if device.name == name.lower():
             return device
@@ -84,6 +84,5 @@ def find_device(name: str) -> DevicePeaks:
 
 
 def device_of_kind(device_kind: str) -> DevicePeaks | None:
-    """The device that jax calls `device_kind`, or None if it is not in the table."""
-    found = [device for device in DEVICES if device_kind.startswith(device.kinds)]
-    return found[0] if found else None
+    """Return the device that jax calls `device_kind`, or None if it is not in the table."""
+    return next((device for device in DEVICES if device_kind.startswith(device.kinds)), None)

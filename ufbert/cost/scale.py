@@ -1,4 +1,4 @@
-"""The scale that a device can train within a budget."""
+"""Choose the scale of a model that a device can train within a budget."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,13 @@ from ufbert.cost.flops import (
 from ufbert.cost.speeds import Speeds
 
 TOKENS_PER_WEIGHT = 40.0
-"""A scale is worth choosing if the budget pays for this many tokens per weight that a token touches."""
-
+"""`auto` chooses only scales that see this many tokens for each weight that a token touches."""
 
 SCALES: tuple[Scale, ...] = ("tiny", "mini", "small", "base")
 
 
 class ScaleChoice(NamedTuple):
-    """A scale for a budget, and what it is expected to do."""
+    """A scale for a budget, and the speed and tokens to expect of it."""
 
     scale: Scale
     run: RunConfig
@@ -34,8 +33,8 @@ def choose_scale(
 ) -> ScaleChoice:
     """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
 
-    `auto` takes the largest scale that still sees TOKENS_PER_WEIGHT tokens for each weight a token touches, and
-    `tiny` if none does.
+    `auto` takes the largest scale that sees TOKENS_PER_WEIGHT tokens for each weight that a token touches, and `tiny` if none
+    does.
     """
 
     def at(name: Scale) -> ScaleChoice:
@@ -59,4 +58,5 @@ def choose_scale(
 
 
 def _weights(run: RunConfig, trees: TreeBackend) -> float:
+    """Count the weights that a token touches: the forward pass multiplies and adds once for each."""
     return forward_flops_per_token(run.model, 0, masked_trees=trees == "masked") / 2

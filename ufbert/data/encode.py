@@ -1,4 +1,4 @@
-"""Texts to padded id arrays, the same way for fine-tuning and inference."""
+"""Encode texts as padded arrays of ids, the same way for fine-tuning and inference."""
 
 import threading
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 class Batch(NamedTuple):
-    """Padded rows. `segment_ids` are 1 on tokens and 0 on padding; `type_ids` are 1 on a second text."""
+    """Padded rows. `segment_ids` is 1 on tokens and 0 on padding; `type_ids` is 1 on a second text."""
 
     ids: np.ndarray
     segment_ids: np.ndarray
@@ -23,20 +23,20 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Texts as lists of ids, `[CLS] text [SEP]` or `[CLS] a [SEP] b [SEP]`, and how a model wants them padded."""
+    """Texts as lists of ids, `[CLS] text [SEP]` or `[CLS] a [SEP] b [SEP]`, and how to pad them for a model."""
 
     ids: list[list[int]]
     type_ids: list[list[int]]
     max_len: int
-    """Longest row."""
+    """The most tokens in a row."""
     only_len: int
-    """The one length that rows are padded to, or 0 for the smallest bucket that holds them."""
+    """The length that all rows are padded to, or 0 for the smallest bucket that holds them."""
     pad_id: int
     truncated: int
     """Rows that were cut to `max_len`."""
 
     def pad(self, picks: Sequence[int] | np.ndarray, length: int = 0) -> Batch:
-        """The picked rows, padded to `length` tokens, or where it is 0 to the shortest length that holds them."""
+        """Pad the picked rows to `length` tokens; 0 takes the shortest length that holds them."""
         length = length or self.only_len or bucket(max(len(self.ids[i]) for i in picks), self.max_len)
         ids = np.full((len(picks), length), self.pad_id, np.int32)
         segments, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -47,18 +47,21 @@ class Encoded(NamedTuple):
 
 
 def bucket(length: int, max_len: int) -> int:
-    """The row length that a text of `length` tokens is padded to."""
+    """Return the row length that a text of `length` tokens is padded to."""
     return next((size for size in BUCKETS if size >= length and size <= max_len), max_len)
 
 
-_cutting = threading.Lock()
+_tokenizer_lock = threading.Lock()
+"""Truncation is a state of the tokenizer, which several predictors may share among threads."""
 
 
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, config: ModelConfig, max_len: int = 0
 ) -> Encoded:
-    """Tokenise for a model, cutting the longer text first where a row would pass `max_len` (or the model's) tokens. Any number
-    of threads may share a tokenizer here. Raises UserError where a row has no room for text."""
+    """Tokenise texts, or pairs of texts, for a model. A row longer than `max_len` (or the model's) is cut, longer text first.
+
+    Any number of threads may share a tokenizer. Raises UserError if a row has no room for text.
+    """
     limit = config.only_len or min(max_len or config.max_len, config.max_len)
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     marks, texts_of_row = tokenizer.num_special_tokens_to_add(pairs is not None), 1 if pairs is None else 2
@@ -68,16 +71,16 @@ def encode_texts(
             f"{'a text' if pairs is None else 'each of two texts'}; it must have at least {marks + texts_of_row} "
             "(--tune.max-len, or the model's max_len)."
         )
-    with _cutting:  # where to cut is a state of the tokenizer, which several predictors may have in common
+    with _tokenizer_lock:
         tokenizer.no_padding()
         tokenizer.enable_truncation(limit)
-        found = tokenizer.encode_batch(rows)
+        encodings = tokenizer.encode_batch(rows)
         tokenizer.no_truncation()
-    ids, types = [row.ids for row in found], [row.type_ids for row in found]
-    return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in found))
+    ids, types = [row.ids for row in encodings], [row.type_ids for row in encodings]
+    return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in encodings))
 
 
 def uncut_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text's ids, however many they are."""
-    with _cutting:
+    """Tokenise a text without cutting it."""
+    with _tokenizer_lock:
         return tokenizer.encode(text).ids

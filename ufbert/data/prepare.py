@@ -1,17 +1,17 @@
-"""From a corpus to a prepared folder, in two passes and bounded memory.
+"""Prepare a corpus for training, in two passes and bounded memory.
 
-Pass 1 reads the documents once: exact duplicates go, the rest is tokenised on all cores while the next ones are read, near
-duplicates go, and what is left is appended to a file of ids. Pass 2 knows every document's tokens per character: the worst
-share goes, every 50th document that remains is held out (up to a million tokens; if they are too few, the last rows), and
-the others are packed into shards in the order of the corpus or best first.
+Pass 1 reads the documents once. It drops exact duplicates, tokenises the rest on all cores while the next ones are read,
+drops near duplicates, and appends what is left to a file of ids. Pass 2 knows every document's tokens per character. It
+drops the worst share, holds out every 50th of the remaining documents (up to a million tokens; the last rows if they are too
+few), and packs the others into shards, in the order of the corpus or best first.
 
-Resident memory, beside Python and the tokenizer: 8 to 24 bytes a document read for exact duplicates, 390 MB for a window of a
-million documents for near ones, up to 60 bytes a document kept for ordering. On disk: twice the finished rows.
+Resident memory, apart from Python and the tokenizer: 8 to 24 bytes for each document read (exact duplicates), 390 MB for a
+window of a million documents (near duplicates), and up to 60 bytes for each document kept (order). Disk: twice the finished
+rows.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from ufbert.config import DataConfig
 from ufbert.data.clean import ExactFilter, NearFilter, Removal, Tally, tokens_per_character, worst
 from ufbert.data.corpora import Corpus, source_of
-from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, open_prepared
+from ufbert.data.prepared import DATA_FORMAT, Manifest, PreparedData, Recipe, open_prepared
 from ufbert.data.shards import RowWriter, Shard
 from ufbert.data.spool import DocumentStore, Spans
 from ufbert.data.text_files import Progress
@@ -40,48 +39,13 @@ from ufbert.runtime.files import private_folder, publish
 HELDOUT_EVERY = 50
 HELDOUT_TOKENS = 1_000_000
 SAMPLE_CHARS = 20_000
-"""Characters of every 50th document read that are looked at for [UNK]."""
+"""Characters of every 50th document in which [UNK] is counted."""
 _BATCH_DOCUMENTS, _BATCH_CHARS = 1024, 4_000_000
 
 EXACT, NEAR, EMPTY, WORST = "exact duplicates", "near duplicates", "documents without tokens", "worst quality"
 """Names of the steps of cleaning."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The options that shape the rows; with the corpus they determine every byte of a prepared folder."""
-
-    seq_len: int
-    max_tokens: int
-    vocab_size: int
-    """Of the tokenizer that is trained; 0 if one is given."""
-    tokenizer_chars: int
-    tokenizer_sha256: str
-    """Of the tokenizer that is given, or empty."""
-    filter_worst: float
-    drop_exact: bool
-    near_window: int
-    """0 if near duplicates stay."""
-    near_threshold: float
-    order: str
-
-    @staticmethod
-    def of(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> "Recipe":
-        """The recipe of a configuration. Options without effect are zeroed, so that they do not tell equal data apart."""
-        return Recipe(
-            seq_len=data.seq_len,
-            max_tokens=data.max_tokens,
-            vocab_size=0 if tokenizer else vocab_size,
-            tokenizer_chars=0 if tokenizer else data.tokenizer_chars,
-            tokenizer_sha256=fingerprint(tokenizer) if tokenizer else "",
-            filter_worst=data.filter_worst,
-            drop_exact=data.drop_exact,
-            near_window=data.near_window if data.drop_near else 0,
-            near_threshold=data.near_threshold if data.drop_near else 0.0,
-            order=data.order,
-        )
 
 
 def prepare(
@@ -95,14 +59,14 @@ def prepare(
 ) -> PreparedData:
     """Write a prepared folder, whole or not at all, and open it. If another process writes it first, that one is opened.
 
-    `tokenizer` is used if given, else one is trained on the corpus. `progress` gets a line as often as there is news, `say`
-    one for each step of cleaning. Raises UserError for an empty corpus, one too small for two rows, one that fails or
-    changes while it is read, or a disk that refuses.
+    Without a `tokenizer`, one is trained on the corpus. `progress` gets a line whenever there is news, `say` one for each
+    step of cleaning. Raises UserError if the corpus is too small for two rows, if it fails or changes while it is read, or if
+    the disk refuses.
     """
     try:
         with private_folder(folder.parent) as scratch:
             tokenizer = tokenizer or _train_tokenizer(corpus, recipe, progress)
-            tokenizer.no_truncation()  # a caller's may be set
+            tokenizer.no_truncation()  # a caller's may truncate or pad
             tokenizer.no_padding()
             (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             manifest = _write_rows(corpus, tokenizer, recipe, scratch, progress, say)
@@ -117,7 +81,7 @@ def prepare(
 
 
 def _check_unchanged(corpus: Corpus) -> None:
-    """Files that vanished after they were read do not matter; files that differ do."""
+    """Raise UserError if a file of the corpus differs from what it was. A file that has vanished does not matter."""
     now = source_of(corpus.spec)["files"] if corpus.source else None
     if now is not None and now != corpus.source["files"]:
         raise UserError(f"The corpus {corpus.spec} changed while it was being read; start again when it is complete.")
@@ -139,21 +103,21 @@ def _train_tokenizer(corpus: Corpus, recipe: Recipe, progress: Say) -> Tokenizer
 
 
 class _Batch(NamedTuple):
-    """Documents read together."""
+    """Documents that were read together."""
 
     texts: list[str]
-    """Those that are no exact duplicates."""
+    """Without exact duplicates."""
     documents: int
     characters: int
-    """Of all that were read."""
+    """All that were read, duplicates included."""
     repeated: Removal
 
 
 def _batches(documents: Iterator[str], exact: ExactFilter | None) -> Iterator[_Batch]:
-    """Documents in batches that bound both their number and their characters."""
+    """Cut documents into batches of bounded number and size, and drop exact duplicates."""
     texts: list[str] = []
     size = 0
-    for text in chain(documents, [None]):
+    for text in chain(documents, [None]):  # None flushes the last batch
         if texts and (text is None or len(texts) == _BATCH_DOCUMENTS or size + len(text) > _BATCH_CHARS):
             new = exact.new(texts) if exact else [True] * len(texts)
             fresh = [text for text, is_new in zip(texts, new, strict=True) if is_new]
@@ -165,7 +129,7 @@ def _batches(documents: Iterator[str], exact: ExactFilter | None) -> Iterator[_B
 
 
 def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[_Batch, list[Encoding]]]:
-    """Every batch with its encodings; the next one is tokenised while the caller works on this one."""
+    """Tokenise every batch. The next one is tokenised while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[_Batch, Future[list[Encoding]]] | None = None
         for batch in batches:
@@ -180,7 +144,7 @@ def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[
 def _collect(
     corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, store: DocumentStore, progress: Say
 ) -> tuple[Tally, bool]:
-    """Pass 1: fill the store. Returns what was read and removed, and whether the corpus was read to its end."""
+    """Run pass 1, which fills the store. Returns the counts, and true if the corpus was read to its end."""
     special = special_ids(tokenizer)
     tally, bar = Tally(), Progress(corpus.meter, recipe.max_tokens)
     exact = ExactFilter() if recipe.drop_exact else None
@@ -190,13 +154,14 @@ def _collect(
     for batch, encodings in _encoded(_batches(corpus.documents(), exact), tokenizer):
         tally.add(batch.documents, batch.characters)
         tally.remove(EXACT, batch.repeated)
+        # Characters lost to [UNK] are counted in a sample: a tokenizer of the wrong script shows at once.
         sample = [text[:SAMPLE_CHARS] for text in batch.texts[::HELDOUT_EVERY]]
         unknown, sampled = unknown_characters(tokenizer, sample, special.unk)
         tally.unknown, tally.sampled = tally.unknown + unknown, tally.sampled + sampled
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.uint16, int(lengths.sum()))
         characters = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
-        kept = lengths > 0
+        kept = lengths > 0  # `ids` needs no mask: an empty document has none
         tally.remove(EMPTY, Removal.of(characters[~kept]))
         lengths, characters = lengths[kept], characters[kept]
         if near and len(lengths):
@@ -211,7 +176,7 @@ def _collect(
 
 
 def _wrapped(ids: np.ndarray, lengths: np.ndarray, special: SpecialIds) -> np.ndarray:
-    """`[CLS] ids [SEP]` of every document, end to end, (total,) uint16."""
+    """Write every document as `[CLS] ids [SEP]`, end to end, (total,) uint16."""
     wrapped = np.empty(len(ids) + 2 * len(lengths), np.uint16)
     ends = np.cumsum(lengths + 2)
     text = np.ones(len(wrapped), bool)
@@ -224,7 +189,7 @@ def _wrapped(ids: np.ndarray, lengths: np.ndarray, special: SpecialIds) -> np.nd
 def _write_rows(
     corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, folder: Path, progress: Say, say: Say
 ) -> Manifest:
-    """Both passes. Leaves shards in `folder`, beside what else is there."""
+    """Run both passes. Writes the shards into `folder` and returns the manifest."""
     if vocabulary_size(tokenizer) > 65536:
         raise UserError(
             f"The tokenizer has ids up to {vocabulary_size(tokenizer) - 1:,}; they are stored in 2 bytes: up to 65,535. "
@@ -236,7 +201,7 @@ def _write_rows(
     try:
         tally, exhausted = _collect(corpus, tokenizer, recipe, store, progress)
         spans, characters = store.finish()
-        bad = worst(spans.lengths - 2, characters, recipe.filter_worst)
+        bad = worst(spans.lengths - 2, characters, recipe.filter_worst)  # without [CLS] and [SEP]
         if recipe.filter_worst:
             tally.removed[WORST] = Removal.of(characters[bad])
         for line in tally.report():
@@ -244,8 +209,8 @@ def _write_rows(
         kept, characters = spans.pick(~bad), characters[~bad]
         documents, tokens = len(kept.lengths), kept.tokens
         if tokens < 2 * recipe.seq_len:
-            what = "has too little text" if tally.documents else "is empty, or has too little text"
-            raise UserError(f"The corpus {corpus.spec} {what} for two rows of {recipe.seq_len} tokens.")
+            fault = "has too little text" if tally.documents else "is empty, or has too little text"
+            raise UserError(f"The corpus {corpus.spec} {fault} for two rows of {recipe.seq_len} tokens.")
         train, heldout = _split(kept, characters, recipe)
         shards = [
             _pack(store, part, folder, name, recipe.seq_len, progress)
@@ -260,7 +225,7 @@ def _write_rows(
         corpus=corpus.spec,
         licence=corpus.licence,
         source=dict(corpus.source),
-        recipe=asdict(recipe),
+        recipe=recipe,
         exhausted=exhausted,
         documents_read=tally.documents,
         characters_read=tally.characters,
@@ -272,19 +237,21 @@ def _write_rows(
         vocab_size=vocabulary_size(tokenizer),
         unknown_share=tally.unknown / max(1, tally.sampled),
         tokenizer_sha256=fingerprint(tokenizer),
-        train=[asdict(shard) for shard in shards[0]],
-        heldout=[asdict(shard) for shard in shards[1]],
+        train=shards[0],
+        heldout=shards[1],
     )
 
 
 def _split(kept: Spans, characters: np.ndarray, recipe: Recipe) -> tuple[Spans, Spans]:
-    """Training and held-out text, chosen before ordering, so that the held-out text is neither the best nor the worst."""
+    """Split the documents into training and held-out text, and order the training text."""
+    # The split comes before the order, so that the held-out text is neither the best nor the worst.
     quality = tokens_per_character(kept.lengths - 2, characters)
     held = np.arange(1, len(kept.lengths) + 1) % HELDOUT_EVERY == 0
-    before = np.cumsum(np.where(held, kept.lengths, 0)) - kept.lengths
+    before = np.cumsum(np.where(held, kept.lengths, 0)) - kept.lengths  # held-out tokens before each held-out document
     held &= before < HELDOUT_TOKENS
     train, heldout = kept.pick(~held), kept.pick(held)
     quality = quality[~held]
+    # Of few or long documents no 50th makes a row: then the last rows are held out, and a document may be divided.
     if heldout.tokens < recipe.seq_len or train.tokens < recipe.seq_len:
         rows = kept.tokens // recipe.seq_len
         train, heldout = kept.cut((rows - max(1, rows // HELDOUT_EVERY)) * recipe.seq_len)
@@ -295,7 +262,7 @@ def _split(kept: Spans, characters: np.ndarray, recipe: Recipe) -> tuple[Spans, 
 
 
 def _pack(store: DocumentStore, spans: Spans, folder: Path, name: str, seq_len: int, progress: Say) -> list[Shard]:
-    """Pass 2: cut the spans' ids into rows."""
+    """Cut the ids of the spans into rows, and write them as shards."""
     writer = RowWriter(folder, name, seq_len)
     done, total = 0, spans.tokens
     try:

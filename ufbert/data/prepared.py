@@ -7,21 +7,59 @@ shards `train-00000.bin`, ... and `heldout-00000.bin`, ... (see `shards.py`) and
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from tokenizers import Tokenizer
 
+from ufbert.config import DataConfig
 from ufbert.data.shards import Rows, Shard, verify
 from ufbert.data.tokenizer import fingerprint
 from ufbert.errors import UserError
+from ufbert.runtime.typed import Count, convert, decode, read_whole
 
 DATA_FORMAT = 3
 """Version of the prepared folder; one of another version is prepared anew."""
 RUNS_ONLY = 2
 """The version before, of smaller alphabets: a run that has begun with such rows goes on with them, a new one does not."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options that shape the rows; with the corpus they determine every byte of a prepared folder."""
+
+    seq_len: int
+    max_tokens: int
+    vocab_size: int
+    """Of the tokenizer that is trained; 0 if one is given."""
+    tokenizer_chars: int
+    tokenizer_sha256: str
+    """Of the tokenizer that is given, or empty."""
+    filter_worst: float
+    drop_exact: bool
+    near_window: int
+    """0 if near duplicates stay."""
+    near_threshold: float
+    order: str
+
+    @staticmethod
+    def of(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> "Recipe":
+        """The recipe of a configuration. Options without effect are zeroed, so that they do not tell equal data apart."""
+        return Recipe(
+            seq_len=data.seq_len,
+            max_tokens=data.max_tokens,
+            vocab_size=0 if tokenizer else vocab_size,
+            tokenizer_chars=0 if tokenizer else data.tokenizer_chars,
+            tokenizer_sha256=fingerprint(tokenizer) if tokenizer else "",
+            filter_worst=data.filter_worst,
+            drop_exact=data.drop_exact,
+            near_window=data.near_window if data.drop_near else 0,
+            near_threshold=data.near_threshold if data.drop_near else 0.0,
+            order=data.order,
+        )
 
 
 @dataclass(frozen=True)
@@ -34,29 +72,28 @@ class Manifest:
     licence: str
     source: dict[str, Any]
     """The corpus's identity (`corpora.Source`) when it was read."""
-    recipe: dict[str, Any]
-    """The options that shaped the rows (`prepare.Recipe`)."""
+    recipe: Recipe
+    """The options that shaped the rows."""
     exhausted: bool
     """The corpus was read to its end, not only to `max_tokens`."""
-    documents_read: int
-    characters_read: int
-    removed: dict[str, dict[str, Any]]
+    documents_read: Count
+    characters_read: Count
+    removed: dict[str, dict[str, int | float]]
     """By step of cleaning, in order: documents, characters and share_of_characters that it took away."""
-    tokens_read: int
+    tokens_read: Count
     """Ids of what was left before the worst documents were taken out: what `max_tokens` bounds."""
-    documents: int
+    documents: Count
     """Documents kept, training and held-out."""
-    tokens: int
+    tokens: Count
     """Ids of the documents kept, [CLS] and [SEP] included."""
-    seq_len: int
-    vocab_size: int
+    seq_len: Annotated[int, Meta(ge=1, le=2**20)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**16)]
     """The tokenizer's largest id plus one."""
-    unknown_share: float
+    unknown_share: Annotated[float, Meta(ge=0, le=1)]
     """Share of the text's characters that are lost to [UNK], by every 50th document read."""
     tokenizer_sha256: str
-    train: list[dict[str, Any]]
-    """The shards (`shards.Shard`): name, rows, sha256."""
-    heldout: list[dict[str, Any]]
+    train: list[Shard]
+    heldout: list[Shard]
 
     def write(self, folder: Path) -> None:
         """Put it into a folder whose other files are complete."""
@@ -64,16 +101,17 @@ class Manifest:
 
     @property
     def train_rows(self) -> int:
-        return sum(shard["rows"] for shard in self.train)
+        return sum(shard.rows for shard in self.train)
 
     @property
     def heldout_rows(self) -> int:
-        return sum(shard["rows"] for shard in self.heldout)
+        return sum(shard.rows for shard in self.heldout)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the rows and the tokenizer: equal for equal bytes, wherever and whenever they were prepared."""
-        facts = [self.format_version, self.seq_len, self.tokenizer_sha256, self.train, self.heldout]
+        shards = [[asdict(shard) for shard in part] for part in (self.train, self.heldout)]
+        facts = [self.format_version, self.seq_len, self.tokenizer_sha256, *shards]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,41 +138,25 @@ class PreparedData:
         return np.log((counts + 1) / (counts.sum() + len(counts)))
 
 
+@dataclass(frozen=True)
+class _Stamp:
+    format_version: int | None = None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared folder. Raises UserError if there is none of this version or the one before."""
+    path = folder / "manifest.json"
     try:
-        values: Any = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if values.get("format_version") == RUNS_ONLY:  # it did not say how much is lost to [UNK]
-            values.setdefault("unknown_share", 0.0)
-        elif values.get("format_version") != DATA_FORMAT:
-            raise UserError(f"{folder} holds prepared data of another version; delete it to prepare the data anew.")
-        manifest = Manifest(**values)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder} does not hold prepared data: {error}.") from error
-    kinds = {field.name: get_origin(field.type) or field.type for field in fields(Manifest)}
-    wrong = [name for name, kind in kinds.items() if not _is_a(kind, values[name])]
-    wrong += [
-        f"recipe.{name}"
-        for name in ("max_tokens", "vocab_size")
-        if not wrong and not _is_a(int, manifest.recipe.get(name))
-    ]
-    wrong += ["unknown_share"] if not wrong and not 0.0 <= manifest.unknown_share <= 1.0 else []
-    wrong += ["a shard"] if not wrong and not all(map(_is_shard, manifest.train + manifest.heldout)) else []
-    if wrong:
-        raise UserError(f"{folder} does not hold prepared data: {', '.join(wrong)} in its manifest makes no sense.")
-    return manifest
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _is_shard(value: Any) -> bool:
-    """Whether a manifest's entry names a file of its own folder, its rows and its checksum."""
-    kinds = {"name": str, "rows": int, "sha256": str}
-    if not isinstance(value, dict) or value.keys() != kinds.keys():
-        return False
-    return all(_is_a(kind, value[name]) for name, kind in kinds.items()) and Path(value["name"]).name == value["name"]
+        data = read_whole(path)
+        version = decode(data, _Stamp, str(path)).format_version
+        if version == DATA_FORMAT:
+            return decode(data, Manifest, str(path), exact=True)
+        if version == RUNS_ONLY:  # it did not say how much is lost to [UNK]
+            values = decode(data, dict[str, Any], str(path)) | {"unknown_share": 0.0}
+            return convert(values, Manifest, str(path), exact=True)
+    except UserError as error:
+        raise UserError(f"{folder} does not hold prepared data: {error}") from error
+    raise UserError(f"{folder} holds prepared data of another version; delete it to prepare the data anew.")
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -143,7 +165,7 @@ def open_prepared(folder: Path) -> PreparedData:
     Raises UserError if a file is missing, cut short or damaged.
     """
     manifest = read_manifest(folder)
-    train, heldout = ([Shard(**shard) for shard in part] for part in (manifest.train, manifest.heldout))
+    train, heldout = manifest.train, manifest.heldout
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception

@@ -1,4 +1,4 @@
-"""Rows of ids on disk: files of at most 256 MiB each, written once, mapped into memory and read at random."""
+"""Rows of ids on disk, in files of at most 256 MiB that are mapped into memory, and the order in which a run reads them."""
 
 import hashlib
 import os
@@ -11,22 +11,27 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ufbert.errors import UserError
+from ufbert.runtime.typed import Count
 
 SHARD_BYTES = 256 * 2**20
-"""A shard holds as many whole rows as fit."""
+"""Largest size of a shard, unless a single row is larger."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of 2-byte little-endian ids, row after row."""
+    """A file of 2-byte little-endian ids, row after row."""
 
     name: str
-    rows: int
+    rows: Count
     sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise UserError(f"the shard {self.name!r} is not a file of the folder itself.")
 
 
 class RowWriter:
-    """Writes a stream of ids as rows of `seq_len`, shard after shard; a tail that does not fill a row is dropped."""
+    """Writes a stream of ids as rows of `seq_len`, shard after shard. A tail that does not fill a row is dropped."""
 
     def __init__(self, folder: Path, stem: str, seq_len: int) -> None:
         self.folder, self.stem, self.seq_len = folder, stem, seq_len
@@ -64,18 +69,18 @@ class RowWriter:
         self._file, self._rows, self._digest = None, 0, hashlib.sha256()
 
     def close(self) -> list[Shard]:
-        """All shards, written."""
+        """Finish the last shard and return all of them."""
         self._finish_shard()
         return self.shards
 
     def abandon(self) -> None:
-        """Close the file that is being written, whatever it holds."""
+        """Close the file that is being written, unless it is finished."""
         if self._file is not None:
             self._file.close()
 
 
 class Rows:
-    """Rows of several shards as one sequence. Nothing is read until rows are taken."""
+    """The rows of several shards as one sequence. Nothing is read until rows are taken."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], seq_len: int) -> None:
         """Raises UserError if a shard is missing or has another size than it should."""
@@ -87,21 +92,21 @@ class Rows:
         return int(self._starts[-1])
 
     def take(self, rows: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n t"]:
-        """The rows of these numbers, in this order."""
+        """Read the rows of these numbers, in this order."""
         if len(self._maps) == 1:
             return self._maps[0][rows].astype(np.int32)
-        taken = np.empty((len(rows), self.seq_len), np.int32)
-        places = np.searchsorted(self._starts, rows, side="right") - 1
-        for place in np.unique(places):
-            here = np.flatnonzero(places == place)
-            taken[here] = self._maps[place][rows[here] - self._starts[place]]
-        return taken
+        ids = np.empty((len(rows), self.seq_len), np.int32)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        for shard in np.unique(shards):
+            picks = np.flatnonzero(shards == shard)
+            ids[picks] = self._maps[shard][rows[picks] - self._starts[shard]]
+        return ids
 
     def __getitem__(self, rows: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n t"]:
         return self.take(rows)
 
     def blocks(self, rows: int = 65536) -> Iterator[np.ndarray]:
-        """All rows in order, as (at most `rows`, t) arrays of 2-byte ids."""
+        """Read all rows in order, as arrays (at most `rows`, t) of 2-byte ids."""
         for shard in self._maps:
             for start in range(0, len(shard), rows):
                 yield shard[start : start + rows]
@@ -144,15 +149,15 @@ def _map(path: Path, rows: int, seq_len: int) -> np.ndarray:
 
 
 def verify(folder: Path, shards: Sequence[Shard]) -> None:
-    """Read every shard, several at a time, and compare its checksum. Raises UserError for the first that is not as written."""
+    """Read every shard, several at a time, and compare its checksum. Raises UserError for the first that differs."""
 
     def digest(shard: Shard) -> str:
         with (folder / shard.name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for shard, found in zip(shards, pool.map(digest, shards), strict=True):
-            if found != shard.sha256:
+        for shard, checksum in zip(shards, pool.map(digest, shards), strict=True):
+            if checksum != shard.sha256:
                 raise UserError(
                     f"{folder / shard.name} is damaged (its checksum differs); delete its folder to prepare the data anew."
                 )

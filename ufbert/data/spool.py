@@ -1,4 +1,4 @@
-"""Tokenised documents on their way from the corpus to the rows: ids in one file, three numbers a document in memory."""
+"""Tokenised documents between the two passes: ids in one file on disk, two numbers a document in memory."""
 
 import os
 from array import array
@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 _CHUNK = 1 << 14
-_RUN_TOKENS = 1 << 22
+"""Spans that are looked at together."""
+_READ_TOKENS = 1 << 22
+"""Tokens that are read together."""
 
 
 class Spans(NamedTuple):
@@ -25,11 +27,11 @@ class Spans(NamedTuple):
         return int(self.lengths.sum())
 
     def pick(self, which: np.ndarray) -> "Spans":
-        """Some of them, by a mask or by numbers."""
+        """Select spans by a mask or by their numbers."""
         return Spans(self.starts[which], self.lengths[which])
 
     def cut(self, tokens: int) -> tuple["Spans", "Spans"]:
-        """The first `tokens` ids and the rest; the span at the edge is divided."""
+        """Split off the first `tokens` ids; the span at the edge is divided."""
         ends = np.cumsum(self.lengths)
         at = int(np.searchsorted(ends, tokens))
         inside = tokens - int(ends[at] - self.lengths[at])
@@ -42,7 +44,7 @@ class Spans(NamedTuple):
 
 
 class DocumentStore:
-    """Documents as `[CLS] ids [SEP]`, 2 bytes an id, appended to one file."""
+    """A file of documents, each as `[CLS] ids [SEP]`, 2 bytes an id."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w+b")
@@ -54,23 +56,22 @@ class DocumentStore:
         return len(self._lengths)
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, characters: np.ndarray) -> None:
-        """Add documents: their ids end to end, (total,) uint16, and how many ids and characters each has."""
+        """Add documents: their ids end to end, (total,) uint16, and the number of ids and characters of each."""
         self._file.write(ids.tobytes())
         self._lengths.frombytes(lengths.astype(np.uint32).tobytes())
         self._characters.frombytes(characters.astype(np.uint32).tobytes())
         self.tokens += len(ids)
 
     def finish(self) -> tuple[Spans, np.ndarray]:
-        """One span a document, and each document's characters, (docs,) uint32."""
+        """Return a span for each document, and each document's number of characters, (docs,) uint32."""
         self._file.flush()
         lengths = np.array(self._lengths, np.int64)
         return Spans(np.cumsum(lengths) - lengths, lengths), np.array(self._characters, np.uint32)
 
     def read(self, spans: Spans) -> Iterator[np.ndarray]:
-        """The ids of the spans, end to end, in pieces. Spans that follow one another on disk are read at once.
-
-        Read rather than mapped: pages of a map would count as resident memory.
-        """
+        """Read the ids of the spans, end to end, in pieces of about `_READ_TOKENS`."""
+        # Spans that follow one another on disk are read together. The file is not mapped into memory, because the pages of a
+        # map would count as resident memory.
         for first in range(0, len(spans.lengths), _CHUNK):
             starts, lengths = (part[first : first + _CHUNK] for part in spans)
             breaks = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
@@ -79,11 +80,11 @@ class DocumentStore:
             pieces: list[np.ndarray] = []
             waiting = 0
             for start, length in zip(run_starts.tolist(), run_lengths.tolist(), strict=True):
-                for at in range(start, start + length, _RUN_TOKENS):
-                    size = min(_RUN_TOKENS, start + length - at)
+                for at in range(start, start + length, _READ_TOKENS):
+                    size = min(_READ_TOKENS, start + length - at)
                     pieces.append(np.frombuffer(os.pread(self._file.fileno(), 2 * size, 2 * at), np.uint16))
                     waiting += size
-                    if waiting >= _RUN_TOKENS:
+                    if waiting >= _READ_TOKENS:
                         yield np.concatenate(pieces)
                         pieces, waiting = [], 0
             if pieces:

@@ -1,4 +1,4 @@
-"""Plain and gzipped text files as documents, read in bounded memory whatever the length of a line or a document."""
+"""Read plain and gzipped text files as documents, in bounded memory whatever the length of a line or a document."""
 
 import codecs
 import gzip
@@ -14,28 +14,28 @@ from ufbert.errors import UserError
 from ufbert.runtime.console import clock
 
 MAX_CHARS = 1_000_000
-"""Longest document in characters. A longer one becomes several, cut at a line end or a blank."""
+"""Longest document, in characters. A longer one becomes several, cut at a line end or a blank."""
 
 
 class Meter:
-    """How many bytes of how many files have been read, asked for whenever a progress line is due."""
+    """Counts the bytes read in a pass over files."""
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
-        """Bytes of all files, compressed as they are; 0 where that is not known."""
+        """Bytes of all files on disk (compressed, if they are); 0 if that is not known."""
         self._before, self._file = 0, None
 
     def restart(self, total: int | None = None) -> None:
-        """A new pass begins, over `total` bytes if that has just become known."""
+        """Begin a new pass, over `total` bytes if that has just become known."""
         self.total = self.total if total is None else total
         self._before, self._file = 0, None
 
     def enter(self, file: io.FileIO) -> None:
-        """`file` is being read from now on."""
+        """Count what is read of `file` from now on."""
         self._file = file
 
     def leave(self, size: int) -> None:
-        """The file, of `size` bytes, has been read."""
+        """Count the file, of `size` bytes, as read."""
         self._before, self._file = self._before + size, None
 
     @property
@@ -45,7 +45,7 @@ class Meter:
 
 
 def text_documents(paths: Iterable[Path], meter: Meter) -> Iterator[str]:
-    """Documents of text files, one paragraph a line, a blank line between documents; paragraphs are joined by newlines.
+    """Read documents from text files: one paragraph a line, a blank line between documents. Newlines join the paragraphs.
 
     Raises UserError for a file that is missing, damaged, not UTF-8, or changes while it is read.
     """
@@ -66,7 +66,10 @@ def text_documents(paths: Iterable[Path], meter: Meter) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, cut at newlines only, without their ends and a byte order mark. Raises UserError."""
+    """Read the lines of a UTF-8 file, cut at newlines only, without line ends and byte order mark.
+
+    Raises UserError if it cannot be read, is not UTF-8 or does not look like lines.
+    """
     try:
         data = path.read_bytes()
         if fault := first_line_fault(data[: data.find(b"\n") + 1] or data):
@@ -82,7 +85,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_long(text: str) -> Iterator[str]:
-    """`text` whole, or in pieces of at most MAX_CHARS characters cut at blanks."""
+    """Cut a text into pieces of at most MAX_CHARS characters, at blanks if there are any."""
     while len(text) > MAX_CHARS:
         piece, rest = _cut(text[:MAX_CHARS])
         text = rest + text[MAX_CHARS:]
@@ -99,11 +102,11 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "zstandard; unpack it, or compress it with gzip",
     b"PAR1": "parquet; name its folder as hf:FOLDER",
 }
-"""What a file is that begins so, and what to do about it."""
+"""Formats by the first bytes of a file, and what to do about them."""
 
 
 def first_line_fault(line: bytes) -> str:
-    """What the first line of a file says against reading it as UTF-8 with lines that end in newlines; "" for nothing."""
+    """Return why a file with this first line is not UTF-8 with lines that end in newlines, or an empty string."""
     for start, kind in _PACKED.items():
         if line.startswith(start):
             return f"is not text but {kind}"
@@ -115,8 +118,8 @@ def first_line_fault(line: bytes) -> str:
 
 
 def _json_fault(line: bytes) -> str:
-    """What is wrong with a text whose first line is a JSON object (its braces, keys and escapes would be learnt), or ""."""
-    try:
+    """Return what is wrong with a text whose first line is this, if it is a JSON object, or an empty string."""
+    try:  # a model trained on JSON lines would learn their braces, keys and escapes
         value = json.loads(line) if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") else None
     except (ValueError, RecursionError):
         return ""
@@ -126,13 +129,13 @@ def _json_fault(line: bytes) -> str:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """`text` in two parts, cut after its last blank, or at its end if its second half has none."""
+    """Cut a text after its last blank, or at its end if its second half has none."""
     at = max(text.rfind(blank) for blank in "\n \t") + 1
     return (text[:at], text[at:]) if at > len(text) // 2 else (text, "")
 
 
 def _lines(path: Path, meter: Meter) -> Iterator[str]:
-    """The lines of a file; one of more than MAX_CHARS bytes comes in pieces."""
+    """Read the lines of a file. A line of more than MAX_CHARS bytes comes in pieces."""
     number = 1
     try:
         with path.open("rb", buffering=0) as raw:
@@ -144,9 +147,9 @@ def _lines(path: Path, meter: Meter) -> Iterator[str]:
                 if number == 1 and decoder is None and (fault := first_line_fault(piece) or _json_fault(piece)):
                     raise UserError(f"{path} {fault}.")
                 ends = len(piece) < MAX_CHARS or piece.endswith(b"\n")
-                if decoder is None and ends:  # all but monstrous lines
+                if decoder is None and ends:  # a whole line, as nearly all are
                     text = piece.decode("utf-8")
-                else:
+                else:  # a piece may end within a character, and a word may go on in the next piece
                     decoder = decoder or codecs.getincrementaldecoder("utf-8")()
                     text = rest + decoder.decode(piece, final=ends)
                 if number == 1:
@@ -174,13 +177,13 @@ _WIDTH = 24
 
 
 class Progress:
-    """Progress of one pass over a corpus, by bytes read, or by tokens where only `max_tokens` says how many will be."""
+    """The progress of a pass over a corpus, by bytes read, or by tokens if only `max_tokens` is known."""
 
     def __init__(self, meter: Meter | None, max_tokens: int) -> None:
         self._meter, self._max_tokens, self._began = meter, max_tokens, time.monotonic()
 
     def share(self, tokens: int) -> float | None:
-        """The share that is done, or None if nobody can know."""
+        """Return the share of the pass that is done, or None if it cannot be known."""
         shares = []
         if self._meter is not None and self._meter.total:
             shares.append(self._meter.read / self._meter.total)
@@ -189,7 +192,7 @@ class Progress:
         return min(1.0, max(shares)) if shares else None
 
     def line(self, documents: int, tokens: int) -> str:
-        """The line to show after `documents` documents and `tokens` tokens."""
+        """Write the progress line after `documents` documents and `tokens` tokens."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         done = f"{documents:,} documents, {tokens / 1e6:,.1f} M tokens, {tokens / seconds / 1e3:,.0f} k tokens/s"
         share = self.share(tokens)

@@ -10,10 +10,9 @@ from ufbert.hub.leaf_layer import from_state, is_state, load_layer, save_layer, 
 from ufbert.hub.onnx_export import export_onnx
 from ufbert.hub.tensors import first_few, write_folder
 from ufbert.options.convert import ExportOptions, ImportOptions
-from ufbert.options.given import Given
 
 
-def import_checkpoint(options: ImportOptions, given: Given) -> None:
+def import_checkpoint(options: ImportOptions) -> None:
     """Write a model folder, or a layer folder, of another library's checkpoint.
 
     Raises UserError for a checkpoint that the encoder does not express, and for an output that exists.
@@ -41,7 +40,7 @@ def import_checkpoint(options: ImportOptions, given: Given) -> None:
     )
 
 
-def export_folder(options: ExportOptions, given: Given) -> None:
+def export_folder(options: ExportOptions) -> None:
     """Write a model folder in another library's layout. Raises UserError for what that layout does not express."""
     _refuse_existing(options.out)
     if options.to == "fastfeedforward":

@@ -9,7 +9,6 @@ from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor, changed_routes
 from ufbert.options.ask import AskOptions, FillMaskOptions, PredictOptions
-from ufbert.options.given import Given
 from ufbert.runtime.device import use_device
 
 
@@ -24,7 +23,7 @@ def _load(options: AskOptions, texts: Sequence[str]) -> Predictor:
     return predictor
 
 
-def fill_mask(options: FillMaskOptions, given: Given) -> None:
+def fill_mask(options: FillMaskOptions) -> None:
     """Print the likeliest word pieces for each [MASK] of a text. Raises UserError if there is none."""
     predictor = _load(options, [options.text])
     for number, guesses in enumerate(predictor.fill_mask([options.text], options.top)[0], start=1):
@@ -33,7 +32,7 @@ def fill_mask(options: FillMaskOptions, given: Given) -> None:
             print(f"  {guess.probability:7.2%}  {guess.token}")
 
 
-def predict(options: PredictOptions, given: Given) -> None:
+def predict(options: PredictOptions) -> None:
     """Print the label of a text or a pair, or those of a file's lines. Raises UserError for texts that cannot be read."""
     if options.lines:
         return _predict_lines(options)

@@ -1,8 +1,8 @@
-"""Texts through an encoder, fast on a CPU: weights packed once, and only real tokens computed.
+"""The inference engine: on a CPU weights are packed once (`packed.py`), and hardly any padding is computed.
 
 Texts lie one after the other in a single row, and attention keeps to each (`ufbert.ops.native.attention`), so that none is
-padded to the length of another. A row is padded to one of a few sizes, since XLA compiles for each. Models with Fourier mixers,
-which know one length, and machines without the kernels get one text a row instead.
+padded to the length of another. The row itself is padded to one of a few sizes, since XLA compiles a program for each.
+Models with Fourier mixers, which read one length only, and machines without the kernels get one text a row instead.
 """
 
 import bisect
@@ -30,25 +30,25 @@ AT_ONCE = 2048
 
 
 def size_for(count: int) -> int:
-    """The smallest of 1, 2, ..., 8, 9, ..., 16, 18, ..., 32, 36, ... that holds `count`: at most an eighth is padding."""
+    """Return the smallest of 1, 2, ..., 16, 18, ..., 32, 36, ... that is at least `count`: at most an eighth is padding."""
     step = max(1, 1 << max(0, (count - 1).bit_length() - 4))
     return -(-count // step) * step
 
 
 class Batch(NamedTuple):
-    """Texts in rows, and where they are."""
+    """Texts in rows."""
 
     ids: Int[np.ndarray, "b t"]
     segment_ids: Int[np.ndarray, "b t"]
-    """1, 2, ... from text to text of a row; 0 on padding."""
+    """The number of each token's text in its row, from 1; 0 on padding."""
     position_ids: Int[np.ndarray, "b t"]
     type_ids: Int[np.ndarray, "b t"]
     starts: Int[np.ndarray, " n"]
-    """Where each text's first token is, counted through all rows; n is padded."""
+    """Index of each text's first token, counted through all rows; n is padded."""
 
 
 class Engine:
-    """A model folder, ready to compute."""
+    """A model folder, ready for inference."""
 
     def __init__(
         self,
@@ -57,8 +57,11 @@ class Engine:
         exact_routing: bool = False,
         mode: Literal["throughput", "latency"] = "throughput",
     ) -> None:
-        """`dtype` is that of weights in linear layers and trees; mode `latency` computes each text by itself, `throughput`
-        many together. Raises UserError if the weights cannot be had in that type here."""
+        """Pack the weights; `dtype` is their type in linear layers and trees.
+
+        Mode `latency` computes each text by itself, `throughput` many together. Raises UserError for a narrow type on a
+        machine without the native kernels.
+        """
         on_cpu = jax.default_backend() == "cpu"
         why = native.unavailable() if on_cpu else "they are for CPUs"
         if dtype != "float32" and why:
@@ -84,37 +87,37 @@ class Engine:
         self._routing = jax.jit(self._route)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
-        """Every text's hidden states."""
-        found: list[Any] = [None] * len(rows.ids)
+        """Compute the hidden states of each text."""
+        results: list[Any] = [None] * len(rows.ids)
         for picks, batch in self.batches(rows):
             hidden = np.asarray(self._hidden(self.params, batch)).reshape(-1, self.config.d_model)
             for i, start in zip(picks, batch.starts, strict=False):
-                found[i] = hidden[start : start + len(rows.ids[i])].copy()
-        return found
+                results[i] = hidden[start : start + len(rows.ids[i])].copy()
+        return results
 
     def scores(self, rows: Encoded) -> Float[np.ndarray, "n c"]:
-        """Every text's classifier scores."""
-        found: list[Any] = [None] * len(rows.ids)
+        """Compute the classifier scores of each text."""
+        results: list[Any] = [None] * len(rows.ids)
         for picks, batch in self.batches(rows):
             for i, scores in zip(picks, np.asarray(self._scores(self.params, batch)), strict=False):
-                found[i] = scores
-        return np.stack(found)
+                results[i] = scores
+        return np.stack(results)
 
     def logits(self, rows: Encoded, positions: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "k v"]]:
-        """Every text's logits of the word pieces at its positions."""
-        found: list[Any] = [None] * len(rows.ids)
+        """Compute the masked-LM logits of each text at its positions."""
+        results: list[Any] = [None] * len(rows.ids)
         for picks, batch in self.batches(rows):
-            where = [batch.starts[n] + p for n, i in enumerate(picks) for p in positions[i]]
-            padded = np.zeros(size_for(max(1, len(where))), np.int32)
-            padded[: len(where)] = where
+            tokens = [batch.starts[n] + p for n, i in enumerate(picks) for p in positions[i]]
+            padded = np.zeros(size_for(max(1, len(tokens))), np.int32)
+            padded[: len(tokens)] = tokens
             logits = np.asarray(self._logits(self.params, batch, padded))
             ends = np.cumsum([0, *(len(positions[i]) for i in picks)])
             for n, i in enumerate(picks):
-                found[i] = logits[ends[n] : ends[n + 1]]
-        return found
+                results[i] = logits[ends[n] : ends[n + 1]]
+        return results
 
     def warm_up(self, lengths: Sequence[int], ask: Callable[[Encoded], Any]) -> None:
-        """Have everything compiled that `ask` (one of the questions above) needs for texts of these lengths."""
+        """Compile what a method (`hidden`, `scores`, `logits`) needs for texts of these lengths."""
         for length in lengths:
             ids = [[self.config.pad_id] * length]
             ask(Encoded(ids, [[0] * length], self.config.max_len, self.config.only_len, self.config.pad_id, 0))
@@ -128,7 +131,7 @@ class Engine:
         return self._routing(self.params, exact, batch) if trees else []
 
     def batches(self, rows: Encoded) -> "list[tuple[list[int], Batch]]":
-        """The texts' numbers and arrays, batch by batch."""
+        """Arrange texts in batches, each with the indices of its texts."""
         lengths = [self.config.only_len or len(ids) for ids in rows.ids]
         groups = fill(lengths, self.at_once)
         if self.in_one_row:
@@ -136,21 +139,21 @@ class Engine:
         return [(picks, self.row_each(rows, picks)) for picks in groups]
 
     def one_row(self, rows: Encoded, picks: list[int]) -> Batch:
-        """Texts one after the other."""
+        """Put texts one after the other into a single row."""
         lengths = np.array([len(rows.ids[i]) for i in picks])
-        # Room for a power of two texts: it costs next to nothing, and every number would be another program to compile.
+        # Room for a power of two texts: it costs next to nothing, and each number of texts would need a program of its own.
         size, n = size_for(int(lengths.sum())), 1 << (len(picks) - 1).bit_length()
         ids, segments, types = (np.full((1, size), value, np.int32) for value in (rows.pad_id, 0, 0))
         positions, starts = np.zeros((1, size), np.int32), np.zeros(n, np.int32)
         starts[: len(picks)] = np.cumsum(lengths) - lengths
         for number, i in enumerate(picks):
-            here = slice(starts[number], starts[number] + lengths[number])
-            ids[0, here], types[0, here] = rows.ids[i], rows.type_ids[i]
-            positions[0, here], segments[0, here] = np.arange(lengths[number]), number + 1
+            tokens = slice(starts[number], starts[number] + lengths[number])
+            ids[0, tokens], types[0, tokens] = rows.ids[i], rows.type_ids[i]
+            positions[0, tokens], segments[0, tokens] = np.arange(lengths[number]), number + 1
         return Batch(ids, segments, positions, types, starts)
 
     def row_each(self, rows: Encoded, picks: list[int]) -> Batch:
-        """One text a row."""
+        """Put each text into a row of its own, and repeat the first text to fill up the rows."""
         n = size_for(len(picks))
         padded = rows.pad([*picks, *[picks[0]] * (n - len(picks))])
         t = padded.ids.shape[1]
@@ -186,8 +189,10 @@ class Engine:
 
 
 def fill(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of the texts, in groups of at most `most` tokens (or of one text): the longest of those left that fits, again
-    and again, so that few tokens are missing to `most`."""
+    """Group the indices of texts, at most `most` tokens a group; a longer text, or any if `most` is 0, is a group by itself.
+
+    A group takes the longest text left that still fits, again and again, so that few tokens are missing to `most`.
+    """
     if not most:
         return [[i] for i in range(len(lengths))]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

@@ -1,4 +1,4 @@
-"""Ask a model folder: fill masks, classify, encode. Texts come in lists of any length."""
+"""Inference on texts: fill masks, classify, encode. Texts come in lists of any length."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ MASK = "[MASK]"
 
 
 class Guess(NamedTuple):
-    """A word piece and its probability."""
+    """A token, as text, and its probability."""
 
     token: str
     probability: float
 
 
 class Answer(NamedTuple):
-    """A class and its probability; for regression the predicted value, and no probability."""
+    """A class and its probability; for regression the predicted value, without a probability."""
 
     label: str
     probability: float | None
@@ -47,9 +47,12 @@ class Predictor:
         mode: Literal["throughput", "latency"] = "throughput",
         truncate: bool = False,
     ) -> None:
-        """`dtype` is that of the encoder's weights: bfloat16 and int8 need the native kernels, and decide a token's turns in
-        trees by their own rounded weights, or with `exact_routing` by the unrounded ones. Mode `throughput` computes many
-        texts together, `latency` each by itself. Texts that are too long are cut if `truncate`."""
+        """Make a predictor of a loaded model folder.
+
+        `dtype` is the type of the encoder's weights; bfloat16 and int8 need the native kernels. Trees route tokens by the
+        rounded weights, or with `exact_routing` by the unrounded ones. Mode `throughput` computes many texts together,
+        `latency` each by itself. With `truncate`, texts that are too long are cut.
+        """
         self.engine = Engine(model, dtype, exact_routing, mode)
         self.config, self.tokenizer, self.task, self.heads = model.config, model.tokenizer, model.task, model.heads
         self.truncate = truncate
@@ -66,14 +69,16 @@ class Predictor:
         truncate: bool = False,
         device: Device = "auto",
     ) -> "Predictor":
-        """Read a model folder, one array at a time. `threads` limits what a CPU computes with; that and `device` are read once
-        in a process, so they must come before anything else that uses jax. What is compiled is kept in the user's cache.
-        Raises UserError."""
+        """Read a model folder, one array at a time.
+
+        `threads` limits the threads on a CPU. It and `device` count once in a process, before anything else uses jax.
+        Compiled programs are kept in the user's cache. Raises UserError.
+        """
         use_device(device, threads=threads)
         return cls(load_model(folder, lazily=True), dtype, exact_routing, mode, truncate)
 
     def fill_mask(self, texts: Sequence[str], top: int = 5) -> list[list[list[Guess]]]:
-        """For each text, for each [MASK] in it, the `top` likeliest word pieces, best first."""
+        """Return the `top` likeliest tokens, best first, for each [MASK] of each text."""
         if "masked_lm" not in self.heads:
             raise UserError(
                 "This model folder has no masked-LM head; use the pretrained folder it was fine-tuned from."
@@ -84,31 +89,33 @@ class Predictor:
         named = [text.replace(MASK, self.mask_name) for text in texts]
         rows = self.rows(named)
         positions = [[i for i, token in enumerate(ids) if token == self.mask] for ids in rows.ids]
-        for text, as_named, places in zip(texts, named, positions, strict=True):
+        for text, as_named, masks in zip(texts, named, positions, strict=True):
             wanted = text.count(MASK)
-            if len(places) < wanted and uncut_ids(self.tokenizer, as_named).count(self.mask) < wanted:
+            if len(masks) < wanted and uncut_ids(self.tokenizer, as_named).count(self.mask) < wanted:
                 raise UserError(
                     f"The model's tokenizer does not find the {MASK} of {shown(text)} as a token; write blanks around it."
                 )
-            if len(places) < wanted:
+            if len(masks) < wanted:
                 raise UserError(f"The text {shown(text)} is too long, and a {MASK} of it was cut off. Shorten it.")
         logits = _finite(texts, self.engine.logits(rows, positions))
         return [[self._guesses(row, top) for row in of_text] for of_text in logits]
 
     def _guesses(self, logits: Float[np.ndarray, " v"], top: int) -> list[Guess]:
-        odds = softmax(logits)
-        best = np.argsort(-odds, kind="stable")[:top]
-        return [Guess(self._written(int(i)), float(odds[i])) for i in best]
+        probabilities = softmax(logits)
+        best = np.argsort(-probabilities, kind="stable")[:top]
+        return [Guess(self._written(int(i)), float(probabilities[i])) for i in best]
 
     def _written(self, number: int) -> str:
-        """A piece as its tokenizer's decoder writes it; as it is stored where that is no text (a part of a character)."""
+        """Return a token as text: decoded, or as the vocabulary has it if it decodes to a part of a character."""
         text = self.tokenizer.decode([number], skip_special_tokens=False).strip()
         return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(number) or f"<id {number}>"
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Answer]:
-        """The class of each text, or of each text and the one at its place in `pairs`, with its probability; the value for a
-        regression model, and the one score, between 0 and 1, of a model that was made to give it. Labels that do not exclude
-        each other are what `label_probabilities` answers."""
+        """Classify each text, or each text together with the one at its place in `pairs`.
+
+        A regression model answers with a value; one with a single independent score, with that score between 0 and 1.
+        Raises UserError for labels that do not exclude each other (`label_probabilities` answers those).
+        """
         task = self._task()
         if self.has_independent_labels:
             raise UserError("This model's labels do not exclude each other; ask for the probability of each of them.")
@@ -116,22 +123,24 @@ class Predictor:
             scores = self._scores(texts, pairs)
             values = [sigmoid(score) if task.independent else score for score in scores]
             return [Answer(f"{value[0]:.2f}", None) for value in values]
-        odds = [softmax(score) for score in self._scores(texts, pairs)]
-        return [Answer(task.labels[int(row.argmax())], float(row.max())) for row in odds]
+        probabilities = [softmax(score) for score in self._scores(texts, pairs)]
+        return [Answer(task.labels[int(row.argmax())], float(row.max())) for row in probabilities]
 
     def label_probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, float]]:
-        """The probability of every label for each text, or for each text and the one at its place in `pairs`: they add up to 1,
-        or each stands by itself where labels do not exclude each other."""
+        """Return the probability of every label for each text, or each text together with the one at its place in `pairs`.
+
+        They add up to 1, unless labels do not exclude each other.
+        """
         task = self._task()
         if not task.labels:
             raise UserError("This model answers with a value, and has no labels.")
-        probabilities = sigmoid if task.independent else softmax
-        odds = [probabilities(score) for score in self._scores(texts, pairs)]
-        return [dict(zip(task.labels, map(float, row), strict=True)) for row in odds]
+        link = sigmoid if task.independent else softmax
+        probabilities = [link(score) for score in self._scores(texts, pairs)]
+        return [dict(zip(task.labels, map(float, row), strict=True)) for row in probabilities]
 
     @property
     def has_independent_labels(self) -> bool:
-        """Whether several labels may hold for one text."""
+        """True if several labels may hold for one text."""
         return self.task is not None and self.task.independent and bool(self.task.labels)
 
     def _task(self) -> TaskInfo:
@@ -143,11 +152,11 @@ class Predictor:
         return _finite(texts, self.engine.scores(self.rows(texts, pairs))) if texts else []
 
     def encode(self, texts: Sequence[str]) -> list[Float[np.ndarray, "tokens d"]]:
-        """Hidden states of each text's tokens, from [CLS] to [SEP]."""
+        """Compute the hidden states of each text's tokens, from [CLS] to [SEP]."""
         return _finite(texts, self.engine.hidden(self.rows(texts)))
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
-        """The texts as word pieces."""
+        """Tokenize texts. Raises UserError for a text that is empty, too long or not valid Unicode."""
         for number, text in enumerate([*texts, *(pairs or ())], start=1):
             if not text.strip():
                 raise UserError(f"Text {number} is empty.")
@@ -168,8 +177,10 @@ class Predictor:
 
 
 def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> float:
-    """The share of the texts' tokens, mean over tree layers, that an engine's narrow weights send down another path than the
-    model's float32 ones would from the same hidden state; 0 for a model without trees."""
+    """Measure the share of tokens, averaged over tree layers, whose path an engine's rounded weights change.
+
+    Both paths start from the same hidden state. A model without trees has a share of 0.
+    """
     rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
     for picks, batch in engine.batches(rows):
         changed = [float(layer.changed) for layer in engine.routing(model, batch)]
@@ -177,28 +188,28 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
     return sum(share * count for share, count in shares) / max(1, sum(count for _, count in shares))
 
 
-def _finite(texts: Sequence[str], found: Iterable[Float[np.ndarray, "..."]]) -> list[Float[np.ndarray, "..."]]:
-    """What a model computes of each text. Raises UserError if any of it is no finite number."""
-    for text, numbers in zip(texts, found, strict=True):
+def _finite(texts: Sequence[str], results: Iterable[Float[np.ndarray, "..."]]) -> list[Float[np.ndarray, "..."]]:
+    """Return the results for each text. Raises UserError if any of them is not finite."""
+    for text, numbers in zip(texts, results, strict=True):
         if not np.isfinite(numbers).all():
             raise UserError(
                 f"What this model computes of the text {shown(text)} is no finite number: its weights have diverged "
                 "in training or are damaged; use another model folder."
             )
-    return list(found)
+    return list(results)
 
 
 def softmax(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
-    """In float64."""
-    odds = np.exp(logits.astype(np.float64) - logits.max())
-    return odds / odds.sum()
+    """Probabilities from logits, in float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
 
 
 def sigmoid(logits: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
-    """In float64."""
+    """1 / (1 + exp(-logit)), in float64."""
     return 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
 def shown(text: str) -> str:
-    """A text's beginning, for a message."""
+    """Quote the beginning of a text, for a message."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

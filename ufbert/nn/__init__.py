@@ -1,7 +1,7 @@
-"""Flax Linen modules, and the functions through which everything else uses them.
+"""Flax Linen modules, and the functions through which the other packages use them.
 
 Outside this package a model is a `ModelConfig` and `params`, a nested dict of float32 arrays with one entry a part:
-`encoder`, and the heads it was initialised with (`masked_lm`, `pooler`, `classifier`). No module object leaves here.
+`encoder`, and its heads (`masked_lm`, `pooler`, `classifier`).
 """
 
 from ufbert.nn.feedforward import tree_backend

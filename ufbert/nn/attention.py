@@ -12,7 +12,7 @@ from ufbert.ops.mixing import attention, fourier_mix, rotate
 class Attention(nn.Module):
     """Multi-head self-attention: project to queries, keys and values, attend, project back.
 
-    Queries and keys are RMS-normalised first, then rotated, where the config says so. Dropout is on the attention weights.
+    If the config says so, queries and keys are RMS-normalised, and then rotated. Dropout is on the attention weights.
     """
 
     config: ModelConfig
@@ -37,7 +37,10 @@ class Attention(nn.Module):
 
 
 class Fourier(nn.Module):
-    """FNet's mixing: the real part of the transform over tokens and channels. No parameters, no mask."""
+    """FNet's mixing (Lee-Thorp et al. 2021, arXiv 2105.03824): the real part of the transform over tokens and channels.
+
+    It has no parameters and no mask.
+    """
 
     config: ModelConfig
 

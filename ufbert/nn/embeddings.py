@@ -1,4 +1,4 @@
-"""Ids to vectors."""
+"""The embeddings: vectors from token ids."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from ufbert.ops.mixing import sinusoid
 
 
 class Embeddings(nn.Module):
-    """Token (+ position, + token type) embeddings, normalised and projected if the config says so."""
+    """Sum of token, position and token-type embeddings, normalised and projected if the config says so."""
 
     config: ModelConfig
 

@@ -1,4 +1,4 @@
-"""The one encoder. BERT, crammed BERT, UltraFastBERT, FNet and Switch differ in its configuration only."""
+"""The encoder. BERT, crammed BERT, UltraFastBERT, FNet and Switch differ in its configuration only."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from ufbert.ops.mixing import attention_mask
 
 
 class Block(nn.Module):
-    """A token mixer and a feedforward, each with a residual connection; and what the feedforward reports."""
+    """A token mixer and a feedforward, each with a residual connection. Also returns what the feedforward reports."""
 
     config: ModelConfig
     mixer: str
@@ -44,12 +44,13 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ids -> hidden states, and what each layer reports, by its name.
 
-    `segment_ids` (0 = padding, 1, 2, ... = documents of the row) says who may see whom; without it every token sees
-    every token. `type_ids` are BERT's sentence A / B marks, used only if the config has token types. Training behaviour
-    (soft decisions, capacities) follows `deterministic=False`; dropout and noise need a `key` besides. `progress` is the
-    share of the budget spent, for what is annealed. With `statistics`, layers count which parts of them were used.
+    A token attends to the tokens with its number in `segment_ids`: 1, 2, ... for the documents of a row, 0 for padding.
+    Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
+    token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
+    need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
+    which of their parts are used.
 
-    Raises UserError, when traced, for rows of another length than a model with Fourier mixers reads.
+    Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
 
     config: ModelConfig
@@ -69,7 +70,9 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
-            raise UserError(f"This model mixes by Fourier and reads rows of {cfg.only_len} tokens, not {ids.shape[1]}.")
+            raise UserError(
+                f"This model mixes padding in, so it reads rows of {cfg.only_len} tokens, not {ids.shape[1]}."
+            )
         if position_ids is None:
             position_ids = jnp.arange(ids.shape[1])[None]
         if type_ids is None:

@@ -1,4 +1,4 @@
-"""The small parts that every block is made of, and what a layer may need to know beside its input."""
+"""Linear layers and LayerNorm, and the context that every mixer and feedforward is called with."""
 
 from typing import Any, NamedTuple
 
@@ -23,25 +23,25 @@ class Aux(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a layer may need beside its input."""
+    """The arguments of a mixer or feedforward besides its input."""
 
     attention_mask: Bool[Array, "b t t"] | None
-    """True where a query (second axis) may attend to a key (third axis); None for no mask."""
+    """True where a query (second axis) may attend to a key (third axis). None for no mask."""
     segment_ids: Int[Array, "b t"] | None
-    """The document of each token, 0 for padding; None: a row is one document."""
+    """The document of each token, from 1; 0 on padding. None if each row is one document."""
     real: Bool[Array, "b t"] | None
-    """False on padding; None: there is none."""
+    """False on padding. None if there is no padding."""
     position_ids: Int[Array, "#b t"]
     training: bool
-    """Whether soft decisions, noise and capacities apply. Dropout also needs a key."""
+    """True if soft decisions, noise and capacities apply. Dropout also needs a key."""
     progress: Float[Array, ""] | float
     """Share of the budget spent, for what is annealed."""
     statistics: bool
-    """Whether to count which nodes, leaves and experts are used."""
+    """True to count which nodes, leaves and experts are used."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of the matrix products: `config.dtype`, with auto resolved for the default device."""
+    """Return the type of the matrix products: `config.dtype`, with auto resolved for the default device."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
@@ -85,8 +85,10 @@ class LayerNorm(nn.Module):
 def dense(
     config: ModelConfig, width: int, name: str, use_bias: bool | None = None, closes_block: bool = False
 ) -> Linear:
-    """A linear layer; biased as the config says unless `use_bias` does. One that `closes_block` writes to the residual
-    stream, and starts at zero if the config says so."""
+    """Make a linear layer. It has a bias if `use_bias`, by default `config.use_bias`.
+
+    A layer that `closes_block` writes to the residual stream; its kernel starts at zero if `config.zero_init_out`.
+    """
     zero = closes_block and config.zero_init_out
     return Linear(
         width,
@@ -98,5 +100,5 @@ def dense(
 
 
 def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
-    """LayerNorm with scale and (unless the config says otherwise) bias."""
+    """Make a LayerNorm with a scale, and a bias if `config.norm_bias`."""
     return LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, name=name)

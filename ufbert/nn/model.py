@@ -1,8 +1,8 @@
-"""A whole model: initialisation, the encoder, and its heads, as functions of a configuration and parameters."""
+"""A whole model as functions of a configuration and parameters: initialisation, the encoder, and its heads."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,21 +18,19 @@ Params = Mapping[str, Any]
 
 
 def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
-    """Fresh parameters for the encoder and the named heads (`masked_lm`, `pooler`).
-
-    What draws them is compiled once for each kind of layer, not for each layer, which took a GPU a minute.
-    """
+    """Draw parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
     encoder_key, head_key = jax.random.split(key)
-    params = _init_beside_layers(_of_layer(config, 0), encoder_key, head_key, heads)
+    params = _init_outside_layers(_of_layer(config, 0), encoder_key, head_key, heads)
+    # One program for each kind of layer: a single program for all of them took a minute to compile on a GPU.
     for i in range(config.n_layers):
         params["encoder"][f"layer_{i:02d}"] = _init_layer(_of_layer(config, i), jax.random.fold_in(encoder_key, i))
     return params
 
 
 def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
-    """An encoder of one layer, like layer i."""
+    """Configure an encoder with one layer, like layer i."""
     mixer, feedforward = config.layers[i]
-    # Flax traces a forward pass for the shapes: no kernels for that.
+    # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
         config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
         tree_backend="gather",
@@ -49,7 +47,7 @@ def _init_layer(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnames=("config", "heads"))
-def _init_beside_layers(
+def _init_outside_layers(
     config: ModelConfig, encoder_key: Key[Array, ""], head_key: Key[Array, ""], heads: tuple[str, ...]
 ) -> dict[str, Any]:
     encoder = _init_encoder(config, encoder_key)
@@ -64,7 +62,7 @@ def _init_beside_layers(
 
 
 def init_classifier(config: ModelConfig, key: Key[Array, ""], n_outputs: int) -> dict[str, Any]:
-    """Fresh parameters of a classifier head, to put beside an encoder under `classifier`."""
+    """Draw parameters for a classifier head, which belong into `params["classifier"]`."""
     return ClassifierHead(config, n_outputs).init(key, jnp.zeros((1, config.d_model)))["params"]
 
 
@@ -97,7 +95,7 @@ def aux_loss(aux: Mapping[str, Aux]) -> Float[Array, ""]:
 
 
 def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
-    """Token logits for hidden states, in float32."""
+    """Compute token logits from hidden states, in float32."""
     apply: Any = MaskedLMHead(config).apply
     return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
 
@@ -118,14 +116,13 @@ def classify(
 
 
 def shapes(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",), n_outputs: int = 0) -> dict[str, Any]:
-    """The parameter tree as shapes and dtypes, computing nothing; with a classifier if `n_outputs` is given."""
+    """Return the parameter tree as shapes and dtypes, with a classifier if `n_outputs` is given."""
     tree = jax.eval_shape(lambda key: init(config, key, heads), jax.random.key(0))
     if n_outputs:
         tree["classifier"] = jax.eval_shape(lambda key: init_classifier(config, key, n_outputs), jax.random.key(0))
     return tree
 
 
-@cache
 def count_params(config: ModelConfig, heads: tuple[str, ...] = ("masked_lm",)) -> int:
-    """Unique trainable numbers of the encoder and the named heads (a tied decoder counts once)."""
+    """Count the parameters of the encoder and the named heads; a tied decoder counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(config, heads)))

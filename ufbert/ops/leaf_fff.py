@@ -149,15 +149,3 @@ def balance_loss(weights: Float[Array, "b g"], real: Bool[Array, " b"] | None = 
 def soft_usage(weights: Float[Array, "b g"]) -> Float[Array, " g"]:
     """Sum the weight on each leaf over rows; the result sums to the number of rows."""
     return weights.sum(axis=0)
-
-
-def soft_node_usage(weights: Float[Array, "b g"]) -> Float[Array, " n"]:
-    """Sum the weight that reaches each inner node over rows, root first; every level sums to the number of rows.
-
-    The reference's counter adds local shares instead, whose levels grow with their width.
-    """
-    mass, levels = soft_usage(weights), []
-    while mass.shape[0] > 1:
-        mass = mass.reshape(-1, 2).sum(axis=1)  # a parent gets what its two children get
-        levels.append(mass)
-    return jnp.concatenate(levels[::-1]) if levels else jnp.zeros((0,), weights.dtype)

@@ -1,4 +1,4 @@
-"""What passes information between tokens: attention, Fourier mixing, and the positions they go by."""
+"""Mix information between tokens: attention, the Fourier transform, and positions."""
 
 from typing import Literal
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ufbert.config import RunConfig, TreeBackend
+from ufbert.data.tokenizer import SpecialIds
+from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 
 class StepCount(NamedTuple):
@@ -95,8 +97,6 @@ def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from ufbert.pretrain.step import StepInputs, build_steps
-
     steps: Any = build_steps(run, _special())
     state = _state_shapes(run)
     key = jax.eval_shape(jax.random.key, 0)
@@ -119,8 +119,6 @@ def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
     import numpy as np
-
-    from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
     special = _special()
     steps = build_steps(run, special)
@@ -156,15 +154,12 @@ def planned_model(run: RunConfig, *, dtype: str, trees: TreeBackend) -> RunConfi
 
 def _special() -> Any:
     """Any special ids do: neither arithmetic nor memory depends on them."""
-    from ufbert.data.tokenizer import SpecialIds
 
     return SpecialIds(0, 1, 2, 3, 4)
 
 
 def _state_shapes(run: RunConfig) -> Any:
     import jax
-
-    from ufbert.pretrain.step import init_state
 
     return jax.eval_shape(lambda key: init_state(run, key), jax.eval_shape(jax.random.key, 0))
 

@@ -3,11 +3,10 @@
 from ufbert import nn
 from ufbert.config.presets import load_preset, preset_names, preset_summary
 from ufbert.cost.flops import forward_flops_per_token, neurons, train_flops_per_token
-from ufbert.options.given import Given
 from ufbert.options.train import PresetsOptions
 
 
-def list_presets(options: PresetsOptions, given: Given) -> None:
+def list_presets(options: PresetsOptions) -> None:
     """Print a line for every preset."""
     print(f"{'':<20} {'':>12} {'MFLOP per token':>19} {'neurons used':>16}")
     print(f"{'preset':<20} {'parameters':>12} {'training':>9} {'inference':>9} {'of a layer':>16}  what it is")

@@ -6,7 +6,6 @@ Everything that changes during a run (learning rate, batch size, evaluations, ch
 
 import contextlib
 import json
-import math
 import re
 import threading
 import time
@@ -14,11 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from msgspec import Meta
+
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.runtime import console, distributed
+from ufbert.runtime.typed import read_lines
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+MOST_SECONDS, MOST_STEPS = 1e9, 1e12
+"""Largest budgets."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,13 @@ def parse_budget(text: str) -> Budget:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|steps?)", text.strip())
     if match is None:
         raise UserError(
-            f"{text!r} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
+            f"{shown(text)} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
         )
     amount, unit = float(match[1]), match[2]
+    if amount * _UNITS.get(unit, 0.0) > MOST_SECONDS or amount > MOST_STEPS:
+        raise UserError(
+            f"A budget of {shown(text)} is too large; it may have {MOST_SECONDS:.0e} s or {MOST_STEPS:.0e} steps."
+        )
     if amount <= 0:
         raise UserError(f"A budget of {text} trains nothing; give it at least a second or a step.")
     if unit in _UNITS:
@@ -204,15 +214,17 @@ class Ledger:
             self._thread.join()
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of the ledger."""
+
+    session: Annotated[int, Meta(ge=1, lt=2**31)]
+    spent: Annotated[float, Meta(ge=0, le=MOST_SECONDS)]
+    """Seconds."""
+
+
 def _read_sessions(path: Path) -> dict[int, float]:
     sessions: dict[int, float] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                session, spent = int(record["session"]), float(record["spent"])
-            except (ValueError, KeyError, TypeError, OverflowError):
-                continue  # a line cut short by a kill
-            if math.isfinite(spent):
-                sessions[session] = max(spent, sessions.get(session, 0.0))
+    for line in read_lines(path, _Line):  # without what a kill has cut short
+        sessions[line.session] = max(line.spent, sessions.get(line.session, 0.0))
     return sessions

@@ -5,7 +5,6 @@ The newest few stay, and the one with the lowest held-out loss. Each says of whi
 what its files hold: `sizes.json` has the bytes and the CRC-32 of each.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -15,12 +14,16 @@ import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from msgspec import Meta
 
 from ufbert.errors import UserError, first_line
 from ufbert.runtime import distributed
 from ufbert.runtime.files import write_json
+from ufbert.runtime.typed import read_typed
 
 Identity = dict[str, str]
 """What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
@@ -138,19 +141,18 @@ class Checkpoints:
         self.wait()
         refused = []
         for step in reversed(self._stored()):
-            about = _about(self.folder / str(step))
-            identity: Any = about.get("identity")
-            spent: Any = about.get("spent")
-            whole = isinstance(identity, dict) and _is_number(spent) and _is_whole(self.folder / str(step))
-            other = [name for name, value in self._identity.items() if whole and identity.get(name) != value]
+            about = _about(self.folder / str(step)) if _is_whole(self.folder / str(step)) else None
+            other = [name for name, value in self._identity.items() if about and about.identity.get(name) != value]
             if other:
                 refused.append(f"checkpoint {step} is of another {' and '.join(other)}")
                 continue
-            state = self._load(step, abstract) if whole else None
-            if not distributed.highest(state is None):  # what one cannot read is of no use to the others
+            state = self._load(step, abstract) if about else None
+            if not distributed.highest(
+                about is None or state is None
+            ):  # what one cannot read is of no use to the others
                 for reason in refused:
                     say(f"{reason}; the one of step {step} is used")
-                return Restored(step, state, float(spent))
+                return Restored(step, state, about.spent if about else 0.0)
             self._damaged.add(step)
             refused.append(f"checkpoint {step} is damaged or cut short")
         if refused:
@@ -167,26 +169,44 @@ class Checkpoints:
             return None
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """What was noted with a checkpoint when it was saved; {} if that cannot be read."""
-    try:
-        about = json.loads((folder / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))["custom_metadata"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return about if isinstance(about, dict) else {}
+@dataclass(frozen=True)
+class _About:
+    """What is noted with a checkpoint when it is saved."""
+
+    identity: Identity
+    spent: Annotated[float, Meta(ge=0, le=1e15)]
+    heldout_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The part of orbax's `_CHECKPOINT_METADATA` that is ours."""
+
+    custom_metadata: _About
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """`metrics/metrics`, where checkpoints once had their loss."""
+
+    heldout_loss: float
+
+
+def _about(folder: Path) -> _About | None:
+    """Read what was noted with a checkpoint; None if it cannot be read."""
+    with suppress(UserError):
+        return read_typed(folder / "_CHECKPOINT_METADATA", _Metadata).custom_metadata
+    return None
 
 
 def _loss(folder: Path) -> float:
-    """The held-out loss that a checkpoint was saved with; infinite where it cannot be read."""
-    found: Any = _about(folder).get("heldout_loss")
-    if found is None:  # checkpoints once had it in a file of its own
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))["heldout_loss"]
-    return float(found) if _is_number(found) else math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1e300
+    """The held-out loss that a checkpoint was saved with; infinite if it cannot be read."""
+    about = _about(folder)
+    if about is not None and about.heldout_loss is not None:
+        return about.heldout_loss
+    with suppress(UserError):
+        return read_typed(folder / "metrics" / "metrics", _Metrics).heldout_loss
+    return math.inf
 
 
 def _remove(path: Path) -> None:
@@ -217,16 +237,14 @@ def _is_whole(folder: Path) -> bool:
     side it drops those that do not fail, and each complains on standard error when it ends. Earlier versions noted sizes alone,
     and a checkpoint whose writer was killed before it could note anything is left to Orbax."""
     try:
-        noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+        if not (folder / SIZES).exists():
+            return folder.is_dir()
+        noted = read_typed(folder / SIZES, dict[str, int | list[int]])
         if noted and all(isinstance(value, int) for value in noted.values()):
             return noted == {name: (folder / name).stat().st_size for name in noted}
-        found = _contents(folder)
-        return bool(noted) and noted == {
-            name: found.get(name) for name in noted
-        }  # what others put beside them is no damage
-    except FileNotFoundError:
-        return folder.is_dir() and not (folder / SIZES).exists()
-    except (OSError, ValueError, AttributeError):
+        contents = _contents(folder)  # what others put there is no damage
+        return bool(noted) and noted == {name: contents.get(name) for name in noted}
+    except (OSError, ValueError, UserError):
         return False
 
 

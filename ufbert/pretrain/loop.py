@@ -40,10 +40,11 @@ from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
 from ufbert.runtime import distributed
 from ufbert.runtime.console import LiveLine
-from ufbert.runtime.files import read_jsonl, write_json
+from ufbert.runtime.files import write_json
 from ufbert.runtime.memory import memory_bytes
-from ufbert.runtime.metrics import Writer
+from ufbert.runtime.metrics import Resumed, Writer
 from ufbert.runtime.signals import StopSignals
+from ufbert.runtime.typed import read_lines
 
 MAX_ROLLBACKS = 3
 """A run that must go back to a checkpoint more often than this is given up."""
@@ -113,10 +114,10 @@ def train(context: RunContext) -> dict[str, Any]:
     checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
     restored = checkpoints.restore(state_shapes(run, layout), live.say)
     state = init_state(run, key, layout) if restored is None else restored.state
-    metrics = context.open_writer(int(state.step) if context.restarts else None)
-    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
+    metrics = context.open_writer(int(state.step) if context.restarts else None)
+    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
         session = _Session(context, layout, steps, heldout, checkpoints, signals, progress, costs, state)
         try:
@@ -328,7 +329,7 @@ def _finish(session: _Session) -> dict[str, Any]:
 def _summary(session: _Session, loss: float, averaged: float | None) -> dict[str, Any]:
     """Sum up a run: `loss` is that of the weights that were written, `averaged` that of the average if there is one."""
     context, run, rows = session.context, session.context.run, int(session.state.rows_seen)
-    resumed = [r for r in read_jsonl(context.folder / "metrics.jsonl") if r.get("event") == "resumed"]
+    resumed = list(read_lines(context.folder / "metrics.jsonl", Resumed))
     return {
         "heldout_loss": loss,
         "unigram_loss": session.heldout.unigram_loss,
@@ -342,7 +343,7 @@ def _summary(session: _Session, loss: float, averaged: float | None) -> dict[str
         "spent_seconds": round(context.clock.spent(), 2),
         "budget_seconds": context.clock.seconds,
         "restarts": context.restarts,
-        "restart_seconds": round(sum(r["lost_seconds"] + r["start_seconds"] for r in resumed), 2),
+        "restart_seconds": round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
         "parameters": nn.count_params(run.model),
         "flops_per_token": session.progress.flops_per_token,
         "peak_flops": context.peak_flops,

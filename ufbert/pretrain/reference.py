@@ -1,6 +1,5 @@
 """Keeping an eye on a run: requests to stop, updates that are not finite, and the curve it should be on."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,9 @@ import numpy as np
 
 from ufbert.config.presets import preset_folder
 from ufbert.errors import UserError
-from ufbert.runtime.files import read_jsonl
+from ufbert.runtime.metrics import HeldOut
+from ufbert.runtime.run_folder import read_summary
+from ufbert.runtime.typed import read_lines, read_typed
 
 
 class Point(NamedTuple):
@@ -58,17 +59,16 @@ def no_reference_complaint(now: Point) -> str | None:
 def packaged_reference(config: str, scale: str, recipe: str) -> Reference | None:
     """The curve that was measured for a preset, or None."""
     path = preset_folder() / "reference_curves.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_typed(path, dict[str, tuple[Point, ...]]) if path.is_file() else {}
     name = f"{config} {scale} {recipe}"
-    return Reference(name, tuple(Point(*point) for point in known[name])) if name in known else None
+    return Reference(name, known[name]) if name in known else None
 
 
 def reference_from_run(folder: Path) -> Reference:
     """The curve of a finished run. Raises UserError if the folder holds none."""
     try:
-        unigram = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["unigram_loss"]
-        evals = [r for r in read_jsonl(folder / "metrics.jsonl") if r.get("heldout_loss") is not None]
-        points = tuple(Point(r["fraction"], r["tokens"], unigram - r["heldout_loss"]) for r in evals)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} does not hold a finished run to compare with: {error}.") from error
-    return Reference(str(folder), points)
+        unigram = read_summary(folder).unigram_loss
+        evals = read_lines(folder / "metrics.jsonl", HeldOut)
+        return Reference(str(folder), tuple(Point(r.fraction, r.tokens, unigram - r.heldout_loss) for r in evals))
+    except UserError as error:
+        raise UserError(f"{folder} does not hold a finished run to compare with: {error}") from error

@@ -21,7 +21,7 @@ ALWAYS = 1.0
 """Seconds kept in any case, for what is never measured: writing the summary, waiting for a time slice."""
 
 
-def guessed_save_seconds(n_bytes: float) -> float:
+def guessed_save_seconds(n_bytes: int | float) -> float:
     """Guess what saving a training state of `n_bytes` bytes takes, until it is measured."""
     return 0.5 + n_bytes / 200e6
 

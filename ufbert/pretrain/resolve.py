@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from ufbert import nn
@@ -10,10 +11,12 @@ from ufbert.config.presets import load_preset, scaled, with_recipe
 from ufbert.cost.parts import local_speeds
 from ufbert.cost.scale import choose_scale
 from ufbert.cost.speeds import Speeds
+from ufbert.errors import UserError
 from ufbert.options.given import Given, over
-from ufbert.options.train import RunOptions
+from ufbert.options.train import FREE_ON_RESUME, RunOptions, TrainOptions, with_run
 from ufbert.pretrain.budget import Budget
 from ufbert.pretrain.schedules import final_batch_rows
+from ufbert.runtime.run_folder import read_run
 
 TIMED_SCALE: Scale = "mini"
 """The scale whose parts are timed on a CPU to choose among all: a choice may take two seconds, not ten."""
@@ -86,3 +89,27 @@ def with_batch(run: RunConfig, scale: Scale, tokens: float | None) -> RunConfig:
     rows = tokens / run.data.seq_len if tokens is not None else (8192.0 * 500 if scale == "base" else 0.0)
     train: PretrainConfig = replace(run.train, batch_rows=final_batch_rows(rows, run.train.micro_rows))
     return replace(run, train=train)
+
+
+def stored_options(folder: Path) -> TrainOptions:
+    """Return the options that a run folder was made with, but for the command to run at the end.
+
+    Raises UserError if it is not a run folder.
+    """
+    stored = read_run(folder)
+    return with_run(TrainOptions(**stored.options), stored.run)
+
+
+def resumed_options(given: Given, folder: Path) -> TrainOptions:
+    """Return the stored options of a run with those given that may change.
+
+    Raises UserError if one is given that says something else than the run began with.
+    """
+    stored = replace(stored_options(folder), out=str(folder))
+    for name, value in given.items():
+        outer, _, inner = name.partition(".")
+        before = getattr(getattr(stored, outer), inner) if inner else getattr(stored, outer)
+        if name not in FREE_ON_RESUME and before != value:
+            raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={value}.")
+    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    return replace(stored, **{**free, "out": str(folder), "resume": True})

@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ufbert import nn
-from ufbert.config.stored import FORMAT_VERSION, to_json
+from ufbert.config.stored import to_json
 from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
@@ -23,24 +23,28 @@ from ufbert.errors import Interrupted, UserError
 from ufbert.options.given import Given
 from ufbert.options.train import TrainOptions, with_run
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.command import (
-    CONFIG_FILE,
-    resumed_options,
-    stored_options,
-    stored_run,
-)
 from ufbert.pretrain.corpus import choose_corpus, corpus_bound, fit_vocabulary, locate_rows, prepare_rows
 from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
-from ufbert.pretrain.resolve import Resolved, local_platform, resolve, with_batch
+from ufbert.pretrain.resolve import Resolved, local_platform, resolve, resumed_options, stored_options, with_batch
 from ufbert.report.run_report import write_report
 from ufbert.runtime import STARTED, distributed
 from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
 from ufbert.runtime.device import use_device
-from ufbert.runtime.files import read_jsonl, write_json
-from ufbert.runtime.metrics import JsonlWriter, Sink, TensorBoardWriter, Writer
-
-WHEN_DONE_FILE = "when_done.json"
+from ufbert.runtime.metrics import JsonlWriter, Sink, Spent, TensorBoardWriter, Writer
+from ufbert.runtime.run_folder import (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    WHEN_DONE_FILE,
+    PreparedText,
+    RunFile,
+    Summary,
+    read_run,
+    read_summary,
+    write_run,
+    write_when_done,
+)
+from ufbert.runtime.typed import read_lines
 
 
 def pretrain(options: TrainOptions, given: Given, started: float = STARTED) -> dict[str, Any]:
@@ -108,14 +112,14 @@ def _prepare_and_train(
     corpus = choose_corpus(options, tokens_planned)
     options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
     located = locate_rows(options)
-    write_json(folder / CONFIG_FILE, _run_config(options, started_at))
+    write_run(folder, _run_file(options, started_at))
     try:
         data = prepare_rows(located, tokens_planned)
     except UserError:
         discard(folder)  # there is nothing in it to go on with
         raise
     options = fit_vocabulary(options, data)
-    write_json(folder / CONFIG_FILE, _run_config(options, started_at, data))
+    write_run(folder, _run_file(options, started_at, data))
     ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     distributed.together("prepared")
     clock = _clock(options, ledger, None, started_at)
@@ -129,14 +133,14 @@ def _follow(folder: Path, started: float) -> dict[str, Any]:
         time.sleep(1.0)
     distributed.together("prepared")
     options, ledger = replace(stored_options(folder), out=str(folder)), Ledger(folder / "ledger.jsonl")
-    clock = _clock(options, ledger, started if ledger.sessions else None, stored_run(folder).started_at)
+    clock = _clock(options, ledger, started if ledger.sessions else None, read_run(folder).started_at)
     return _train(options, data, clock, ledger, 0.0, lambda: None)
 
 
 def _prepared(folder: Path) -> PreparedData | None:
     """The rows that the run in `folder` uses, or None if they are not there (yet)."""
-    used = stored_run(folder).prepared_data if (folder / CONFIG_FILE).is_file() else None
-    return reopen(used["folder"], used["fingerprint"], print) if used else None
+    used = read_run(folder).prepared_data if (folder / CONFIG_FILE).is_file() else None
+    return reopen(used.folder, used.fingerprint, print) if used else None
 
 
 def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
     with ExitStack() as held:
         held.enter_context(claimed(folder))
         refuse_links(folder)
-        _name_unused_command(options, stored_run(folder).when_done)
+        _name_unused_command(options, read_run(folder).when_done)
         if (summary := _summary(folder)) is not None:
             return _finish_late(options, summary, held.close)
         if not options.distributed:
@@ -158,47 +162,43 @@ def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
         return _go_on(options, folder, started, held.close)
 
 
-def _summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished run has to say; None where it is not finished, or what it said cannot be read."""
-    path = folder / "summary.json"
+def _summary(folder: Path) -> Summary | None:
+    """Read the summary of a finished run; None if it is not finished, or if that is damaged."""
+    if not (folder / SUMMARY_FILE).exists():
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_summary(folder)
+    except UserError:
+        print(f"{folder / SUMMARY_FILE} is damaged; it is written anew from the last checkpoint")
         return None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not {"heldout_loss", "unigram_loss", "spent_seconds"} <= found.keys():
-        print(f"{path} is damaged; it is written anew from the last checkpoint")
-        return None
-    return found
 
 
-def _finish_late(options: TrainOptions, summary: dict[str, Any], release: Callable[[], None]) -> dict[str, Any]:
+def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], None]) -> dict[str, Any]:
     """Do for a finished run what a kill may have kept from it."""
     folder = Path(options.out)
     if not (folder / "report.html").is_file():
         write_report(folder)
     if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
         with _last_command(options, release):
-            return summary
+            return asdict(summary)
     raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
 
 
 def _go_on(options: TrainOptions, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
     """Train a run further in a folder that is this process's own until `release`."""
-    ledger, before = Ledger(folder / "ledger.jsonl"), stored_run(folder)
+    ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
     print(_headline(options))
     used, data = before.prepared_data, _prepared(folder)
     if data is None:
-        data = prepare_rows(locate_rows(options, used["vocab_size"] if used else 0), 0.0)
-        if used and data.manifest.fingerprint != used["fingerprint"]:
+        data = prepare_rows(locate_rows(options, used.vocab_size if used else 0), 0.0)
+        if used and data.manifest.fingerprint != used.fingerprint:
             raise UserError(
                 f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
             )
     options = fit_vocabulary(options, data)
     kept = replace(options, when_done=options.when_done or before.when_done)
-    write_json(folder / CONFIG_FILE, _run_config(kept, before.started_at, data))
+    write_run(folder, _run_file(kept, before.started_at, data))
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
@@ -246,8 +246,7 @@ def _train(
 
 def _make_good(ledger: Ledger, folder: Path) -> None:
     """Where the ledger is gone or damaged, charge what the metrics say was spent. They may be ahead of it by a moment."""
-    noted = [record.get("spent") for record in read_jsonl(folder / "metrics.jsonl")]
-    spent = max((float(value) for value in noted if isinstance(value, int | float) and 0 <= value < 1e12), default=0.0)
+    spent = max((line.spent for line in read_lines(folder / "metrics.jsonl", Spent)), default=0.0)
     lost = spent - ledger.spent_before
     if lost > 5.0 or (lost > 0.0 and not ledger.sessions):
         print(f"{ledger.path} is damaged: {lost:.1f} s that metrics.jsonl knows of are not in it; they are charged")
@@ -277,7 +276,7 @@ def _last_command(options: TrainOptions, release: Callable[[], None]) -> Generat
         raise
     if not options.when_done:
         return
-    write_json(folder / WHEN_DONE_FILE, {"command": options.when_done, "at": time.time()})  # it may end this process
+    write_when_done(folder, options.when_done, time.time())  # it may end this process
     release()
     code = _run_command(options.when_done, 0)
     if code:
@@ -348,23 +347,18 @@ def _headline(options: TrainOptions) -> str:
     )
 
 
-def _run_config(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> dict[str, Any]:
-    values = {
-        name: value
-        for name, value in to_json(options).items()
-        if name not in ("model", "train", "data", "resume", "distributed")
-    }
+def _run_file(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> RunFile:
+    others = ("model", "train", "data", "resume", "distributed")
+    values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in others}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     used = None
     if data is not None:
-        asked = data.manifest.recipe["vocab_size"]
-        used = {"folder": str(data.folder.absolute()), "fingerprint": data.manifest.fingerprint, "vocab_size": asked}
-    return {
-        "format": "ufbert-run",
-        "format_version": FORMAT_VERSION,
+        facts = data.manifest
+        used = PreparedText(str(data.folder.absolute()), facts.fingerprint, facts.recipe.vocab_size)
+    return RunFile(
         **values,
-        "started_at": started_at,
-        "prepared_data": used,
-        "run": to_json(options.run),
-        "environment": {"python": host.python_version(), "machine": host.platform(), **versions},
-    }
+        run=options.run,
+        started_at=started_at,
+        prepared_data=used,
+        environment={"python": host.python_version(), "machine": host.platform(), **versions},
+    )

@@ -1,4 +1,4 @@
-"""What the report pages share: the frame, tables and pictures."""
+"""The frame, tables and pictures of all report pages."""
 
 import html
 import io
@@ -17,7 +17,7 @@ svg { width: 100%; height: auto } pre { overflow-x: auto }
 
 
 def page(title: str, body: str) -> str:
-    """A whole self-contained HTML page; `body` is HTML, `title` text."""
+    """Write a self-contained HTML page. `body` is HTML, `title` is text."""
     title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -27,34 +27,30 @@ def page(title: str, body: str) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """A table of names and values."""
+    """Write an HTML table of names and values."""
     return grid([], ([name.replace("_", " "), number(value)] for name, value in values.items()))
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of texts; the columns at the positions `numbers` are set flush right. No head if it is empty."""
+    """Write an HTML table of texts. The columns `numbers` are set flush right; an empty `head` is left out."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = (f'{tag} class="number"' if i in numbers else tag for i in range(len(cells)))
-        return (
-            "<tr>"
-            + "".join(f"<{kind}>{html.escape(x)}</{tag}>" for kind, x in zip(kinds, cells, strict=True))
-            + "</tr>"
-        )
+        return f"<tr>{''.join(f'<{kind}>{html.escape(x)}</{tag}>' for kind, x in zip(kinds, cells, strict=True))}</tr>"
 
     top = line(head, "th") if head else ""
     return f'<div class="wide"><table>{top}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
 def number(value: Any) -> str:
-    """A value for a reader: thousands apart, four decimals of a float."""
+    """Write a value for people: commas between thousands, four decimals of a float."""
     if isinstance(value, float):
         return f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def svg(figure: Any) -> str:
-    """A matplotlib figure as an inline picture, with a light grid and open axes."""
+    """Write a matplotlib figure as an inline picture, with a light grid and open axes."""
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -64,7 +60,7 @@ def svg(figure: Any) -> str:
 
 
 def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """The same table in Markdown, without a line end after it."""
+    """Write the table of `grid` in Markdown, without a final newline."""
     rule = ["--:" if i in numbers else "---" for i in range(len(head))]
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

@@ -1,38 +1,41 @@
-"""`report.html` of a pretraining run: self-contained, curves as pictures."""
+"""Write `report.html` of a pretraining run, a self-contained page with its curves."""
 
 import html
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ufbert.report.page import facts, grid, number, page, svg
-from ufbert.runtime.files import read_jsonl, write_text
+from ufbert.runtime.files import to_json_text, write_text
+from ufbert.runtime.metrics import HeldOut, Update
+from ufbert.runtime.run_folder import RunFile, Summary, read_run, read_summary
+from ufbert.runtime.typed import read_lines
 
 
 def write_report(folder: Path) -> Path:
     """Draw the curves of a run folder into `report.html` and return its path."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    records = read_jsonl(folder / "metrics.jsonl")  # where a number was not finite there is null
-    updates = [r for r in records if r.get("loss") is not None and not r.get("skipped")]
-    evals = [r for r in records if r.get("heldout_loss") is not None]
-    pictures = [_loss_picture(updates, evals, summary), _speed_picture(updates)] if updates else []
-    body = f"""{facts(_described(summary))}
+    config, summary, metrics = read_run(folder), read_summary(folder), folder / "metrics.jsonl"
+    steps = [step for step in read_lines(metrics, Update) if not step.skipped]
+    evals = list(read_lines(metrics, HeldOut))
+    events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
+    pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
+    body = f"""{facts(_in_units(asdict(summary)))}
 {_cost(config, summary)}
 {"".join(pictures)}
-{_events([r for r in records if "event" in r])}
+{_events(events)}
 <h2>Held-out evaluations</h2>{_evaluations(evals)}
 {_usage(evals)}
-<h2>Environment</h2>{facts(config.get("environment", {}))}
-<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>"""
+<h2>Environment</h2>{facts(config.environment)}
+<h2>Configuration</h2><pre>{html.escape(to_json_text(asdict(config), indent=2))}</pre>"""
     path = folder / "report.html"
-    write_text(path, page(f"{config['config']} at scale {config['scale']}, {config['budget']}", body))
+    write_text(path, page(f"{config.config} at scale {config.scale}, {config.budget}", body))
     return path
 
 
-def _described(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with big numbers in units that people read."""
-    values = dict(summary)
+def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
+    """Convert the large numbers of a summary to units that people read."""
+    averaged = ("averaged_heldout_loss", "last_heldout_loss")
+    values = {name: value for name, value in summary.items() if value is not None or name not in averaged}
     for name, unit, factor in (
         ("flops_per_token", "MFLOP per token", 1e6),
         ("peak_flops", "peak of the device, TFLOP/s", 1e12),
@@ -43,51 +46,47 @@ def _described(summary: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _cost(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    """What the budget was in money, if a price was given."""
-    price = config.get("price") or 0.0
+def _cost(config: RunFile, summary: Summary) -> str:
+    """Write the price of the budget, if a price was given."""
+    price, hours = config.price, summary.spent_seconds / 3600
     if not price:
         return ""
-    hours = summary["spent_seconds"] / 3600
     return f"<p>Cost: {hours:,.2f} hours of the budget at {price:,.2f} an hour, {hours * price:,.2f} in all.</p>"
 
 
-def _events(events: list[dict[str, Any]]) -> str:
-    """What interrupted the run, and what that cost."""
+def _events(events: list[dict[str, str | float | None]]) -> str:
+    """Write a table of the events that interrupted the run, with their cost."""
     if not events:
         return ""
     rows = [
         [
-            f"{r['step']:,}",
-            r["event"],
+            number(r.get("step")),
+            str(r["event"]),
             ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in r.items() if k not in ("step", "event")),
         ]
         for r in events
     ]
-    return f"<h2>Events</h2>{grid(['update', 'what', ''], rows)}"
+    return f"<h2>Events</h2>{grid(['step', 'event', ''], rows)}"
 
 
-def _evaluations(evals: list[dict[str, Any]]) -> str:
-    rows = [
-        [f"{r['step']:,}", f"{r['spent']:.1f}", f"{r['heldout_loss']:.4f}", f"{r['heldout_accuracy']:.2%}"]
-        for r in evals
-    ]
-    return grid(["update", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
+def _evaluations(evals: list[HeldOut]) -> str:
+    rows = [[f"{r.step:,}", f"{r.spent:.1f}", f"{r.heldout_loss:.4f}", f"{r.heldout_accuracy:.2%}"] for r in evals]
+    return grid(["step", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
 
 
-def _usage(evals: list[dict[str, Any]]) -> str:
-    """What the last evaluation found in use of each layer's tree, leaves or experts; nothing for dense models."""
-    usage = evals[-1].get("usage") if evals else None
+def _usage(evals: list[HeldOut]) -> str:
+    """Write a table of the shares of each layer's nodes, leaves or experts in use; nothing for dense models."""
+    usage = evals[-1].usage if evals else None
     if not usage:
         return ""
-    names = list(dict.fromkeys(name for found in usage.values() for name in found))
-    rows = [[layer, *(f"{found.get(name, float('nan')):.3f}" for name in names)] for layer, found in usage.items()]
+    names = list(dict.fromkeys(name for shares in usage.values() for name in shares))
+    rows = [[layer, *(f"{shares.get(name, float('nan')):.3f}" for name in names)] for layer, shares in usage.items()]
     head = ["layer", *(name.replace("_", " ") for name in names)]
     return f"<h2>In use on held-out text</h2>{grid(head, rows, numbers=range(1, len(head)))}"
 
 
 def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Compute the exponential moving average, corrected for its start as in Adam."""
     total, norm, out = 0.0, 0.0, []
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
@@ -98,7 +97,9 @@ def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 def _svg(draw: Any, rows: int) -> str:
     import matplotlib.figure
 
-    height = 3.2 * rows  # inches, as are the margins; having them worked out doubles the time (0.66 s, not 0.30)
+    height = (
+        3.2 * rows
+    )  # in inches, as the margins are; matplotlib's own layout would double the time (0.66 s, not 0.30)
     figure = matplotlib.figure.Figure(figsize=(9, height))
     figure.subplots_adjust(left=0.13, right=0.99, bottom=0.5 / height, top=1 - 0.1 / height, hspace=0.06)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
@@ -111,31 +112,31 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
     return values[:: max(1, len(values) // most)]
 
 
-def _loss_picture(updates: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def _loss_picture(steps: list[Update], evals: list[HeldOut], summary: Summary) -> str:
     def draw(axes: Any) -> None:
-        smooth = _smoothed([r["loss"] for r in updates])
-        pairs = _thin(list(zip([r["spent"] for r in updates], smooth, strict=True)))
+        smooth = _smoothed([r.loss for r in steps])
+        pairs = _thin(list(zip([r.spent for r in steps], smooth, strict=True)))
         axes[0].plot(*zip(*pairs, strict=True), color="tab:blue", lw=1, label="training (smoothed)")
         axes[0].plot(
-            [r["spent"] for r in evals], [r["heldout_loss"] for r in evals], "o-", color="tab:orange", label="held-out"
+            [r.spent for r in evals], [r.heldout_loss for r in evals], "o-", color="tab:orange", label="held-out"
         )
-        axes[0].axhline(summary["unigram_loss"], color="gray", ls="--", lw=1, label="word frequency alone")
+        axes[0].axhline(summary.unigram_loss, color="gray", ls="--", lw=1, label="word frequency alone")
         axes[0].set_ylabel("masked-LM loss, nats")
         axes[0].legend(frameon=False)
 
     return _svg(draw, 1)
 
 
-def _speed_picture(updates: list[dict[str, Any]]) -> str:
+def _speed_picture(steps: list[Update]) -> str:
     def draw(axes: Any) -> None:
-        spent = [r["spent"] for r in updates]
-        axes[0].plot(_thin(spent), _thin([r["lr"] for r in updates]), color="tab:green", lw=1)
+        spent = [r.spent for r in steps]
+        axes[0].plot(_thin(spent), _thin([r.lr for r in steps]), color="tab:green", lw=1)
         axes[0].set_ylabel("learning rate")
-        speed = _smoothed([r["tokens_per_second"] for r in updates])
+        speed = _smoothed([r.tokens_per_second for r in steps])
         axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
         axes[1].set_ylabel("tokens per second")
         axes[1].set_ylim(bottom=0)
-        axes[2].plot(_thin(spent), _thin(_smoothed([r["gradient_norm"] for r in updates])), color="tab:red", lw=1)
+        axes[2].plot(_thin(spent), _thin(_smoothed([r.gradient_norm for r in steps])), color="tab:red", lw=1)
         axes[2].set_ylabel("gradient norm")
         axes[2].set_yscale("log")
 

@@ -5,25 +5,26 @@ between machines, too, unless it is mounted with locks of its own machine only (
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Generator
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ufbert.errors import UserError
+from ufbert.runtime.files import NO_LOCKS
+from ufbert.runtime.typed import read_typed
 
 LOCK = "in_use.lock"
 """The locked file of a folder that is being written; it names the process that writes."""
 _PATIENCE = 1.0
 """Seconds to wait for a lock. In this time a new owner has written its name."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -117,23 +118,32 @@ def _acquire(folder: Path) -> FileLock | None:
             ):  # the first times: another process has just removed the empty folder at the end of its claim
                 raise _cannot_make(folder, error) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise UserError(f"Cannot write in {folder}: {error.strerror}.") from error
             print(f"note: the file system of {folder} has no locks; let no other process write there", flush=True)
             return None
-    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    owner = _Owner(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
     with contextlib.suppress(OSError):  # if the disk is full, the first real write says so
-        (folder / LOCK).write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        (folder / LOCK).write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
     return lock
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Who holds the lock of a folder, as the lock file says."""
+
+    process: int
+    host: str
+    since: str
 
 
 def _owner(folder: Path) -> str:
     """Describe the process that holds a folder's lock, as it wrote itself down."""
     try:
-        owner = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        return f"process {int(owner['process'])} on {owner['host']}, since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        owner = read_typed(folder / LOCK, _Owner)
+    except UserError:
         return "another process"
+    return f"process {owner.process} on {owner.host}, since {owner.since}"
 
 
 def _cannot_make(folder: Path, error: OSError) -> UserError:

@@ -17,20 +17,6 @@ from typing import Any
 from ufbert.errors import UserError
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The object of every whole line of a JSONL file; a last line cut short by a kill is left out, and so is other damage."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
 def to_json_text(value: Any, indent: int | None = None) -> str:
     """A value as JSON, which knows no NaN and no infinity: such a number becomes null."""
     try:
@@ -80,6 +66,10 @@ def expand_home(option: str) -> str:
     return re.sub(r"(^|[=:,])~(?=/|$)", lambda start: start[1] + os.path.expanduser("~"), option)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
+
+
 @contextlib.contextmanager
 def private_folder(root: Path) -> Generator[Path]:
     """Make a folder under `root` that no other process touches, and remove it at the end unless `publish` has renamed it.
@@ -93,13 +83,13 @@ def private_folder(root: Path) -> Generator[Path]:
     prefix = f".{socket.gethostname()}-"
     gate = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(gate, fcntl.LOCK_EX)
+        _lock(gate)
         for folder in root.glob(f"{prefix}*.partial"):
             _remove_if_unlocked(folder)
         scratch = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=root))
         scratch.chmod(0o755)
         descriptor = os.open(scratch, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
     finally:
         os.close(gate)
     try:
@@ -114,13 +104,22 @@ def _remove_if_unlocked(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return  # its owner has just removed it
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if _lock(descriptor, fcntl.LOCK_NB):  # else its owner is alive
         shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, options: int = 0) -> bool:
+    """Lock an open folder. Returns false if another process holds the lock, or if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | options)
     except BlockingIOError:
-        pass  # its owner is alive
-    finally:
-        os.close(descriptor)
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def publish(scratch: Path, final: Path, replace: bool = False) -> None:
@@ -132,7 +131,7 @@ def publish(scratch: Path, final: Path, replace: bool = False) -> None:
         _sync(path)
     old = None
     if replace and final.exists():
-        # A kill between these two renames leaves both folders on the disk, because nothing removes this one but the end.
+        # If the process is killed between these two renames, the old folder is still on the disk.
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
         os.rename(final, old / "old")
     try:
@@ -149,5 +148,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)

@@ -2,14 +2,68 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+from msgspec import Meta
 
 from ufbert.errors import UserError
-from ufbert.runtime.files import read_jsonl, to_json_text, write_text
+from ufbert.runtime.files import to_json_text, write_text
+from ufbert.runtime.typed import Count, read_lines
 
 Record = dict[str, Any]
 """Numbers of a step, an evaluation or an event, by name."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A line of metrics.jsonl about an update whose numbers were finite, in part."""
+
+    step: Count
+    spent: float
+    """Seconds of the budget."""
+    loss: float
+    lr: float
+    tokens_per_second: float
+    gradient_norm: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A line of metrics.jsonl about a held-out evaluation whose loss was finite, in part."""
+
+    step: Count
+    spent: float
+    heldout_loss: float
+    heldout_accuracy: float
+    fraction: float
+    """Share of the budget."""
+    tokens: float
+    usage: dict[str, dict[str, float | None]] | None = None
+    """By layer, what was in use of its tree, leaves or experts."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A line of metrics.jsonl about a run that went on: seconds of work that were lost, and that the start took."""
+
+    step: Count
+    lost_seconds: float
+    start_seconds: float
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Of any line of metrics.jsonl, how much of the budget was spent by then."""
+
+    spent: Annotated[float, Meta(ge=0, le=1e12)]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read every whole line of a JSONL file of numbers; what a kill or damage left of others is passed over."""
+    return list(read_lines(path, dict[str, Any]))
 
 
 @runtime_checkable
@@ -46,7 +100,7 @@ class JsonlWriter:
     def __init__(self, path: Path, keep_through_step: int | None = None) -> None:
         self.path = path
         if keep_through_step is not None and path.is_file():
-            kept = [to_json_text(r) for r in read_jsonl(path) if _step(r) <= keep_through_step]
+            kept = [to_json_text(r) for r in read_records(path) if _step(r) <= keep_through_step]
             write_text(path, "".join(line + "\n" for line in kept))
         try:
             self._file = path.open("a", encoding="utf-8")

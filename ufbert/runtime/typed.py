@@ -7,7 +7,7 @@ integer, and a number is finite; `float | None` allows null. A dataclass checks 
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 MIB = 2**20
 POINTER = b"version https://git-lfs.github.com/spec/"
 """Beginning of what a clone without git-lfs has instead of a large file."""
+_NAN = re.compile(rb"([:\[,]\s?)-?(?:NaN|Infinity)\b")
+"""Of lines that early versions wrote."""
 MAX_LINE = MIB
 """Longest line of a JSONL file in bytes; a longer one is damage."""
 
@@ -83,10 +85,12 @@ def read_lines[T](path: Path, kind: type[T] | GenericAlias, most: int = 256 * MI
         return
     decoder = msgspec.json.Decoder(kind)
     for line in _lines(path, most):
-        try:
-            yield decoder.decode(line)
-        except (ValueError, RecursionError, UserError):
-            continue
+        for text in (line, _NAN.sub(rb"\1null", line)):
+            try:
+                yield decoder.decode(text)
+                break
+            except (ValueError, RecursionError, UserError):
+                continue
 
 
 def _lines(path: Path, most: int) -> Iterator[bytes]:
@@ -101,36 +105,42 @@ def _lines(path: Path, most: int) -> Iterator[bytes]:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _typed(make: Any, source: Any, kind: Any, where: str, exact: bool) -> Any:
+def _typed(make: Callable[[], Any], source: Any, kind: Any, where: str, exact: bool) -> Any:
     """What `make()` decodes of `source`, with every failure as a sentence."""
     try:
-        value = make()
+        value, unknown = make(), sorted(_unknown(source, kind, "")) if exact else []
     except msgspec.ValidationError as error:
-        raise UserError(_wrong(source, kind, where, str(error))) from error
+        try:
+            sentence = _wrong(source, kind, where, str(error))
+        except (ValueError, RecursionError) as later:  # what follows the wrong value is no JSON
+            sentence = _unreadable(source, where, later)
+        raise UserError(sentence) from error
     except UserError as error:  # of a dataclass's own checks
         raise UserError(f"{where}: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{where} is not readable JSON: it is nested too deeply.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not readable JSON: it is not UTF-8 text.") from error
-    except ValueError as error:
-        raise UserError(f"{where} is not readable JSON: {_malformed(source, str(error))}.") from error
-    if exact and (unknown := sorted(_unknown(source, kind, ""))):
-        raise UserError(f"{where} has a setting this version does not know: {', '.join(unknown)}.")
+    except (ValueError, RecursionError) as error:
+        raise UserError(_unreadable(source, where, error)) from error
+    if unknown:
+        names = ", ".join(name if name.replace(".", "").isidentifier() else shown(name) for name in unknown[:6])
+        raise UserError(f"{where} has a setting this version does not know: {names}.")
     return value
 
 
-def _malformed(data: bytes, message: str) -> str:
-    """What is wrong with text that is no JSON, and where: `invalid character at line 3, after "peak_lr": NaN`."""
-    if not data.strip():
-        return "it is empty"
-    position = re.search(r"\(byte (\d+)\)", message)
-    if position is None:  # "Input data was truncated"
-        return "it is cut short"
-    at = int(position[1])
-    reason = message.removeprefix("JSON is malformed: ").partition(" (byte")[0]
-    line, near = data.count(b"\n", 0, at) + 1, data[: at + 12].splitlines()[-1:] or [b""]
-    return f"{reason} in line {line}, at {shown(near[0][-40:].decode(errors='replace').strip())}"
+def _unreadable(data: bytes, where: str, error: Exception) -> str:
+    """A sentence about text that is no JSON: `... invalid character in line 3, at '"peak_lr": NaN'`."""
+    position = re.search(r"\(byte (\d+)\)", str(error))
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    elif isinstance(error, UnicodeDecodeError):
+        reason = "it is not UTF-8 text"
+    elif not data.strip():
+        reason = "it is empty"
+    elif position is None:  # "Input data was truncated"
+        reason = "it is cut short"
+    else:
+        at, what = int(position[1]), str(error).removeprefix("JSON is malformed: ").partition(" (byte")[0]
+        near = data[max(0, at - 40) : at + 12].decode(errors="replace").splitlines()[-1].strip()
+        reason = f"{what} in line {data.count(b'\n', 0, at) + 1}, at {shown(near)}"
+    return f"{where} is not readable JSON: {reason}."
 
 
 def _wrong(source: Any, kind: Any, where: str, message: str) -> str:
@@ -168,7 +178,7 @@ def _follow(source: Any, kind: Any, steps: list[int | str]) -> tuple[str, str, A
 def _fits(value: Any, kind: Any) -> bool:
     try:
         msgspec.json.decode(value, type=kind) if isinstance(value, msgspec.Raw) else msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UserError):
+    except (msgspec.ValidationError, RecursionError, UserError):
         return False
     return True
 
@@ -201,9 +211,22 @@ def _inner_kind(kind: Any, step: int | str) -> Any:
 def _unknown(source: Any, kind: Any, before: str) -> Iterator[str]:
     """Names of fields that the dataclass `kind`, or one within it, does not have."""
     for part in _parts(kind):
-        if is_dataclass(part) and not (isinstance(source, bytes | msgspec.Raw) and bytes(source).strip() == b"null"):
-            for name, value in (_level(source, str) or {}).items():
+        origin, entry = get_origin(part), _inner_kind(part, 0)
+        if is_dataclass(part):
+            for name, value in _fields_of(source, str).items():
                 if name in _hints(part):
                     yield from _unknown(value, _hints(part)[name], f"{before}{name}.")
                 else:
                     yield f"{before}{name}"
+        elif origin in (list, tuple) and is_dataclass(entry):
+            for value in _fields_of(source, int):
+                yield from _unknown(value, entry, before)
+
+
+def _fields_of(source: Any, step: type) -> Any:
+    """One level of a value that may be of another kind, such as null, and has no fields then."""
+    try:
+        level = _level(source, step)
+    except msgspec.ValidationError:
+        return {}
+    return level if isinstance(level, dict if step is str else list | tuple) else {}

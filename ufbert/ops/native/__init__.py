@@ -19,23 +19,3 @@ from ufbert.ops.native.calls import (
     tree_forward_saving,
     unavailable,
 )
-
-__all__ = [
-    "ACTIVATIONS",
-    "TYPES",
-    "Packed",
-    "Quantized",
-    "add",
-    "attention",
-    "instruction_set",
-    "layer_norm",
-    "leaf_forward",
-    "linear",
-    "pack",
-    "quantize",
-    "restore",
-    "tree_backward",
-    "tree_forward",
-    "tree_forward_saving",
-    "unavailable",
-]

@@ -12,7 +12,7 @@
 
 namespace ufbert {
 
-// The set of kernels to use: the best that this processor has, or the one that UFBERT_ISA names. Null: it has not got that one.
+// The kernels to use: the best that this processor supports, or those that UFBERT_ISA names; null if it does not support those.
 static const Kernels* chosen() {
   static const Kernels* const all[] = {
 #if defined(__x86_64__)
@@ -27,16 +27,16 @@ static const Kernels* chosen() {
 
 enum Outcome : int { kDone = 0, kNoKernels = 1, kNoMemory = 2 };
 
-// Lets the kernels of this processor do something. Nothing is thrown beyond here: XLA and C know no exceptions.
-template <typename F>
-Outcome compute(int64_t threads, F&& something) {
+// Calls a kernel of this processor. Nothing is thrown beyond here: XLA and C know no exceptions.
+template <typename Call>
+Outcome compute(void (*Kernels::*kernel)(const Call&, Pool&), const Call& call, int64_t threads) {
   const Kernels* kernels = chosen();
   if (!kernels) return kNoKernels;
   try {
     SharedPool pool(threads);
-    something(*kernels, pool);
+    (kernels->*kernel)(call, pool);
     return kDone;
-  } catch (const std::exception&) {  // memory, or a vector longer than any may be, which is the only thing they throw
+  } catch (const std::exception&) {  // kernels throw only for lack of memory, or a vector longer than any may be
     return kNoMemory;
   }
 }
@@ -45,7 +45,7 @@ Outcome compute(int64_t threads, F&& something) {
 
 using namespace ufbert;
 
-// Each returns an Outcome, but for these two: "" or -1 if this processor lacks the instruction set that UFBERT_ISA names.
+// These two return "" or -1 if this processor lacks the instruction set that UFBERT_ISA names; all others return an Outcome.
 extern "C" const char* ufbert_isa() {
   const Kernels* kernels = chosen();
   return kernels ? kernels->name : "";
@@ -55,12 +55,10 @@ extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // 
   return kernels ? kernels->packed_size(d, f, Type(type)) : -1;
 }
 extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads) {
-  return compute(threads, [&](const Kernels& k, Pool& pool) { k.pack({d, f, w, packed, scale, Type(type)}, pool); });
+  return compute(&Kernels::pack, Pack{d, f, w, packed, scale, Type(type)}, threads);
 }
-#define C_FUNCTION(kernel, Call)                                                                       \
-  extern "C" int ufbert_##kernel(const Call* call, int64_t threads) {                                  \
-    return compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.kernel(*call, pool); }); \
-  }
+#define C_FUNCTION(kernel, Call) \
+  extern "C" int ufbert_##kernel(const Call* call, int64_t threads) { return compute(&Kernels::kernel, *call, threads); }
 C_FUNCTION(forward, Forward)
 C_FUNCTION(backward, Backward)
 C_FUNCTION(leaf_forward, LeafForward)
@@ -97,10 +95,12 @@ ffi::Error no_kernels() {
 }
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
-ffi::Error said(Outcome outcome) {
+template <typename Call>
+ffi::Error run(void (*Kernels::*kernel)(const Call&, Pool&), const Call& call, int64_t threads) {
+  const Outcome outcome = compute(kernel, call, threads);
   if (outcome == kNoKernels) return no_kernels();
   if (outcome == kNoMemory)
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "there is not enough memory for what the kernels write down meanwhile");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "there is not enough memory for the kernels' intermediate results");
   return ffi::Error::Success();
 }
 
@@ -110,6 +110,7 @@ bool has(const B& buffer, int64_t count) {
 }
 bool full_tree(int64_t n) { return n > 0 && !(n & (n + 1)); }
 bool known(int32_t activation) { return activation >= kGelu && activation <= kSymmetricGelu; }
+// True if every path begins at the root and goes on to a child: the parent of node v is (v - 1) / 2, or, counted from 1, v / 2.
 bool are_paths(const int32_t* node, int64_t count, int64_t steps) {
   for (const int32_t* end = node + count * steps; node < end; node += steps) {
     bool right = node[0] == 0;
@@ -155,7 +156,7 @@ ffi::Error run_forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::
   f.y = y->typed_data();
   if (nodes) f.nodes = nodes->typed_data(), f.z = z->typed_data();
   f.activation = Activation(activation);
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.forward(f, pool); }));
+  return run(&Kernels::forward, f, threads);
 }
 
 ffi::Error forward(F32 x, ffi::AnyBuffer w_in, F32 in_scale, F32 bias, ffi::AnyBuffer w_out, F32 out_scale,
@@ -192,7 +193,7 @@ ffi::Error backward(F32 x, F32 w_in, F32 w_out, S32 nodes, F32 z, F32 g, ffi::Re
   gradient.dx = dx->typed_data(), gradient.d_in = d_in->typed_data();
   gradient.d_bias = d_bias->typed_data(), gradient.d_out = d_out->typed_data();
   gradient.activation = Activation(activation);
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.backward(gradient, pool); }));
+  return run(&Kernels::backward, gradient, threads);
 }
 
 ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in,
@@ -216,7 +217,7 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
   f.y = y->typed_data(), f.leaf = leaf->typed_data();
   f.activation = Activation(activation);
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.leaf_forward(f, pool); }));
+  return run(&Kernels::leaf_forward, f, threads);
 }
 
 ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
@@ -228,7 +229,7 @@ ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees
   a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
   a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.attention(a, pool); }));
+  return run(&Kernels::attention, a, threads);
 }
 
 ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64_t threads) {
@@ -236,13 +237,13 @@ ffi::Error norm(F32 x, F32 scale, F32 bias, ffi::Result<F32> y, float eps, int64
   if (shape.size() != 2) return wrong("rows are (b, d)");
   const Norm m{shape[0], shape[1], x.typed_data(), scale.typed_data(), data_or_null(bias), y->typed_data(), eps};
   if (!has(scale, m.d) || !(has(bias, 0) || has(bias, m.d)) || !has(*y, m.b * m.d)) return wrong(kUnfitRows);
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.norm(m, pool); }));
+  return run(&Kernels::norm, m, threads);
 }
 
-ffi::Error add(F32 one, F32 other, ffi::Result<F32> y, int64_t threads) {
-  const Add a{int64_t(one.element_count()), one.typed_data(), other.typed_data(), y->typed_data()};
-  if (!has(other, a.size) || !has(*y, a.size)) return wrong(kUnfitRows);
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.add(a, pool); }));
+ffi::Error add(F32 left, F32 right, ffi::Result<F32> y, int64_t threads) {
+  const Add a{int64_t(left.element_count()), left.typed_data(), right.typed_data(), y->typed_data()};
+  if (!has(right, a.size) || !has(*y, a.size)) return wrong(kUnfitRows);
+  return run(&Kernels::add, a, threads);
 }
 
 ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result<F32> y, int64_t threads) {
@@ -257,7 +258,7 @@ ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result
   if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
   l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
   l.y = y->typed_data();
-  return said(compute(threads, [&](const Kernels& kernels, Pool& pool) { kernels.linear(l, pool); }));
+  return run(&Kernels::linear, l, threads);
 }
 
 }  // namespace

@@ -1,163 +1,16 @@
-// What an encoder computes beside its trees: linear layers from packed weights, attention among the tokens of a document,
+// What an encoder computes apart from its trees: linear layers from packed weights, attention among the tokens of a document,
 // LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace ufbert {
 namespace JOIN(isa_, UFBERT_ISA) {
 
-// Products are computed in tiles of up to kTall rows by one panel of columns, whose sums stay in registers.
-constexpr int kTall = 6, kWide = kLanes == 16 ? 4 : 2;
-constexpr int64_t kPanel = kWide * kLanes;
-
-// How numbers of a type are stored and multiplied: kDeep successive elements of a row by as many of each column at once.
-// `Row` is what rows are stored as, `Weight` what columns are, and add() adds products to a vector of sums.
-struct Floats {
-  typedef float Row;
-  typedef float Weight;
-  typedef float Number;
-  typedef Vector Sum;
-  typedef Vector Part;
-  static constexpr int64_t kDeep = 1;
-  static inline __attribute__((always_inline)) Part row(const Row* p) { return fill(*p); }
-  static inline __attribute__((always_inline)) Part column(const Weight* p) { return load(p); }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += x * w; }
-};
-
-#if defined(__AVX512BF16__)
-// The instruction reads what is nearer to zero than 2^-126 as zero, makes such results zero and rounds to the nearest, whatever
-// the thread's floating-point control says; with that control as pool.h sets it, the other instruction sets do the same.
-struct Halfs {
-  typedef uint16_t Row;
-  typedef uint16_t Weight;
-  typedef float Number;
-  typedef Vector Sum;
-  typedef __m512i Part;
-  static constexpr int64_t kDeep = 2;
-  static inline __attribute__((always_inline)) Part row(const Row* p) {
-    int32_t two;
-    std::memcpy(&two, p, 4);
-    return _mm512_set1_epi32(two);
-  }
-  static inline __attribute__((always_inline)) Part column(const Weight* p) { return _mm512_loadu_si512(p); }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) {
-    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-  }
-};
-#else
-struct Halfs : Floats {
-  typedef uint16_t Weight;
-  static inline __attribute__((always_inline)) Part column(const Weight* p) { return load(p); }
-};
-#endif
-
-struct Bytes8 {
-  typedef int8_t Weight;
-  typedef int32_t Number;
-  typedef Ints Sum;
-#if defined(__AVX512VNNI__)
-  typedef uint8_t Row;  // 128 more than the number, since the instruction wants one side without a sign
-  typedef __m512i Part;
-  static constexpr int64_t kDeep = 4, kAdded = 128;
-  static inline __attribute__((always_inline)) Part row(const Row* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
-  static inline __attribute__((always_inline)) Part column(const Weight* p) { return _mm512_loadu_si512(p); }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) {
-    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, x, w);
-  }
-#elif defined(__AVX2__)
-  typedef int16_t Row;
-  static constexpr int64_t kDeep = 2, kAdded = 0;
-#if defined(__AVX512BW__)
-  typedef __m512i Part;
-  static inline __attribute__((always_inline)) Part column(const Weight* p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += (Ints)_mm512_madd_epi16(x, w); }
-  static inline __attribute__((always_inline)) Part all(int32_t two) { return _mm512_set1_epi32(two); }
-#else
-  typedef __m256i Part;
-  static inline __attribute__((always_inline)) Part column(const Weight* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += (Ints)_mm256_madd_epi16(x, w); }
-  static inline __attribute__((always_inline)) Part all(int32_t two) { return _mm256_set1_epi32(two); }
-#endif
-  static inline __attribute__((always_inline)) Part row(const Row* p) {
-    int32_t two;
-    std::memcpy(&two, p, 4);
-    return all(two);
-  }
-#else
-  typedef int32_t Row;
-  typedef Ints Part;
-  static constexpr int64_t kDeep = 1, kAdded = 0;
-  static inline __attribute__((always_inline)) Part row(const Row* p) { return *p - Ints{}; }
-  static inline __attribute__((always_inline)) Part column(const Weight* p) {
-    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Ints);
-  }
-  static inline __attribute__((always_inline)) void add(Sum& sum, Part x, Part w) { sum += x * w; }
-#endif
-};
-
-INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
-
-// to[r * to_apart ..] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep, not 0).
-// Not inlined: every vector register is needed here, and one sum that goes through memory instead doubles the time.
-template <typename Kind, int R>
-__attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Number* to, int64_t to_apart) {
-  typename Kind::Sum s[R][kWide];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kWide; ++v) s[r][v] = typename Kind::Sum{};
-  int64_t i = 0;
-  do {
-    typename Kind::Part column[kWide];
-    for (int v = 0; v < kWide; ++v) column[v] = Kind::column(w + v * kLanes * Kind::kDeep);
-    for (int r = 0; r < R; ++r) {
-      const typename Kind::Part x = Kind::row(a + r * apart + i);
-      for (int v = 0; v < kWide; ++v) Kind::add(s[r][v], x, column[v]);
-    }
-    i += Kind::kDeep, w += kPanel * Kind::kDeep;
-  } while (i < depth);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kWide; ++v) std::memcpy(to + r * to_apart + v * kLanes, &s[r][v], sizeof s[r][v]);
-}
-
-// The same with the number of rows known only now.
-template <typename Kind>
-INLINE void multiply(int64_t rows, const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Number* to, int64_t to_apart) {
-  switch (rows) {
-    case 1: return multiply<Kind, 1>(a, apart, w, depth, to, to_apart);
-    case 2: return multiply<Kind, 2>(a, apart, w, depth, to, to_apart);
-    case 3: return multiply<Kind, 3>(a, apart, w, depth, to, to_apart);
-    case 4: return multiply<Kind, 4>(a, apart, w, depth, to, to_apart);
-    case 5: return multiply<Kind, 5>(a, apart, w, depth, to, to_apart);
-    default: return multiply<Kind, kTall>(a, apart, w, depth, to, to_apart);
-  }
-}
-
-// A vector, of which only `count` elements may be there.
-INLINE void store_part(float* p, Vector v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-  if (count > 0) std::memcpy(p, &v, 4 * count);
-}
-INLINE Vector load_part(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  Vector v = {};
-  if (count > 0) std::memcpy(&v, p, 4 * count);
-  return v;
-}
-
 // ---- linear layers ----
 
-constexpr int64_t kDeepest = 256;     // elements of a float row between two visits to its sums: a panel of them stays near
-constexpr int64_t kBlock = 144 << 10;  // bytes of rows that stay in the second-level cache
-constexpr int64_t kTasks = 8;         // pieces of work for each thread, as one may be slower than the others
+constexpr int64_t kDeepest = 256;      // elements of a float row between two visits to its sums: a panel of as many stays in L1
+constexpr int64_t kBlock = 144 << 10;  // bytes of rows that stay in L2
+constexpr int64_t kTasks = 8;          // pieces of work for each thread, because threads are not equally fast
 
 template <typename Kind>
 int64_t packed_elements(int64_t d, int64_t f) {
@@ -170,12 +23,13 @@ int64_t packed_size(int64_t d, int64_t f, Type type) {
   return packed_elements<Bytes8>(d, f) + 4 * whole(f, kPanel);  // and the sums of the columns
 }
 
-INLINE uint16_t half(float x) {  // to the nearest, ties to even; zero for what counts as zero
+// The nearest bfloat16, ties to even.
+INLINE uint16_t half(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  if (!(bits & 0x7f800000)) return uint16_t(bits >> 16 & 0x8000);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  if (!(bits & 0x7f800000)) return uint16_t(bits >> 16 & 0x8000);                  // counts as zero; keeps its sign
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);        // not a number, and stays none
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half of the last place, less a bit if that place is even
 }
 
 // Panel by panel; in it, kDeep elements of a column, then those of the next.
@@ -200,7 +54,7 @@ void pack(const Pack& p, Pool& pool) {
   for (int64_t i = 0; i < p.d; ++i)
     for (int64_t c = 0; c < p.f; ++c) {
       p.scale[c] = std::max(p.scale[c], std::fabs(p.w[i * p.f + c]));
-      nothing[c] += p.w[i * p.f + c] * 0.0f;  // unless there is an infinity or no number: then the column has none
+      nothing[c] += p.w[i * p.f + c] * 0.0f;  // stays zero unless there is an infinity or NaN: then the column is NaN
     }
   for (int64_t c = 0; c < p.f; ++c) p.scale[c] = nothing[c] == 0.0f ? std::max(p.scale[c], 1e-35f) / 127.0f : NAN;
   auto element = [&](float x, int64_t c) { return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(x / p.scale[c])) : int8_t(0); };
@@ -211,7 +65,7 @@ void pack(const Pack& p, Pool& pool) {
     for (int64_t c = 0; c < p.f; ++c) sums[c] += element(p.w[i * p.f + c], c);
 }
 
-// Pieces of the output: some rows by some panels. Panels are shared out first, so that each weight is read by one thread.
+// Pieces of the output: some rows by some panels. Panels are divided first, so that each weight is read by one thread.
 struct Pieces {
   int64_t rows, columns, tiles, panels, b;
   Pieces(int64_t b, int64_t f, int64_t row_bytes, int64_t threads)
@@ -224,8 +78,8 @@ struct Pieces {
   int64_t panel(int64_t c) const { return edge(panels, columns, c); }
 };
 
-// The part of `bytes` bytes that is the turn of tile `tile` of `tiles`, on its way to the second-level cache: the next panel,
-// which comes from memory, arrives while the tiles of this one are computed.
+// Prefetch part `tile` of `tiles` of `bytes` bytes into L2. So the next panel, which comes from memory, arrives while the tiles of
+// this one are computed.
 INLINE void fetch(const void* p, int64_t bytes, int64_t tile, int64_t tiles) {
   const int64_t lines = tiles < 4 ? 0 : (bytes + 63) / 64;  // few rows wait for all of it anyway
   for (int64_t i = edge(lines, tiles, tile); i < edge(lines, tiles, tile + 1); ++i)
@@ -268,14 +122,14 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-// Rows rounded to int8, and what each row's numbers are to be multiplied by.
+// Round a row to int8; `scale` is the factor that restores it.
 void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float& scale) {
   Vector most = {}, nothing = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
     const Vector v = load(x + i), a = v < Vector{} ? -v : v;
     most = a > most ? a : most;
-    nothing += v * Vector{};  // unless there is an infinity or no number
+    nothing += v * Vector{};  // stays zero unless there is an infinity or NaN
   }
   float largest = 0.0f, last = sum(nothing);
   for (int64_t j = 0; j < kLanes; ++j) largest = std::max(largest, most[j]);
@@ -285,8 +139,8 @@ void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float&
     scale = NAN;
     return;
   }
-  scale = std::max(largest, 1e-35f) / 127.0f;
-  const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);
+  scale = std::max(largest, 1e-35f) / 127.0f;  // the floor keeps a row of zeros from a division by zero
+  const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
   typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
   for (i = 0; i + kLanes <= d; i += kLanes) {
     const Vector n = (load(x + i) * factor + shift) - shift;
@@ -317,6 +171,7 @@ void linear_bytes(const Linear& l, Pool& pool) {
       Vector factor[kWide], bias[kWide] = {};
       for (int64_t v = 0; v < kWide; ++v) {
         const int64_t at = first + v * kLanes;
+        // Rows hold kAdded too much in every element, which adds kAdded times the sum of the column.
         std::memcpy(&added[v], sums + at, sizeof added[v]);  // padded to whole panels
         added[v] *= int32_t(Bytes8::kAdded);
         factor[v] = load_part(l.scale + at, l.f - at);
@@ -367,9 +222,9 @@ void linear(const Linear& l, Pool& pool) {
 
 // ---- attention ----
 
-constexpr int64_t kQueries = 258;  // of one head and document in a piece of work
+constexpr int64_t kQueries = 258;  // most queries of a head and document in a piece of work; a multiple of kTall
 
-// Queries [from, to) of a row of tokens and a head, which see its tokens [first, first + n).
+// Queries [from, to) of a row of tokens and a head, which attend to its tokens [first, first + n).
 struct Look {
   int64_t row, head, from, to, first, n;
 };
@@ -380,12 +235,13 @@ void look(const Attention& a, const Look& l) {
   float* y = a.y + l.row * a.t * d + l.head * a.k;
   const int64_t seen = whole(n, kPanel), wide = whole(a.k, kPanel);
   std::vector<float> keys(seen * a.k), values(n * wide), odds(kTall * seen);
-  for (int64_t j = 0; j < seen; ++j) {  // panels of tokens
+  // Keys and values are copied into panels, as packed weights are: keys in panels of tokens, values in panels of channels.
+  for (int64_t j = 0; j < seen; ++j) {
     float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
     const float* from = queries + d + (l.first + j) * apart;
     for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] * a.scale : 0.0f;
   }
-  for (int64_t c = 0; c < wide; c += kPanel)  // panels of channels
+  for (int64_t c = 0; c < wide; c += kPanel)
     for (int64_t j = 0; j < n; ++j) {
       const float* from = queries + 2 * d + (l.first + j) * apart + c;
       for (int64_t v = 0; v < kPanel; v += kLanes) store(&values[c * n + j * kPanel + v], load_part(from + v, a.k - c - v));
@@ -397,7 +253,7 @@ void look(const Attention& a, const Look& l) {
     Vector total[kTall];
     for (int64_t r = 0; r < rows; ++r) {
       float* z = &odds[r * seen];
-      std::fill(z + n, z + seen, z[0]);
+      std::fill(z + n, z + seen, z[0]);  // so that what pads a panel is not the maximum
       Vector most = load(z);
       for (int64_t j = kLanes; j < seen; j += kLanes) {
         const Vector v = load(z + j);
@@ -405,7 +261,7 @@ void look(const Attention& a, const Look& l) {
       }
       float largest = most[0];
       for (int64_t j = 1; j < kLanes; ++j) largest = std::max(largest, most[j]);
-      std::fill(z + n, z + seen, -INFINITY);  // comes to 1e-38, which the sum does not feel, and the products do not see
+      std::fill(z + n, z + seen, -INFINITY);  // exp makes 1e-38 of it: too little for the sum, and no product reads it
       Vector sums = {};
       for (int64_t j = 0; j < seen; j += kLanes) {
         const Vector odd = exp(load(z + j) - fill(largest));
@@ -426,7 +282,7 @@ void look(const Attention& a, const Look& l) {
 
 void attention(const Attention& a, Pool& pool) {
   std::vector<Look> work;
-  auto share_out = [&](int64_t row, int64_t from, int64_t to, int64_t first, int64_t n) {
+  auto add_work = [&](int64_t row, int64_t from, int64_t to, int64_t first, int64_t n) {
     const int64_t parts = (to - from + kQueries - 1) / kQueries;
     for (int64_t head = 0; head < a.h; ++head)
       for (int64_t p = 0; p < parts; ++p)
@@ -434,15 +290,15 @@ void attention(const Attention& a, Pool& pool) {
   };
   for (int64_t row = 0; row < a.b; ++row) {
     const int32_t* segment = a.segment ? a.segment + row * a.t : nullptr;
-    int64_t real = a.t;  // up to the last document's end
+    int64_t real = a.t;  // the end of the last document
     while (segment && real > 0 && !segment[real - 1]) --real;
     for (int64_t from = 0, to; from < a.t; from = to) {
       for (to = from + 1; segment && to < a.t && segment[to] == segment[from];) ++to;
       if (!segment) to = a.t;
       if (!segment || segment[from]) {
-        share_out(row, from, to, from, to - from);
+        add_work(row, from, to, from, to - from);
       } else if (a.padding_sees && real > 0) {
-        share_out(row, from, to, 0, real);
+        add_work(row, from, to, 0, real);
       } else {
         std::memset(a.y + (row * a.t + from) * a.h * a.k, 0, 4 * (to - from) * a.h * a.k);
       }
@@ -460,13 +316,14 @@ void norm(const Norm& m, Pool& pool) {
     for (int64_t row = edge(m.b, parts, p); row < edge(m.b, parts, p + 1); ++row) {
       const float* x = m.x + row * m.d;
       float* y = m.y + row * m.d;
+      // `term` is given vectors, and as `last` the elements that do not fill two. Two sums, because additions wait for each other.
       auto total = [&](auto&& term, auto&& last) {
-        Vector one = {}, two = {};
+        Vector even = {}, odd = {};
         int64_t i = 0;
-        for (; i + 2 * kLanes <= m.d; i += 2 * kLanes) one += term(load(x + i)), two += term(load(x + i + kLanes));
-        float found = sum(one + two);
-        for (; i < m.d; ++i) found += last(x[i]);
-        return found;
+        for (; i + 2 * kLanes <= m.d; i += 2 * kLanes) even += term(load(x + i)), odd += term(load(x + i + kLanes));
+        float value = sum(even + odd);
+        for (; i < m.d; ++i) value += last(x[i]);
+        return value;
       };
       const float mean = total([](Vector v) { return v; }, [](float v) { return v; }) / float(m.d);
       const Vector middle = fill(mean);
@@ -489,8 +346,8 @@ void add(const Add& a, Pool& pool) {
   auto part = [&](int64_t p) {
     int64_t i = edge(a.size, parts, p);
     const int64_t end = edge(a.size, parts, p + 1);
-    for (; i + kLanes <= end; i += kLanes) store(a.y + i, load(a.one + i) + load(a.other + i));
-    for (; i < end; ++i) a.y[i] = a.one[i] + a.other[i];
+    for (; i + kLanes <= end; i += kLanes) store(a.y + i, load(a.left + i) + load(a.right + i));
+    for (; i < end; ++i) a.y[i] = a.left[i] + a.right[i];
   };
   for_each(pool, parts, part);
 }

@@ -1,4 +1,4 @@
-// What the kernels take and return: the tree layers of ufbert/ops/fff.py and leaf_fff.py, and the rest of an encoder.
+// Arguments and results of the kernels: the tree layers of ufbert/ops/fff.py and leaf_fff.py, and the rest of an encoder.
 //
 // Letters as everywhere: b rows, d their width, m parallel trees, n nodes a tree, s = depth + 1 nodes on a path, t tokens,
 // h heads, k their width, f a layer's outputs. Arrays are contiguous, last index fastest, and aligned to their element type.
@@ -15,7 +15,7 @@ namespace ufbert {
 enum Activation : int32_t { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSymmetricGelu = 3 };
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
-// Runs task(i) for i = 0 .. count - 1, at once where it can, and returns when all are done.
+// Runs task(i) for i = 0 .. count - 1, in parallel if it can, and returns when all are done.
 struct Pool {
   virtual ~Pool() = default;
   virtual void run(int64_t count, void (*task)(void* self, int64_t i), void* self) = 0;
@@ -45,7 +45,7 @@ struct Backward {
   const float *x, *w_in, *w_out, *g;  // b d, m n d, m n d, b d
   const int32_t* nodes;               // b m s
   const float* z;                     // b m s
-  float *dx, *d_in, *d_bias, *d_out;  // b d, m n d, m n, m n d; rows that nobody visited become zero
+  float *dx, *d_in, *d_bias, *d_out;  // b d, m n d, m n, m n d; zero for nodes that no row visited
   Activation activation;
 };
 
@@ -67,8 +67,8 @@ struct LeafForward {
   Activation activation;
 };
 
-// softmax(scale q key^T) value among the tokens of a document. Documents lie side by side in a row; segment numbers them, 0 is
-// padding, whose output is zero, or, if padding_sees, from all of the row's documents.
+// softmax(scale q key^T) value among the tokens of a document. The documents of a row lie one after the other; `segment` numbers
+// them from 1. The output of padding, 0, is zero; with `padding_sees` it attends to all of the row up to its last document.
 struct Attention {
   int64_t b, t, h, k;
   const float* qkv;        // b t 3 h k: queries, keys, values
@@ -86,10 +86,10 @@ struct Norm {
   float eps;
 };
 
-// y = one + other. XLA would share so short a sum among threads of its own, which then compete with ours.
+// y = left + right. XLA would divide so short a sum among threads of its own, which then compete with ours.
 struct Add {
   int64_t size;
-  const float *one, *other;
+  const float *left, *right;
   float* y;
 };
 
@@ -98,7 +98,7 @@ struct Pack {
   int64_t d, f;
   const float* w;  // d f
   void* packed;    // packed_size(d, f, type) bytes
-  float* scale;    // f, with int8: what a column's numbers are to be multiplied by
+  float* scale;    // f, with int8: the factor of each column
   Type type;
 };
 

@@ -23,9 +23,9 @@
 
 namespace ufbert {
 
-// The thread computes, while this lives, as every thread of a kernel does: results are rounded to the nearest, and a number
-// nearer to zero than 2^-126 counts as zero and becomes zero. That is XLA's rule on its own threads, and what instructions
-// for bfloat16 do whatever the thread is told, so it is everybody's: a row's answer must not depend on who computes it.
+// Sets how the thread computes while this object lives: results are rounded to the nearest, and a number nearer to zero than
+// 2^-126 counts as zero and becomes zero. XLA does so on its own threads, and instructions for bfloat16 always do, so all
+// threads do here: a row's answer must not depend on the thread that computes it.
 class Flushing {
  public:
 #if defined(__x86_64__)
@@ -49,7 +49,7 @@ class Flushing {
   Flushing(const Flushing&) = delete;
 };
 
-// Tasks that any number of threads take by turns. The caller takes them too, and waits only for those that another thread
+// Tasks that any number of threads take one by one. The caller takes them too, and waits only for those that another thread
 // has begun: a helper that never got a processor costs nothing. What a task throws on any thread, the caller throws.
 struct Turns {
   std::atomic<int64_t> next{0}, done{0};
@@ -89,14 +89,14 @@ struct Turns {
   }
 };
 
-// The process's helper threads, one fewer than the processors it may use (or than $NPROC, which limits XLA, too). XLA's own
-// pool would do, but has a thread a processor beside the caller's, and waking one costs as much as a whole small layer. A
-// helper looks out for work for 50 microseconds after its last and then sleeps. Where no more threads can be had, the work is
-// done by those there are.
+// The process's helper threads, one fewer than its processors (or than $NPROC, which limits XLA, too). XLA's own pool is not
+// used: it has as many threads as processors in addition to the caller's, and waking one costs as much as a small layer. A
+// helper polls for work for 50 microseconds after its last and then sleeps. If the system refuses more threads, those that
+// exist do the work.
 class Helpers {
  public:
-  // Never destroyed, as threads may outlive the statics. A forked process has none of these threads, and perhaps a lock that
-  // one of them held: it begins anew.
+  // Never destroyed, because threads may outlive static objects. A forked process has none of these threads, and perhaps a lock
+  // that one of them held, so it gets new helpers.
   static Helpers& all() { return *all_; }
 
   int64_t count() const { return count_; }
@@ -165,7 +165,7 @@ class Helpers {
 
 inline Helpers* Helpers::all_ = Helpers::first();
 
-// The caller and up to `limit` - 1 helpers; 0: as many as there are.
+// The caller and up to `limit` - 1 helpers; 0 takes all of them.
 struct SharedPool : Pool {
   const Flushing flushing;
 
@@ -181,7 +181,7 @@ struct SharedPool : Pool {
     auto turns = std::make_shared<Turns>(count, task, self);
     try {
       Helpers::all().help(turns, std::min(threads, count) - 1);
-    } catch (const std::bad_alloc&) {  // then fewer, or nobody, were told; what they took must still be waited for
+    } catch (const std::bad_alloc&) {  // fewer helpers were told, or none; those that were must still be waited for
     }
     turns->work();
     turns->wait();

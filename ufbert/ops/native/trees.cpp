@@ -1,7 +1,7 @@
 // The kernels of the tree layers.
 //
-// Everything is written with the compiler's vector types, so one text serves all. Sums run in the same order for any
-// number of rows and threads: a row's answer does not depend on the batch it came in.
+// They are written with the compiler's vector types, so one source serves all instruction sets. Sums run in the same order for
+// any number of rows and threads: a row's answer does not depend on the batch it came in.
 
 #include "vectors.h"
 
@@ -40,12 +40,12 @@ INLINE void combine(float* const* out, const float* const* base, const float* co
   for (; i < d; ++i)
     for (int r = 0; r < R; ++r) {
       float y = base[r] ? base[r][i] : 0.0f;
-      for (int64_t s = 0; s < steps; ++s) y += weight[r][s] * one(row[r][s] + i);
+      for (int64_t s = 0; s < steps; ++s) y += weight[r][s] * scalar(row[r][s] + i);
       out[r][i] = y;
     }
 }
 
-// The derivative of the activation.
+// The derivative of the activation; 0.3989422804 is 1 / sqrt(2 pi), of the normal density.
 INLINE float slope(Activation activation, float z) {
   switch (activation) {
     case kRelu:
@@ -79,14 +79,14 @@ INLINE void sort_rows(const int32_t* key, int64_t b, int64_t keys, std::vector<i
 
 // ---- forward of the uniform-node tree ----
 
-constexpr int64_t kGroup = 16;         // rows that go down together, so that one's memory waits hide behind the others' sums
+constexpr int64_t kGroup = 16;         // rows that go down together: while one waits for memory, the others compute
 constexpr int64_t kManyRows = 96;      // from here on rows are grouped by subtree
-constexpr int64_t kTopLevels = 8;      // most levels before they are: the nodes above stay in the second-level cache
-constexpr int64_t kRowsASubtree = 8;   // or as many levels as leave this many rows to a subtree
+constexpr int64_t kTopLevels = 8;      // most levels above the subtrees: their nodes stay in L2
+constexpr int64_t kRowsASubtree = 8;   // fewer levels if a subtree would get fewer rows
 constexpr int64_t kRoute = 8;          // rows that go down the top levels together
 constexpr int64_t kRowsAThread = 4;    // fewer are not worth waking a thread
 constexpr int64_t kSmallTree = 127;    // nodes of a tree that stays in the cache as a whole
-constexpr int kTile = 4;               // rows that share what is loaded of the output weights
+constexpr int kTile = 4;               // rows that load output weights together
 
 // A row on its way down a tree: the nodes, and their logits.
 struct Path {
@@ -155,6 +155,7 @@ INLINE void emit(const Forward& f, const Tree<In, Out>& t, int64_t k, const int3
     if (f.nodes) std::memcpy(f.nodes + place, path[r].node, 4 * t.steps);
     if (f.z) std::memcpy(f.z + place, path[r].z, 4 * t.steps);
   }
+  // Paths part once and never meet again, so the nodes that all R rows share are the first ones.
   int64_t common = 0;
   auto shared = [&](int64_t s) {
     for (int r = 1; r < R; ++r)
@@ -176,7 +177,7 @@ INLINE void finish(const Forward& f, const Tree<In, Out>& t, int64_t k, const in
   for (; i < rows; ++i) emit<1>(f, t, k, row + i, path + i);
 }
 
-// Few rows, or small trees: each thread takes its share of the rows, in groups, through all trees.
+// For few rows or small trees: each thread takes its share of the rows, in groups, through all trees.
 template <typename In, typename Out>
 void forward_few(const Forward& f, Pool& pool) {
   const int64_t parts = std::max<int64_t>(1, std::min(4 * pool.threads, f.b / kRowsAThread));
@@ -196,8 +197,8 @@ void forward_few(const Forward& f, Pool& pool) {
   for_each(pool, parts, part);
 }
 
-// Many rows: down the top levels, sorted by the subtree they reach, and on from there, so that a subtree's weights are read
-// once and stay in the cache while its rows use them.
+// For many rows: they go down the top levels, are sorted by the subtree that they reach, and go on from there. So a subtree's
+// weights are read once and stay in the cache while its rows use them.
 template <typename In, typename Out>
 void forward_many(const Forward& f, Pool& pool) {
   const int64_t steps = steps_of(f.n);
@@ -226,7 +227,7 @@ void forward_many(const Forward& f, Pool& pool) {
     sort_rows(key.data(), f.b, subtrees, order, start);
     const int64_t pieces = pool.threads == 1 ? 1 : std::min<int64_t>(subtrees, 8 * pool.threads);
     auto piece = [&](int64_t p) {
-      // Whole subtrees: those that begin inside the piece.
+      // A piece has whole subtrees, those that begin inside it, so that no two threads read the same one.
       const int64_t from = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p)));
       const int64_t to = *std::lower_bound(start.begin(), start.end(), int32_t(edge(f.b, pieces, p + 1)));
       Path group[kGroup];
@@ -262,11 +263,12 @@ void forward(const Forward& f, Pool& pool) {
 
 // ---- backward ----
 
-constexpr int64_t kTokens = 64;  // rows of x and g that stay in the second-level cache while all their columns are summed
+constexpr int64_t kTokens = 64;  // rows of x and g that stay in L2 while all their columns are summed
 constexpr int kLevels = 6;       // levels whose sums are held in registers together
 
 // Columns [first, last) of d_in and d_out for levels [level, level + L): one pass over the rows in the order of their leaves.
-// A node's visitors are neighbours in that order, so its sum stays in a register from its first visitor to its last.
+// A node's visitors are neighbours in that order, so its sum stays in a register from its first visitor to its last. change[i]
+// is the first level at which row i visits another node than row i - 1: from there on, the sums are stored and begin anew.
 template <int L>
 void sum_columns(const Backward& g, const int32_t* order, const int32_t* node, const int8_t* change, const float* dz,
                  const float* value, float* d_in, float* d_out, int64_t steps, int64_t level, int64_t first, int64_t last) {
@@ -286,7 +288,7 @@ void sum_columns(const Backward& g, const int32_t* order, const int32_t* node, c
       const int32_t* at = node + begin * steps + level;
       if (begin > 0)
         for (int l = 0; l < L; ++l)
-          if (change[begin] > level + l) {  // goes on from the block before
+          if (change[begin] > level + l) {  // the node's sum began in the block before
             in[l] = get(d_in + at[l] * g.d + c);
             out[l] = get(d_out + at[l] * g.d + c);
           }
@@ -355,7 +357,7 @@ void backward(const Backward& g, Pool& pool) {
     };
     if (b > 0) for_each(pool, parts, by_row);
 
-    // Where each row's path leaves that of the row before.
+    // The level at which each row's path leaves that of the row before.
     std::memset(d_bias, 0, 4 * g.n);
     std::vector<uint8_t> visited(g.n, 0);
     for (int64_t i = 0; i < b; ++i) {
@@ -369,7 +371,7 @@ void backward(const Backward& g, Pool& pool) {
       }
     }
 
-    // d_in and d_out, each thread its own columns.
+    // d_in and d_out, each thread its own columns, so that no two add to the same sum and the order of additions is fixed.
     const int64_t blocks = (d + kLanes - 1) / kLanes, pieces = std::min<int64_t>(blocks, 2 * pool.threads);
     auto by_column = [&](int64_t p) {
       const int64_t first = edge(blocks, pieces, p) * kLanes, last = std::min(d, edge(blocks, pieces, p + 1) * kLanes);
@@ -419,13 +421,13 @@ void leaf_forward_as(const LeafForward& f, Pool& pool) {
       const W *w_in = static_cast<const W*>(f.w_in) + leaf * f.d * f.w, *w_out = static_cast<const W*>(f.w_out) + leaf * f.w * f.o;
       const float* x = f.x + row * f.d;
       std::fill(hidden.begin(), hidden.end(), 0.0f);
-      if (f.w == 1) {
+      if (f.w == 1) {  // one hidden unit: its weights lie side by side
         hidden[0] = dot(x, w_in, f.d);
       } else {
         for (int64_t c = 0; c < f.d; ++c) {
           int64_t j = 0;
           for (; j + kLanes <= f.w; j += kLanes) store(&hidden[j], load(&hidden[j]) + fill(x[c]) * load(w_in + c * f.w + j));
-          for (; j < f.w; ++j) hidden[j] += x[c] * one(w_in + c * f.w + j);
+          for (; j < f.w; ++j) hidden[j] += x[c] * scalar(w_in + c * f.w + j);
         }
       }
       for (int64_t j = 0; j < f.w; ++j) {
@@ -438,7 +440,7 @@ void leaf_forward_as(const LeafForward& f, Pool& pool) {
       float* y = f.y + row * f.o;
       const float* base = f.b_out + leaf * f.o;
       if (f.w == 0) std::copy(base, base + f.o, y);
-      for (int64_t j = 0; j < f.w; j += kMaxSteps) {
+      for (int64_t j = 0; j < f.w; j += kMaxSteps) {  // combine() adds at most kMaxSteps rows at once
         const W* some[1][kMaxSteps];
         const int64_t count = std::min<int64_t>(kMaxSteps, f.w - j);
         for (int64_t i = 0; i < count; ++i) some[0][i] = w_out + (j + i) * f.o;

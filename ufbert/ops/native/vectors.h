@@ -1,5 +1,5 @@
-// What all kernels are written with: vectors of UFBERT_LANES floats, and the few functions on them. Compiled once for each
-// instruction set, of which UFBERT_ISA is the name.
+// Vectors of UFBERT_LANES floats and functions on them, for all kernels. Compiled once for each instruction set, whose name is
+// UFBERT_ISA.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +28,15 @@ typedef float UnalignedVector __attribute__((vector_size(4 * UFBERT_LANES), alig
 typedef uint16_t Halves __attribute__((vector_size(2 * UFBERT_LANES), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(UFBERT_LANES), aligned(1), may_alias));
 
-// One element, and one vector, of stored weights as float32.
-INLINE float one(const float* p) { return *p; }
-INLINE float one(const uint16_t* p) {
+// An element, and a vector, of stored weights as float32. bfloat16 is the upper half of a float32.
+INLINE float scalar(const float* p) { return *p; }
+INLINE float scalar(const uint16_t* p) {
   uint32_t bits = uint32_t(*p) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
-INLINE float one(const int8_t* p) { return float(*p); }
+INLINE float scalar(const int8_t* p) { return float(*p); }
 INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
 INLINE Vector load(const uint16_t* p) {
   typedef uint32_t Words __attribute__((vector_size(4 * UFBERT_LANES)));
@@ -68,6 +68,7 @@ INLINE float sum(Vector v) {
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
+// The order of the additions is fixed. So a row's answer is the same to the bit however many rows are computed together.
 template <typename W>
 INLINE float dot(const float* x, const W* w, int64_t d) {
   Vector a = {}, b = {}, c = {}, e = {};
@@ -80,7 +81,7 @@ INLINE float dot(const float* x, const W* w, int64_t d) {
   }
   for (; i + kLanes <= d; i += kLanes) a += load(x + i) * load(w + i);
   float total = sum((a + b) + (c + e));
-  for (; i < d; ++i) total += x[i] * one(w + i);
+  for (; i < d; ++i) total += x[i] * scalar(w + i);
   return total;
 }
 
@@ -107,17 +108,17 @@ INLINE Vector erf(Vector v) {
   r = r * q + fill(-1.68282697438203e-03f);
   r = r * q + fill(-7.37332916720468e-03f);
   r = r * q + fill(-1.42647390514189e-02f);
-  const Vector found = x * p / r;
-  return v >= four ? fill(1.0f) : (v <= -four ? fill(-1.0f) : found);
+  const Vector inside = x * p / r;
+  return v >= four ? fill(1.0f) : (v <= -four ? fill(-1.0f) : inside);
 }
 
-// e to the v: e^(n ln 2) times a polynomial in what is left, as in Cephes' expf; below -87.3 what it is there, 1.18e-38, the
-// smallest number that does not count as zero.
+// e to the v: 2^n times a polynomial in the remainder r = v - n ln 2, as in Cephes' expf. Below -87.3 the result is that of
+// -87.3, 1.18e-38: the smallest number that does not count as zero.
 INLINE Vector exp(Vector v) {
   const Vector high = fill(88.3762626647949f), low = fill(-87.3365402f), shift = fill(12582912.0f);  // 1.5 * 2^23: rounds
   v = v > high ? high : (v < low ? low : v);
   const Vector n = (v * fill(1.44269504088896341f) + shift) - shift;
-  const Vector r = (v - n * fill(0.693359375f)) - n * fill(-2.12194440e-4f);
+  const Vector r = (v - n * fill(0.693359375f)) - n * fill(-2.12194440e-4f);  // ln 2 in two parts: n times the first is exact
   Vector p = fill(1.9875691500e-4f);
   p = p * r + fill(1.3981999507e-3f);
   p = p * r + fill(8.3334519073e-3f);
@@ -125,7 +126,7 @@ INLINE Vector exp(Vector v) {
   p = p * r + fill(1.6666665459e-1f);
   p = p * r + fill(5.0000001201e-1f);
   p = p * r * r + r + fill(1.0f);
-  return p * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+  return p * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);  // the bits of 2^n
 }
 
 constexpr float kRootHalf = 0.70710678118654752f, kRootTwoOverPi = 0.79788456080286536f, kCubic = 0.044715f;
@@ -140,7 +141,7 @@ INLINE void activate(Activation activation, const float* z, float* value, int64_
     } else if (activation == kSymmetricGelu) {
       a = v * erf(v * fill(kRootHalf));
     } else if (activation == kRelu) {
-      a = v > Vector{} ? v : (v == v ? Vector{} : v);
+      a = v > Vector{} ? v : (v == v ? Vector{} : v);  // NaN stays NaN
     } else {
       for (int64_t k = 0; k < kLanes; ++k) {
         const float u = v[k];
@@ -157,7 +158,7 @@ void for_each(Pool& pool, int64_t count, F& task) {
   pool.run(count, [](void* self, int64_t i) { (*static_cast<F*>(self))(i); }, &task);
 }
 
-// Where parts begin: `parts` ranges of [0, count).
+// The beginning of part i of [0, count) in `parts` parts.
 INLINE int64_t edge(int64_t count, int64_t parts, int64_t i) { return count * i / parts; }
 
 }  // namespace

@@ -3,8 +3,8 @@
 import json
 import math
 
-from ufbert.runtime.files import read_jsonl, to_json_text, write_json
-from ufbert.runtime.metrics import JsonlWriter
+from ufbert.runtime.files import to_json_text, write_json
+from ufbert.runtime.metrics import JsonlWriter, read_records
 
 
 def refuse(name):
@@ -36,4 +36,4 @@ def test_a_resumed_run_drops_damage_and_what_came_after_its_checkpoint(tmp_path)
     )
     JsonlWriter(path, keep_through_step=2).close()
     assert path.read_text() == '{"step": 1, "loss": null}\n{"event": "y"}\n{"step": 2}\n'
-    assert read_jsonl(path)[-1] == {"step": 2}
+    assert read_records(path)[-1] == {"step": 2}

@@ -1,31 +1,35 @@
-"""The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, run by an interpreter that has torch and numpy.
+"""The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, run by an interpreter that has torch and
+numpy.
 
-Stands alone: it imports nothing of ufbert and ufbert never imports it. It speaks the protocol of `ufbert.bench.worker`: the
-job folder as argument, one JSON line a message. A second argument `compile` puts the loss through `torch.compile`.
+It imports nothing of ufbert but `worker.py`, which lies in the same folder and has the protocol. Its name is `torch` or
+`torch-compile`, which puts the loss through `torch.compile`.
 
-What was chosen for it: one product for queries, keys and values and one for gate and value; `scaled_dot_product_attention`
-with an additive mask made once per batch; AdamW with `fused=True`; gradients set to None between updates; as many threads as
-cores; denormals flushed; oneDNN as it comes; glibc told to keep freed memory, as ours does. Rows arrive masked, which costs it
-nothing; ours masks within the update.
+What was chosen for it: one product for queries, keys and values and one for gate and value;
+`scaled_dot_product_attention` with an additive mask made once per batch; AdamW with `fused=True`; gradients set to None
+between steps; as many threads as cores; denormals flushed; oneDNN as it comes; glibc told to keep freed memory, as ours
+does. Rows arrive masked, which costs it nothing; ours masks within the step.
 """
 
 import ctypes
 import json
 import math
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from worker import Answers, end_without, serve, step_answers
+
+try:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    end_without(error)
 
 
 def keep_freed_memory() -> None:
-    """Spare the process page faults at every update, as ufbert does (a no-op without glibc)."""
+    """Keep freed memory, which spares page faults at every step, as ufbert does. Without glibc, do nothing."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -47,12 +51,6 @@ def put_norm(arrays: dict[str, np.ndarray], to: nn.LayerNorm, name: str) -> None
     put(arrays, to.bias, f"{name}.bias")
 
 
-def check_empty(arrays: dict[str, np.ndarray]) -> None:
-    """Raises ValueError if something was not taken."""
-    if arrays:
-        raise ValueError(f"parameters that this model does not have: {', '.join(sorted(arrays))}")
-
-
 class Glu(nn.Module):
     """(GELU(x W_gate) * x W_value) W_out."""
 
@@ -66,7 +64,7 @@ class Glu(nn.Module):
         return self.down(F.gelu(gate) * value)
 
     def load(self, arrays: dict[str, np.ndarray], at: str) -> None:
-        """Take parameters over from a flat dict of the names and layouts of ufbert."""
+        """Take parameters from a flat dict with the names and layouts of ufbert."""
         put(arrays, self.gate_value.weight, f"{at}.glu.gate.kernel", f"{at}.glu.value.kernel")
         put(arrays, self.down.weight, f"{at}.glu.out.kernel")
 
@@ -118,7 +116,7 @@ class MaskedTrees(nn.Module):
         return mask.view_as(logits)
 
     def load(self, arrays: dict[str, np.ndarray], at: str) -> None:
-        """Take parameters over; trees are (m, n, d) in ufbert."""
+        """Take parameters from it; trees are (m, n, d) in ufbert."""
         with torch.no_grad():
             self.up.weight.copy_(torch.from_numpy(arrays.pop(f"{at}.tree.w_in")).flatten(0, 1))
             self.up.bias.copy_(torch.from_numpy(arrays.pop(f"{at}.tree.bias")).flatten())
@@ -148,7 +146,7 @@ class Block(nn.Module):
 
 
 class CrammedBert(nn.Module):
-    """Ids to the mean masked-LM loss, logits at the hidden positions only, through the token embedding."""
+    """Ids to the mean masked-LM loss, logits at the masked positions only, through the token embedding."""
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
@@ -162,19 +160,15 @@ class CrammedBert(nn.Module):
         angle = torch.outer(torch.arange(model["max_len"]).float(), rate)
         self.register_buffer("sinusoid", torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d])
 
-    def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states of the last layer (b, t, d)."""
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
         x = self.norm(self.tokens(ids) + self.position_scale * self.sinusoid[: ids.shape[1]])
         for layer in self.layers:
             x = layer(x, mask)
-        return self.final_norm(x)
-
-    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
-        picked = self.encode(ids, mask).flatten(0, 1)[positions]
+        picked = self.final_norm(x).flatten(0, 1)[positions]
         return F.cross_entropy(picked @ self.tokens.weight.T, labels)
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take parameters over from a flat dict of the names and layouts of ufbert."""
+        """Take parameters from a flat dict with the names and layouts of ufbert."""
         put(arrays, self.tokens.weight, "encoder.embeddings.tokens")
         put(arrays, self.position_scale, "encoder.embeddings.position_scale")
         put_norm(arrays, self.norm, "encoder.embeddings.norm")
@@ -187,7 +181,8 @@ class CrammedBert(nn.Module):
             put(arrays, layer.query_key_value.weight, *inputs)
             put(arrays, layer.out.weight, f"{at}.attention.out.kernel")
             layer.feedforward.load(arrays, at)
-        check_empty(arrays)
+        if arrays:
+            raise ValueError(f"parameters that this model does not have: {', '.join(sorted(arrays))}")
 
 
 def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torch.optim.Optimizer:
@@ -204,57 +199,43 @@ def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torc
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=train["adam_eps"], fused=True)
 
 
-class Trainer:
-    """A model in training on the batches of a job folder."""
+def make_step(folder: Path, compiled: bool) -> Callable[[int], Tensor]:
+    """Return a training step on the job in `folder`: number of a batch to the loss before the step."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    clip_norm, documents = job["run"]["train"]["clip_norm"], job["run"]["data"]["document_attention"]
+    batches = dict(np.load(folder / "batches.npz"))
+    model = CrammedBert(job["run"]["model"])
+    model.load(dict(np.load(folder / "params.npz")))
+    optimizer = make_optimizer(model, job["run"]["train"], job["lr"])
+    loss_of = torch.compile(model) if compiled else model
 
-    def __init__(self, folder: Path, compiled: bool) -> None:
-        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        self.clip_norm, self.documents = job["run"]["train"]["clip_norm"], job["run"]["data"]["document_attention"]
-        self.batches = dict(np.load(folder / "batches.npz"))
-        self.model = CrammedBert(job["run"]["model"])
-        self.model.load(dict(np.load(folder / "params.npz")))
-        self.optimizer = make_optimizer(self.model, job["run"]["train"], job["lr"])
-        self.loss = torch.compile(self.model) if compiled else self.model
-
-    def update(self, i: int) -> Tensor:
-        """One update from batch i; the loss before it."""
+    def step(i: int) -> Tensor:
         ids, segments, positions, labels = (
-            torch.from_numpy(self.batches[name][i]) for name in ("ids", "segments", "positions", "labels")
+            torch.from_numpy(batches[name][i]) for name in ("ids", "segments", "positions", "labels")
         )
         mask = None
-        if self.documents:
+        if documents:
             seen = segments[:, :, None] == segments[:, None, :]
             mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
         rows = torch.arange(len(ids))[:, None] * ids.shape[1]
-        loss = self.loss(ids, mask, (rows + positions).flatten(), labels.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(ids, mask, (rows + positions).flatten(), labels.flatten())
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
+        optimizer.step()
         return loss.detach()
 
+    return step
 
-def set_up() -> None:
-    """Threads and memory as they serve torch best."""
+
+def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
+    """Get ready to train: facts, and the answers of this process. Threads and memory are as they serve torch best."""
     keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-
-
-def serve(make_update: Callable[[], Callable[[int], Tensor]]) -> None:
-    """Get ready and answer requests until the input ends; what goes wrong is answered too, and ends the process."""
-    try:
-        set_up()
-        update = make_update()
-        print(json.dumps({"ready": f"torch {torch.__version__}, {torch.get_num_threads()} threads"}), flush=True)
-        for line in sys.stdin:
-            asked = json.loads(line)
-            losses = [update(i) for i in range(asked["first"], asked["first"] + asked["updates"])]
-            print(json.dumps({"losses": [float(loss) for loss in losses]}), flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}), flush=True)
-        sys.exit(1)
+    step = make_step(folder, compiled=name == "torch-compile")
+    return f"torch {torch.__version__}", step_answers(step)
 
 
 if __name__ == "__main__":
-    serve(lambda: Trainer(Path(sys.argv[1]), sys.argv[2:] == ["compile"]).update)
+    serve(start)

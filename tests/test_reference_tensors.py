@@ -23,8 +23,8 @@ from ufbert.ops.losses import cross_entropy
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(
     not GOLDEN.is_dir(),
-    reason="the references' own tensors are not part of this project; test_own_golden.py and test_other_golden.py hold the "
-    "same promises, layer by layer, with fixtures of our own, and never skip",
+    reason="the references' own tensors are not part of this project; test_crammed_encoders_equal_torch.py and "
+    "test_other_models_equal_torch.py hold the same promises, layer by layer, with fixtures of our own, and never skip",
 )
 TREES = ["ultrafastbert_1x5", "ultrafastbert_4x3"]
 ENCODERS = [*TREES, "crammed_bert_gelu", "crammed_bert_geglu", "hf_bert", "hf_fnet", "hf_modernbert"]

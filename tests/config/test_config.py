@@ -5,11 +5,11 @@ import math
 import re
 
 import pytest
+from ufbert.glue.command import FinetuneOptions
+from ufbert.pretrain.command import TrainOptions
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
 from ufbert.errors import UserError
-from ufbert.glue.command import FinetuneOptions
-from ufbert.pretrain.command import TrainOptions
 
 GROUPS = {"model": ModelConfig, "train": PretrainConfig, "data": DataConfig, "tune": FinetuneConfig}
 FIELDS = [(group, f) for group, cls in GROUPS.items() for f in dataclasses.fields(cls)]

@@ -1,0 +1,201 @@
+"""What `ufbert bench` may be told, one class a benchmark."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ufbert.config import Scale
+from ufbert.errors import UserError
+from ufbert.options.train import RunOptions
+
+LayerPath = Literal["gather", "native", "native-bf16", "native-int8", "native-bf16-exact", "native-int8-exact"]
+"""The tree layer in jax, by the C++ kernels, and by them with narrow weights; `-exact`: with float32 input weights."""
+LayerPeer = Literal["jax", "jax-bf16", "numpy", "torch", "torch-bf16", "torch-int8"]
+"""A dense layer: jax's products; NumPy's BLAS; PyTorch; each in float32, bfloat16 or with int8 weights."""
+OurEncoder = Literal[
+    "tree-float32", "tree-bfloat16", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8"
+]
+"""A model of ours (BERT with trees; with Fourier mixing and trees; BERT) and the type of its weights."""
+EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
+"""The dense BERT in ONNX Runtime, or by transformers in PyTorch, in float32 or with int8 weights."""
+Variant = Literal["masked", "gather", "native", "dense"]
+"""The trees computed otherwise, or a dense layer in their place."""
+
+
+def require_positive(options: object, *names: str) -> None:
+    """Raise UserError unless the integers of these names are at least 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} is {getattr(options, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of every benchmark."""
+
+    peer_python: str = ""
+    """Interpreter of an environment with what the peers need: torch and numpy (torch 2.13 was tried); for encoders torch and
+    transformers, or onnxruntime, onnx and sympy."""
+    peer_script: str = ""
+    """Script to run instead of the packaged peer; `ufbert/bench/worker.py` describes what it must answer."""
+    blocks: int = 9
+    """Rounds of blocks."""
+    seed: int = 0
+    """Seed of everything random: weights, inputs, masking."""
+    json: str = ""
+    """File that gets everything measured, as JSON."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
+        require_positive(self, "blocks")
+
+
+@dataclass(frozen=True)
+class ForwardOptions(BenchOptions):
+    """Options of the benchmarks of a forward pass."""
+
+    threads: int = 0
+    """Threads of every process; 0 takes all cores."""
+    seconds_a_block: float = 0.3
+    """Approximate length of a block; never less than a call."""
+    plot: str = ""
+    """File that gets a picture (.svg or .png). By default it lies next to the JSON file, if that is written."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads < 0:
+            raise UserError(f"threads is {self.threads}; it must not be negative.")
+        if not 0 < self.seconds_a_block < 1e6:
+            raise UserError("seconds_a_block must be above 0.")
+        if self.plot and not self.plot.endswith((".svg", ".png")):
+            raise UserError(f"plot is {self.plot!r}; its name must end in .svg or .png.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainOptions(RunOptions, BenchOptions):
+    """Time training on this CPU against the same model in PyTorch: equal parameters, batches, optimizer, float32, cores.
+    PyTorch trains trees as UltraFastBERT's authors do, by computing every neuron and masking.
+
+    The losses of the first steps must agree with the peer's to 1e-4 before anything is timed. Then blocks of steps alternate
+    between the processes, on new random rows in every round. Printed are median speeds, and the median and quartiles of the
+    ratios of neighbouring blocks. The model must be like crammed_bert or ultrafastbert, trained with AdamW.
+    """
+
+    peer: Literal["torch", "torch-compile", "both"] = "torch"
+    """Eager PyTorch, the same through torch.compile (which needs a C++ compiler), or both, each in a process of its own.
+    Without --peer-python only --beside is timed."""
+    beside: tuple[Variant, ...] = ()
+    """Variants of ours to time as well: the same trees computed otherwise, or the same model with a GELU layer of 4 x width
+    neurons (3,072 at base) for its feedforward."""
+    config: str = "crammed_bert"
+    """Preset name (see `ufbert presets`) or the path of a preset file."""
+    scale: Scale = "mini"
+    """tiny 2x128, mini 4x256, small 4x512, base the preset's own size; auto takes tiny."""
+    rows: int = 32
+    """Rows of a step, in one micro-batch, on every side."""
+    checked: int = 5
+    """Steps whose losses must agree first."""
+    updates: int = 5
+    """Steps in a block."""
+    blocks: int = 12
+    """Rounds of blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "rows", "checked", "updates")
+
+
+@dataclass(frozen=True)
+class BenchLayerOptions(ForwardOptions):
+    """Time tree layers' forward pass on this CPU against dense layers that others compute.
+
+    A chain of layers with different random weights, on new random rows at every call. Before anything is timed, answers and
+    routing decisions are compared with a float64 evaluation, and the rows must spread over the leaves. Then short blocks of
+    work alternate between processes. Printed are times, ratios of neighbouring blocks, and how far each is from what the
+    memory and the arithmetic of this machine allow.
+    """
+
+    rows: tuple[int, ...] = (1, 8, 128, 1024, 4096)
+    """Rows of a call; each number is a table."""
+    d_model: int = 768
+    """Width."""
+    tree_depth: int = 11
+    """Depth of a tree, of 2^(depth + 1) - 1 neurons."""
+    n_trees: int = 1
+    """Parallel trees of a layer."""
+    dense: int = 4095
+    """Neurons of the dense layers (BERT has 3072)."""
+    layers: int = 12
+    """Layers of the chain."""
+    paths: tuple[LayerPath, ...] = ("gather", "native", "native-bf16", "native-int8")
+    """Which of ours."""
+    exact_routing: bool = False
+    """Add native-bf16-exact and native-int8-exact, which route by float32 weights."""
+    peers: tuple[LayerPeer, ...] = ("jax", "jax-bf16", "numpy", "torch", "torch-bf16", "torch-int8")
+    """Which of the others; those of torch need --peer-python."""
+    zeros: bool = False
+    """Also show what weights and rows of zeros would do to the ratios, as in UltraFastBERT's released benchmark."""
+    claims: bool = False
+    """Print the published figures and what they were measured against, and time nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "d_model", "n_trees", "dense", "layers")
+        if not self.rows or min(self.rows) < 1:
+            raise UserError("rows are numbers from 1 on, at least one of them.")
+        if not self.paths:
+            raise UserError("paths are empty; name at least one of ours.")
+        if self.tree_depth < 0:
+            raise UserError(f"tree_depth is {self.tree_depth}; it must not be negative.")
+
+    @property
+    def our_paths(self) -> tuple[str, ...]:
+        """Names of ours, each once."""
+        exact = ("native-bf16-exact", "native-int8-exact") if self.exact_routing else ()
+        return tuple(dict.fromkeys((*self.paths, *exact)))
+
+
+@dataclass(frozen=True)
+class BenchEncoderOptions(ForwardOptions):
+    """Time whole encoders on this CPU against the dense BERT that others compute.
+
+    Weights are random, and so are the ids of every call, which goes from ids to hidden states. Before anything is timed, our
+    engine's answers are compared with the training graph, the peers' with those of our dense BERT, and tokens must spread over
+    the leaves. Then short blocks of work alternate between processes. Printed are times, ratios of neighbouring blocks, where
+    the time goes, and how far each is from what the arithmetic of this machine allows.
+    """
+
+    shapes: tuple[str, ...] = ("1x128", "8x128", "1x512")
+    """BATCHxTOKENS of a call; each is a table."""
+    layers: int = 12
+    """Layers of every encoder."""
+    d_model: int = 768
+    """Width; heads are 64 wide, a dense feedforward 4 x width."""
+    tree_depth: int = 11
+    """Depth of a tree, of 2^(depth + 1) - 1 neurons."""
+    vocab_size: int = 30522
+    """Tokens of the vocabulary."""
+    fourier_len: int = 128
+    """The one length of the Fourier model, which is timed at shapes of that many tokens."""
+    ours: tuple[OurEncoder, ...] = (
+        "tree-float32", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8",
+    )  # fmt: skip
+    """Which of ours."""
+    peers: tuple[EncoderPeer, ...] = ("onnxruntime", "onnxruntime-int8", "torch")
+    """Which of the others; without --peer-python, by this interpreter."""
+    seconds_a_block: float = 0.5
+    """Approximate length of a block; never less than a call."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "layers", "d_model", "tree_depth", "fourier_len")
+        if self.vocab_size < 100:
+            raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 100.")
+        if self.d_model % 64 and self.d_model > 64:
+            raise UserError(f"d_model is {self.d_model}; it must be a multiple of 64, the width of a head.")
+        for shape in self.shapes:
+            batch, _, tokens = shape.partition("x")
+            if not (batch.isdecimal() and tokens.isdecimal() and int(batch) > 0 and int(tokens) > 0):
+                raise UserError(f"{shape!r} is not a shape; 8x128 is one.")
+        if not self.shapes or not self.ours:
+            raise UserError("Name at least one shape and one of ours.")

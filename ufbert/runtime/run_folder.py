@@ -1,0 +1,144 @@
+"""The files of a run folder: config.json, summary.json and when_done.json. (metrics.jsonl: `metrics.py`.)"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from ufbert.config import Device, Recipe, RunConfig, Scale
+from ufbert.config.stored import FORMAT_VERSION
+from ufbert.errors import UserError
+from ufbert.runtime.files import write_json
+from ufbert.runtime.typed import Count, decode, read_typed, read_whole
+
+FORMAT = "ufbert-run"
+CONFIG_FILE, SUMMARY_FILE, WHEN_DONE_FILE = "config.json", "summary.json", "when_done.json"
+
+Number = Annotated[float, Meta(ge=0, le=1e15)]
+"""Seconds, money or a rate."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """The rows that a run uses."""
+
+    folder: str
+    fingerprint: str
+    vocab_size: Count
+    """Size that the tokenizer was asked to have; 0 if one was given."""
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """config.json of a run folder: the options that it was started with and the configuration that they gave.
+
+    Raises UserError from the constructor if the configuration contradicts itself.
+    """
+
+    budget: str
+    config: str
+    corpus: str
+    scale: Scale
+    run: RunConfig
+    started_at: Number
+    """Seconds since 1970."""
+    prepared_data: PreparedText | None = None
+    """None before the rows are there."""
+    recipe: Recipe = "crammed"
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    device: Device = "auto"
+    tokenizer: str = ""
+    prepared: str = ""
+    max_hours_wall: Number = 0.0
+    price: Number = 0.0
+    tensorboard: bool = False
+    reference: str = ""
+    out: str = ""
+    when_done: str = ""
+    """The command that was to be run at the end. Folders are handed around, so it never is."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions of Python and the libraries, and the machine."""
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields that are options of `train`, by name, but for the command to run at the end."""
+        others = ("run", "started_at", "prepared_data", "environment", "format", "format_version", "when_done")
+        return {name: value for name, value in vars(self).items() if name not in others}
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    format: str = ""
+    format_version: int | None = None
+
+
+def read_run(folder: Path) -> RunFile:
+    """Read config.json of a run folder. Raises UserError if there is none, or none of this version, or if it is damaged."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"There is no run in {folder} to resume.")
+    data = read_whole(path)
+    stamp = decode(data, _Stamp, str(path))
+    if stamp.format != FORMAT:
+        raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
+    if stamp.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {stamp.format_version}; this ufbert reads {FORMAT_VERSION}. Resume it with its own."
+        )
+    return decode(data, RunFile, str(path), exact=True)
+
+
+def write_run(folder: Path, run: RunFile) -> None:
+    """Write config.json of a run folder, whole or not at all. Raises UserError if the disk refuses."""
+    write_json(folder / CONFIG_FILE, asdict(run))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json of a run folder, which stands there when the run is finished. Losses are in nats."""
+
+    heldout_loss: float
+    unigram_loss: float
+    """Held-out loss of guessing by word frequency."""
+    spent_seconds: Number
+    gain_over_unigram: float | None = None
+    averaged_heldout_loss: float | None = None
+    """Of the average over past weights, and `last_heldout_loss` that of the last ones, if both were evaluated."""
+    last_heldout_loss: float | None = None
+    steps: Count = 0
+    skipped_updates: Count = 0
+    rollbacks: Count = 0
+    tokens: Count = 0
+    passes: float = 0.0
+    budget_seconds: float | None = None
+    restarts: Count = 0
+    restart_seconds: float = 0.0
+    parameters: Count = 0
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    memory_bytes: Count | None = None
+    tree_backend: str = ""
+    device: str = ""
+    devices: Count = 1
+    processes: Count = 1
+
+
+def read_summary(folder: Path) -> Summary:
+    """Read summary.json of a run folder. Raises UserError if there is none or if it is damaged."""
+    return read_typed(folder / SUMMARY_FILE, Summary)
+
+
+@dataclass(frozen=True)
+class WhenDone:
+    """when_done.json: the last command of a run has been started, and when (seconds since 1970)."""
+
+    command: str
+    at: float
+
+
+def write_when_done(folder: Path, command: str, at: float) -> None:
+    """Note that the last command of a run is started. Raises UserError if the disk refuses."""
+    write_json(folder / WHEN_DONE_FILE, asdict(WhenDone(command, at)))
