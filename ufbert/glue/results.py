@@ -64,15 +64,22 @@ class TaskResult:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not self.metrics or not self.dev or not all(dev.seeds for dev in self.dev.values()):
-            raise UserError(f"{self.folder} is a task without a metric or a seed.")
+        counts = len(self.metrics), len(self.dev), min((len(dev.seeds) for dev in self.dev.values()), default=0)
+        if not all(counts):
+            metrics, splits, seeds = counts
+            raise UserError(f"{self.folder} has {metrics} metrics, {splits} dev splits, {seeds} seeds; none may be 0.")
         classes = len(self.label_names)
         for split, dev in self.dev.items():
             for scores in (dev.median, dev.spread, dev.majority, *dev.seeds.values()):
                 if missing := [metric for metric in self.metrics if metric not in scores]:
-                    raise UserError(f"{self.title(split)} lacks {missing[0]!r} in one of its scores.")
-            if any([len(row) for row in table] != [classes] * classes for table in dev.confusion.values()):
-                raise UserError(f"{self.title(split)} has a confusion table that is not {classes} by {classes}.")
+                    raise UserError(
+                        f"{self.title(split)} lacks {missing[0]!r}, one of its metrics, in some of its scores."
+                    )
+            for seed, table in dev.confusion.items():
+                if [len(row) for row in table] != [classes] * classes:
+                    raise UserError(
+                        f"{self.title(split)} has a confusion table, of seed {seed}, that is not {classes} by {classes}."
+                    )
 
     @property
     def deciding(self) -> DevResult:
