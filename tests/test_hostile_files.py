@@ -19,12 +19,16 @@ from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from conftest import write_sweep
 
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.config.presets import preset_folder
 from ufbert.config.stored import to_json
 from ufbert.data.prepared import Manifest, read_manifest
 from ufbert.errors import UserError
+from ufbert.glue import sweep
+from ufbert.glue.results import GlueResults, read_results
+from ufbert.glue.sources.custom import CustomTask, read_task_file
 from ufbert.pretrain import budget, checkpoint
 from ufbert.pretrain.reference import Point
 from ufbert.runtime import claim
@@ -72,6 +76,11 @@ SUMMARY = {
 METADATA = "checkpoints/50/_CHECKPOINT_METADATA"
 SIZES = "checkpoints/50/sizes.json"
 
+TASK = {
+    "name": "mine", "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv", "text": "a", "pair": "b", "label": "c",
+    "labels": ["no", "yes"], "label_names": ["No", "Yes"], "metrics": ["accuracy"], "regression": None,
+}  # fmt: skip
+
 READERS = [
     Reader("run", "config.json", stored("run"), read_run, RunFile),
     Reader("summary", "summary.json", written("summary.json", SUMMARY), read_summary, Summary),
@@ -118,6 +127,18 @@ READERS = [
     Reader(
         "fine-tuning settings", "tune.json", written("tune.json", to_json(FinetuneConfig())),
         lambda folder: read_typed(folder / "tune.json", FinetuneConfig, exact=True), FinetuneConfig,
+    ),
+    Reader(
+        "sweep", "glue.json", lambda folder: write_sweep(folder, tasks=("rte",), seeds=(0,), predictions=False),
+        read_results, GlueResults,
+    ),
+    Reader(
+        "run of a sweep", "trace.json", written("trace.json", {"curve": [{"epoch": 1, "loss": 0.5}], "truncated": 3}),
+        lambda folder: read_typed(folder / "trace.json", sweep._Stored), sweep._Stored,
+    ),
+    Reader(
+        "task file", "task.json", written("task.json", TASK), lambda folder: read_task_file(folder / "task.json"),
+        CustomTask,
     ),
 ]  # fmt: skip
 

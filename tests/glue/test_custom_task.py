@@ -129,7 +129,7 @@ def test_a_task_file_says_all_and_its_paths_start_at_its_folder(tmp_path, suffix
     ("spec", "words"),
     [
         ({"lable": "x"}, "'lable' is unknown; did you mean label?"),
-        ({"zzz": 1}, "'zzz' is unknown; take name, train"),
+        ({"zzz": 1}, "'zzz' is unknown; known are name, train"),
         ({"text": 3}, "text is 3; it must be text"),
         ({"labels": "yes"}, r"labels is 'yes'; it must be a list"),
         ({"regression": "no"}, "regression is 'no'; it must be true or false"),
@@ -165,8 +165,8 @@ def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json, line 2: broken JSON"),
-        ("toy.json", '{"train": "a", "train": "b"}', "broken JSON .the key 'train' stands there twice"),
+        ("toy.json", '{"train": 1,\n"dev" 2}', r"toy\.json is not readable JSON: .* in line 2"),
+        ("toy.json", '{"train": "a", "train": "b"}', "not readable JSON: the key 'train' stands there twice"),
         ("toy.json", "[1]", "must be an object with some of name, train"),
         ("toy.json", "\udcff", "is not UTF-8"),
         ("toy.py", "TASKS = {}", "does not describe a task"),
@@ -174,8 +174,8 @@ def test_a_description_that_does_not_fit_is_one_sentence(tmp_path, spec, words):
         ("toy.py", "TASK = {", "fails with SyntaxError"),
         ("toy.py", None, "Cannot read .*: No such file"),
         ("toy.json", None, r"There is no file .*toy\.json"),
-        ("toy.json", '{"labels": [NaN]}', "broken JSON .'NaN' is not a finite number"),
-        ("toy.json", "[" * 100_000, "broken JSON"),
+        ("toy.json", '{"labels": [NaN]}', "not readable JSON: 'NaN' is not a finite number"),
+        ("toy.json", "[" * 100_000, "not readable JSON"),
         ("toy.py", "raise SystemExit(3)", "fails with SystemExit: 3"),
     ],
 )

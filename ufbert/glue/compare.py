@@ -10,7 +10,7 @@ from ufbert.errors import UserError
 from ufbert.glue.metrics import DRAWS, METRICS, interval, resampled_scores
 from ufbert.glue.predictions import Predictions, read_predictions
 from ufbert.glue.report import points
-from ufbert.glue.results import DevResult, GlueResults, read_results, results_file
+from ufbert.glue.results import DevResult, GlueResults, read_results
 from ufbert.glue.tasks import TASKS
 from ufbert.options.finetune import GlueTableOptions
 from ufbert.report.page import markdown_grid
@@ -93,7 +93,7 @@ def glue_table(places: Sequence[Path]) -> str:
 
     `places` are folders of sweeps, or their `glue.json`. Raises UserError for a file that is missing or damaged.
     """
-    sweeps = [Sweep(results_file(place).parent, read_results(place)) for place in places]
+    sweeps = [Sweep(place if place.is_dir() else place.parent, read_results(place)) for place in places]
     letters = [chr(ord("A") + i) for i in range(len(sweeps))]
     names = dict.fromkeys(
         (name, split) for sweep in sweeps for name, task in sweep.results.tasks.items() for split in task.dev

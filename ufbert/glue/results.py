@@ -6,6 +6,7 @@ from typing import Any
 
 from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
+from ufbert.glue.metrics import METRICS
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import Count, decode, read_whole
 
@@ -64,15 +65,24 @@ class TaskResult:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not self.metrics or not self.dev or not all(dev.seeds for dev in self.dev.values()):
-            raise UserError(f"{self.folder} is a task without a metric or a seed.")
+        counts = len(self.metrics), len(self.dev), min((len(dev.seeds) for dev in self.dev.values()), default=0)
+        if not all(counts):
+            metrics, splits, seeds = counts
+            raise UserError(f"{self.folder} has {metrics} metrics, {splits} dev splits, {seeds} seeds; none may be 0.")
+        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
+            raise UserError(f"{self.folder} has {unknown[0]!r} among its metrics; known are {', '.join(METRICS)}.")
         classes = len(self.label_names)
         for split, dev in self.dev.items():
             for scores in (dev.median, dev.spread, dev.majority, *dev.seeds.values()):
                 if missing := [metric for metric in self.metrics if metric not in scores]:
-                    raise UserError(f"{self.title(split)} lacks {missing[0]!r} in one of its scores.")
-            if any([len(row) for row in table] != [classes] * classes for table in dev.confusion.values()):
-                raise UserError(f"{self.title(split)} has a confusion table that is not {classes} by {classes}.")
+                    raise UserError(
+                        f"{self.title(split)} lacks {missing[0]!r}, one of its metrics, in some of its scores."
+                    )
+            for seed, table in dev.confusion.items():
+                if [len(row) for row in table] != [classes] * classes:
+                    raise UserError(
+                        f"{self.title(split)} has a confusion table, of seed {seed}, that is not {classes} by {classes}."
+                    )
 
     @property
     def deciding(self) -> DevResult:
@@ -137,11 +147,6 @@ class _Header:
     format_version: int = 0
 
 
-def results_file(place: Path) -> Path:
-    """Return the path of `glue.json`, given it or its folder."""
-    return place / "glue.json" if place.is_dir() else place
-
-
 def write_results(folder: Path, results: GlueResults) -> None:
     """Write `glue.json`, whole or not at all. Raises UserError if the disk refuses."""
     write_json(folder / "glue.json", results.to_json())
@@ -149,7 +154,7 @@ def write_results(folder: Path, results: GlueResults) -> None:
 
 def read_results(place: Path) -> GlueResults:
     """Read the sweep of a folder, or of its `glue.json`. Raises UserError for a missing, damaged or other file."""
-    path = results_file(place)
+    path = place / "glue.json" if place.is_dir() else place
     if not path.exists():
         raise UserError(f"{path} does not exist; name a folder that `ufbert finetune` wrote, or its glue.json.")
     text = read_whole(path)

@@ -1,7 +1,6 @@
 """From the classifier's scores of dev rows to the numbers of a sweep's results."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -76,12 +75,8 @@ def confusion(
     return counts.tolist()
 
 
-class _Member(NamedTuple):
-    """One number that goes into an average."""
-
-    task: str
-    split: str
-    metric: str
+_Member = tuple[str, str, str]
+"""Task, dev split and metric of a number that goes into an average."""
 
 
 def averages(tasks: Mapping[str, TaskResult]) -> dict[str, Average]:
@@ -91,10 +86,9 @@ def averages(tasks: Mapping[str, TaskResult]) -> dict[str, Average]:
     the GLUE benchmark's own rule (Wang et al. 2018, section 3), here without WNLI, as in Devlin et al. (2018).
     """
     kept = [task for task in TASKS.values() if task.name != "wnli"]
-    nine = [[_Member(task.name, split, task.metrics[0])] for task in kept for split in task.dev]
-    eight = [
-        [_Member(task.name, split, metric) for split in task.dev for metric in _official_metrics(task)] for task in kept
-    ]
+    nine = [[(task.name, split, task.metrics[0])] for task in kept for split in task.dev]
+    official = {task.name: task.metrics[:1] if task.name == "cola" else task.metrics for task in kept}
+    eight = [[(task.name, split, metric) for split in task.dev for metric in official[task.name]] for task in kept]
     first, apart = "the first metric of every task but WNLI", "MNLI matched and mismatched apart"
     mean = "of each the mean of its metrics and of MNLI's two dev sets"
     return {
@@ -111,14 +105,9 @@ def averages(tasks: Mapping[str, TaskResult]) -> dict[str, Average]:
     }
 
 
-def _official_metrics(task: Task) -> tuple[str, ...]:
-    """Return the metrics that make a task's score in the GLUE benchmark: for CoLA the first alone."""
-    return task.metrics[:1] if task.name == "cola" else task.metrics
-
-
 def _average(tasks: Mapping[str, TaskResult], name: str, sentence: str, groups: list[list[_Member]]) -> Average:
     """Return the mean over groups of the mean of each group."""
-    splits = dict.fromkeys((member.task, member.split) for group in groups for member in group)
+    splits = dict.fromkeys((task, split) for group in groups for task, split, _ in group)
     missing = [reason for task, split in splits if (reason := _absence(tasks, task, split))]
     if missing:
         return Average(name, sentence, None, missing)

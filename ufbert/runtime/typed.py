@@ -125,12 +125,12 @@ def _typed(make: Callable[[], Any], source: Any, kind: Any, where: str, exact: b
     return value
 
 
-def _unreadable(data: bytes, where: str, error: Exception) -> str:
+def _unreadable(data: Any, where: str, error: Exception) -> str:
     """A sentence about text that is no JSON: `... invalid character in line 3, at '"peak_lr": NaN'`."""
     position = re.search(r"\(byte (\d+)\)", str(error))
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply"
-    elif isinstance(error, UnicodeDecodeError):
+    elif isinstance(error, UnicodeError):  # on decoding, or of half a surrogate pair
         reason = "it is not UTF-8 text"
     elif not data.strip():
         reason = "it is empty"
@@ -148,10 +148,9 @@ def _wrong(source: Any, kind: Any, where: str, message: str) -> str:
     `$.train.mask_rate[0]`"."""
     reason, _, path = message.partition(" - at `")
     steps = [int(s) if s.isdecimal() else s for s in re.findall(r"[^.\[\]`]+|\.\.\.", path.partition("$")[2])]
-    missing = re.search(r"missing required field `(.+)`", reason)
-    if missing:
-        return f"{where}: {'.'.join([*map(str, steps), missing[1]])} is missing."
     name, value, wanted = _follow(source, kind, steps)
+    if missing := re.search(r"missing required field `(.+)`", reason):
+        return f"{where}: {f'{name}.{missing[1]}'.lstrip('.')} is missing."
     if not name:
         return f"{where} holds {value} where {words(wanted)} belongs."
     if not reason.startswith(("Expected", "Invalid", "Number", "Integer")):  # of a __post_init__

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ufbert.config.checks import shown
 from ufbert.errors import UserError, near_miss
 from ufbert.glue.metrics import METRICS
 from ufbert.glue.sources.records import Columns, class_number, collect, number, require_columns
@@ -117,7 +118,7 @@ def read_task_file(path: Path) -> CustomTask:
         raise UserError(f"{path} does not describe a task: it must be an object with some of {', '.join(known)}.")
     for key in map(str, values):
         if key not in known:
-            raise UserError(f"{path}: {key!r} is unknown; {near_miss(key, known)}")
+            raise UserError(f"{path}: {shown(key)} is unknown; {near_miss(key, known)}")
     custom = convert({"name": path.stem, **values}, CustomTask, str(path))
     train, dev, test = (str(path.parent / name) if name else "" for name in (custom.train, custom.dev, custom.test))
     return replace(custom, train=train, dev=dev, test=test)
@@ -129,11 +130,11 @@ def _json_values(path: Path) -> Any:
             read_whole(path).decode("utf-8-sig"), object_pairs_hook=object_of_pairs, parse_constant=number
         )
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg}).") from error
+        raise UserError(f"{path} is not readable JSON: {error.msg} in line {error.lineno}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8.") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of 5,000 digits, NaN, 1,000 brackets
-        raise UserError(f"{path}: broken JSON ({error}).") from error
+        raise UserError(f"{path} is not readable JSON: {error}.") from error
 
 
 def _python_values(path: Path) -> Any:

@@ -84,13 +84,13 @@ def open_source(spec: str, skip_bad_rows: bool = False) -> Source:
 
 
 def choose_tasks(source: Source, names: str) -> tuple[list[Task], list[str]]:
-    """Return the tasks of `names`, in its order and each once, and the names of official tasks that are left out.
+    """Return the tasks of `names`, each once, and the names of official tasks that are left out.
 
     `names` is `all`, which leaves out incomplete tasks, or a comma-separated list of official tasks and of cuts by their
     folders' names, in any case. Raises UserError if a listed task is incomplete, or if no task is left.
     """
     if names.strip().lower() == "all":
-        tasks = source.tasks()
+        tasks = [task for task in (*TASKS.values(), *source.cuts()) if not source.missing(task)]
         if not tasks:
             needs = source.missing(TASKS["cola"])
             raise UserError(f"The GLUE source has no complete task; there is no {' and no '.join(needs)}, for example.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.glue.tasks import TASKS, Examples, Task
+from ufbert.glue.tasks import Examples, Task
 
 
 class Source(ABC):
@@ -37,10 +37,6 @@ class Source(ABC):
     def missing(self, task: Task) -> list[str]:
         """Name the places that lack the training rows or the dev set that decides."""
         return [self.place(task, split) for split in ("train", task.dev[0]) if not self.has(task, split)]
-
-    def tasks(self) -> list[Task]:
-        """List the complete tasks: official ones in the order of TASKS, then cuts by name."""
-        return [task for task in (*TASKS.values(), *self.cuts()) if not self.missing(task)]
 
 
 class Record(NamedTuple):

@@ -148,3 +148,5 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is damaged or cut short after line {number}: {error}.") from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"Cannot read {str(path)!r}: {error}.") from error
