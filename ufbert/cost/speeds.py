@@ -14,15 +14,13 @@ second on an RTX A6000 (its issue #45), 42 % of that card's peak at 623 MFLOP a 
 FLOAT32_UTILISATION = 0.6
 """The same share for true float32 products, which routing uses (an assumption; float32 units wait for memory less)."""
 
-
 CPU_UTILISATION = 1.1
-"""Speed of the whole step over that of a model's parts, measured alone: in the step XLA fuses one part with the next. Four
-presets at two scales lay between 1.06 and 1.15."""
-
+"""Speed of a whole step over that of its parts measured alone, since XLA fuses one part with the next. Four presets at two
+scales lay between 1.06 and 1.15."""
 
 TRAFFIC = 0.75
-"""Share of the bytes that the CPU's program moves which an accelerator's program moves: its compiler fuses more. Set so
-that crammed BERT's published run on an RTX A6000 is not faster than that card's memory allows."""
+"""Bytes that an accelerator's program moves, over those of the CPU's program: its compiler fuses more. Chosen so that crammed
+BERT's published run on an RTX A6000 is not faster than that card's memory allows."""
 
 
 class Speeds(NamedTuple):
