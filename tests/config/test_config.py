@@ -5,8 +5,6 @@ import math
 import re
 
 import pytest
-from ufbert.glue.command import FinetuneOptions
-from ufbert.pretrain.command import TrainOptions
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
 from ufbert.errors import UserError

@@ -114,7 +114,7 @@ def test_stored_truncation_and_padding_do_not_touch_the_rows(tmp_path, corpus_fi
 
 def test_a_tokenizer_given_to_train_is_made_fit(tmp_path, corpus_file):
     from ufbert.options.train import TrainOptions
-    from ufbert.pretrain.run import _locate
+    from ufbert.pretrain.corpus import locate_rows
 
     trained, path = train_wordpiece(["the cat sees the dog"], 60), tmp_path / "tokenizer.json"
     found = []
@@ -123,6 +123,6 @@ def test_a_tokenizer_given_to_train_is_made_fit(tmp_path, corpus_file):
         trained.enable_truncation(16)
         trained.save(str(path))
         options = TrainOptions(corpus=f"text:{corpus_file}", tokenizer=str(path), prepared=str(tmp_path / "prepared"))
-        found.append(_locate(options))
+        found.append(locate_rows(options))
     assert found[0].recipe == found[1].recipe
     assert [len(each.tokenizer.encode("the cat " * 20).ids) for each in found] == [42, 42]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
-from ufbert.glue.command import finetune_command
 
 from ufbert import nn
 from ufbert.cli import call

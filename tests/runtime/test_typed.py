@@ -55,7 +55,10 @@ def test_values_of_the_right_kind_are_read():
         ('{"name": "a", "inner": {"kinds": ["a", "c"]}}', 'here: inner.kinds[1] is "c"; it must be one of a, b.'),
         ('{"name": "a", "points": [[1]]}', "here: points[0] is [1]; it must be a list of x, y."),
         ('{"name": "a", "model": {"n_layers": 0}}', "here: model.n_layers is 0; it must be at least 1."),
-        ('{"name": "a", "n": 1, "inner": {"m\\n": 2}, "parts": [{"o": 1}]}', "does not know: 'inner.m\\n', n, parts.o."),
+        (
+            '{"name": "a", "n": 1, "inner": {"m\\n": 2}, "parts": [{"o": 1}]}',
+            "does not know: 'inner.m\\n', n, parts.o.",
+        ),
         ('{"name": "a", "count": ' + "9" * 5000 + "}", "here: count is 999"),
         ('{"name": "a", "other": ' + "[" * 100_000 + "}", "here is not readable JSON: it is nested too deeply."),
         ('{"name": "a", "count": 5', "here is not readable JSON: it is cut short."),
