@@ -26,7 +26,7 @@ from ufbert.inference.predictor import Predictor
 from ufbert.nn import registry
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, register_feedforward, register_mixer
 from ufbert.pretrain.optim import groups
-from ufbert.pretrain.step import Controls, build_steps, init_state
+from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 MODEL = ModelConfig(
     vocab_size=60, max_len=8, d_model=16, n_layers=2, n_heads=2, d_hidden=12, tree_depth=2, leaf_width=3, n_experts=2,
@@ -88,9 +88,9 @@ def test_the_entry_of_every_kind_holds_for_its_layer(preset, kind):
         assert group == "adamw" or len(shape.shape) == 2
 
     state = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(0))
-    controls = Controls(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))
+    inputs = StepInputs(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))
     steps = build_steps(run, SpecialIds(0, 1, 2, 3, 4))
-    after, _ = jax.eval_shape(steps.update, state, jnp.zeros((2, 8), jnp.int32), jax.random.key(1), controls)
+    after, _ = jax.eval_shape(steps.train_step, state, jnp.zeros((2, 8), jnp.int32), jax.random.key(1), inputs)
     assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
 
     function, shapes = layer.timed_part(model, 2, 8)
