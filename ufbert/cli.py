@@ -35,10 +35,10 @@ class Verb(NamedTuple):
 
     options: type
     work: str
-    """`module:function` that does it, called with the options, and the values given where these go over a preset."""
+    """`module:function` that does the work, called with the options."""
     summary: str
     layered: bool = False
-    """What was given goes over a preset or a protocol."""
+    """The options go over a preset or a protocol, so the function is called with the values given, too."""
     makes_folder: bool = False
     """Its product is a folder: a console that is gone costs it nothing, and `--resume` goes on with what is begun."""
 

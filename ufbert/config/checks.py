@@ -1,4 +1,4 @@
-"""Whether the values of a dataclass are what its annotations say, as a file or a caller may have them otherwise."""
+"""Checks of values that a file or a caller gives to a dataclass."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -15,9 +15,10 @@ LARGEST = 3.4e38
 
 
 def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
-    """Raise UserError if a value is not what the annotation of the dataclass's field of that name allows: a word that is none
-    of those it names, a number where a word belongs, no number (NaN). `before` stands before the field's name in the
-    sentence."""
+    """Raise UserError if a value is not of the kind that the dataclass's field of that name is annotated with.
+
+    NaN and infinities are no numbers. `before` stands before the field's name in the sentence.
+    """
     for name, hint in _hints(cls).items():
         if name in values and not _fits(values[name], hint):
             raise UserError(f"{before}{name} is {shown(values[name])}; it must be {words(hint)}.")
@@ -46,7 +47,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value's beginning, for a sentence."""
+    """Return the beginning of a value's text, to show in a sentence."""
     try:
         text = repr(value)
     except ValueError:  # of a whole number with thousands of digits
@@ -84,7 +85,7 @@ def words(hint: Any) -> str:
 
 
 def check_least(config: Any, group: str, least: int, *names: str) -> None:
-    """Raises UserError for a field of those names that is less."""
+    """Raise UserError if a field of those names is less."""
     for name in names:
         if getattr(config, name) < least:
             wanted = f"be at least {least}" if least else "not be negative"
@@ -92,14 +93,14 @@ def check_least(config: Any, group: str, least: int, *names: str) -> None:
 
 
 def check_most(config: Any, group: str, most: int, *names: str) -> None:
-    """Raise UserError for a field of those names that is more: numbers that become an allocation or a loop have a bound."""
+    """Raise UserError if a field of those names is more. Numbers that become an allocation or a loop have a bound."""
     for name in names:
         if getattr(config, name) > most:
             raise UserError(f"{group}.{name} is {getattr(config, name)}; it must be at most {most:,}.")
 
 
 def check_share(config: Any, group: str, *names: str) -> None:
-    """Raises UserError for a field of those names that does not lie in [0, 1)."""
+    """Raise UserError if a field of those names lies outside [0, 1)."""
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise UserError(f"{group}.{name} is {getattr(config, name)}; it must lie in [0, 1).")

@@ -10,24 +10,24 @@ from ufbert.errors import UserError
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Hyper-parameters of fine-tuning, the same for every task. A protocol sets them; one given by hand wins and is named."""
+    """Hyper-parameters of fine-tuning, the same for every task. A protocol sets them; a value given by hand wins."""
 
     epochs: int = 5
     """Passes over the training rows."""
     batch_rows: int = 16
     """Rows per update."""
     lr: float = 0.0
-    """Peak learning rate; 0 takes 4e-5 from width 768 up, and 0.2 / d_model below: small models want more (chosen on held-out
-    training rows of SST-2 at width 256, where it was best pretrained and from scratch alike)."""
+    """Peak learning rate; 0 takes 4e-5 from width 768 up, and 0.2 / d_model below. Small models need more: this was the best at
+    width 256 on held-out training rows of SST-2, for pretrained models and from scratch."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the rate falls to zero."""
+    """Shape of the rate's fall to zero."""
     warmup: float = 0.1
     """Share of the updates over which the rate rises before it falls."""
     dropout: float = 0.1
     """Share of activations dropped in training."""
     pooling: Literal["model", "first", "mean"] = "model"
-    """What the classifier reads of a row: what the model's configuration says, its first token, or the mean of its tokens
-    (which models of sentence-transformers were trained to use)."""
+    """Vector of a row that the classifier reads: the model's own choice, its first token, or the mean of its tokens. Models of
+    sentence-transformers were trained to use the mean."""
     adam_b1: float = 0.9
     """AdamW's first-moment decay."""
     adam_b2: float = 0.98
@@ -43,9 +43,9 @@ class FinetuneConfig:
     early_stop: int = 0
     """Stop when no run has improved on dev for so many epochs; 0 never does."""
     teacher_weight: float = 0.9
-    """Share of the loss that a teacher's answers make up, where there is one; the labels make up the rest."""
+    """With a teacher, share of the loss that its answers make up; the labels make up the rest."""
     temperature: float = 2.0
-    """What a teacher's scores are divided by before they become probabilities."""
+    """Divisor of a teacher's scores before they become probabilities."""
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "tune.")
@@ -66,7 +66,7 @@ class FinetuneConfig:
             raise UserError(f"tune.temperature is {self.temperature}; it must be positive.")
 
     def peak_lr(self, config: ModelConfig) -> float:
-        """The learning rate with 0 resolved."""
+        """Return the learning rate, with 0 resolved for a model's width."""
         return self.lr or (4e-5 if config.d_model >= 768 else 0.2 / config.d_model)
 
 

@@ -60,7 +60,7 @@ class ModelConfig:
     """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
     above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
-    """How tree layers are computed; every backend gives the same numbers. native: C++ kernels for CPUs, compiled by the
+    """Backend of tree layers; all give the same numbers. native: C++ kernels for CPUs, compiled by the
     system's compiler when first used. auto: native on a CPU; without a compiler, and on a GPU, gather, or masked if the trees
     are shallow; masked on a TPU."""
     tree_activation: ActivationName = "gelu"
@@ -74,7 +74,7 @@ class ModelConfig:
     leaf_width: int = 32
     """Neurons in each leaf of a leaf_tree."""
     leaf_training: Literal["soft", "hard"] = "soft"
-    """How a leaf_tree trains: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
+    """Training of a leaf_tree: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
     leaf_hardening: float = 0.0
     """Weight of a leaf_tree's mean node entropy in the loss, which pushes soft decisions towards hard ones."""
     leaf_hardening_ramp: float = 0.0
@@ -130,10 +130,10 @@ class ModelConfig:
     head_bias: bool = False
     """A bias per token in the masked-LM decoder."""
     pooling: Literal["first", "mean"] = "first"
-    """What a classifier reads: the hidden state of the first token, as BERT, or the mean over all real tokens. Nothing in
+    """Vector that a classifier reads: the hidden state of the first token, as BERT, or the mean over all tokens. Nothing in
     masked-LM pretraining teaches the first token to gather a row, so a small model has that still to learn."""
     pooler: Literal["tanh", "transform"] = "tanh"
-    """What stands between that and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation + LayerNorm."""
+    """Layer between that and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation + LayerNorm."""
     pooler_width: int = 1024
     """Width of that layer."""
     pad_id: int = 0

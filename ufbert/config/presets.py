@@ -16,17 +16,17 @@ _CHECKOUT = Path(__file__).parent.parent.parent / "configs"
 
 
 def preset_folder() -> Path:
-    """The folder of preset files: inside an installed wheel, or `configs/` of a checkout."""
+    """Return the folder of preset files: inside an installed wheel, or `configs/` of a checkout."""
     return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
 
 
 def preset_names() -> list[str]:
-    """Every preset that `load_preset` knows by name."""
+    """Return the name of every preset."""
     return sorted(path.stem for path in preset_folder().glob("*.py"))
 
 
 def load_preset(name: str) -> RunConfig:
-    """The `config` of a preset file, by name or by the path of a .py file.
+    """Load the `config` of a preset file, by name or by the path of a .py file.
 
     Raises UserError for an unknown name (with the nearest known one), and for a file without a `config` or whose code fails.
     """
@@ -50,7 +50,7 @@ def load_preset(name: str) -> RunConfig:
 
 
 def preset_summary(name: str) -> str:
-    """The first line of a preset's docstring."""
+    """Return the first line of a preset's docstring."""
     source = (preset_folder() / f"{name}.py").read_text(encoding="utf-8")
     return source.split('"""')[1].strip().splitlines()[0]
 
@@ -68,15 +68,15 @@ SIZES = {
     "mini": _Size(4, 256, 8192, 3e-3, 32),
     "small": _Size(4, 512, 16384, 2e-3, 64),
 }
-"""What each --scale below `base` sets. Learning rates and batches were chosen by short runs on a two-core CPU."""
+"""Settings of each --scale below `base`. Learning rates and batches were chosen by short runs on a two-core CPU."""
 
 MODERN_LR = {"tiny": 7e-3, "mini": 5e-3, "small": 3e-3, "base": 2e-3}
-"""Peak learning rate of the modern recipe. `mini` is the best of two in twelve-minute runs (of four in
-three-minute runs, 1e-2 was); the others follow it by guess."""
+"""Peak learning rate of the modern recipe. `mini` is the best of two in twelve-minute runs; in three-minute runs 1e-2 was the
+best of four. The others are guesses from it."""
 
 
 def deepest_tree(n_trees: int, max_nodes: int) -> int:
-    """The largest depth D with n_trees * (2^(D+1) - 1) <= max_nodes, at least 0."""
+    """Return the largest depth D with n_trees * (2^(D+1) - 1) <= max_nodes, at least 0."""
     depth = 0
     while n_trees * (2 ** (depth + 2) - 1) <= max_nodes:
         depth += 1
@@ -84,13 +84,13 @@ def deepest_tree(n_trees: int, max_nodes: int) -> int:
 
 
 def scaled(config: RunConfig, scale: Scale) -> RunConfig:
-    """`config` at another size: same architecture and recipe, fewer and narrower layers. `base` changes nothing.
+    """Return `config` at another size: the same architecture and recipe in fewer and narrower layers. `base` changes nothing.
 
-    Hidden widths keep their ratio to `d_model`, heads stay 64 wide, trees get the deepest D whose nodes number at most
-    4 * d_model in all, and weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent. The first
-    quarter of the budget reads short pieces (not with Fourier mixers, which know one length only), and the position scalar
-    learns at a hundredth of the rate: Adam moves it by the full rate, and at these rates it is gone, and with it all sense
-    of place, before attention has found a use for it. Classifiers read the mean of the tokens.
+    Hidden widths keep their ratio to `d_model`, and heads stay 64 wide. Trees get the deepest D whose nodes number at most
+    4 * d_model in all. Weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent. Models that read
+    rows of any length read short pieces in the first quarter of the budget. The position scalar learns at a hundredth of the
+    rate: Adam would move it by the full rate, and at these rates positions would vanish before attention learns to use them.
+    Classifiers read the mean of the tokens.
     """
     if scale == "base":
         return config
@@ -126,7 +126,7 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
 
 
 def with_recipe(config: RunConfig, recipe: Recipe, scale: Scale) -> RunConfig:
-    """`config` trained by a recipe at the learning rate of a scale. `crammed` is what presets hold and changes nothing.
+    """Return `config` with a recipe, at the learning rate of a scale. `crammed` is the recipe of the presets: nothing changes.
 
     `modern` is Muon on dense matrices, a warm-up, a plateau and a decay, masks from 30 to 15 %, blocks that start as the
     identity, rotary instead of sinusoid positions, and an average of past weights, each a field that can be set alone. It is
@@ -148,14 +148,14 @@ def with_recipe(config: RunConfig, recipe: Recipe, scale: Scale) -> RunConfig:
 
 
 def _resampled(kinds: tuple[Any, ...], n_layers: int) -> tuple[Any, ...]:
-    """The kinds of fewer layers: a pattern stays, a longer list is sampled evenly, so that the top stays the top."""
+    """Return the kinds of fewer layers. A pattern stays; a longer list is sampled evenly, so that the top stays the top."""
     if len(kinds) <= n_layers:
         return kinds
     return tuple(kinds[(i + 1) * len(kinds) // n_layers - 1] for i in range(n_layers))
 
 
 def _scaled_depth(model: ModelConfig, n_trees: int, max_nodes: int) -> int:
-    """The deepest tree of at most `max_nodes` neurons; of a leaf tree, counting the neurons of its leaves."""
+    """Return the depth of the deepest tree of at most `max_nodes` neurons. A leaf tree's neurons are those of its leaves."""
     if "leaf_tree" not in model.feedforward:
         return deepest_tree(n_trees, max_nodes)
     return max(0, (max_nodes // model.leaf_width).bit_length() - 1)

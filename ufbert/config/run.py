@@ -42,10 +42,10 @@ class PretrainConfig:
     position_scale_lr: float = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
     clip_norm: float = 0.5
-    """Global gradient norm above which the gradient is scaled down."""
+    """Largest global norm of a gradient; a longer one is scaled down to it."""
     average_width: float = 0.0
-    """Width of the average over past weights that the model folder gets, as a share of all updates so far (standard
-    deviation of the averaging profile, Karras et al. 2024); 0 for none. It is kept only if its held-out loss is lower."""
+    """Width of the average over past weights, as a share of all steps so far (standard deviation of the averaging profile,
+    Karras et al. 2024); 0 for none. The model folder gets the average if its held-out loss is lower."""
     mask_rate: tuple[float, ...] = (0.25,)
     """Share of each row that is predicted: round(rate * seq_len) positions. Several rates are stages of equal length."""
     eval_mask_rate: float = 0.25
@@ -63,10 +63,10 @@ class PretrainConfig:
     checkpoint_minutes: float = 15.0
     """Minutes of budget between checkpoints, at most."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one with the lowest held-out loss stays besides."""
+    """Newest checkpoints to keep, besides the one with the lowest held-out loss."""
     max_skipped: int = 20
-    """Updates in a row that may be skipped for a loss or gradient that is not finite before the run goes back to its last
-    good checkpoint."""
+    """Steps in a row that may be skipped because a loss or gradient is not finite. After one more, the run goes back to its
+    last good checkpoint."""
     shard_params: bool = False
     """On several devices, split parameters and optimizer state among them instead of keeping a copy on each."""
 
@@ -97,13 +97,13 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How text becomes rows."""
+    """The way from text to rows."""
 
     seq_len: int = 128
     """Tokens in a packed row."""
     document_attention: bool = True
     """Keep packed documents from attending to each other: their segment ids are recomputed from the [CLS] ids with which
-    documents begin. Crammed BERT lets them attend; see the README for what it costs."""
+    documents begin. Crammed BERT lets them attend; docs/results/pretraining.md has what it costs."""
     short_len: int = 32
     """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
     short_until: float = 0.0
@@ -112,8 +112,8 @@ class DataConfig:
     eval_rows: int = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
     max_tokens: int = 0
-    """Stop reading the corpus after this many tokens, counted after duplicates are gone and before the worst documents are;
-    0 takes what the budget is planned to see once, rounded up, at least 20 million and at most 2 billion."""
+    """Stop reading the corpus after this many tokens, counted once duplicates are gone and the worst documents are not; 0 takes
+    the tokens that the budget is planned to see, rounded up, from 20 million to 2 billion."""
     tokenizer_chars: int = 100_000_000
     """Characters of the corpus that the tokenizer is trained on."""
     filter_worst: float = 0.05
@@ -121,14 +121,14 @@ class DataConfig:
     drop_exact: bool = True
     """Leave out documents that have occurred before, case and blanks aside."""
     drop_near: bool = True
-    """Leave out documents that are nearly one of the last near_window kept ones."""
+    """Leave out documents that nearly equal one of the last near_window documents kept."""
     near_window: int = 1_000_000
-    """Documents that are remembered for that, at about 400 bytes each."""
+    """Documents to remember for that, at about 400 bytes each."""
     near_threshold: float = 0.8
-    """Share of runs of five tokens, of all that either has (Jaccard), from which two documents are nearly the same."""
+    """Two documents are nearly equal from this share of common runs of five tokens (Jaccard similarity)."""
     order: Literal["shuffled", "quality"] = "shuffled"
-    """How rows are read: in a new random order every pass, or every pass the same, best documents (fewest tokens per
-    character) first."""
+    """Order of rows: new and random in every pass, or the same in every pass, best documents (fewest tokens per character)
+    first."""
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "data.")

@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values."""
+    """Return a config dataclass as plain JSON values."""
     return dataclasses.asdict(config)
 
 

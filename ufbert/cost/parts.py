@@ -1,4 +1,4 @@
-"""How fast this machine does what a model is made of: its matrix products, and everything else.
+"""The speed of this machine on the parts of a model: its matrix products, and everything else.
 
 A CPU runs a compiled step one instruction after another, so its time is operations over the speed of products plus bytes
 over the speed of the rest. Both speeds depend on the shapes (a product of width 128 runs at two thirds of the speed of one
@@ -39,9 +39,9 @@ class _Part(NamedTuple):
     flops: float
     bytes: float
     times: float
-    """How often a training step has it."""
+    """Times that a training step has it."""
     seconds: list[float]
-    """What calls took."""
+    """Seconds that calls took."""
 
 
 class PartSpeeds:

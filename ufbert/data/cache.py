@@ -1,4 +1,4 @@
-"""Where prepared folders are kept, so that the next run with an equal corpus and equal options finds its data ready."""
+"""The places of prepared folders, so that the next run with an equal corpus and equal options finds its data ready."""
 
 import hashlib
 import json
@@ -32,12 +32,12 @@ def prepared_name(source: Source, recipe: Recipe) -> str:
 
 
 class Located(NamedTuple):
-    """What a run reads: data that is ready, or else the corpus to prepare it from."""
+    """The data of a run: ready, or else the corpus to prepare it from."""
 
     ready: PreparedData | None
     corpus: Corpus | None
     folder: Path
-    """Where the data lies or will lie."""
+    """Folder of the data, now or once it is prepared."""
     recipe: Recipe
     tokenizer: Tokenizer | None
     """The one to use; None has one trained."""

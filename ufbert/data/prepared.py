@@ -64,11 +64,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder was made from, and what it holds."""
+    """The origin of a prepared folder, and what it holds."""
 
     format_version: int
     corpus: str
-    """What was asked for, as `--corpus` names it."""
+    """The corpus as `--corpus` names it."""
     licence: str
     source: dict[str, Any]
     """The corpus's identity (`corpora.Source`) when it was read."""

@@ -22,7 +22,7 @@ OTHER_NAMES = {
     "[SEP]": ("<sep>", "</s>"),
     "[MASK]": ("<mask>",),
 }
-"""What other libraries' tokenizers call them."""
+"""Their names in other libraries' tokenizers."""
 
 
 class SpecialIds(NamedTuple):

@@ -12,7 +12,7 @@ from ufbert.ops.dense import product
 
 
 class Aux(NamedTuple):
-    """What a layer reports besides its output. All but `losses` is None unless statistics are asked for."""
+    """The report of a layer besides its output. All but `losses` is None unless statistics are asked for."""
 
     losses: dict[str, Float[Array, ""]]
     """Weighted losses by name, each a mean per token."""

@@ -28,12 +28,12 @@ OnnxRule = Callable[[onnx_rules.Graph, ModelConfig, onnx_rules.Part, str, dict[s
 
 
 class Use(NamedTuple):
-    """How a layer is used, as far as its cost depends on it."""
+    """The use of a layer, as far as its cost depends on it."""
 
     seq_len: int
     """Tokens of a row."""
     trees: TreeBackend
-    """What computes trees: masked computes every node, the others the nodes on the path."""
+    """Backend of trees: masked computes every node, the others the nodes on the path."""
     training: bool
 
 
@@ -73,7 +73,7 @@ class Layer:
     """Names of the parameters that Muon takes, each an (inputs, outputs) matrix: `("kernel",)` for linear layers. AdamW
     takes all others."""
     one_length: bool = False
-    """Whether padding is mixed in, so that a model with this layer reads rows of one length only."""
+    """True if padding is mixed in: a model with this layer reads rows of one length only."""
     fields: tuple[str, ...] = ()
     """Fields of ModelConfig that matter only to this kind and decide what it computes."""
     timed: Callable[[ModelConfig, int, int], TimedPart] | None = None

@@ -11,7 +11,7 @@ from ufbert.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions:
-    """What both commands know."""
+    """Options of both commands."""
 
     model: str
     """Model folder."""
@@ -39,7 +39,7 @@ class FillMaskOptions(AskOptions):
     text: Annotated[str, Positional]
     """Text with at least one [MASK]."""
     top: int = 5
-    """How many guesses to print."""
+    """Number of guesses to print."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

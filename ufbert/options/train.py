@@ -40,7 +40,7 @@ class TrainOptions(RunOptions):
     """Pretrain a masked language model within a budget, from raw text to a model folder."""
 
     budget: str = "24h"
-    """What the run may spend: 24h, 90m, 300s or 200steps. Time covers compilation, the last evaluation and the save."""
+    """Time or steps of the run: 24h, 90m, 300s or 200steps. Time covers compilation, the last evaluation and the save."""
     corpus: str = "auto"
     """demo, text:PATH[,PATH], hf:NAME[:CONFIG[:FIELD]]; auto takes the demo text for at most 40 passes, else a hub corpus."""
     out: str = ""
@@ -57,7 +57,7 @@ class TrainOptions(RunOptions):
     tokenizer: str = ""
     """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
     prepared: str = ""
-    """Where prepared text is kept for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
+    """Folder that keeps prepared text for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
     when_done: str = ""
     """A shell command to run once when training has ended and all is saved (`sudo shutdown -h now`): well, with 0 in
     $UFBERT_EXIT_CODE, or with an error, and its exit code there; not after a signal. Give it again with --resume: a command
@@ -66,7 +66,7 @@ class TrainOptions(RunOptions):
     """A second, absolute stop: hours by the calendar since the run was first started, preparation and pauses included;
     0 for none."""
     price: float = 0.0
-    """What an hour of this machine costs, in any currency, for the report."""
+    """Price of an hour of this machine, in any currency, for the report."""
     tensorboard: bool = False
     """Also write TensorBoard files, to tensorboard/ of the run folder (needs the `tensorboard` extra)."""
     reference: str = ""

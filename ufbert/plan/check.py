@@ -17,7 +17,7 @@ LONGEST_UPDATE = 2.0
 """Seconds; a micro-batch that would take longer is halved until it does not."""
 
 WITHIN = 0.25
-"""How far the measured speed may lie from the predicted one."""
+"""Largest distance of the measured speed from the predicted one."""
 
 
 class Check(NamedTuple):
@@ -26,7 +26,7 @@ class Check(NamedTuple):
     rows: int
     """Packed rows of the updates that were measured."""
     updates: int
-    """How many were."""
+    """Number of them."""
     predicted: float
     """Tokens/s."""
     measured: float
@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the two agree within a quarter."""
+        """True if the two agree within a quarter."""
         return abs(self.ratio - 1.0) <= WITHIN
 
 

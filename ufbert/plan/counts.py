@@ -1,4 +1,4 @@
-"""What XLA counts in the compiled training step: operations, bytes moved, memory held. Nothing is allocated or run."""
+"""XLA's counts of the compiled training step: operations, bytes moved, memory held. Nothing is allocated or run."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a budget buys: updates, tokens, memory and the parts of time, from counts and speeds. Arithmetic only."""
+"""The yield of a budget: updates, tokens, memory and the parts of time, from counts and speeds. Arithmetic only."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _SLICES = 2000
 
 
 class Times(NamedTuple):
-    """Where a run's seconds go."""
+    """The seconds of a run, by use."""
 
     compilation: float
     updates: float
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """What a run is expected to do."""
+    """The expected course of a run."""
 
     updates: float
     tokens: float
@@ -47,7 +47,7 @@ class RunPlan(NamedTuple):
     bytes_per_token: float
     """XLA's count of the compiled gradient, on the backend that compiled it."""
     bound: str
-    """What decides the time of an update: arithmetic, memory traffic, or both in turn."""
+    """The limit on the time of a step: arithmetic, memory traffic, or both in turn."""
     times: Times
 
 

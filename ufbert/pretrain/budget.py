@@ -278,7 +278,7 @@ class Cost:
 
 
 class EndCosts:
-    """What the end of a run is expected to cost."""
+    """The expected costs of the end of a run."""
 
     def __init__(self, save_guess: float, evaluations: int = 1) -> None:
         """Begin with a guess of what a save takes, in seconds; the end has that many evaluations."""

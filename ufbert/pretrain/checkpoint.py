@@ -26,12 +26,12 @@ from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import read_typed
 
 Identity = dict[str, str]
-"""What a checkpoint belongs to, {"configuration": hash, "tokenizer": hash, ...}: it is restored only where all are equal."""
+"""The run that a checkpoint belongs to, {"configuration": hash, ...}: it is restored only if all values are equal."""
 
 
 SIZES = "sizes.json"
 _TEMPORARY = ("*.orbax-checkpoint-tmp*", "*.removed")
-"""What a kill may leave of a checkpoint that was being written or removed."""
+"""Leftovers of a checkpoint whose writing or removal was cut short by a kill."""
 
 
 class Restored(NamedTuple):
@@ -171,7 +171,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class _About:
-    """What is noted with a checkpoint when it is saved."""
+    """The metadata of a checkpoint, noted when it is saved."""
 
     identity: Identity
     spent: Annotated[float, Meta(ge=0, le=1e15)]

@@ -51,7 +51,7 @@ MAX_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a session of a run is given."""
+    """The inputs of a session of a run."""
 
     run: RunConfig
     data: PreparedData
@@ -61,7 +61,7 @@ class RunContext:
     restarts: int
     """Sessions of this run before this one."""
     identity: dict[str, str]
-    """What its checkpoints belong to."""
+    """The identity of its checkpoints."""
     peak_flops: float
     """FLOP/s of a device at best, for the utilisation; 0 if unknown."""
     reference: Reference | None = None

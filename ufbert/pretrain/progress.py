@@ -1,4 +1,4 @@
-"""What a run reports while it trains: records in `metrics.jsonl`, sentences on the console."""
+"""The reports of a run while it trains: records in `metrics.jsonl`, sentences on the console."""
 
 from dataclasses import dataclass, replace
 from typing import Any

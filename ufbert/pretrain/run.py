@@ -106,7 +106,7 @@ def _decided(options: TrainOptions, resolved: Resolved) -> tuple[TrainOptions, f
 def _prepare_and_train(
     options: TrainOptions, tokens_planned: float, folder: Path, started: float, release: Callable[[], None]
 ) -> dict[str, Any]:
-    """Train in a folder that is this process's own until `release`."""
+    """Prepare the text, start the clock and train, in a folder that this process has claimed until `release`."""
     started_at = time.time() - (time.monotonic() - started)
     bound = options.data.max_tokens or corpus_bound(tokens_planned)
     corpus = choose_corpus(options, tokens_planned)
@@ -127,8 +127,10 @@ def _prepare_and_train(
 
 
 def _follow(folder: Path, started: float) -> dict[str, Any]:
-    """Take part in a run, new or resumed, once process 0 has prepared it. (That may take hours, longer than jax lets
-    processes wait for each other.)"""
+    """Take part in a run, new or resumed, as another process than the first, which prepares it.
+
+    That may take hours, longer than jax lets processes wait for each other, so this one looks for the prepared text.
+    """
     while (data := _prepared(folder)) is None:
         time.sleep(1.0)
     distributed.together("prepared")
@@ -138,14 +140,16 @@ def _follow(folder: Path, started: float) -> dict[str, Any]:
 
 
 def _prepared(folder: Path) -> PreparedData | None:
-    """The rows that the run in `folder` uses, or None if they are not there (yet)."""
+    """Return the rows that the run in `folder` uses, or None if they are not prepared (yet)."""
     used = read_run(folder).prepared_data if (folder / CONFIG_FILE).is_file() else None
     return reopen(used.folder, used.fingerprint, print) if used else None
 
 
 def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
-    """Go on with a run; the time since `started` is charged to its budget. A finished run only gets the report and the last
-    command that a kill may have kept from it."""
+    """Go on with a run and return its summary. The time since `started` is charged to its budget.
+
+    A finished run only gets the report and the last command that a kill may have kept from it.
+    """
     options = resumed_options(given, folder)
     if options.distributed:
         use_device(options.device, options.distributed)
@@ -174,7 +178,7 @@ def _summary(folder: Path) -> Summary | None:
 
 
 def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], None]) -> dict[str, Any]:
-    """Do for a finished run what a kill may have kept from it."""
+    """Write the report and run the last command of a finished run, if a kill has prevented them. Raises UserError if not."""
     folder = Path(options.out)
     if not (folder / "report.html").is_file():
         write_report(folder)
@@ -185,7 +189,7 @@ def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], 
 
 
 def _go_on(options: TrainOptions, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
-    """Train a run further in a folder that is this process's own until `release`."""
+    """Restore the text and the clock of a run and train on, in a folder that this process has claimed until `release`."""
     ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
     print(_headline(options))
@@ -245,7 +249,7 @@ def _train(
 
 
 def _make_good(ledger: Ledger, folder: Path) -> None:
-    """Where the ledger is gone or damaged, charge what the metrics say was spent. They may be ahead of it by a moment."""
+    """Charge what the metrics say was spent if the ledger is lost or damaged. They may be ahead of it by a moment."""
     spent = max((line.spent for line in read_lines(folder / "metrics.jsonl", Spent)), default=0.0)
     lost = spent - ledger.spent_before
     if lost > 5.0 or (lost > 0.0 and not ledger.sessions):
@@ -254,15 +258,17 @@ def _make_good(ledger: Ledger, folder: Path) -> None:
 
 
 def _name_unused_command(options: TrainOptions, stored: str) -> None:
-    """A folder may come from anywhere: what it says is never run."""
+    """Print the last command that a run folder names. A folder may come from anywhere, so its command is never run."""
     if stored and not options.when_done:
         print(f"not run at the end: the stored --when-done {stored!r}; give the option again to have a command run")
 
 
 @contextmanager
 def _last_command(options: TrainOptions, release: Callable[[], None]) -> Generator[None]:
-    """Runs the command that was to be run at the end, once, when what is inside has ended, well or not; not if it was
-    interrupted. The run folder is released before. Raises UserError if the run ended well and the command did not."""
+    """Run the user's last command, once, when the block has ended, well or with an error, and not if it was interrupted.
+
+    The run folder is released first. Raises UserError if the run ended well and the command did not.
+    """
     folder = Path(options.out)
     try:
         yield
@@ -305,7 +311,7 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
 
 
 def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
-    """What a checkpoint of this run belongs to."""
+    """Return the identity of this run, which its checkpoints carry."""
     facts = json.dumps({"run": to_json(options.run), "seed": options.seed, "budget": options.budget}, sort_keys=True)
     return {
         "configuration": hashlib.sha256(facts.encode()).hexdigest(),

@@ -1,4 +1,4 @@
-"""What changes over a run, as functions of the share x of the budget that is spent.
+"""Schedules: learning rate, mask rate and batch size as functions of the share x of the budget that is spent.
 
 The jitted step gets the values as arrays, so nothing recompiles.
 """

@@ -21,7 +21,7 @@ from ufbert.pretrain.sharding import Layout
 
 
 class StepInputs(NamedTuple):
-    """What the clock decides about a step, as arrays, so that nothing recompiles."""
+    """The inputs of a step that depend on the clock, as arrays, so that nothing recompiles."""
 
     lr: Float[Array, ""]
     progress: Float[Array, ""]
@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports."""
+    """The results of a step."""
 
     sums: Sums
     norm: Float[Array, ""]

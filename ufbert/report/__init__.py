@@ -1,1 +1,1 @@
-"""What a person looks at after a run. Reads the folders of runs and sweeps only."""
+"""Pages to look at after a run. Reads the folders of runs and sweeps only."""

@@ -1,4 +1,4 @@
-"""What belongs to the machine and not to the model."""
+"""The machine: device, processes, memory, signals, files, metrics, console."""
 
 import time
 

@@ -130,7 +130,7 @@ def _acquire(folder: Path) -> FileLock | None:
 
 @dataclass(frozen=True)
 class _Owner:
-    """Who holds the lock of a folder, as the lock file says."""
+    """The holder of a folder's lock, as the lock file says."""
 
     process: int
     host: str
