@@ -21,6 +21,7 @@ from ufbert.hub.convert import export_model, import_weights, read_checkpoint, wi
 from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_model, save_model
 from ufbert.hub.formats import FORMATS, configuration
 from ufbert.hub.layout import expected_shapes
+from ufbert.hub.tokenizer_settings import TokenizerConfig
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files, wordpiece
 from ufbert.inference.predictor import Predictor
 
@@ -78,7 +79,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "changes", "heads", "to"), CASES)
 def test_there_and_back_is_bit_equal(name, changes, heads, to, vocabulary, tmp_path):
     model = drawn(
-        small(name) if "fixed_len" not in changes else replace(small(name), **changes), wordpiece(vocabulary, {}), heads
+        small(name) if "fixed_len" not in changes else replace(small(name), **changes), wordpiece(vocabulary), heads
     )
     model = replace(model, config=replace(model.config, **changes))
     if changes.get("feedforward"):
@@ -116,7 +117,7 @@ def test_there_and_back_is_bit_equal(name, changes, heads, to, vocabulary, tmp_p
     ],
 )
 def test_what_a_layout_cannot_express_is_said(name, to, words, vocabulary, tmp_path):
-    model = drawn(small(name, feedforward=load_preset(name).model.feedforward), wordpiece(vocabulary, {}))
+    model = drawn(small(name, feedforward=load_preset(name).model.feedforward), wordpiece(vocabulary))
     with pytest.raises(UserError, match="cannot express this model") as caught:
         export_model(model, tmp_path / "out", to)
     assert words in str(caught.value)
@@ -147,7 +148,7 @@ def test_every_wrong_tensor_is_named(tmp_path):
 
 
 def test_bert_without_its_prefix_with_old_names_and_with_buffers(vocabulary, tmp_path):
-    model = drawn(small("bert_base"), wordpiece(vocabulary, {}), ("pooler",))
+    model = drawn(small("bert_base"), wordpiece(vocabulary), ("pooler",))
     export_model(model, tmp_path / "out", "hf")
     tensors, values, _ = read_checkpoint(tmp_path / "out")
     assert values is not None
@@ -188,14 +189,14 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path, vocabulary):
 
 
 def _tiny_bert(tmp_path, vocabulary, vocab_size):
-    model = drawn(replace(small("bert_base"), vocab_size=vocab_size), wordpiece(vocabulary, {}))
+    model = drawn(replace(small("bert_base"), vocab_size=vocab_size), wordpiece(vocabulary))
     export_model(model, tmp_path / "tiny", "hf")
     tensors, values, _ = read_checkpoint(tmp_path / "tiny")
     return tensors, values
 
 
 def test_a_crammed_classifier_that_averages_padding_is_refused(vocabulary, tmp_path):
-    model = drawn(small("crammed_bert"), wordpiece(vocabulary, {}), ("classifier",))
+    model = drawn(small("crammed_bert"), wordpiece(vocabulary), ("classifier",))
     export_model(model, tmp_path / "out", "ultrafastbert")
     tensors, values, _ = read_checkpoint(tmp_path / "out")
     assert values is not None
@@ -203,7 +204,7 @@ def test_a_crammed_classifier_that_averages_padding_is_refused(vocabulary, tmp_p
     values["arch"]["classification_head"]["pooler"] = "avg"
     with pytest.raises(UserError, match=r"does not express: arch\.classification_head\.pooler='avg'"):
         import_weights(tensors, values, "here")
-    masked_lm = drawn(small("crammed_bert"), wordpiece(vocabulary, {}))
+    masked_lm = drawn(small("crammed_bert"), wordpiece(vocabulary))
     export_model(masked_lm, tmp_path / "lm", "ultrafastbert")
     tensors, _, _ = read_checkpoint(tmp_path / "lm")
     values["architectures"] = ["ScriptableLMForPreTraining"]
@@ -211,7 +212,7 @@ def test_a_crammed_classifier_that_averages_padding_is_refused(vocabulary, tmp_p
 
 
 def test_a_crammed_embedding_may_lie_under_the_decoder_alone(vocabulary, tmp_path):
-    model = drawn(small("crammed_bert"), wordpiece(vocabulary, {}))
+    model = drawn(small("crammed_bert"), wordpiece(vocabulary))
     export_model(model, tmp_path / "out", "ultrafastbert")
     tensors, values, _ = read_checkpoint(tmp_path / "out")
     assert values is not None
@@ -224,7 +225,7 @@ def test_a_crammed_embedding_may_lie_under_the_decoder_alone(vocabulary, tmp_pat
 def test_scores_that_are_probabilities_of_their_own_stay_so_on_the_way_out_in_and_in_answers(
     labels, vocabulary, tmp_path, capsys
 ):
-    model = drawn(small("bert_base"), wordpiece(vocabulary, {}), ("classifier",), labels)
+    model = drawn(small("bert_base"), wordpiece(vocabulary), ("classifier",), labels)
     model = replace(model, task=TaskInfo("imported", labels, {}, independent=True))
     export_model(model, tmp_path / "out", "hf")
     tensors, values, folder = read_checkpoint(tmp_path / "out")
@@ -266,7 +267,7 @@ def test_half_precision_weights_become_float32(dtype, vocabulary, tmp_path):
 
 
 def test_vocabularies_tokenise_like_their_tokenizer_json(vocabulary, tmp_path):
-    tokenizer = wordpiece(vocabulary, {"do_lower_case": True})
+    tokenizer = wordpiece(vocabulary, TokenizerConfig(do_lower_case=True))
     files = tokenizer_files(tokenizer, 16)
     assert files["vocab.txt"].split() == PIECES
     assert json.loads(files["special_tokens_map.json"])["mask_token"] == "[MASK]"
@@ -281,7 +282,7 @@ def test_vocabularies_tokenise_like_their_tokenizer_json(vocabulary, tmp_path):
             == Tokenizer.from_str(files["tokenizer.json"]).encode(text).ids
         )
     assert tokenizer.encode("The cats.").tokens == ["[CLS]", "the", "cat", "##s", ".", "[SEP]"]
-    assert wordpiece(vocabulary, {"do_lower_case": False}).encode("The").tokens[1] == "[UNK]"
+    assert wordpiece(vocabulary, TokenizerConfig(do_lower_case=False)).encode("The").tokens[1] == "[UNK]"
 
 
 def test_import_and_export_on_the_command_line(command, vocabulary, tmp_path):

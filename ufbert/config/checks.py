@@ -73,13 +73,14 @@ def words(hint: Any) -> str:
     if origin in (tuple, list):
         return f"a list, each entry {words(inner[0])}"
     if origin is dict:
-        return f"an object, each value {words(inner[1])}"
+        return "an object" if inner[1] is Any else f"an object, each value {words(inner[1])}"
     plain = {
         int: "a whole number below 2^63",
         float: "a finite number",
         bool: "true or false",
         str: "text",
         NoneType: "null",
+        Any: "a number in range",  # nothing else is refused
     }
     return plain.get(hint) or (f"a list of {', '.join(hint._fields)}" if hasattr(hint, "_fields") else "an object")
 

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ufbert.config import ModelConfig
+from ufbert.data.tokenizer import library_errors
 from ufbert.errors import UserError
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -74,7 +75,8 @@ def encode_texts(
     with _tokenizer_lock:
         tokenizer.no_padding()
         tokenizer.enable_truncation(limit)
-        encodings = tokenizer.encode_batch(rows)
+        with library_errors("A text"):
+            encodings = tokenizer.encode_batch(rows)
         tokenizer.no_truncation()
     ids, types = [row.ids for row in encodings], [row.type_ids for row in encodings]
     return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in encodings))
@@ -82,5 +84,5 @@ def encode_texts(
 
 def uncut_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenise a text without cutting it."""
-    with _tokenizer_lock:
+    with _tokenizer_lock, library_errors("A text"):
         return tokenizer.encode(text).ids

@@ -28,6 +28,7 @@ from ufbert.data.text_files import Progress
 from ufbert.data.tokenizer import (
     SpecialIds,
     fingerprint,
+    library_errors,
     special_ids,
     train_wordpiece,
     unknown_characters,
@@ -130,7 +131,7 @@ def _batches(documents: Iterator[str], exact: ExactFilter | None) -> Iterator[_B
 
 def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[_Batch, list[Encoding]]]:
     """Tokenise every batch. The next one is tokenised while the caller works on this one."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, library_errors("A document"):
         waiting: tuple[_Batch, Future[list[Encoding]]] | None = None
         for batch in batches:
             future = pool.submit(tokenizer.encode_batch_fast, batch.texts, add_special_tokens=False)

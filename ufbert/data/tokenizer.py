@@ -1,16 +1,18 @@
 """WordPiece: trained on the corpus at hand, used the same way everywhere."""
 
+import contextlib
 import hashlib
 import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -91,7 +93,7 @@ def check_fits(tokenizer: Tokenizer, rows: int, where: str) -> None:
     piece, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= rows:
         raise UserError(
-            f"The tokenizer of {where} gives {piece!r} the id {number:,}, and the model has {rows:,} embeddings; "
+            f"The tokenizer of {where} gives {shown(piece)} the id {number:,}, and the model has {rows:,} embeddings; "
             "take the tokenizer that the model was trained with."
         )
 
@@ -99,6 +101,18 @@ def check_fits(tokenizer: Tokenizer, rows: int, where: str) -> None:
 def note(line: str) -> None:
     """Say what was changed about a tokenizer, where it does not mix with a command's answers."""
     print(f"tokenizer: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def library_errors(where: str, remedy: str = "Take another tokenizer.") -> Generator[None]:
+    """Raise UserError for what the tokenizers library raises, which is a bare Exception, or a panic that is not even one: a
+    pattern that needs more than ten million steps, for example."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{where}: the tokenizers library fails: {str(error)[:200]}. {remedy}") from error
 
 
 def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
@@ -117,7 +131,7 @@ def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = Mappin
     for token, name in names.items():
         if own[token] != name:
             raise UserError(
-                f"The folder of {where} calls the {token} token {name!r}, and its tokenizer {own[token]!r}; "
+                f"The folder of {where} calls the {token} token {shown(name)}, and its tokenizer {shown(own[token])}; "
                 "make both say the same."
             )
     marked = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -143,11 +157,11 @@ def _settle_unknown(tokenizer: Tokenizer, where: str, name: str | None) -> None:
     known = next((piece for piece in (name, "[UNK]", *OTHER_NAMES["[UNK]"]) if piece in pieces), None)
     if known is None:
         raise UserError(
-            f"The tokenizer {where} calls its unknown piece {unknown!r}, and its vocabulary has none of that name; "
+            f"The tokenizer {where} calls its unknown piece {shown(unknown)}, and its vocabulary has none of that name; "
             "add it to the vocabulary, or take another tokenizer."
         )
     tokenizer.model.unk_token = known
-    note(f"{where} calls its unknown piece {unknown!r}, which its vocabulary lacks; {known!r} is used")
+    note(f"{where} calls its unknown piece {shown(unknown)}, which its vocabulary lacks; {known!r} is used")
 
 
 LONGEST_WORD = 100

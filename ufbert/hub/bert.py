@@ -3,6 +3,7 @@
 from typing import Any
 
 from ufbert.config import ActivationName, ModelConfig
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
 from ufbert.hub.layout import Layout, Rule, linear, norm, same
@@ -74,7 +75,7 @@ def activation_name(values: dict[str, Any], key: str) -> ActivationName:
     """Our name of the nonlinearity under `key` of a foreign config. Raises UserError for one there is not."""
     name = values[key]
     if name not in ACTIVATION_NAMES:
-        raise UserError(f"This checkpoint uses {key}={name!r}, which the encoder does not express.")
+        raise UserError(f"This checkpoint uses {key}={shown(name)}, which the encoder does not express.")
     return ACTIVATION_NAMES[name]
 
 

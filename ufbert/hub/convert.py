@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, unfla
 from ufbert.hub.formats import FORMATS, Format, class_name, configuration, format_of, heads_of
 from ufbert.hub.layout import Layout, Tensors, to_ours, to_theirs
 from ufbert.hub.names import BUFFERS, Named, present_day, with_tied
-from ufbert.hub.tensors import first_few, read_all_tensors, read_json, write_folder
+from ufbert.hub.tensors import first_few, read_all_tensors, write_folder
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.runtime.typed import read_typed
 
 
 class Weights(NamedTuple):
@@ -47,7 +49,7 @@ def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarra
         raise UserError(f"There is no checkpoint at {source}.")
     tensors, folder = read_all_tensors(source), source if source.is_dir() else source.parent
     path = Path(config) if config else folder / "config.json"
-    return tensors, read_json(path) if config or path.is_file() else None, folder
+    return tensors, read_typed(path, dict[str, Any]) if config or path.is_file() else None, folder
 
 
 def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixed_len: int = 0) -> Weights:
@@ -80,6 +82,12 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
     layout = found.layout(config, heads)
     if any(path not in shapes for rule in layout.rules for path in rule.paths):
         raise UserError(f"The config.json of {where} says type_vocab_size=0, which the encoder does not express.")
+    wanted, stored = sum(map(math.prod, shapes.values())), sum(array.size for array in used.values())
+    if wanted > 2 * stored + 2**20:  # before arrays of the shapes of the configuration are made
+        raise UserError(
+            f"The config.json of {where} describes a model of {wanted:,} weights, and its tensors are {stored:,}; one of them "
+            "belongs to another checkpoint."
+        )
     _check_vocabulary(layout, used, config, where, named)
     if "masked_lm" in heads and values.get("tie_word_embeddings") is False:
         _check_decoder(layout, used, where)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ufbert.config import ActivationName, ModelConfig
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
 from ufbert.hub.layout import Layout, Rule, linear, norm, reshaped, same, stacked_linears
@@ -102,7 +103,7 @@ def by_path(values: dict[str, Any]) -> dict[str, Any]:
     """
     arch = values.get("arch")
     if not isinstance(arch, dict):
-        raise UserError(f"This crammedBERT's config.json says arch={arch!r}, where an object of settings belongs.")
+        raise UserError(f"This crammedBERT's config.json says arch={shown(arch)}, where an object of settings belongs.")
     flat = {name: value for name, value in values.items() if name != "arch"}
     for name in {*FIELDS.fixed, *(name for more in FIELDS.head_fixed.values() for name in more)}:
         if name.startswith("arch."):
@@ -126,9 +127,9 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     activation = NONLINEARITIES.get(nonlinearity.removesuffix("glu"))
     odd = []
     if kind not in ("ff", "fff"):
-        odd.append(f"arch.intermed_type={kind!r}")
+        odd.append(f"arch.intermed_type={shown(kind)}")
     if activation is None or (is_tree and is_glu):
-        odd.append(f"arch.nonlin={nonlinearity!r}")
+        odd.append(f"arch.nonlin={shown(nonlinearity)}")
     if values["arch.embedding.embedding_dim"] not in (0, values["arch.hidden_size"]):
         odd.append(f"arch.embedding.embedding_dim={values['arch.embedding.embedding_dim']!r}, unlike hidden_size")
     if odd or activation is None:

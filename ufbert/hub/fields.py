@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub.tensors import first_few
 
@@ -70,7 +71,9 @@ def read_fields(
     for head in heads:
         fixed |= fields.head_fixed.get(head, {})
     odd = [
-        f"{name}={values[name]!r}" for name, same in fixed.items() if name in values and not _among(values[name], same)
+        f"{name}={shown(values[name])}"
+        for name, same in fixed.items()
+        if name in values and not _among(values[name], same)
     ]
     if odd:
         raise UserError(
@@ -87,7 +90,7 @@ def unread(values: Mapping[str, Any], fields: Fields) -> list[str]:
         *fields.ignored,
         *(name for more in fields.head_fixed.values() for name in more),
     }
-    return [f"{name}={_shown(value)}" for name, value in values.items() if name not in known]
+    return [f"{name[:100]}={shown(value)}" for name, value in values.items() if name not in known]
 
 
 def _among(value: Any, same: tuple[Any, ...]) -> bool:
@@ -117,13 +120,8 @@ def _checked(values: Mapping[str, Any], name: str, default: Any, where: str) -> 
 def wrong_kind(where: str, name: str, value: Any, kind: str) -> UserError:
     """The sentence about a field whose value is of another kind."""
     return UserError(
-        f"The config.json of {where} says {name}={_shown(value)}, where {kind} belongs; mend it, or name another with --config."
+        f"The config.json of {where} says {name}={shown(value)}, where {kind} belongs; mend it, or name another with --config."
     )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of more than thirty digits"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Answers(NamedTuple):
@@ -180,7 +178,7 @@ def _activation(values: Mapping[str, Any], where: str) -> str | None:
     name = given.rpartition(".")[2] if isinstance(given, str) else None
     if name not in ACTIVATIONS:
         raise UserError(
-            f"The config.json of {where} says that {given!r} makes answers of the scores; of such functions "
+            f"The config.json of {where} says that {shown(given)} makes answers of the scores; of such functions "
             f"{', '.join(ACTIVATIONS)} are read."
         )
     return name

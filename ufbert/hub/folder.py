@@ -4,10 +4,9 @@ Tensors are stored under their path in the parameter tree, joined by dots (`enco
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +15,12 @@ from tokenizers import Tokenizer
 from ufbert import nn
 from ufbert.config import ModelConfig
 from ufbert.config.checks import check_kinds
-from ufbert.config.stored import FORMAT_VERSION, from_json, to_json
+from ufbert.config.stored import FORMAT_VERSION, to_json
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
-from ufbert.hub.layout import check_floats, check_tensors
-from ufbert.hub.tensors import read_json, read_tensors, stored_tensors, write_folder
+from ufbert.hub.layout import check_tensors
+from ufbert.hub.tensors import read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
-
-HEADS = ("masked_lm", "pooler", "classifier")
-"""Parameter groups that a model may have besides the encoder."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,17 @@ class TaskInfo:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "task.")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """`config.json` of a model folder."""
+
+    format: Literal["ufbert"]
+    format_version: int
+    model: ModelConfig
+    heads: tuple[Literal["masked_lm", "pooler", "classifier"], ...] = ()
+    task: TaskInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -114,20 +121,17 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
         if not path.is_file():
             nested = " (its model/ folder is one)" if (folder / "model" / "config.json").is_file() else ""
             raise UserError(f"{folder} is not a model folder: it has no {path.name}{nested}.")
-    config = _read_config(config_path)
-    model = from_json(ModelConfig, config["model"], str(config_path))
-    task = from_json(TaskInfo, config["task"], str(config_path)) if config.get("task") else None
-    heads = tuple(config.get("heads", ()))
-    odd = [name for name in heads if name not in HEADS]
-    if odd:
-        raise UserError(f"{config_path} names heads that this version does not know: {', '.join(map(repr, odd))}.")
+    stored = read_config(config_path, _Stored, "ufbert", FORMAT_VERSION, "a model folder of this package")
+    model, heads, task = stored.model, stored.heads, stored.task
     n_outputs = 0
     if "classifier" in heads:
         n_outputs = max(1, len(task.labels)) if task is not None else 1
+    tensors = stored_tensors(weights_path)  # shapes are compared before numbers are read
+    last = f"encoder.layer_{model.n_layers - 1:02d}."
+    if not any(name.startswith(last) for name in tensors):
+        raise UserError(f"{weights_path} has no {last}*, and {config_path} says model.n_layers={model.n_layers}.")
     expected = flat_shapes(model, heads, n_outputs)
-    tensors: Mapping[str, Any] = stored_tensors(weights_path) if lazily else read_tensors(weights_path)
     check_tensors({name: array.shape for name, array in tensors.items()}, expected, str(weights_path))
-    check_floats(tensors, str(weights_path))
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
@@ -137,9 +141,15 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
 
 
 def flat_shapes(model: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter; `n_outputs` is the classifier's, 0 without one."""
+    """Path and shape of every parameter; `n_outputs` is the classifier's, 0 without one.
+
+    Raises UserError for an array of more than 2^31 entries in one direction.
+    """
     inits = tuple(head for head in heads if head != "classifier")
-    tree = nn.shapes(model, inits, n_outputs)
+    try:
+        tree = nn.shapes(model, inits, n_outputs)
+    except OverflowError as error:  # a length that jax cannot count
+        raise UserError(f"The configuration has a larger array than there can be: {error}.") from error
     flat: dict[str, tuple[int, ...]] = {}
 
     def walk(prefix: str, node: Any) -> None:
@@ -151,23 +161,6 @@ def flat_shapes(model: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> d
 
     walk("", tree)
     return flat
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if config.get("format") != "ufbert" or "model" not in config:
-        kind = config.get("model_type")
-        other = f"a {kind} model of another library" if kind else "not a model folder of this package"
-        raise UserError(f"{path.parent} holds {other}; `ufbert import` reads those of other libraries.")
-    version = config.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version!r}; this ufbert reads up to {FORMAT_VERSION}. Upgrade it.")
-    unknown = sorted(set(config) - {"format", "format_version", "model", "heads", "task"})
-    if unknown:
-        raise UserError(f"{path} has a setting this version does not know: {', '.join(unknown)}.")
-    if not isinstance(config.get("heads", []), list):
-        raise UserError(f"{path} says heads={config['heads']!r}, where a list of names belongs.")
-    return config
 
 
 def with_task(model: ModelFolder, classifier: nn.Params, task: TaskInfo) -> ModelFolder:

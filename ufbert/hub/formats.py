@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ufbert.config import ModelConfig
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.fields import Fields, read_fields, wrong_kind
@@ -119,7 +120,10 @@ NO_CLASSES = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "Scr
 def configuration(found: Format, values: dict[str, Any], heads: tuple[str, ...], where: str) -> ModelConfig:
     """A foreign `config.json` as our configuration, for a checkpoint with these heads. Raises UserError."""
     settings = read_fields(found.by_path(values), found.fields, heads, found.label, where)
-    return found.model_config(settings, heads)
+    try:
+        return found.model_config(settings, heads)
+    except UserError as error:
+        raise UserError(f"The config.json of {where} cannot be read as settings of this package: {error}") from error
 
 
 def class_name(values: dict[str, Any], where: str) -> str:
@@ -142,7 +146,7 @@ def format_of(values: dict[str, Any], name: str, tensors: Tensors, where: str) -
     if kind is not None:
         found = next((f for f in FORMATS if f.kind == kind), None)
         if found is None:
-            raise UserError(f"{where} holds a model of type {kind!r}; this package imports {known}.")
+            raise UserError(f"{where} holds a model of type {shown(kind)}; this package imports {known}.")
         return found
     stored = {without_wrappers(tensor) for tensor in tensors}
     of_class = [f for f in FORMATS if name and _suffix(f, name) in {**f.classes, **f.other_classes}]
@@ -163,10 +167,12 @@ def heads_of(found: Format, name: str, tensors: set[str], where: str) -> tuple[t
     bare = f'To take its encoder alone, name a config.json with "architectures": ["{encoder}"] by --config.'
     suffix = _suffix(found, name)
     if name and suffix in found.other_classes:
-        raise UserError(f"{where} is a {name}, {found.other_classes[suffix]}; this package has no such head. {bare}")
+        raise UserError(
+            f"{where} is a {name[:100]}, {found.other_classes[suffix]}; this package has no such head. {bare}"
+        )
     if name and suffix not in found.classes:
         read = ", ".join(found.family + suffix for suffix in found.classes)
-        raise UserError(f"{where} is of the class {name}; of {found.label} this package reads {read}. {bare}")
+        raise UserError(f"{where} is of the class {name[:100]}; of {found.label} this package reads {read}. {bare}")
     if name:
         heads = found.classes[suffix]
         return heads if "classifier" in heads else (*heads, *pooler), []

@@ -6,12 +6,12 @@ comparison of gradients; none of them can disagree with another.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ufbert.errors import UserError
-from ufbert.hub.tensors import first_few
+from ufbert.hub.tensors import check_floats, first_few
 
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -93,16 +93,6 @@ def check_tensors(found: Shapes, expected: Shapes, where: str, shown: Callable[[
         raise UserError(f"{where} does not fit its configuration: {'; '.join(problems)}.")
 
 
-def check_floats(tensors: Mapping[str, Any], where: str, shown: Callable[[str], str] = lambda name: name) -> None:
-    """Raise UserError naming the first few tensors that hold whole numbers or truth values instead of weights."""
-    odd = [f"{shown(name)} ({array.dtype.name})" for name, array in tensors.items() if array.dtype.kind in "biu"]
-    if odd:
-        raise UserError(
-            f"{where} holds weights that are no floating point numbers: {first_few(odd)}. Quantised weights of other libraries "
-            "are not read; take the checkpoint they were made of."
-        )
-
-
 def to_ours(
     layout: Layout, tensors: Tensors, ours: Shapes, where: str, shown: Callable[[str], str] = lambda name: name
 ) -> dict[str, np.ndarray]:
@@ -115,7 +105,7 @@ def to_ours(
     copies = {name: source for name, source in layout.copies.items() if name in tensors}
     found = {name: tuple(array.shape) for name, array in tensors.items()}
     check_tensors(found, {**expected, **{name: expected[source] for name, source in copies.items()}}, where, shown)
-    check_floats({rule.name: tensors[rule.name] for rule in layout.rules}, where, shown)
+    check_floats({rule.name: tensors[rule.name].dtype for rule in layout.rules}, where, shown)
     different = [shown(name) for name, source in copies.items() if not np.array_equal(tensors[name], tensors[source])]
     if different:
         raise UserError(f"{where} has untied weights, which this encoder ties: {', '.join(different)}.")

@@ -7,28 +7,33 @@ state in `model.safetensors`.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from ufbert.config import ActivationName
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub.layout import Tensors, check_floats, check_tensors
-from ufbert.hub.tensors import read_json, read_tensors, write_folder
+from ufbert.hub.layout import Tensors, check_tensors
+from ufbert.hub.tensors import check_floats, read_config, read_tensors, write_folder
 from ufbert.ops.leaf_fff import LeafTree
 
 FORMAT, VERSION = "ufbert-leaf-layer", 1
 NAMES = {
-    "node_w": "node_weights",
-    "node_b": "node_biases",
-    "w_in": "w1s",
-    "b_in": "b1s",
-    "w_out": "w2s",
-    "b_out": "b2s",
-}
+    "node_w": "node_weights", "node_b": "node_biases", "w_in": "w1s", "b_in": "b1s", "w_out": "w2s", "b_out": "b2s",
+}  # fmt: skip
 COUNTERS = ("leaf_usage", "node_usage")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """`config.json` of a layer folder."""
+
+    format: str
+    format_version: int
+    activation: ActivationName = "relu"
 
 
 def is_state(names: set[str]) -> bool:
@@ -38,18 +43,21 @@ def is_state(names: set[str]) -> bool:
 
 def from_state(tensors: Tensors, where: str) -> LeafTree:
     """The layer in a `fastfeedforward` state. Raises UserError naming each missing, unexpected or misshapen tensor."""
-    found = {name: tuple(array.shape) for name, array in tensors.items() if name not in (*COUNTERS, "depth")}
-    g, d, w = found["w1s"] if len(found.get("w1s", ())) == 3 else (1, 1, 1)
-    o = found["w2s"][-1] if found.get("w2s") else 1
-    shapes = {"node_w": (g - 1, d), "node_b": (g - 1, 1), "w_in": (g, d, w), "b_in": (g, w)}
-    shapes |= {"w_out": (g, w, o), "b_out": (g, o)}
-    check_tensors(found, {NAMES[name]: shape for name, shape in shapes.items()}, where)
-    check_floats({name: tensors[name] for name in NAMES.values()}, where)
+    shapes = {name: tuple(array.shape) for name, array in tensors.items() if name not in (*COUNTERS, "depth")}
+    g, d, w = shapes["w1s"] if len(shapes.get("w1s", ())) == 3 else (1, 1, 1)
+    o = shapes["w2s"][-1] if shapes.get("w2s") else 1
+    expected = {"node_w": (g - 1, d), "node_b": (g - 1, 1), "w_in": (g, d, w), "b_in": (g, w)}
+    expected |= {"w_out": (g, w, o), "b_out": (g, o)}
+    check_tensors(shapes, {NAMES[name]: shape for name, shape in expected.items()}, where)
+    check_floats({name: tensors[name].dtype for name in NAMES.values()}, where)
+    if 0 in (g, d, w, o):
+        raise UserError(f"{where} holds a layer of {g} leaves of {w} neurons, {d} inputs and {o} outputs.")
     depth = np.asarray(tensors.get("depth", g.bit_length() - 1))
-    if depth.size != 1 or g != 2 ** min(max(int(depth.reshape(())), 0), 40):
-        raise UserError(
-            f"{where} does not fit its configuration: {g} leaves at depth {depth.tolist()}, where 2^depth belong."
-        )
+    if (
+        depth.size != 1 or depth.reshape(()) != g.bit_length() - 1 or g & (g - 1)
+    ):  # 2^depth of a depth of 10^12 has no end
+        said = shown(depth.reshape(-1)[:9].tolist() if depth.ndim else depth.item())
+        raise UserError(f"{where} does not fit its configuration: {g} leaves at depth {said}, where 2^depth belong.")
     arrays = {name: jnp.asarray(np.asarray(tensors[NAMES[name]], np.float32)) for name in NAMES}
     return LeafTree(**arrays | {"node_b": arrays["node_b"].reshape(-1)})
 
@@ -73,17 +81,5 @@ def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
     Raises UserError if it is absent, of another kind, or damaged.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if config.get("format") != FORMAT:
-        raise UserError(f"{folder} does not hold a leaf-tree layer.")
-    version, activation = config.get("format_version"), config.get("activation", "relu")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise UserError(f"{folder} has format version {version!r}; this ufbert reads up to {VERSION}. Upgrade it.")
-    unknown = sorted(set(config) - {"format", "format_version", "activation"})
-    if unknown:
-        raise UserError(f"{folder} has a setting this version does not know: {', '.join(unknown)}.")
-    if activation not in get_args(ActivationName):
-        raise UserError(
-            f"{folder} says activation={activation!r}; it must be one of {', '.join(get_args(ActivationName))}."
-        )
+    activation = read_config(folder / "config.json", _Stored, FORMAT, VERSION, "a leaf-tree layer").activation
     return from_state(read_tensors(folder / "model.safetensors"), str(folder)), activation

@@ -7,6 +7,7 @@ norm before its attention, for the embeddings are normalised; the decoder is tie
 from typing import Any
 
 from ufbert.config import ModelConfig
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub.bert import activation_name, foreign_activation
 from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
@@ -48,9 +49,9 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     if not _all_global(values):
         odd.append("local attention in some layers (layer_types, global_attn_every_n_layers)")
     if heads and activation_name(values, "classifier_activation") != activation:
-        odd.append(f"classifier_activation={values['classifier_activation']!r}, unlike hidden_activation")
+        odd.append(f"classifier_activation={shown(values['classifier_activation'])}, unlike hidden_activation")
     if "classifier" in heads and values["classifier_pooling"] not in ("cls", "mean"):
-        odd.append(f"classifier_pooling={values['classifier_pooling']!r}")
+        odd.append(f"classifier_pooling={shown(values['classifier_pooling'])}")
     if odd:
         raise UserError(f"This ModernBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
     d = values["hidden_size"]
@@ -95,7 +96,7 @@ def _rotary_base(values: dict[str, Any]) -> float:
     rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope
     if not isinstance(rope, dict) or not isinstance(rope.get("sliding_attention", {}), dict):
         raise UserError(
-            f"This ModernBERT's config.json says rope_parameters={rope!r}, where an object belongs; mend it."
+            f"This ModernBERT's config.json says rope_parameters={shown(rope)}, where an object belongs; mend it."
         )
     odd = [
         f"rope_parameters.{name}={value!r}"
@@ -111,7 +112,7 @@ def _rotary_base(values: dict[str, Any]) -> float:
     for name, base in bases.items():
         if type(base) not in (int, float) or not 0 < base < 1e30:
             raise UserError(
-                f"This ModernBERT's config.json says {name}={base!r}, where a positive number belongs; mend it."
+                f"This ModernBERT's config.json says {name}={shown(base)}, where a positive number belongs; mend it."
             )
     if len(set(bases.values())) > 1:
         both = ", ".join(f"{name}={base!r}" for name, base in bases.items())

@@ -1,22 +1,22 @@
 """Folders and tensor files, read and written whole or not at all."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.runtime.files import private_folder, publish
 from ufbert.runtime.memory import aligned
+from ufbert.runtime.typed import Count, decode, read_typed, read_whole
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a Git LFS pointer begins."""
 MAX_HEADER = 100_000_000
 """Longest header, in bytes, that the safetensors library reads."""
 KINDS: dict[str, Any] = {
@@ -26,37 +26,50 @@ KINDS: dict[str, Any] = {
 """Types of numbers in a safetensors file that NumPy has, too."""
 
 
-def first_few(names: Sequence[str], count: int = 6) -> str:
-    """Names for a sentence: all of them, or the first few and how many more there are."""
-    more = len(names) - count
-    return ", ".join(names) if more <= 0 else f"{', '.join(names[:count])} and {more} more"
+def first_few(names: Iterable[str], count: int = 6) -> str:
+    """Names for a sentence: all of them, or the first few and how many more there are; each is cut at 100 characters."""
+    cut = [name if len(name) <= 100 else name[:97] + "..." for name in names]
+    more = len(cut) - count
+    return ", ".join(cut) if more <= 0 else f"{', '.join(cut[:count])} and {more} more"
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise UserError if a file holds a Git LFS pointer instead of what it is named for."""
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the file itself: a clone without git-lfs leaves such pointers. Fetch the "
-                "files with `git lfs pull`, or download them again."
-            )
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells the `config.json` of one of our folders from others."""
+
+    format: Any = None
+    format_version: Any = None
+    model_type: Any = None
+    """Of other libraries' models."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError if the file is absent, unreadable or something else."""
-    try:
-        refuse_pointer(path)
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
-        raise UserError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
+def read_config[T](path: Path, kind: type[T], mark: str, newest: int, noun: str) -> T:
+    """Read the `config.json` of one of our folders, whose `format` is `mark`.
+
+    Raises UserError if the folder is no `noun`, if its format is newer than `newest`, or, naming the field, if it is damaged.
+    """
+    data = read_whole(path)
+    stamp = decode(data, _Stamp, str(path))
+    if stamp.format != mark:
+        theirs = f", but a {shown(stamp.model_type)} model of another library, which `ufbert import` reads"
+        raise UserError(f"{path.parent} does not hold {noun}{theirs if stamp.model_type else ''}.")
+    if type(stamp.format_version) is not int or not 1 <= stamp.format_version <= newest:
+        raise UserError(
+            f"{path} has format version {shown(stamp.format_version)}; this ufbert reads up to {newest}. Upgrade it."
+        )
+    return decode(data, kind, str(path), exact=True)
 
 
-def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Entry:
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
     """Length in bytes and content, by tensor, of the header of a safetensors file.
 
     Raises UserError if it is absent, a Git LFS pointer or damaged, or if it names a type of numbers that is not read.
@@ -64,22 +77,24 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"There is no tensor file {path}.")
     try:
-        refuse_pointer(path)
+        if path.stat().st_size < 1024:
+            read_whole(path)  # says so if it is a Git LFS pointer
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, MAX_HEADER))
-        header = json.loads(text)
-        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-        odd = {name: tensor["dtype"] for name, tensor in tensors.items() if tensor["dtype"] not in KINDS}
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or cut short: it has no readable header.") from error
+    try:
+        header = decode(text, dict[str, msgspec.Raw], "its header")
+        header.pop("__metadata__", None)
+        tensors = {name: decode(bytes(entry), _Entry, f"its header: {name[:100]}") for name, entry in header.items()}
+    except UserError as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from error
+    odd = [f"{name} ({entry.dtype[:100]})" for name, entry in tensors.items() if entry.dtype not in KINDS]
     if odd:
-        names = first_few([f"{name} ({kind})" for name, kind in odd.items()])
         raise UserError(
-            f"{path} holds tensors of a type that is not read: {names}. Convert them to F32, F16 or BF16 with the library that "
-            "wrote them."
+            f"{path} holds tensors of a type that is not read: {first_few(odd)}. Convert them to F32, F16 or BF16 with the "
+            "library that wrote them."
         )
     return length, tensors
 
@@ -87,14 +102,25 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file; bfloat16 and float16 become float32. Raises UserError if it is damaged, or holds a
     type of numbers that is not read."""
-    read_header(path)
+    _read_header(path)
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short: {error}.") from error
+        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
     halves = ("float16", "bfloat16")
     return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    base_model_name_or_path: str = "another model"
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+    """The file of each tensor."""
 
 
 def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
@@ -105,21 +131,19 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
     """
     index, adapter = source / "model.safetensors.index.json", source / "adapter_config.json"
     if adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path", "another model")
+        base = first_few([read_typed(adapter, _Adapter).base_model_name_or_path])
         raise UserError(
             f"{source} is an adapter of {base}, not a model; merge it into that with the library that made it."
         )
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, str] = {}
     if not source.is_dir():
         files = [source]
     elif (source / "model.safetensors").is_file():
         files = [source / "model.safetensors"]
     elif index.is_file():
-        wanted = read_json(index).get("weight_map") or {}
-        if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
-            raise UserError(f"{index} has no weight_map from tensors to files.")
+        wanted, present = read_typed(index, _Index).weight_map, {path.name for path in source.iterdir()}
         files = [source / name for name in sorted(set(wanted.values()))]
-        missing = [path.name for path in files if not path.is_file()]
+        missing = [name for name in sorted(set(wanted.values())) if name not in present]
         if missing:
             raise UserError(
                 f"{source} lacks {len(missing)} of the {len(files)} files that {index.name} names: {first_few(missing)}. "
@@ -166,32 +190,44 @@ class StoredTensor:
     """A tensor of a safetensors file, read (as float32) whenever it is asked for its numbers, and not kept."""
 
     path: Path
-    dtype: np.dtype
+    stored: np.dtype
     shape: tuple[int, ...]
     offset: int
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
+    """Type of the numbers it gives; jax takes an array's word for it."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        stored = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-        found = aligned(4 * stored.size, np.dtype(np.float32)).reshape(self.shape)  # jax takes that without a copy
-        found[...] = stored
-        return found if dtype is None else found.astype(dtype, copy=False)
+        stored = np.memmap(self.path, self.stored, "r", self.offset, self.shape)
+        array = aligned(4 * stored.size, self.dtype).reshape(self.shape)  # jax takes that without a copy
+        array[...] = stored
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file, none of them read. Raises UserError if it is damaged, or holds anything but floating
     point numbers."""
-    length, header = read_header(path)
+    length, header = _read_header(path)
     try:
         with safe_open(path, framework="numpy"):
             pass  # it has looked whether all is there
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short: {error}.") from error
-    return {
-        name: StoredTensor(
-            path, np.dtype(KINDS[tensor["dtype"]]), tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
-        )
-        for name, tensor in header.items()
+        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
+    tensors = {
+        name: StoredTensor(path, np.dtype(KINDS[entry.dtype]), entry.shape, 8 + length + entry.data_offsets[0])
+        for name, entry in header.items()
     }
+    check_floats({name: tensor.stored for name, tensor in tensors.items()}, str(path))
+    return tensors
+
+
+def check_floats(types: Mapping[str, np.dtype], where: str, shown: Callable[[str], str] = lambda name: name) -> None:
+    """Raise UserError naming the first few tensors that hold whole numbers or truth values instead of weights."""
+    odd = [f"{shown(name)} ({dtype.name})" for name, dtype in types.items() if dtype.kind in "biu"]
+    if odd:
+        raise UserError(
+            f"{where} holds weights that are no floating point numbers: {first_few(odd)}. Quantised weights of other libraries "
+            "are not read; take the checkpoint they were made of."
+        )
 
 
 def write_folder(

@@ -3,15 +3,18 @@
 Each key is used, without effect, or refused unless it has a value that changes nothing. All is read as transformers reads it.
 """
 
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 from tokenizers import AddedToken
 
+from ufbert.config.checks import shown
 from ufbert.data.tokenizer import note
 from ufbert.errors import UserError
-from ufbert.hub.tensors import read_json
+from ufbert.hub.tensors import first_few
+from ufbert.runtime.typed import Count, decode, read_typed, read_whole
 
 BERT_CLASSES = (
     "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "DPRContextEncoderTokenizer",
@@ -29,25 +32,50 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 """Keys that name special tokens, and those that they are here."""
-MORE_SPECIAL = ("bos_token", "eos_token")
-"""Keys of special tokens that nothing here asks for; they are found in texts."""
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 
-KINDS: dict[type, str] = {bool: "true or false", str: "a text", NoneType: "null", dict: "an object", list: "a list"}
-TOKEN = (str, dict, NoneType)
-USED: dict[str, tuple[type, ...]] = {
-    "tokenizer_class": (str, NoneType),
-    "do_lower_case": (bool,),
-    "strip_accents": (bool, NoneType),
-    "tokenize_chinese_chars": (bool,),
-    "added_tokens_decoder": (dict,),
-    **dict.fromkeys((*SPECIAL, *MORE_SPECIAL), TOKEN),
-    "additional_special_tokens": (list, NoneType),
-    "extra_special_tokens": (list, dict, NoneType),
-    "model_specific_special_tokens": (dict, NoneType),
-    "never_split": (list, NoneType),
-    "truncation_side": (str,),
-}
-"""Keys that count, and the kinds of JSON value they may have. The last two are without effect, but a line says so."""
+
+@dataclass(frozen=True)
+class FlaggedToken:
+    """A token as an object with flags."""
+
+    content: Text
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None
+    special: bool = False
+
+
+Token = Text | FlaggedToken
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Keys of `tokenizer_config.json` and `special_tokens_map.json` that count. `never_split` and `truncation_side` are without
+    effect, but a line says so."""
+
+    tokenizer_class: str | None = None
+    do_lower_case: bool = True
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool = True
+    added_tokens_decoder: dict[Count, Token] | None = None
+    pad_token: Token | None = None
+    unk_token: Token | None = None
+    cls_token: Token | None = None
+    sep_token: Token | None = None
+    mask_token: Token | None = None
+    bos_token: Token | None = None
+    eos_token: Token | None = None
+    additional_special_tokens: list[Token] | None = None
+    extra_special_tokens: list[Token] | dict[str, Token] | None = None
+    model_specific_special_tokens: dict[str, Token] | None = None
+    never_split: list[Any] | None = None
+    truncation_side: str = "right"
+
+
+DEFAULTS = TokenizerConfig()
+USED = tuple(field.name for field in fields(TokenizerConfig))
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "do_basic_tokenize": (True,),
     "word_tokenizer_type": ("basic", None),
@@ -81,8 +109,10 @@ class Settings(NamedTuple):
 
     kind: str
     """`tokenizer_class` without an ending `Fast`; empty where no file names one."""
-    values: dict[str, Any]
-    """Of `tokenizer_config.json` with `special_tokens_map.json` on top; the five special tokens are under `names`."""
+    config: TokenizerConfig
+    """`tokenizer_config.json` with `special_tokens_map.json` on top; the five special tokens are under `names`."""
+    harmless: dict[str, Any]
+    """Values of the keys of HARMLESS."""
     names: dict[str, str]
     """What the folder calls some of SPECIAL_TOKENS."""
     numbered: dict[int, AddedToken]
@@ -96,22 +126,31 @@ def read_settings(folder: Path) -> Settings:
 
     Raises UserError, naming file and key, for a value of the wrong kind.
     """
-    path = folder / "tokenizer_config.json"
-    values = read_json(path) if path.is_file() else {}
-    _check(values, path)
-    if "added_tokens_decoder" in values:
-        numbered = {
-            _number(number, path): _token(token, path, number)
-            for number, token in values["added_tokens_decoder"].items()
-        }
-        special = _special(values, path)
+    path, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    values = _read(path)
+    if "added_tokens_decoder" not in values:
+        table = _read(folder / "special_tokens_map.json")
+        for key in ("additional_special_tokens", "extra_special_tokens"):  # lists join those of the configuration
+            if isinstance(table.get(key), list):
+                earlier = values.get(key) or []
+                table[key] = [*earlier, *(token for token in table[key] if token not in earlier)]
+        values |= table
+    used = {key: value for key, value in values.items() if key in USED}
+    config = decode(msgspec.json.encode(used), TokenizerConfig, str(path))
+    special = _special(config)
+    if config.added_tokens_decoder is not None:
+        numbered = {number: _added(token) for number, token in config.added_tokens_decoder.items()}
     else:
-        values = values | _special_map(folder / "special_tokens_map.json", values)
-        special = _special(values, path)
         marked = {token.content for token in special}
-        numbered = _added(folder / "added_tokens.json", marked)
-    names = {SPECIAL[key]: _token(values[key], path, key).content for key in SPECIAL if values.get(key) is not None}
-    return Settings(_class(folder, values), values, names, numbered, special)
+        numbered = {
+            number: AddedToken(content, normalized=content not in marked, special=content in marked)
+            for content, number in (read_typed(added, dict[str, Count]) if added.is_file() else {}).items()
+        }
+    tokens = {SPECIAL[key]: getattr(config, key) for key in SPECIAL}
+    names = {name: _added(token).content for name, token in tokens.items() if token is not None}
+    kind = config.tokenizer_class or _early_class(folder / "config.json") or ""
+    harmless = {key: value for key, value in values.items() if key in HARMLESS}
+    return Settings(kind.removesuffix("Fast"), config, harmless, names, numbered, special)
 
 
 def check_read(settings: Settings, folder: Path) -> None:
@@ -122,85 +161,53 @@ def check_read(settings: Settings, folder: Path) -> None:
         way_out += f" ({folder / 'tokenizer.json'} would be taken as it stands)"
     if kind and kind not in BERT_CLASSES and not (kind in FILE_CLASSES and has_file):
         why = "which only a tokenizer.json describes" if kind in FILE_CLASSES else "which is not read here"
-        raise UserError(f"The tokenizer of {folder} is a {kind}, {why}. {way_out}.")
+        raise UserError(f"The tokenizer of {folder} is a {kind[:100]}, {why}. {way_out}.")
     for key, harmless in HARMLESS.items():
-        value = settings.values.get(key, harmless[0])
+        value = settings.harmless.get(key, harmless[0])
         if not any(value == good and type(value) is type(good) for good in harmless):
-            raise UserError(f"The tokenizer of {folder} has {key} {value!r}, which is not read here. {way_out}.")
+            raise UserError(f"The tokenizer of {folder} has {key} {shown(value)}, which is not read here. {way_out}.")
 
 
-def _class(folder: Path, values: dict[str, Any]) -> str:
-    """The class's name, which an early folder keeps in `config.json`."""
-    config = folder / "config.json"
-    name = values.get("tokenizer_class") or (read_json(config).get("tokenizer_class") if config.is_file() else None)
-    return str(name or "").removesuffix("Fast")
+@dataclass(frozen=True)
+class _EarlyClass:
+    tokenizer_class: str | None = None
 
 
-def _check(values: dict[str, Any], path: Path) -> None:
-    """Refuse values of the wrong kind, and name what is read over."""
-    for key, value in values.items():
-        if key in USED and not isinstance(value, USED[key]):
-            kinds = " or ".join(KINDS[kind] for kind in USED[key])
-            raise UserError(f"{path}: {key} is {value!r}, and should be {kinds}; mend it or leave it out.")
-    if values.get("never_split"):
+def _early_class(path: Path) -> str | None:
+    """The class's name in `config.json`, where an early folder keeps it."""
+    return read_typed(path, _EarlyClass).tokenizer_class if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a file, those that count of the right kind; a line names what is read over."""
+    if not path.is_file():
+        return {}
+    data = read_whole(path)
+    config = decode(data, TokenizerConfig, str(path))
+    values = decode(data, dict[str, Any], str(path))
+    if config.never_split:
         note(f"never_split of {path} changes nothing, as in the fast classes of transformers")
-    if values.get("truncation_side", "right") != "right":
+    if config.truncation_side != "right":
         note(f"truncation_side of {path} changes nothing: what is cut here is the end of a text")
     unknown = [key for key in values if key not in USED and key not in HARMLESS and key not in WITHOUT_EFFECT]
     if unknown:
-        note(f"{path} has settings that are not known here and change nothing: {', '.join(unknown)}")
+        note(f"{path} has settings that are not known here and change nothing: {first_few(unknown, 20)}")
+    return values
 
 
-def _special_map(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """`special_tokens_map.json`, whose lists join those of `values`."""
-    table = read_json(path) if path.is_file() else {}
-    _check(table, path)
-    _special(table, path)
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(table.get(key), list):
-            earlier = values.get(key) or []
-            table[key] = [*earlier, *(token for token in table[key] if token not in earlier)]
-    return table
-
-
-def _special(values: dict[str, Any], path: Path) -> list[AddedToken]:
-    """The special tokens that the values name, in the order in which transformers adds them."""
+def _special(config: TokenizerConfig) -> list[AddedToken]:
+    """The special tokens that the settings name, in the order in which transformers adds them."""
     keys = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    tokens = [_token(values[key], path, key, special=True) for key in keys if values.get(key) is not None]
+    tokens = [token for key in keys if (token := getattr(config, key)) is not None]
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
-        group = values.get(key) or []
-        for token in group.values() if isinstance(group, dict) else group:
-            tokens.append(_token(token, path, key, special=True))
-    return tokens
+        group = getattr(config, key) or []
+        tokens += group.values() if isinstance(group, dict) else group
+    return [_added(token, special=True) for token in tokens]
 
 
-def _added(path: Path, special: set[str]) -> dict[int, AddedToken]:
-    """`added_tokens.json`: {"[E1]": 114, ...}."""
-    table = read_json(path) if path.is_file() else {}
-    return {
-        _number(number, path): AddedToken(content, normalized=content not in special, special=content in special)
-        for content, number in table.items()
-    }
-
-
-def _number(value: Any, path: Path) -> int:
-    try:
-        if isinstance(value, (int, str)) and not isinstance(value, bool) and int(value) >= 0:
-            return int(value)
-    except ValueError:
-        pass
-    raise UserError(f"{path}: the id of an added token is {value!r}, and should be a whole number; mend it.")
-
-
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _token(value: Any, path: Path, key: str, special: bool = False) -> AddedToken:
-    """A token as a text or as an object with flags."""
-    if isinstance(value, str) and value:
-        return AddedToken(value, normalized=not special, special=special)
-    flags = {name: flag for name, flag in value.items() if name in FLAGS} if isinstance(value, dict) else {}
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, str) or not content or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise UserError(f"{path}: {key} has {value!r} for a token; write its text, or an object with `content`.")
-    return AddedToken(content, **(flags | ({"special": True} if special else {})))
+def _added(token: Token, *, special: bool = False) -> AddedToken:
+    """A token for the tokenizers library."""
+    if isinstance(token, str):
+        return AddedToken(token, normalized=not special, special=special)
+    flags = {name: flag for name, flag in vars(token).items() if flag is not None and name != "content"}
+    return AddedToken(token.content, **flags | ({"special": True} if special else {}))

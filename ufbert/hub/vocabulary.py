@@ -1,23 +1,46 @@
 """Tokenizers of other libraries, in and out."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ufbert.data.tokenizer import SPECIAL_TOKENS, known_name, made_fit, note, special_names, wrap, wrapping
+from ufbert.config.checks import shown
+from ufbert.data.tokenizer import (
+    SPECIAL_TOKENS,
+    known_name,
+    library_errors,
+    made_fit,
+    note,
+    special_names,
+    wrap,
+    wrapping,
+)
 from ufbert.errors import UserError
-from ufbert.hub.tensors import read_json, refuse_pointer
-from ufbert.hub.tokenizer_settings import BERT_CLASSES, FILE_CLASSES, Settings, check_read, read_settings
+from ufbert.hub.tensors import first_few
+from ufbert.hub.tokenizer_settings import (
+    BERT_CLASSES,
+    DEFAULTS,
+    FILE_CLASSES,
+    Settings,
+    TokenizerConfig,
+    check_read,
+    read_settings,
+)
+from ufbert.runtime.typed import convert, read_typed, read_whole
 
 STATE = ("truncation", "padding")
 """Parts of a `tokenizer.json` that are about the call during which it was saved; they are taken off."""
 PARTS = ("version", *STATE, "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 TOKEN_FIELDS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
+Id = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 MODEL_FIELDS = {
     "WordPiece": ("type", "vocab", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word"),
     "BPE": (
@@ -32,12 +55,36 @@ NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merge
 """Vocabularies of other libraries that a folder may have instead."""
 
 
+@dataclass(frozen=True)
+class _Token:
+    id: Id
+    content: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    type: Literal["WordPiece", "BPE", "WordLevel", "Unigram"] | None = None
+    vocab: dict[str, Id] | list[tuple[str, float]] = field(default_factory=dict)
+    max_input_chars_per_word: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    """Longest word that WordPiece cuts; the time that takes grows with the cube of its length."""
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class _TokenizerFile:
+    """The parts of a `tokenizer.json` that are looked at here; the library reads them all."""
+
+    model: _Model
+    added_tokens: list[_Token] | None = None
+
+
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, fit for use here (`made_fit`).
 
     Raises UserError if it cannot be read, has parts that are not known, or lacks a special token.
     """
-    return made_fit(_parsed(Path(path)), str(path))
+    with library_errors(str(path)):
+        return made_fit(_parsed(Path(path)), str(path))
 
 
 def read_for_training(path: str | Path) -> Tokenizer:
@@ -55,15 +102,20 @@ def find_tokenizer(folder: Path, given: str) -> Tokenizer:
 
     Raises UserError if there is none, if it is of a kind that is not read, or if it lacks a special token.
     """
-    if given:
-        path = Path(given)
-        if not path.is_file():
-            raise UserError(f"The tokenizer {given} is not a file. Name one with --tokenizer FILE.")
-        if path.suffix != ".txt":
-            return _told(read_tokenizer(path), path)
-        beside = path.parent / "tokenizer_config.json"
-        settings = read_settings(path.parent if beside.is_file() else folder)
-        return _of_vocabulary(path, settings)
+    with library_errors(given or str(folder)):
+        return _given(folder, Path(given)) if given else _of_folder(folder)
+
+
+def _given(folder: Path, path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise UserError(f"The tokenizer {path} is not a file. Name one with --tokenizer FILE.")
+    if path.suffix != ".txt":
+        return _told(read_tokenizer(path), path)
+    has_settings = (path.parent / "tokenizer_config.json").is_file()
+    return _of_vocabulary(path, read_settings(path.parent if has_settings else folder))
+
+
+def _of_folder(folder: Path) -> Tokenizer:
     settings = read_settings(folder)
     path = folder / "tokenizer.json"
     check_read(settings, folder)
@@ -88,53 +140,74 @@ def _told(tokenizer: Tokenizer, path: Path) -> Tokenizer:
 
 def _parsed(path: Path) -> Tokenizer:
     """The tokenizer of a file, without what is no part of tokenising; a line says what was taken off."""
-    state = read_json(path)
-    _check_parts(state, path)
+    state = read_typed(path, dict[str, Any])
+    known = convert(state, _TokenizerFile, str(path))
+    _check_parts(state, known.model, path)
     for name in STATE:
         if state.get(name) is not None:
-            note(f"{path} has a stored {name} ({_shown(state[name])}), which is taken off")
+            note(f"{path} has a stored {name} ({_facts(state[name])}), which is taken off")
             state[name] = None
-    if state["model"].get("dropout"):
-        note(f"{path} leaves out merges at random (dropout {state['model']['dropout']}), which is taken off")
+    if known.model.dropout:
+        note(f"{path} leaves out merges at random (dropout {known.model.dropout}), which is taken off")
         state["model"]["dropout"] = None
-    try:
+    with library_errors(f"{path} is not a readable tokenizer", "Save it anew, or name another file."):
         tokenizer = Tokenizer.from_str(json.dumps(state))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a readable tokenizer: {error}. Save it anew, or name another file.") from error
-    for token in state.get("added_tokens") or ():
-        _check_id(tokenizer, token["content"], token["id"], path)
+    if max(_growth(state.get(part)) for part in PARTS) > MOST_GROWTH:
+        raise UserError(f"{path} can make a text more than {MOST_GROWTH} times longer; take another tokenizer.")
+    for character in "aA1 .\n" if '"Regex"' in json.dumps(state) else "":  # a pattern that explodes does so here
+        tokenizer.encode(2000 * character + "!")
+    for token in known.added_tokens or ():
+        _check_id(tokenizer, token.content, token.id, path)
     return tokenizer
 
 
-def _shown(state: Any) -> str:
+def _facts(state: Any) -> str:
     facts = state.items() if isinstance(state, dict) else ()
-    return ", ".join(f"{name} {value}" for name, value in facts if name in ("max_length", "strategy")) or str(state)
+    named = ", ".join(f"{name} {shown(value)}" for name, value in facts if name in ("max_length", "strategy"))
+    return named or shown(state)
 
 
-def _check_parts(state: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a part that no known version of the library has, for it may change the tokens."""
-    model, tokens = state.get("model"), state.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(tokens, list):
-        raise UserError(
-            f"{path} is not a tokenizer.json: it has no `model`, or `added_tokens` is no list. Save it anew."
-        )
-    kind = model.get("type")
-    if kind is not None and kind not in MODEL_FIELDS:
-        raise UserError(f"{path} has a model of type {kind!r}; there are {', '.join(MODEL_FIELDS)}. Take another one.")
-    known = MODEL_FIELDS[kind] if kind else {name for names in MODEL_FIELDS.values() for name in names}
-    odd = [name for name in state if name not in PARTS] + [f"model.{name}" for name in model if name not in known]
-    for token in tokens:
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
-            raise UserError(f"{path}: the added token {token!r} needs a text `content` and a whole `id`; mend it.")
-        odd += [f"added_tokens.{name}" for name in token if name not in TOKEN_FIELDS]
-    vocab = model.get("vocab")
-    if isinstance(vocab, dict) and len(set(map(repr, vocab.values()))) < len(vocab):
-        number, times = Counter(map(repr, vocab.values())).most_common(1)[0]
+MOST_GROWTH = 100
+"""Times that a tokenizer may lengthen a text before it cuts it into pieces; those that people use stay below 40."""
+
+
+def _growth(part: Any) -> int:
+    """How many times longer a normalizer, pre-tokenizer, post-processor or decoder can make a text; sequences multiply."""
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    times = math.prod(_growth(value) for value in inner if isinstance(value, (dict, list)))
+    match part:
+        case {"type": "Replace", "content": str(content), "pattern": {"String": str(pattern)}}:
+            return times * max(1, math.ceil(len(content) / max(1, len(pattern))))
+        case {"type": "Replace", "content": str(content)}:  # a pattern that may match nothing, before every character
+            return times * (len(content) + 1)
+        case {"type": "ByteLevel"}:
+            return times * 2
+        case {"type": "Precompiled"}:
+            return times * 18  # the longest that Unicode's compatibility forms make of a character
+        case {"type": "TemplateProcessing", "single": [*single], "pair": [*pair]}:
+            return times * max(1, *(json.dumps(pieces).count('"Sequence"') for pieces in (single, pair)))
+    return times
+
+
+def _check_parts(state: dict[str, Any], model: _Model, path: Path) -> None:
+    """Raise UserError for a part that no known version of the library has, for it may change the tokens."""
+    fields = MODEL_FIELDS[model.type] if model.type else {name for names in MODEL_FIELDS.values() for name in names}
+    odd = [name for name in state if name not in PARTS] + [
+        f"model.{name}" for name in state["model"] if name not in fields
+    ]
+    odd += [
+        f"added_tokens.{name}"
+        for token in state.get("added_tokens") or ()
+        for name in token
+        if name not in TOKEN_FIELDS
+    ]
+    if odd:
+        raise UserError(f"{path} has parts that are not known here: {first_few(dict.fromkeys(odd))}. Remove them.")
+    if isinstance(model.vocab, dict) and len(set(model.vocab.values())) < len(model.vocab):
+        number, times = Counter(model.vocab.values()).most_common(1)[0]
         raise UserError(
             f"{path} gives {times} pieces the id {number}, of which the library keeps one. Number them anew."
         )
-    if odd:
-        raise UserError(f"{path} has parts that are not known here: {', '.join(dict.fromkeys(odd))}. Remove them.")
 
 
 def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> None:
@@ -142,7 +215,7 @@ def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> N
     number = tokenizer.token_to_id(content)
     if number != wanted:
         raise UserError(
-            f"{where} gives the added token {content!r} the id {wanted}, and the tokenizers library {number}; "
+            f"{where} gives the added token {shown(content)} the id {wanted}, and the tokenizers library {number}; "
             "add it to the vocabulary itself."
         )
 
@@ -152,7 +225,7 @@ def _of_file(path: Path, settings: Settings) -> Tokenizer:
     tokenizer = _parsed(path)
     normalizer = (json.loads(tokenizer.to_str()).get("normalizer")) or {}
     if normalizer.get("type") == "BertNormalizer" and settings.kind not in FILE_CLASSES:
-        theirs = _bert_normalizer(settings.values)
+        theirs = _bert_normalizer(settings.config)
         named = {"lowercase": "do_lower_case", "strip_accents": "strip_accents"}
         named["handle_chinese_chars"] = "tokenize_chinese_chars"
         changed = {named[name]: value for name, value in theirs.items() if normalizer[name] != value}
@@ -169,39 +242,38 @@ def _of_file(path: Path, settings: Settings) -> Tokenizer:
     return tokenizer
 
 
-def _bert_normalizer(values: Mapping[str, Any]) -> dict[str, Any]:
+def _bert_normalizer(config: TokenizerConfig) -> dict[str, Any]:
     """BertNormalizer's arguments by `tokenizer_config.json`, or the defaults of BERT's classes."""
     return {
-        "lowercase": values.get("do_lower_case", True),
-        "strip_accents": values.get("strip_accents"),
-        "handle_chinese_chars": values.get("tokenize_chinese_chars", True),
+        "lowercase": config.do_lower_case,
+        "strip_accents": config.strip_accents,
+        "handle_chinese_chars": config.tokenize_chinese_chars,
     }
 
 
 def _of_vocabulary(path: Path, settings: Settings) -> Tokenizer:
-    tokenizer = wordpiece(path, settings.values, settings.names)
+    tokenizer = wordpiece(path, settings.config, settings.names)
     _add(tokenizer, settings, path.parent, flags_count=True)
     return made_fit(tokenizer, str(path), settings.names)
 
 
-def wordpiece(path: Path, values: dict[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
-    """BERT's WordPiece tokenizer from a `vocab.txt`, one piece a line, with the values of `tokenizer_config.json` and its names
-    of some of the special tokens. An empty line has no piece; of two equal ones the last counts."""
+def wordpiece(
+    path: Path, config: TokenizerConfig = DEFAULTS, names: Mapping[str, str] = MappingProxyType({})
+) -> Tokenizer:
+    """BERT's WordPiece tokenizer from a `vocab.txt`, one piece a line, with the settings of `tokenizer_config.json` and its
+    names of some of the special tokens. An empty line has no piece; of two equal ones the last counts."""
     try:
-        refuse_pointer(path)
-        pieces = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        pieces = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    except UnicodeDecodeError as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
-    if pieces[0].startswith("version https://git-lfs"):
-        raise UserError(f"{path} is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`.")
     vocabulary = {piece: number for number, piece in enumerate(pieces) if piece}
     unknown = next((name for name in (names.get("[UNK]"), "[UNK]", "<unk>") if name in vocabulary), None)
     if unknown is None:
         raise UserError(
-            f"{path} has no {names.get('[UNK]', '[UNK]')}; add it, or name another file with --tokenizer FILE."
+            f"{path} has no {names.get('[UNK]', '[UNK]')[:100]}; add it, or name another file with --tokenizer FILE."
         )
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(clean_text=True, **_bert_normalizer(values))
+    tokenizer.normalizer = normalizers.BertNormalizer(clean_text=True, **_bert_normalizer(config))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     own = {token: names.get(token) or known_name(tokenizer, token) for token in SPECIAL_TOKENS}
