@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,6 @@ from conftest import write_sweep
 
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.config.presets import preset_folder
-from ufbert.config.stored import to_json
 from ufbert.data.prepared import Manifest, read_manifest
 from ufbert.errors import UserError
 from ufbert.glue import sweep
@@ -121,11 +120,11 @@ READERS = [
         dict[str, tuple[Point, ...]],
     ),
     Reader(
-        "model settings", "model.json", written("model.json", to_json(ModelConfig())),
+        "model settings", "model.json", written("model.json", asdict(ModelConfig())),
         lambda folder: read_typed(folder / "model.json", ModelConfig, exact=True), ModelConfig,
     ),
     Reader(
-        "fine-tuning settings", "tune.json", written("tune.json", to_json(FinetuneConfig())),
+        "fine-tuning settings", "tune.json", written("tune.json", asdict(FinetuneConfig())),
         lambda folder: read_typed(folder / "tune.json", FinetuneConfig, exact=True), FinetuneConfig,
     ),
     Reader(

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from jax import export
 from ufbert import nn
 from ufbert.config import ModelConfig, PretrainConfig, RunConfig
 from ufbert.config.presets import load_preset, preset_folder, preset_names, preset_summary, scaled, with_recipe
-from ufbert.config.stored import from_json, to_json
 from ufbert.cost.flops import forward_flops_per_token, neurons
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
+from ufbert.runtime.typed import convert
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 
@@ -56,7 +56,7 @@ def test_presets_trace_and_describe_themselves(name):
     hidden, aux = jax.eval_shape(lambda p, i: nn.encode(p, config.model, i, i), tree, ids)
     assert hidden.shape == (2, config.data.seq_len, config.model.d_model)
     assert not jax.tree.leaves(aux)
-    assert from_json(RunConfig, to_json(config), "here") == config
+    assert convert(asdict(config), RunConfig, "here") == config
     documentation = (preset_folder() / f"{name}.py").read_text().split('"""')[1]
     for part in ("Paper:", f"--config={name}", "Expected:", "Cost:"):
         assert part in documentation, part
@@ -224,7 +224,7 @@ def test_impossible_settings_are_refused():
     with pytest.raises(UserError, match="capacity_factor is 0"):
         ModelConfig(capacity_factor=0.0)
     with pytest.raises(UserError, match="does not know: n_layrs"):
-        from_json(ModelConfig, {"n_layrs": 3}, "config.json")
+        convert({"n_layrs": 3}, ModelConfig, "config.json", exact=True)
 
 
 def test_the_modern_recipe_is_a_set_of_fields_over_the_same_model():

@@ -1,7 +1,7 @@
 """Every field of another library's config.json is used, without effect, or refused by name."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import pytest
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from ufbert.config.checks import check_kinds
-from ufbert.config.stored import from_json, to_json
 from ufbert.errors import UserError
 from ufbert.hub import crammed
 from ufbert.hub.convert import import_weights
 from ufbert.hub.fields import COMMON_USED, read_answers, read_fields, unread
 from ufbert.hub.folder import TaskInfo
 from ufbert.hub.formats import FORMATS, Format, configuration
+from ufbert.runtime.typed import convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LIBRARIES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("foreign_fields.json").read_text())
@@ -275,16 +275,16 @@ def test_our_own_settings_are_checked_one_by_one(cls):
     for field in fields(cls):
         for odd in ("x", None, [[]], {"a": 1}, float("nan")):
             with pytest.raises(UserError, match=rf"^here: {field.name} is .*; it must"):
-                from_json(cls, to_json(cls()) | {field.name: odd}, "here")
+                convert(asdict(cls()) | {field.name: odd}, cls, "here")
             with pytest.raises(UserError, match=rf"^model\.{field.name} is"):
                 check_kinds(cls, {field.name: odd}, "model.")  # what a constructor asks first
-    with pytest.raises(UserError, match="object of settings"):
-        from_json(cls, [1], "here")
+    with pytest.raises(UserError, match="where an object belongs"):
+        convert([1], cls, "here")
 
 
 def test_settings_have_upper_bounds():
     for name in ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "pad_id"):
         with pytest.raises(UserError, match=rf"model\.{name} is"):
             replace(ModelConfig(), **{name: 10**30})
-    with pytest.raises(UserError, match=r"here: labels is"):
-        from_json(TaskInfo, {"name": "x", "labels": ["a", 1], "metrics": {}}, "here")
+    with pytest.raises(UserError, match=r"here: labels\[1\] is"):
+        convert({"name": "x", "labels": ["a", 1], "metrics": {}}, TaskInfo, "here")

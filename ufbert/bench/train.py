@@ -16,7 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from ufbert.bench.harness import Entry, alternate, machine_facts, our_program, p
 from ufbert.bench.report import machine_lines, require_folders, write_json
 from ufbert.bench.worker import Answers, serve, step_answers
 from ufbert.config import RunConfig
-from ufbert.config.stored import from_json, to_json
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
 from ufbert.hub.folder import flatten, unflatten
@@ -40,6 +39,7 @@ from ufbert.pretrain.budget import Budget
 from ufbert.pretrain.resolve import local_platform, resolve
 from ufbert.pretrain.step import StepInputs, build_steps, mask_rows, state_of
 from ufbert.runtime.device import usable_threads, use_device
+from ufbert.runtime.typed import convert
 
 PEER_SCRIPT = Path(__file__).parent / "train_torch_peer.py"
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -150,7 +150,7 @@ def measure(options: BenchTrainOptions) -> dict[str, Any]:
     return {
         "machine": machine | {"load_after": os.getloadavg()[0]},
         "job": {name: getattr(options, name) for name in ("rows", "checked", "updates", "blocks", "seed")}
-        | {"run": to_json(run)},
+        | {"run": asdict(run)},
         "contestants": [
             {
                 "name": name, "facts": process.facts, "block_seconds": seconds[name], "first_losses": losses[name],
@@ -213,14 +213,14 @@ def write_job(folder: Path, run: RunConfig, options: BenchTrainOptions) -> None:
     params: dict[str, Any] = flatten(nn.init(run.model, jax.random.key(options.seed)))
     np.savez(folder / "batches.npz", **batches)
     np.savez(folder / "params.npz", **params)
-    job = {"run": to_json(run), "lr": LR_SHARE * run.train.peak_lr, "seed": options.seed}
+    job = {"run": asdict(run), "lr": LR_SHARE * run.train.peak_lr, "seed": options.seed}
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
 
 
 def make_step(folder: Path) -> Callable[[int], jax.Array]:
     """Return a training step on the job in `folder`: number of a batch to its mean loss. The state stays inside."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    run = from_json(RunConfig, job["run"], "job.json")
+    run = convert(job["run"], RunConfig, "job.json")
     flat, rows = np.load(folder / "params.npz"), np.load(folder / "batches.npz")["rows"]
     params = {"masked_lm": {}} | unflatten({name: jnp.asarray(flat[name]) for name in flat.files})
     state, steps = state_of(run, params), build_steps(run, SPECIAL)

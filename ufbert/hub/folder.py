@@ -4,7 +4,7 @@ Tensors are stored under their path in the parameter tree, joined by dots (`enco
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,14 @@ from tokenizers import Tokenizer
 from ufbert import nn
 from ufbert.config import ModelConfig
 from ufbert.config.checks import check_kinds
-from ufbert.config.stored import FORMAT_VERSION, to_json
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
 from ufbert.hub.layout import check_tensors
 from ufbert.hub.tensors import read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
+
+FORMAT_VERSION = 1
+"""Version of `config.json` of a model folder; a folder of a newer format is refused."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
 
     Raises UserError if the disk refuses.
     """
-    config = {"format": "ufbert", "format_version": FORMAT_VERSION, "model": to_json(model.config)}
+    config = {"format": "ufbert", "format_version": FORMAT_VERSION, "model": asdict(model.config)}
     config["heads"] = list(model.heads)
     if model.task is not None:
-        config["task"] = to_json(model.task)
+        config["task"] = asdict(model.task)
     flat = {name: np.asarray(array, dtype=np.float32) for name, array in flatten(model.params).items()}
     tokenizer = model.tokenizer.to_str(pretty=True)
     write_folder(folder, flat, {"config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": tokenizer})

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ufbert import nn
-from ufbert.config.stored import to_json
 from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
@@ -312,7 +311,7 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
 
 def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
     """Return the identity of this run, which its checkpoints carry."""
-    facts = json.dumps({"run": to_json(options.run), "seed": options.seed, "budget": options.budget}, sort_keys=True)
+    facts = json.dumps({"run": asdict(options.run), "seed": options.seed, "budget": options.budget}, sort_keys=True)
     return {
         "configuration": hashlib.sha256(facts.encode()).hexdigest(),
         "tokenizer": data.manifest.tokenizer_sha256,

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from ufbert.config import Device, Recipe, RunConfig, Scale
-from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import Count, decode, read_typed, read_whole
 
-FORMAT = "ufbert-run"
+FORMAT, FORMAT_VERSION = "ufbert-run", 1
+"""A folder of a newer format is refused."""
 CONFIG_FILE, SUMMARY_FILE, WHEN_DONE_FILE = "config.json", "summary.json", "when_done.json"
 
 Number = Annotated[float, Meta(ge=0, le=1e15)]
