@@ -76,8 +76,8 @@ def test_no_rate_or_share_may_be_negative():
         (TrainOptions, {"price": math.nan}, r"--price is nan; it must be a finite number"),
         (TrainOptions, {"max_hours_wall": -1.0}, r"--max-hours-wall is -1\.0"),
         (FinetuneOptions, {"model": "x", "train_rows": -1}, r"--train-rows is -1; it must lie between 0"),
-        (FinetuneOptions, {"model": "x", "labels": "values"}, "--labels is for a task of your own"),
-        (FinetuneOptions, {"model": "x", "labels": "values", "task_file": "t.json"}, "a task file says it itself"),
+        (FinetuneOptions, {"model": "x", "labels": "values"}, "--labels goes with --train"),
+        (FinetuneOptions, {"model": "x", "labels": "values", "task_file": "t.json"}, "--labels goes with --train"),
         (
             RunConfig,
             {"data": DataConfig(seq_len=3), "train": PretrainConfig(mask_rate=(0.15,))},
