@@ -128,15 +128,18 @@ def parse[Options](cls: type[Options], args: Sequence[str], prog: str) -> tuple[
 
 
 def _defaults(cls: Any) -> Any:
-    """Return default options of a subclass of `cls` that checks nothing: values are checked once a preset is below them."""
-    values = {}
-    for field in fields(cls):
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            values[field.name] = _defaults(field.type)
-        elif field.default is MISSING:
-            values[field.name] = tyro.MISSING
+    """Return default options of a subclass of `cls` that checks nothing: values are checked once a preset is below them.
+
+    An option without a default is tyro's MISSING, so the instance is made without its constructor.
+    """
     namespace = {"__post_init__": lambda self: None, "__doc__": cls.__doc__, "__module__": cls.__module__}
-    return type(cls.__name__, (cls,), namespace)(**values)
+    options = object.__new__(type(cls.__name__, (cls,), namespace))
+    for field in fields(cls):
+        value = field.default if field.default is not MISSING else tyro.MISSING
+        if field.default_factory is not MISSING:
+            value = _defaults(field.type) if is_dataclass(field.type) else field.default_factory()
+        object.__setattr__(options, field.name, value)
+    return options
 
 
 def _with_preset(default: Any, words: Sequence[str]) -> Any:

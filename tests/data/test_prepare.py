@@ -212,7 +212,7 @@ def test_the_manifest_says_where_the_rows_come_from(corpus_file, tmp_path):
     manifest = made(open_corpus(f"text:{corpus_file}"), tmp_path / "data", CLEAN).manifest
     assert manifest.corpus == f"text:{corpus_file}"
     assert manifest.source["files"] == [[corpus_file.stat().st_size, corpus_file.stat().st_mtime_ns]]
-    assert manifest.recipe["near_window"] == 1000
+    assert manifest.recipe.near_window == 1000
     assert manifest.documents_read == 400
     assert manifest.characters_read == len(corpus_file.read_text()) - 2 * 399 - 1
     assert sum(gone["documents"] for gone in manifest.removed.values()) == 400 - manifest.documents > 0

@@ -367,7 +367,7 @@ def test_cuts_are_read_as_their_task_and_named_by_their_folder(tmp_path):
         ("sst2,mnli", r"not have all of MNLI: there is no .*MNLI/dev_matched\.tsv\."),
         ("qqp-10", r"no task 'qqp-10'; did you mean QQP-10k\?"),
         ("sst3", r"no task 'sst3'; did you mean sst2\?"),
-        ("banana", "known are cola"),
+        ("banana", "known are QQP-10k, cola, sst2"),
         (" ,", "No task is named"),
     ],
 )

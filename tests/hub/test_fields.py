@@ -274,7 +274,7 @@ def test_labels_and_problems_that_do_not_fit_are_refused(values, count, words):
 def test_our_own_settings_are_checked_one_by_one(cls):
     for field in fields(cls):
         for odd in ("x", None, [[]], {"a": 1}, float("nan")):
-            with pytest.raises(UserError, match=rf"^here: {field.name} is .*; it must"):
+            with pytest.raises(UserError, match=rf"^here: (\w+\.)?{field.name}(\[0\]+)* is .*; it must"):
                 convert(asdict(cls()) | {field.name: odd}, cls, "here")
             with pytest.raises(UserError, match=rf"^model\.{field.name} is"):
                 check_kinds(cls, {field.name: odd}, "model.")  # what a constructor asks first

@@ -154,7 +154,7 @@ def test_a_pointer_of_git_lfs_is_said_to_be_one(tmp_path):
 def test_a_config_that_is_no_object_is_a_sentence(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(
-        UserError, match=r"config\.json (holds .* where an object belongs|is not readable JSON|: a is 9{9,})"
+        UserError, match=r"config\.json:? (holds .* where an object belongs|is not readable JSON|a is 9{9,})"
     ):
         read_typed(tmp_path / "config.json", dict[str, Any])
 

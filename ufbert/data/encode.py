@@ -75,9 +75,11 @@ def encode_texts(
     with _tokenizer_lock:
         tokenizer.no_padding()
         tokenizer.enable_truncation(limit)
-        with library_errors("A text"):
-            encodings = tokenizer.encode_batch(rows)
-        tokenizer.no_truncation()
+        try:
+            with library_errors("A text"):
+                encodings = tokenizer.encode_batch(rows)
+        finally:
+            tokenizer.no_truncation()
     ids, types = [row.ids for row in encodings], [row.type_ids for row in encodings]
     return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in encodings))
 

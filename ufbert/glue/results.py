@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ufbert.config.stored import FORMAT_VERSION
 from ufbert.errors import UserError
 from ufbert.glue.metrics import METRICS
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import Count, decode, read_whole
 
-FORMAT = "ufbert-glue"
+FORMAT, FORMAT_VERSION = "ufbert-glue", 1
 Scores = dict[str, float]
 """Metrics by name, as numbers between -1 and 1."""
 Point = dict[str, int | float]

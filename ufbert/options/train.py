@@ -109,7 +109,7 @@ class PlanOptions(RunOptions):
 
     def __post_init__(self) -> None:
         if not (0 <= self.price < float("inf") and 0 <= self.corpus_tokens < float("inf")):
-            raise UserError("--price and --corpus-tokens must be finite and not negative.")
+            raise UserError("--price and --corpus-tokens must not be negative or infinite.")
 
 
 @dataclass(frozen=True)
