@@ -19,14 +19,16 @@ from ufbert.cost.flops import forward_flops_per_token, neurons, routing_flops_pe
 from ufbert.data.encode import encode_texts
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
+from ufbert.glue.run import finetune
 from ufbert.hub import onnx_export
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.nn import registry
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, register_feedforward, register_mixer
+from ufbert.options.finetune import FinetuneOptions
 from ufbert.pretrain.optim import groups
-from ufbert.pretrain.step import Controls, build_steps, init_state
+from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 MODEL = ModelConfig(
     vocab_size=60, max_len=8, d_model=16, n_layers=2, n_heads=2, d_hidden=12, tree_depth=2, leaf_width=3, n_experts=2,
@@ -88,9 +90,9 @@ def test_the_entry_of_every_kind_holds_for_its_layer(preset, kind):
         assert group == "adamw" or len(shape.shape) == 2
 
     state = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(0))
-    controls = Controls(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))
+    inputs = StepInputs(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))
     steps = build_steps(run, SpecialIds(0, 1, 2, 3, 4))
-    after, _ = jax.eval_shape(steps.update, state, jnp.zeros((2, 8), jnp.int32), jax.random.key(1), controls)
+    after, _ = jax.eval_shape(steps.train_step, state, jnp.zeros((2, 8), jnp.int32), jax.random.key(1), inputs)
     assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
 
     function, shapes = layer.timed_part(model, 2, 8)
@@ -117,18 +119,10 @@ def test_a_layer_of_ones_own_is_fine_tuned_and_predicts(trained, tmp_path):
     rows = "".join(f"{text} {i}\t{i % 2}\n" for i in range(8) for text in TEXTS)
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
-    files = [f"--train={tmp_path / 'train.tsv'}", f"--dev={tmp_path / 'dev.tsv'}", "--text=text", "--label=label"]
-    call(
-        "finetune",
-        [
-            f"--model={trained / 'model'}",
-            *files,
-            f"--out={tmp_path / 'out'}",
-            "--seeds=0",
-            "--tune.epochs=1",
-            "--device=cpu",
-        ],
-    )
+    files = {"train": str(tmp_path / "train.tsv"), "dev": str(tmp_path / "dev.tsv"), "text": "text", "label": "label"}
+    out = str(tmp_path / "out")
+    options = FinetuneOptions(str(trained / "model"), **files, out=out, seeds="0", device="cpu")
+    finetune(options, {"tune.epochs": 1})
     assert (tmp_path / "out" / "glue.json").is_file()
     model = load_model(trained / "model")
     batch = encode_texts(model.tokenizer, TEXTS, None, model.config)
