@@ -32,7 +32,7 @@ from ufbert.glue.sources.custom import CustomTask, read_task_file
 from ufbert.pretrain import budget, checkpoint
 from ufbert.pretrain.reference import Point
 from ufbert.runtime import claim
-from ufbert.runtime.metrics import HeldOut, Update
+from ufbert.runtime.metrics import EvaluationRecord, StepRecord
 from ufbert.runtime.run_folder import RunFile, Summary, WhenDone, read_run, read_summary, write_when_done
 from ufbert.runtime.typed import read_lines, read_typed
 
@@ -90,11 +90,11 @@ READERS = [
     ),
     Reader(
         "updates", "metrics.jsonl", first_line("metrics.jsonl", "lr"),
-        lambda folder: list(read_lines(folder / "metrics.jsonl", Update)), Update,
+        lambda folder: list(read_lines(folder / "metrics.jsonl", StepRecord)), StepRecord,
     ),
     Reader(
         "evaluations", "metrics.jsonl", first_line("metrics.jsonl", "heldout_loss"),
-        lambda folder: list(read_lines(folder / "metrics.jsonl", HeldOut)), HeldOut,
+        lambda folder: list(read_lines(folder / "metrics.jsonl", EvaluationRecord)), EvaluationRecord,
     ),
     Reader(
         "ledger", "ledger.jsonl", first_line("ledger.jsonl", "session"),

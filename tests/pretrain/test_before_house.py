@@ -10,7 +10,7 @@ import pytest
 from ufbert.cli import call
 from ufbert.data.prepared import open_prepared
 from ufbert.hub.folder import flatten, load_model
-from ufbert.runtime.metrics import HeldOut, read_records
+from ufbert.runtime.metrics import EvaluationRecord, read_records
 from ufbert.runtime.run_folder import read_run, read_summary
 from ufbert.runtime.typed import read_lines
 
@@ -35,7 +35,7 @@ def test_a_run_goes_on_to_the_loss_that_it_ended_with_then(tmp_path, monkeypatch
     shutil.copytree(BEFORE, tmp_path / "before")
     monkeypatch.chdir(tmp_path / "before")
     folder = Path("run")
-    then = {e.step: e.heldout_loss for e in read_lines(folder / "metrics.jsonl", HeldOut)}
+    then = {e.step: e.heldout_loss for e in read_lines(folder / "metrics.jsonl", EvaluationRecord)}
     config = json.loads((folder / "config.json").read_text())
     config["prepared_data"]["folder"] = str(tmp_path / "before" / "prepared")  # the absolute path of another machine
     (folder / "config.json").write_text(json.dumps(config))

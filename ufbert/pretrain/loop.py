@@ -32,7 +32,7 @@ from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock, EndCosts, guessed_save_seconds
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
-from ufbert.pretrain.progress import Progress, StepRecord
+from ufbert.pretrain.progress import Progress
 from ufbert.pretrain.reference import Reference
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
@@ -41,7 +41,7 @@ from ufbert.runtime import distributed
 from ufbert.runtime.console import LiveLine
 from ufbert.runtime.files import write_json
 from ufbert.runtime.memory import memory_bytes
-from ufbert.runtime.metrics import Resumed, Writer
+from ufbert.runtime.metrics import Resumed, StepRecord, Writer
 from ufbert.runtime.signals import StopSignals
 from ufbert.runtime.typed import read_lines
 

@@ -1,7 +1,7 @@
 """What a run reports while it trains: records in `metrics.jsonl`, sentences on the console."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ufbert import nn
 from ufbert.config import RunConfig
@@ -12,44 +12,7 @@ from ufbert.pretrain.reference import Point, Reference, no_reference_complaint
 from ufbert.pretrain.step import StepMetrics, TrainState
 from ufbert.runtime.console import LiveLine
 from ufbert.runtime.memory import memory_bytes
-from ufbert.runtime.metrics import Writer
-
-
-class StepRecord(NamedTuple):
-    """A step in `metrics.jsonl`, where None is left out. What has a default is known once the step is done."""
-
-    step: int
-    lr: float
-    mask_rate: float
-    rows: int
-    length: int
-    """Tokens of the pieces that rows were cut into."""
-    fraction: float
-    """Share of the budget spent when the step began."""
-    tokens: int
-    """Consumed since the run began."""
-    tokens_per_second: float
-    loss: float = 0.0
-    accuracy: float = 0.0
-    gradient_norm: float = 0.0
-    spent: float = 0.0
-    extra_loss: float | None = None
-    utilisation: float | None = None
-    skipped: bool | None = None
-
-
-class EvaluationRecord(NamedTuple):
-    """An evaluation in `metrics.jsonl`, where None is left out."""
-
-    step: int
-    heldout_loss: float
-    heldout_accuracy: float
-    fraction: float
-    tokens: int
-    memory_bytes: int
-    skipped_updates: int
-    spent: float
-    usage: dict[str, dict[str, float]] | None
+from ufbert.runtime.metrics import EvaluationRecord, StepRecord, Writer
 
 
 @dataclass
@@ -74,7 +37,8 @@ class Progress:
         """Wait for a step that was dispatched as `record` says, and report it. Returns whether it was applied."""
         sums, applied, speed = metrics.sums, bool(metrics.applied), record.tokens_per_second
         count = max(float(sums.count), 1.0)
-        record = record._replace(
+        record = replace(
+            record,
             loss=float(sums.loss) / count,
             accuracy=float(sums.correct) / count,
             gradient_norm=float(metrics.norm),
@@ -94,10 +58,11 @@ class Progress:
         """Report an evaluation of `state`, and warn once if the run is far below the reference curve."""
         step, gain = int(state.step), unigram_loss - result.loss
         now = Point(self.clock.fraction(step), int(state.rows_seen) * self.run.data.seq_len, gain)
+        usage: Any = result.usage or None  # its numbers may be NaN here, and null in the file
         self._write(
             EvaluationRecord(
                 step, result.loss, result.accuracy, now.share, int(now.tokens), memory_bytes(), int(state.skipped),
-                round(self.clock.spent(), 3), result.usage or None,
+                round(self.clock.spent(), 3), usage,
             )
         )  # fmt: skip
         self.live.say(
@@ -125,4 +90,4 @@ class Progress:
         self.metrics.write({"step": step, "event": event, **facts})
 
     def _write(self, record: StepRecord | EvaluationRecord) -> None:
-        self.metrics.write({name: value for name, value in record._asdict().items() if value is not None})
+        self.metrics.write({name: value for name, value in vars(record).items() if value is not None})

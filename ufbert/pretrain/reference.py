@@ -7,7 +7,7 @@ import numpy as np
 
 from ufbert.config.presets import preset_folder
 from ufbert.errors import UserError
-from ufbert.runtime.metrics import HeldOut
+from ufbert.runtime.metrics import EvaluationRecord
 from ufbert.runtime.run_folder import read_summary
 from ufbert.runtime.typed import read_lines, read_typed
 
@@ -68,7 +68,7 @@ def reference_from_run(folder: Path) -> Reference:
     """The curve of a finished run. Raises UserError if the folder holds none."""
     try:
         unigram = read_summary(folder).unigram_loss
-        evals = read_lines(folder / "metrics.jsonl", HeldOut)
+        evals = read_lines(folder / "metrics.jsonl", EvaluationRecord)
         return Reference(str(folder), tuple(Point(r.fraction, r.tokens, unigram - r.heldout_loss) for r in evals))
     except UserError as error:
         raise UserError(f"{folder} does not hold a finished run to compare with: {error}") from error

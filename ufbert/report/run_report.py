@@ -7,7 +7,7 @@ from typing import Any
 
 from ufbert.report.page import facts, grid, number, page, svg
 from ufbert.runtime.files import to_json_text, write_text
-from ufbert.runtime.metrics import HeldOut, Update
+from ufbert.runtime.metrics import EvaluationRecord, StepRecord
 from ufbert.runtime.run_folder import RunFile, Summary, read_run, read_summary
 from ufbert.runtime.typed import read_lines
 
@@ -15,8 +15,8 @@ from ufbert.runtime.typed import read_lines
 def write_report(folder: Path) -> Path:
     """Draw the curves of a run folder into `report.html` and return its path."""
     config, summary, metrics = read_run(folder), read_summary(folder), folder / "metrics.jsonl"
-    steps = [step for step in read_lines(metrics, Update) if not step.skipped]
-    evals = list(read_lines(metrics, HeldOut))
+    steps = [step for step in read_lines(metrics, StepRecord) if not step.skipped]
+    evals = list(read_lines(metrics, EvaluationRecord))
     events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
     pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
     body = f"""{facts(_in_units(asdict(summary)))}
@@ -69,12 +69,12 @@ def _events(events: list[dict[str, str | float | None]]) -> str:
     return f"<h2>Events</h2>{grid(['step', 'event', ''], rows)}"
 
 
-def _evaluations(evals: list[HeldOut]) -> str:
+def _evaluations(evals: list[EvaluationRecord]) -> str:
     rows = [[f"{r.step:,}", f"{r.spent:.1f}", f"{r.heldout_loss:.4f}", f"{r.heldout_accuracy:.2%}"] for r in evals]
     return grid(["step", "seconds", "loss, nats", "accuracy"], rows, numbers=range(4))
 
 
-def _usage(evals: list[HeldOut]) -> str:
+def _usage(evals: list[EvaluationRecord]) -> str:
     """Write a table of the shares of each layer's nodes, leaves or experts in use; nothing for dense models."""
     usage = evals[-1].usage if evals else None
     if not usage:
@@ -112,7 +112,7 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
     return values[:: max(1, len(values) // most)]
 
 
-def _loss_picture(steps: list[Update], evals: list[HeldOut], summary: Summary) -> str:
+def _loss_picture(steps: list[StepRecord], evals: list[EvaluationRecord], summary: Summary) -> str:
     def draw(axes: Any) -> None:
         smooth = _smoothed([r.loss for r in steps])
         pairs = _thin(list(zip([r.spent for r in steps], smooth, strict=True)))
@@ -127,7 +127,7 @@ def _loss_picture(steps: list[Update], evals: list[HeldOut], summary: Summary) -
     return _svg(draw, 1)
 
 
-def _speed_picture(steps: list[Update]) -> str:
+def _speed_picture(steps: list[StepRecord]) -> str:
     def draw(axes: Any) -> None:
         spent = [r.spent for r in steps]
         axes[0].plot(_thin(spent), _thin([r.lr for r in steps]), color="tab:green", lw=1)

@@ -17,32 +17,49 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Update:
-    """A line of metrics.jsonl about an update whose numbers were finite, in part."""
+class StepRecord:
+    """A step in `metrics.jsonl`, where None is left out. What has a default is known once the step is done.
+
+    A step whose loss was not finite has null there, and is not read.
+    """
 
     step: Count
-    spent: float
-    """Seconds of the budget."""
-    loss: float
     lr: float
+    mask_rate: float
+    rows: Count
+    length: Count
+    """Tokens of the pieces that rows were cut into."""
+    fraction: float
+    """Share of the budget spent when the step began."""
+    tokens: Count
+    """Consumed since the run began."""
     tokens_per_second: float
-    gradient_norm: float
-    skipped: bool = False
+    loss: float = 0.0
+    accuracy: float = 0.0
+    gradient_norm: float = 0.0
+    spent: float = 0.0
+    """Seconds of the budget."""
+    extra_loss: float | None = None
+    utilisation: float | None = None
+    skipped: bool | None = None
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A line of metrics.jsonl about a held-out evaluation whose loss was finite, in part."""
+class EvaluationRecord:
+    """An evaluation in `metrics.jsonl`, where None is left out. One whose loss was not finite is not read."""
 
     step: Count
-    spent: float
     heldout_loss: float
     heldout_accuracy: float
     fraction: float
     """Share of the budget."""
-    tokens: float
+    tokens: Count
+    memory_bytes: Count
+    skipped_updates: Count
+    spent: float
+    """Seconds of the budget."""
     usage: dict[str, dict[str, float | None]] | None = None
-    """By layer, what was in use of its tree, leaves or experts."""
+    """By layer, the shares of its tree, leaves or experts in use."""
 
 
 @dataclass(frozen=True)
