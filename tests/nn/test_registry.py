@@ -19,12 +19,14 @@ from ufbert.cost.flops import forward_flops_per_token, neurons, routing_flops_pe
 from ufbert.data.encode import encode_texts
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
+from ufbert.glue.run import finetune
 from ufbert.hub import onnx_export
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import load_model
 from ufbert.inference.predictor import Predictor
 from ufbert.nn import registry
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, register_feedforward, register_mixer
+from ufbert.options.finetune import FinetuneOptions
 from ufbert.pretrain.optim import groups
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
@@ -117,18 +119,10 @@ def test_a_layer_of_ones_own_is_fine_tuned_and_predicts(trained, tmp_path):
     rows = "".join(f"{text} {i}\t{i % 2}\n" for i in range(8) for text in TEXTS)
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
-    files = [f"--train={tmp_path / 'train.tsv'}", f"--dev={tmp_path / 'dev.tsv'}", "--text=text", "--label=label"]
-    call(
-        "finetune",
-        [
-            f"--model={trained / 'model'}",
-            *files,
-            f"--out={tmp_path / 'out'}",
-            "--seeds=0",
-            "--tune.epochs=1",
-            "--device=cpu",
-        ],
-    )
+    files = {"train": str(tmp_path / "train.tsv"), "dev": str(tmp_path / "dev.tsv"), "text": "text", "label": "label"}
+    out = str(tmp_path / "out")
+    options = FinetuneOptions(str(trained / "model"), **files, out=out, seeds="0", device="cpu")
+    finetune(options, {"tune.epochs": 1})
     assert (tmp_path / "out" / "glue.json").is_file()
     model = load_model(trained / "model")
     batch = encode_texts(model.tokenizer, TEXTS, None, model.config)
