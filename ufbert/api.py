@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ufbert.config import RunConfig, Scale
+from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
 from ufbert.options.train import TrainOptions
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def preset(name: str, scale: Scale = "base", **model_fields: Any) -> RunConfig:
-    """A preset by name (`ufbert presets` lists them), at a scale, with fields of its model replaced.
+    """Load a preset by name (`ufbert presets` lists them), at a scale, with fields of its model replaced.
 
     Raises UserError for an unknown name, scale or impossible combination.
     """
@@ -25,25 +25,35 @@ def preset(name: str, scale: Scale = "base", **model_fields: Any) -> RunConfig:
     return replace(config, model=replace(config.model, **model_fields))
 
 
-def init(config: RunConfig, seed: int = 0) -> dict[str, Any]:
-    """Fresh parameters of a masked language model: a nested dict of float32 arrays."""
+def init(config: RunConfig | ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """Draw parameters of a masked language model: a nested dict of float32 arrays."""
     import jax
 
     from ufbert import nn
 
-    return nn.init(config.model, jax.random.key(seed))
+    return nn.init(_model(config), jax.random.key(seed))
 
 
-def apply(params: Mapping[str, Any], config: RunConfig, ids: Any, segment_ids: Any = None) -> tuple[Any, Any]:
-    """Hidden states (b, t, d) and token logits (b, t, v) of ids (b, t); `segment_ids` is 0 on padding."""
+def apply(
+    params: Mapping[str, Any], config: RunConfig | ModelConfig, ids: Any, segment_ids: Any = None
+) -> tuple[Any, Any]:
+    """Compute hidden states (b, t, d) and token logits (b, t, v) of ids (b, t); `segment_ids` is 0 on padding.
+
+    `config` is a preset's, or the `.config` of a model folder.
+    """
     from ufbert import nn
 
-    hidden, _ = nn.encode(params, config.model, ids, segment_ids)
-    return hidden, nn.masked_lm_logits(params, config.model, hidden)
+    model = _model(config)
+    hidden, _ = nn.encode(params, model, ids, segment_ids)
+    return hidden, nn.masked_lm_logits(params, model, hidden)
+
+
+def _model(config: RunConfig | ModelConfig) -> ModelConfig:
+    return config.model if isinstance(config, RunConfig) else config
 
 
 def load(folder: str | Path) -> "ModelFolder":
-    """A model folder: its `.config`, `.params`, `.tokenizer` and, if fine-tuned, `.task`. Raises UserError."""
+    """Load a model folder: its `.config`, `.params`, `.tokenizer` and, if fine-tuned, `.task`. Raises UserError."""
     from ufbert.hub.folder import load_model
 
     return load_model(folder)

@@ -65,8 +65,8 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep, besides the one with the lowest held-out loss."""
     max_skipped: int = 20
-    """Steps in a row that may be skipped because a loss or gradient is not finite. After one more, the run goes back to its
-    last good checkpoint."""
+    """Steps in a row that may be skipped because a loss or gradient is not finite. After this many in a row, the run goes
+    back to its last good checkpoint."""
     shard_params: bool = False
     """On several devices, split parameters and optimizer state among them instead of keeping a copy on each."""
 

@@ -18,7 +18,7 @@ from ufbert.nn.layers import Aux, Context, compute_dtype, dense
 from ufbert.ops import fff, leaf_fff, native, switch
 from ufbert.ops.dense import ACTIVATIONS
 
-Found = tuple[Float[Array, "b t d"], Aux]
+Output = tuple[Float[Array, "b t d"], Aux]
 
 
 class DenseFeedForward(nn.Module):
@@ -27,7 +27,7 @@ class DenseFeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
         hidden = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "in")(x))
         return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), Aux({})
@@ -39,7 +39,7 @@ class GluFeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
         gate = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "gate")(x))
         hidden = gate * dense(cfg, cfg.d_hidden, "value")(x)
@@ -56,7 +56,7 @@ class TreeFeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
         n, shape = cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
         if cfg.tree_init == "uniform":
@@ -94,7 +94,7 @@ class LeafTreeFeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
         d, w, leaves = cfg.d_model, cfg.leaf_width, 2**cfg.tree_depth
         near, far = _uniform(d), _uniform(w)
@@ -152,7 +152,7 @@ class SwitchFeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Found:
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
         d, e = cfg.d_model, cfg.n_experts
         normal, dtype = nn.initializers.normal(cfg.init_std), compute_dtype(cfg)

@@ -28,7 +28,7 @@ OnnxRule = Callable[[onnx_rules.Graph, ModelConfig, onnx_rules.Part, str, dict[s
 
 
 class Use(NamedTuple):
-    """The use of a layer, as far as its cost depends on it."""
+    """The conditions under which a layer's cost is counted."""
 
     seq_len: int
     """Tokens of a row."""
@@ -75,7 +75,8 @@ class Layer:
     one_length: bool = False
     """True if padding is mixed in: a model with this layer reads rows of one length only."""
     fields: tuple[str, ...] = ()
-    """Fields of ModelConfig that matter only to this kind and decide what it computes."""
+    """Fields of ModelConfig, besides `d_model`, that decide what the layer computes or its shapes (not its start, losses or
+    backend)."""
     timed: Callable[[ModelConfig, int, int], TimedPart] | None = None
     """(config, rows, tokens of a row) -> what the layer does besides its large matrix products, to be timed on this machine.
     None times the whole layer, and the time of its products is subtracted."""

@@ -228,7 +228,10 @@ def _sum_by_node(
 
 
 def node_visits(nodes: Int[Array, "b m s"], n: int, real: Bool[Array, " b"] | None = None) -> Float[Array, "m n"]:
-    """Count the rows that visit each node. Rows that are not `real` are left out; every level of a tree sums to the others."""
+    """Count the rows that visit each node. Rows that are not `real` are left out.
+
+    The counts of every level sum to the number of real rows.
+    """
     b, m, _ = nodes.shape
     tree = jnp.broadcast_to(jnp.arange(m)[None, :, None], nodes.shape)
     rows = jnp.ones((b,)) if real is None else real.astype(jnp.float32)

@@ -105,7 +105,7 @@ def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
     inputs = StepInputs(number, number, number, count)
     batch = jax.ShapeDtypeStruct((rows * run.data.seq_len // length, length), jnp.int32)
     if part == "evaluate":
-        return steps.evaluate.lower(state.params, batch, key)
+        return steps.heldout_sums.lower(state.params, batch, key)
     if part == "step":
         return steps.train_step.lower(state, batch, key, inputs)
     total = jax.eval_shape(steps.add_gradient, state.params, batch, key, inputs, None)

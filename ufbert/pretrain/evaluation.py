@@ -71,7 +71,7 @@ def evaluate(
             jax.block_until_ready(results[-2])
         if i and stop():
             return None
-        results.append(steps.evaluate(params, layout.rows(rows) if divides else rows, evaluation_key(i)))
+        results.append(steps.heldout_sums(params, layout.rows(rows) if divides else rows, evaluation_key(i)))
     sums, reports = zip(*results, strict=True)
     loss, count, correct = (sum(float(getattr(part, name)) for part in sums) for name in ("loss", "count", "correct"))
     totals = jax.tree.map(lambda *counts: sum(np.asarray(count, np.float64) for count in counts), *reports)

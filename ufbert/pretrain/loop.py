@@ -1,4 +1,4 @@
-"""The pretraining loop: the only place that decides when files are read and written.
+"""The pretraining loop: the order of events from the start of the clock to the summary.
 
 Order of a session, all of it on the clock:
 1. Restore the newest good checkpoint, or initialise.
@@ -32,16 +32,16 @@ from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.pretrain.budget import Clock, EndCosts, guessed_save_seconds
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
-from ufbert.pretrain.progress import Progress
 from ufbert.pretrain.reference import Reference
+from ufbert.pretrain.reporter import Reporter
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
 from ufbert.runtime import distributed
 from ufbert.runtime.console import LiveLine
-from ufbert.runtime.files import write_json
 from ufbert.runtime.memory import memory_bytes
 from ufbert.runtime.metrics import Resumed, StepRecord, Writer
+from ufbert.runtime.run_folder import Summary, write_summary
 from ufbert.runtime.signals import StopSignals
 from ufbert.runtime.typed import read_lines
 
@@ -80,7 +80,7 @@ class _Session:
     heldout: Heldout
     checkpoints: Checkpoints
     signals: StopSignals
-    progress: Progress
+    reporter: Reporter
     costs: EndCosts
     state: TrainState
     heldout_loss: float = float("inf")
@@ -101,7 +101,7 @@ class _Session:
         return self.context.clock.done(step) or self.stop_signal() is not None
 
 
-def train(context: RunContext) -> dict[str, Any]:
+def train(context: RunContext) -> Summary:
     """Train to the end of the clock and return the run's summary, which is also in `summary.json` of the run folder.
 
     Continues from `checkpoints/` of the run folder if there are any. Raises UserError if no checkpoint is good, the disk
@@ -116,12 +116,12 @@ def train(context: RunContext) -> dict[str, Any]:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
     metrics = context.open_writer(int(state.step) if context.restarts else None)
-    progress = Progress(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
+    reporter = Reporter(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
-        session = _Session(context, layout, steps, heldout, checkpoints, signals, progress, costs, state)
+        session = _Session(context, layout, steps, heldout, checkpoints, signals, reporter, costs, state)
         try:
             if restored is not None:
-                progress.resumption(session.step, restored.spent, len(layout.devices))
+                reporter.resumption(session.step, restored.spent, len(layout.devices))
             if not clock.done(session.step):
                 began = time.monotonic()
                 evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
@@ -229,17 +229,17 @@ def _settle(session: _Session, in_flight: tuple[StepRecord, StepMetrics] | None)
     """Report a step that was dispatched earlier, and go back to a checkpoint if too many in a row were not finite."""
     if in_flight is None:
         return
-    applied = session.progress.step(*in_flight)
+    applied = session.reporter.step(*in_flight)
     session.skipped_in_row = 0 if applied else session.skipped_in_row + 1
     if session.skipped_in_row == 1:
-        session.progress.live.say(f"step {in_flight[0].step:,}: loss or gradient is not finite; the update is skipped")
+        session.reporter.live.say(f"step {in_flight[0].step:,}: loss or gradient is not finite; the update is skipped")
     if session.skipped_in_row >= session.context.run.train.max_skipped:
         _roll_back(session)
 
 
 def _roll_back(session: _Session) -> None:
     """Take the weights of the last good checkpoint, and go on with the text that comes next."""
-    run, layout, live = session.context.run, session.layout, session.progress.live
+    run, layout, live = session.context.run, session.layout, session.reporter.live
     session.rollbacks, session.skipped_in_row = session.rollbacks + 1, 0
     why = f"{run.train.max_skipped} updates in a row were not finite"
     if session.rollbacks > MAX_ROLLBACKS:
@@ -252,7 +252,7 @@ def _roll_back(session: _Session) -> None:
     state = init_state(run, key, layout) if restored is None else restored.state
     session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
     live.say(f"step {session.step:,}: {why}; the weights go back to those of step {to_step:,}")
-    session.progress.event(session.step, "rolled back", to_step=to_step)
+    session.reporter.event(session.step, "rolled back", to_step=to_step)
 
 
 def _held_out(session: _Session, params: nn.Params) -> Evaluation:
@@ -270,7 +270,7 @@ def _evaluate(session: _Session, record: bool = True) -> None:
     session.costs.evaluated(time.monotonic() - began)
     session.heldout_loss = result.loss
     if record:
-        session.progress.evaluation(session.state, result, session.heldout.unigram_loss)
+        session.reporter.evaluation(session.state, result, session.heldout.unigram_loss)
 
 
 def _checkpoint(session: _Session, wait: bool = False) -> None:
@@ -290,7 +290,7 @@ def _interruption(session: _Session) -> Interrupted:
     session.checkpoints.wait()
     if session.step not in session.checkpoints.steps():
         _checkpoint(session, wait=True)
-    session.progress.event(session.step, "interrupted", signal=received.name)
+    session.reporter.event(session.step, "interrupted", signal=received.name)
     return Interrupted(
         f"{received.name}: saved at step {session.step:,} after {session.context.clock.spent():.1f} s of the budget; go on "
         f"with `train --resume --out={session.context.folder}`",
@@ -298,7 +298,7 @@ def _interruption(session: _Session) -> Interrupted:
     )
 
 
-def _finish(session: _Session) -> dict[str, Any]:
+def _finish(session: _Session) -> Summary:
     """Phases 4 and 5: last evaluation, model folder, last checkpoint, summary."""
     context, folder = session.context, session.context.folder
     _evaluate(session)
@@ -321,34 +321,35 @@ def _finish(session: _Session) -> dict[str, Any]:
     session.checkpoints.wait()
     summary = _summary(session, loss, averaged)
     if distributed.is_main():
-        write_json(folder / "summary.json", summary)
+        write_summary(folder, summary)
     return summary
 
 
-def _summary(session: _Session, loss: float, averaged: float | None) -> dict[str, Any]:
+def _summary(session: _Session, loss: float, averaged: float | None) -> Summary:
     """Sum up a run: `loss` is that of the weights that were written, `averaged` that of the average if there is one."""
     context, run, rows = session.context, session.context.run, int(session.state.rows_seen)
     resumed = list(read_lines(context.folder / "metrics.jsonl", Resumed))
-    return {
-        "heldout_loss": loss,
-        "unigram_loss": session.heldout.unigram_loss,
-        "gain_over_unigram": session.heldout.unigram_loss - loss,
-        **({} if averaged is None else {"averaged_heldout_loss": averaged, "last_heldout_loss": session.heldout_loss}),
-        "steps": session.step,
-        "skipped_updates": int(session.state.skipped),
-        "rollbacks": session.rollbacks,
-        "tokens": rows * run.data.seq_len,
-        "passes": rows / len(context.data.train),
-        "spent_seconds": round(context.clock.spent(), 2),
-        "budget_seconds": context.clock.seconds,
-        "restarts": context.restarts,
-        "restart_seconds": round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
-        "parameters": nn.count_params(run.model),
-        "flops_per_token": session.progress.flops_per_token,
-        "peak_flops": context.peak_flops,
-        "memory_bytes": memory_bytes(),
-        "tree_backend": nn.tree_backend(run.model, run.micro_tokens),
-        "device": str(jax.devices()[0].device_kind),
-        "devices": len(session.layout.devices),
-        "processes": jax.process_count(),
-    }
+    return Summary(
+        heldout_loss=loss,
+        unigram_loss=session.heldout.unigram_loss,
+        gain_over_unigram=session.heldout.unigram_loss - loss,
+        averaged_heldout_loss=averaged,
+        last_heldout_loss=None if averaged is None else session.heldout_loss,
+        steps=session.step,
+        skipped_updates=int(session.state.skipped),
+        rollbacks=session.rollbacks,
+        tokens=rows * run.data.seq_len,
+        passes=rows / len(context.data.train),
+        spent_seconds=round(context.clock.spent(), 2),
+        budget_seconds=context.clock.seconds,
+        restarts=context.restarts,
+        restart_seconds=round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
+        parameters=nn.count_params(run.model),
+        flops_per_token=session.reporter.flops_per_token,
+        peak_flops=context.peak_flops,
+        memory_bytes=memory_bytes(),
+        tree_backend=nn.tree_backend(run.model, run.micro_tokens),
+        device=str(jax.devices()[0].device_kind),
+        devices=len(session.layout.devices),
+        processes=jax.process_count(),
+    )

@@ -183,7 +183,7 @@ def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], 
         write_report(folder)
     if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
         with _last_command(options, release):
-            return asdict(summary)
+            return summary.to_json()
     raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
 
 
@@ -227,7 +227,7 @@ def _train(
         open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
     if not distributed.is_main():
-        return train(context)
+        return train(context).to_json()
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
     with _last_command(options, release):
@@ -238,13 +238,13 @@ def _train(
             ledger.close()
         report = write_report(folder)
         print(
-            f"held-out loss {summary['heldout_loss']:.3f} nats; word frequency alone gives {summary['unigram_loss']:.3f}, "
-            f"so the model gains {summary['gain_over_unigram']:.3f}\n"
-            f"{summary['steps']:,} updates, {summary['passes']:.1f} passes, {summary['spent_seconds']:.1f} s spent"
+            f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
+            f"so the model gains {summary.gain_over_unigram:.3f}\n"
+            f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent"
             f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
             f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
         )
-        return summary
+        return summary.to_json()
 
 
 def _make_good(ledger: Ledger, folder: Path) -> None:

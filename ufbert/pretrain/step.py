@@ -32,7 +32,7 @@ class StepInputs(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run must remember; the clock and the row order are functions of it and of the run folder."""
+    """All that a run must remember, but for the clock (`ledger.jsonl`) and the row order (drawn from the seed)."""
 
     params: Any
     opt_state: Any
@@ -57,7 +57,7 @@ class StepMetrics(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The functions below, compiled: their first arguments, which are of a configuration, are bound."""
+    """Compiled functions: those below, with the arguments that belong to a configuration bound."""
 
     train_step: Callable[..., tuple[TrainState, StepMetrics]]
     """(state, rows, key, inputs) -> (state, metrics)."""
@@ -65,7 +65,7 @@ class Steps(NamedTuple):
     """(params, rows, key, inputs, total) -> total."""
     apply_gradient: Callable[..., tuple[TrainState, StepMetrics]]
     """(state, total, inputs) -> (state, metrics)."""
-    evaluate: Callable[..., tuple[Sums, dict[str, nn.Aux]]]
+    heldout_sums: Callable[..., tuple[Sums, dict[str, nn.Aux]]]
     """(params, rows, key) -> sums, and what each layer counted."""
 
 
@@ -78,7 +78,7 @@ def build_steps(run: RunConfig, special: SpecialIds, layout: Layout | None = Non
         train_step=jax.jit(partial(train_step, run, special, layout), donate_argnums=0),
         add_gradient=jax.jit(partial(add_gradient, run, special), donate_argnums=4),
         apply_gradient=jax.jit(partial(apply_gradient, run.train, layout), donate_argnums=0),
-        evaluate=jax.jit(partial(masked_lm_sums, run, special)),
+        heldout_sums=jax.jit(partial(masked_lm_sums, run, special)),
     )
 
 

@@ -19,7 +19,7 @@ def write_report(folder: Path) -> Path:
     evals = list(read_lines(metrics, EvaluationRecord))
     events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
     pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
-    body = f"""{facts(_in_units(asdict(summary)))}
+    body = f"""{facts(_in_units(summary.to_json()))}
 {_cost(config, summary)}
 {"".join(pictures)}
 {_events(events)}
@@ -34,8 +34,7 @@ def write_report(folder: Path) -> Path:
 
 def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
     """Convert the large numbers of a summary to units that people read."""
-    averaged = ("averaged_heldout_loss", "last_heldout_loss")
-    values = {name: value for name, value in summary.items() if value is not None or name not in averaged}
+    values = dict(summary)
     for name, unit, factor in (
         ("flops_per_token", "MFLOP per token", 1e6),
         ("peak_flops", "peak of the device, TFLOP/s", 1e12),

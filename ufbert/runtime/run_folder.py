@@ -125,6 +125,16 @@ class Summary:
     devices: Count = 1
     processes: Count = 1
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the values by name, without the losses of an average that there is none of."""
+        optional = ("averaged_heldout_loss", "last_heldout_loss")
+        return {name: value for name, value in vars(self).items() if value is not None or name not in optional}
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Write summary.json of a run folder, whole or not at all. Raises UserError if the disk refuses."""
+    write_json(folder / SUMMARY_FILE, summary.to_json())
+
 
 def read_summary(folder: Path) -> Summary:
     """Read summary.json of a run folder. Raises UserError if there is none or if it is damaged."""

@@ -16,7 +16,7 @@ from ufbert.runtime.metrics import EvaluationRecord, StepRecord, Writer
 
 
 @dataclass
-class Progress:
+class Reporter:
     """The reports of a session."""
 
     run: RunConfig
