@@ -75,10 +75,10 @@ VERBS = {
         PresetsOptions, "ufbert.plan.presets:list_presets", "list the presets, their sizes and their arithmetic"
     ),
     "import": Verb(
-        ImportOptions, "ufbert.hub.exchange:import_checkpoint", "make a model folder of another library's checkpoint"
+        ImportOptions, "ufbert.hub.convert:import_checkpoint", "make a model folder of another library's checkpoint"
     ),
     "export": Verb(
-        ExportOptions, "ufbert.hub.exchange:export_folder", "write a model folder in another library's layout"
+        ExportOptions, "ufbert.hub.convert:export_folder", "write a model folder in another library's layout"
     ),
     "bench layer": Verb(
         BenchLayerOptions,

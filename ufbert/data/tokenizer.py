@@ -18,12 +18,8 @@ from ufbert.errors import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The special tokens of tokenizers trained here, which are also BERT's."""
 OTHER_NAMES = {
-    "[PAD]": ("<pad>",),
-    "[UNK]": ("<unk>",),
-    "[CLS]": ("<cls>", "<s>"),
-    "[SEP]": ("<sep>", "</s>"),
-    "[MASK]": ("<mask>",),
-}
+    "[PAD]": ("<pad>",), "[UNK]": ("<unk>",), "[CLS]": ("<cls>", "<s>"), "[SEP]": ("<sep>", "</s>"), "[MASK]": ("<mask>",),
+}  # fmt: skip
 """Their names in other libraries' tokenizers."""
 
 
@@ -38,8 +34,11 @@ class SpecialIds(NamedTuple):
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokenizer's own name of each of SPECIAL_TOKENS: its model's for the unknown piece, its post-processor's for those
-    around a text, and for the others the first of the known names that it has. Raises UserError if it lacks one."""
+    """Find the tokenizer's own name of each of SPECIAL_TOKENS.
+
+    The unknown piece is its model's, those around a text its post-processor's, and the others have the first known name that
+    is in its vocabulary. Raises UserError if it lacks one.
+    """
     around, unknown = wrapping(tokenizer), getattr(tokenizer.model, "unk_token", None)
     own = {"[UNK]": unknown if unknown and tokenizer.token_to_id(unknown) is not None else None}
     if around:
@@ -52,23 +51,22 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def known_name(tokenizer: Tokenizer, token: str) -> str | None:
-    """The first of the names by which a special token is known that the tokenizer has."""
+    """Find the first of the names by which a special token is known that the tokenizer has."""
     return next((name for name in (token, *OTHER_NAMES[token]) if tokenizer.token_to_id(name) is not None), None)
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Ids of the five special tokens. Raises UserError if the tokenizer lacks one."""
+    """Find the ids of the five special tokens. Raises UserError if the tokenizer lacks one."""
     ids = [tokenizer.token_to_id(name) for name in special_names(tokenizer).values()]
     return SpecialIds(*(number for number in ids if number is not None))
 
 
 def wrapping(tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The ids that its post-processor puts before and after a text; None if it does not make `[CLS] text [SEP]` of it."""
+    """Find the ids that its post-processor puts before and after a text; None if it does not make `[CLS] text [SEP]`."""
     row = tokenizer.encode("a")
     is_put = row.special_tokens_mask
-    return (
-        (row.ids[0], row.ids[-1]) if sum(is_put) == 2 and is_put[0] and is_put[-1] and not any(row.type_ids) else None
-    )
+    is_wrapped = sum(is_put) == 2 and is_put[0] and is_put[-1] and not any(row.type_ids)
+    return (row.ids[0], row.ids[-1]) if is_wrapped else None
 
 
 def wrap(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -84,12 +82,12 @@ def wrap(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingPro
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The rows that an embedding table needs: the largest id plus one, which is more than the tokens where ids have gaps."""
+    """Count the rows that an embedding table needs: the largest id plus one, as ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def check_fits(tokenizer: Tokenizer, rows: int, where: str) -> None:
-    """Raises UserError if an id lies past an embedding table of so many rows."""
+    """Raise UserError if an id lies past an embedding table of so many rows."""
     piece, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= rows:
         raise UserError(
@@ -99,14 +97,14 @@ def check_fits(tokenizer: Tokenizer, rows: int, where: str) -> None:
 
 
 def note(line: str) -> None:
-    """Say what was changed about a tokenizer, where it does not mix with a command's answers."""
+    """Tell of a change to a tokenizer on stderr, which does not mix with a command's answers."""
     print(f"tokenizer: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def library_errors(where: str, remedy: str = "Take another tokenizer.") -> Generator[None]:
-    """Raise UserError for what the tokenizers library raises, which is a bare Exception, or a panic that is not even one: a
-    pattern that needs more than ten million steps, for example."""
+    """Raise UserError for the tokenizers library's errors: a bare Exception, or a panic that is not even one, of a pattern that
+    needs more than ten million steps, for example."""
     try:
         yield
     except BaseException as error:
@@ -116,11 +114,11 @@ def library_errors(where: str, remedy: str = "Take another tokenizer.") -> Gener
 
 
 def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = MappingProxyType({})) -> Tokenizer:
-    """The tokenizer, changed in place to do what this package promises: an unknown piece is [UNK], special tokens are found in
-    texts, and a text of any length is `[CLS] text [SEP]`, unless its file puts something else around it. `names` are what its
-    folder calls some of SPECIAL_TOKENS.
+    """Change a tokenizer in place to keep this package's promises; a line tells of each change.
 
-    A line says what was changed. Raises UserError if the promise cannot be kept.
+    An unknown piece is [UNK], special tokens are found in texts, and a text of any length is `[CLS] text [SEP]`, unless its
+    file puts something else around it. `names` are its folder's for some of SPECIAL_TOKENS. Raises UserError if a promise
+    cannot be kept.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -169,7 +167,7 @@ LONGEST_WORD = 100
 
 
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A lower-casing, accent-stripping WordPiece tokenizer of at most `vocab_size` tokens.
+    """Train a lower-casing, accent-stripping WordPiece tokenizer of at most `vocab_size` tokens.
 
     Encoding wraps text as `[CLS] text [SEP]` and pairs as `[CLS] a [SEP] b [SEP]`. The same documents give the same
     tokenizer. An interrupt ends the training at once.
@@ -206,17 +204,17 @@ _LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 def _without_long_words(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
-    """The text without words that will be [UNK], for which the trainer would need the square of their length."""
-    return _LONG.sub(lambda run: _short_words(run.group(), pre_tokenizer), text)
+    """Take words out of a text that will be [UNK], for which the trainer would need the square of their length."""
 
+    def short_words(run: re.Match[str]) -> str:
+        words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run.group()))
+        return " ".join(word for word in words if len(word) <= LONGEST_WORD)
 
-def _short_words(run: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
-    words = (word for word, _ in pre_tokenizer.pre_tokenize_str(run))
-    return " ".join(word for word in words if len(word) <= LONGEST_WORD)
+    return _LONG.sub(short_words, text)
 
 
 def _interruptibly(work: Callable[[], None]) -> None:
-    """Do what lets go of Python for minutes, so that a signal is heard meanwhile."""
+    """Do work that lets go of Python for minutes, so that a signal is heard meanwhile."""
     failed: list[BaseException] = []
 
     def worker() -> None:
@@ -238,11 +236,11 @@ RARE = 1e-4
 
 
 def _alphabet(texts: Iterable[str], standalone: set[str], vocab_size: int) -> list[str]:
-    """The most frequent characters that are not blanks, ties by code point, sorted: a thousand or a quarter of the vocabulary,
-    or as many as it takes to write all but RARE of the text.
+    """Find the most frequent characters that are not blanks, ties by code point, and sort them.
 
-    They leave a quarter of the vocabulary to other pieces. A character takes two places, unless it is a word by itself
-    (`standalone`: punctuation, Chinese characters).
+    They are a thousand or a quarter of the vocabulary, or as many as it takes to write all but RARE of the text, and leave a
+    quarter of the vocabulary to other pieces. A character takes two places, unless it is a word by itself (`standalone`:
+    punctuation, Chinese characters).
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -260,7 +258,7 @@ def _alphabet(texts: Iterable[str], standalone: set[str], vocab_size: int) -> li
 
 
 def unknown_characters(tokenizer: Tokenizer, texts: list[str], unknown: int) -> tuple[int, int]:
-    """How many of the texts' characters are lost to the unknown piece, of how many that are not blanks."""
+    """Count the texts' characters that are lost to the unknown piece, and all that are not blanks."""
     lost = total = 0
     for text, row in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
         spans = (text[a:b] for number, (a, b) in zip(row.ids, row.offsets, strict=True) if number == unknown)
@@ -270,5 +268,5 @@ def unknown_characters(tokenizer: Tokenizer, texts: list[str], unknown: int) -> 
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash that is equal for equal tokenizers."""
+    """Hash a tokenizer; equal ones have equal hashes."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

@@ -5,14 +5,18 @@ from typing import Any
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_NAMES, COMMON_USED, Fields, class_suffix
 from ufbert.hub.layout import Layout, Rule, linear, norm, same
 
+NAMES = COMMON_NAMES | {
+    "hidden_dropout_prob": "dropout", "layer_norm_eps": "norm_eps", "type_vocab_size": "n_token_types",
+}  # fmt: skip
 SHARED: dict[str, Any] = COMMON_USED | {
     "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
     "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_hidden_layers": 12,
 }  # fmt: skip
 BERT_FIELDS = Fields(
+    names=NAMES,
     used=SHARED
     | {"hidden_act": "gelu", "num_attention_heads": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30522},
     fixed=COMMON_FIXED | {"position_embedding_type": ("absolute", None)},
@@ -25,6 +29,7 @@ BERT_FIELDS = Fields(
     },
 )  # fmt: skip
 FNET_FIELDS = Fields(
+    names=NAMES,
     used=SHARED
     | {
         "hidden_act": "gelu_new", "pad_token_id": 3, "tpu_short_seq_length": 512, "type_vocab_size": 4, "vocab_size": 32000,
@@ -45,15 +50,16 @@ OTHER_CLASSES = {
     "ForNextSentencePrediction": "which says whether one text follows another",
     "LMHeadModel": "which writes a text from left to right",
 }
-"""What the classes that are not read are for."""
+"""Purposes of the classes that are not read."""
 PARTS: dict[str, tuple[str, ...]] = {
     "cls.predictions.": ("masked_lm",), "cls.seq_relationship.": (), "classifier.": ("classifier",), "qa_outputs.": (),
 }  # fmt: skip
 """The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+SIGNS: dict[str, tuple[str, ...]] = {"classifier": ("classifier.weight",), "masked_lm": ("cls.predictions.",)}
 
 
 def tied(root: str) -> dict[str, str]:
-    """Copies of tensors in a checkpoint whose encoder's names begin with `root`, and what they repeat."""
+    """List the copies of tensors in a checkpoint whose encoder's names begin with `root`, and what they repeat."""
     return {
         "cls.predictions.decoder.weight": f"{root}embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -61,18 +67,14 @@ def tied(root: str) -> dict[str, str]:
 
 
 ACTIVATION_NAMES: dict[str, ActivationName] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
 """Their names of nonlinearities."""
 
 
 def activation_name(values: dict[str, Any], key: str) -> ActivationName:
-    """Our name of the nonlinearity under `key` of a foreign config. Raises UserError for one there is not."""
+    """Find our name of the nonlinearity under `key` of a foreign config. Raises UserError for one there is not."""
     name = values[key]
     if name not in ACTIVATION_NAMES:
         raise UserError(f"This checkpoint uses {key}={shown(name)}, which the encoder does not express.")
@@ -80,60 +82,39 @@ def activation_name(values: dict[str, Any], key: str) -> ActivationName:
 
 
 def foreign_activation(config: ModelConfig) -> str:
-    """Their name of our nonlinearity; one they do not have keeps its own, and is caught by the round trip."""
+    """Find their name of our nonlinearity; one they do not have keeps its own, and is caught by the round trip."""
     return next((theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == config.activation), config.activation)
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The used fields of a BERT's or FNet's `config.json` as our configuration. Raises UserError for what the encoder does not
-    express."""
-    is_fnet = "tpu_short_seq_length" in values
-    d, max_len = values["hidden_size"], values["max_position_embeddings"]
+    """Make our configuration of a BERT's or FNet's used fields. Raises UserError for one that the encoder does not express."""
+    is_fnet, max_len = "tpu_short_seq_length" in values, values["max_position_embeddings"]
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        max_len=max_len,
+        **BERT_FIELDS.ours(values),
         fixed_len=min(values["tpu_short_seq_length"] or max_len, max_len) if is_fnet else 0,
-        d_model=d,
-        n_layers=values["num_hidden_layers"],
         n_heads=1 if is_fnet else values["num_attention_heads"],
         mixer=("fourier",) if is_fnet else ("attention",),
         feedforward=("dense",),
-        d_hidden=values["intermediate_size"],
         activation=activation_name(values, "hidden_act"),
         norm="post",
         positions="learned",
-        n_token_types=values["type_vocab_size"],
         use_bias=True,
         embedding_projection=is_fnet,
         final_norm=False,
         head_transform=True,
         head_bias=True,
-        pooler_width=d,
-        norm_eps=values["layer_norm_eps"],
-        init_std=values["initializer_range"],
-        dropout=values["hidden_dropout_prob"],
-        pad_id=values["pad_token_id"],
+        pooler_width=values["hidden_size"],
     )
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
-    """A `config.json` of BERT or FNet for our configuration; `model_config` reads it back."""
+    """Write our configuration as BERT's or FNet's `config.json`; `model_config` reads it back."""
     is_fnet = config.only_len > 0
     family, kind = ("FNet", "fnet") if is_fnet else ("Bert", "bert")
-    values = {
-        "architectures": [family + _class_suffix(heads)],
+    values = BERT_FIELDS.theirs(config) | {
+        "architectures": [family + class_suffix(READ_CLASSES, heads)],
         "hidden_act": foreign_activation(config),
-        "hidden_dropout_prob": config.dropout,
-        "hidden_size": config.d_model,
-        "initializer_range": config.init_std,
-        "intermediate_size": config.d_hidden,
-        "layer_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_len,
         "model_type": kind,
-        "num_hidden_layers": config.n_layers,
-        "pad_token_id": config.pad_id,
-        "type_vocab_size": config.n_token_types,
-        "vocab_size": config.vocab_size,
     }
     if is_fnet:
         return values | {"tpu_short_seq_length": config.only_len, "use_tpu_fourier_optimizations": False}
@@ -144,21 +125,8 @@ def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) 
     }
 
 
-def _class_suffix(heads: tuple[str, ...]) -> str:
-    if "classifier" in heads:
-        return "ForSequenceClassification"
-    return "ForMaskedLM" if "masked_lm" in heads else "Model"
-
-
-def heads_of(names: set[str]) -> tuple[str, ...]:
-    """The heads that a checkpoint of these tensors has."""
-    if "classifier.weight" in names:
-        return ("classifier",)
-    return ("masked_lm",) if any(name.startswith("cls.predictions.") for name in names) else ()
-
-
 def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
-    """The tensors of a checkpoint of this configuration."""
+    """Lay out the tensors of a checkpoint of this configuration."""
     root = "fnet" if config.only_len else "bert"
     theirs, ours = f"{root}.embeddings", "encoder.embeddings"
     rules = [same(f"{theirs}.word_embeddings.weight", f"{ours}.tokens")]

@@ -9,22 +9,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ufbert import nn
 from ufbert.config import ModelConfig
 from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
 from ufbert.hub.fields import SIGMOID, Answers, read_answers, unread
-from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, unflatten
+from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_model, n_outputs, save_model, unflatten
 from ufbert.hub.formats import FORMATS, Format, class_name, configuration, format_of, heads_of
-from ufbert.hub.layout import Layout, Tensors, to_ours, to_theirs
-from ufbert.hub.names import BUFFERS, Named, present_day, with_tied
+from ufbert.hub.layout import BUFFERS, Layout, Named, Tensors, present_day, to_ours, to_theirs, with_tied
+from ufbert.hub.leaf_layer import from_state, is_state, load_layer, save_layer, to_state
+from ufbert.hub.onnx_export import export_onnx
 from ufbert.hub.tensors import first_few, read_all_tensors, write_folder
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.runtime.typed import read_typed
 
 
 class Weights(NamedTuple):
-    """What a checkpoint's tensors and `config.json` amount to."""
+    """A checkpoint, read: our configuration and parameters."""
 
     format: Format
     config: ModelConfig
@@ -33,11 +36,11 @@ class Weights(NamedTuple):
     labels: tuple[str, ...]
     """Class names of a classifier; empty for one score."""
     skipped: list[str]
-    """Tensors that hold nothing that is used here, by the names that the file has for them."""
+    """Tensors that are not used here, by the names that the file has for them."""
     independent: bool
-    """Whether each score of a classifier is a probability of its own, by a sigmoid."""
+    """True if each score of a classifier is a probability of its own, by a sigmoid."""
     notes: list[str]
-    """What else a person should know, a sentence each."""
+    """Lines for a person to read, a sentence each."""
 
 
 def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any] | None, Path]:
@@ -53,12 +56,10 @@ def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarra
 
 
 def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixed_len: int = 0) -> Weights:
-    """Configuration and parameters from a checkpoint's tensors and its `config.json`.
+    """Make our configuration and parameters of a checkpoint's tensors and its `config.json`.
 
-    The class that `architectures` names decides which heads there are, and the tensors decide where it names none.
-
-    Raises UserError for a kind or class that is not known, for an architecture that the encoder does not express, for a value
-    of another kind than its field's, and, naming the first few, for missing, unexpected or misshapen tensors.
+    The class that `architectures` names decides which heads there are; where it names none, the tensors do. Raises UserError
+    for a class or architecture that the encoder does not express, and for fields or tensors that do not fit.
     """
     name = class_name(values, where)
     found = format_of(values, name, tensors, where)
@@ -129,7 +130,7 @@ def _check_decoder(layout: Layout, used: Tensors, where: str) -> None:
 
 
 def with_tokenizer(weights: Weights, folder: Path, tokenizer: str = "") -> ModelFolder:
-    """The model of imported weights and the tokenizer of its folder (or the file given).
+    """Join imported weights and the tokenizer of their folder (or the file given) to a model.
 
     Raises UserError if there is no tokenizer, or one of its ids lies past the model's embeddings.
     """
@@ -146,19 +147,19 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
     """
     config, heads = model.config, model.heads
     check_fits(model.tokenizer, config.vocab_size, "this model")
-    n_outputs = (max(1, len(model.task.labels)) if model.task else 1) if "classifier" in heads else 0
+    outputs = n_outputs(heads, model.task)
     reasons = []
     for candidate in FORMATS:
         if (candidate.kind == "crammedBERT") != (to == "ultrafastbert"):
             continue
         try:
-            values = candidate.foreign_config(config, heads, n_outputs)
+            values = candidate.foreign_config(config, heads, outputs)
             if values["model_type"] != candidate.kind:
                 continue
             different = _differences(config, configuration(candidate, values, heads, "this model"), heads)
             layout = candidate.layout(config, heads)
             covered = {path for rule in layout.rules for path in rule.paths}
-            missing = sorted(covered ^ set(flat_shapes(config, heads, n_outputs)))
+            missing = sorted(covered ^ set(flat_shapes(config, heads, outputs)))
         except UserError as error:
             different, missing = [str(error)], []
         if not different and not missing:
@@ -169,15 +170,8 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
 
 
 UNEXPRESSED = (
-    "tree_backend",
-    "attention_impl",
-    "dtype",
-    "dropout",
-    "init_std",
-    "tree_init",
-    "tree_balance",
-    "fourier_norm",
-)
+    "tree_backend", "attention_impl", "dtype", "dropout", "init_std", "tree_init", "tree_balance", "fourier_norm",
+)  # fmt: skip
 """Fields that say how to compute or train, not what is computed; a foreign config may lose them."""
 ONLY_FOR = {
     "rotary": ("rotary_base",),
@@ -208,17 +202,17 @@ def _differences(ours: ModelConfig, back: ModelConfig, heads: tuple[str, ...]) -
 
 
 def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, Any], folder: Path) -> str:
-    if model.task is not None and model.task.labels:
-        values["id2label"] = {str(i): label for i, label in enumerate(model.task.labels)}
-        values["label2id"] = {label: i for i, label in enumerate(model.task.labels)}
-    elif model.task is not None:
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    if model.task is not None and model.task.independent:
-        values |= (
-            {"problem_type": "multi_label_classification"} if model.task.labels else {"sentence_transformers": SIGMOID}
-        )
-    elif model.task is not None and not model.task.labels:
-        values["problem_type"] = "regression"
+    """Write the folder of a model that a format expresses, and return what its library calls the model."""
+    if model.task is not None:
+        labels = model.task.labels or ("LABEL_0",)
+        values["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+        if model.task.independent and model.task.labels:
+            values["problem_type"] = "multi_label_classification"
+        elif model.task.independent:
+            values["sentence_transformers"] = SIGMOID
+        elif not model.task.labels:
+            values["problem_type"] = "regression"
     if found.kind in ("fnet", "modernbert"):  # whose classes assume other ids where none are given
         ids = special_ids(model.tokenizer)
         values |= {"bos_token_id": ids.cls, "eos_token_id": ids.sep, "cls_token_id": ids.cls, "sep_token_id": ids.sep}
@@ -229,3 +223,52 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
     files |= tokenizer_files(model.tokenizer, model.config.only_len or model.config.max_len)
     write_folder(folder, tensors, files)
     return f"{found.label} ({', '.join(values['architectures'])})"
+
+
+def import_checkpoint(options: ImportOptions) -> None:
+    """Write a model folder, or a layer folder, of another library's checkpoint: `ufbert import`.
+
+    Raises UserError for a checkpoint that the encoder does not express, and for an output that exists.
+    """
+    _refuse_existing(options.out)
+    tensors, values, folder = read_checkpoint(Path(options.source), options.config)
+    if is_state(set(tensors)):
+        layer = from_state(tensors, options.source)
+        save_layer(options.out, layer, options.activation)
+        leaves, d, w = layer.w_in.shape
+        print(f"layer {options.out}: a fast feedforward layer of {leaves} leaves of {w} neurons, {d} inputs")
+        return
+    if values is None:
+        raise UserError(f"{options.source} has no config.json beside it; name one with --config FILE.")
+    weights = import_weights(tensors, values, options.source, fixed_len=options.fixed_len)
+    save_model(options.out, with_tokenizer(weights, folder, options.tokenizer))
+    for note in weights.notes:
+        print(note)
+    if weights.skipped:
+        print(f"not used, since this model has no place for them: {first_few(weights.skipped)}")
+    model = weights.config
+    print(
+        f"model {options.out}: {weights.format.label}, {model.n_layers} layers x {model.d_model}, "
+        f"{nn.count_params(model, ()):,} encoder parameters, heads: {', '.join(weights.heads) or 'none'}"
+    )
+
+
+def export_folder(options: ExportOptions) -> None:
+    """Write a model folder in another library's layout: `ufbert export`.
+
+    Raises UserError for a model that the layout does not express, and for an output that exists.
+    """
+    _refuse_existing(options.out)
+    if options.to == "fastfeedforward":
+        layer, _ = load_layer(options.folder)
+        write_folder(options.out, to_state(layer), {})
+        print(f"{options.out}/model.safetensors: a state for fastfeedforward's FFF.load_state_dict")
+    elif options.to == "onnx":
+        print(f"{options.out}: {export_onnx(load_model(options.folder), Path(options.out))}")
+    else:
+        print(f"{options.out}: {export_model(load_model(options.folder), Path(options.out), options.to)}")
+
+
+def _refuse_existing(out: str) -> None:
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; choose another --out.")

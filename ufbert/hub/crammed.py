@@ -13,13 +13,21 @@ import numpy as np
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields, class_suffix
+from ufbert.hub.folder import unflatten
 from ufbert.hub.layout import Layout, Rule, linear, norm, reshaped, same, stacked_linears
 from ufbert.hub.tensors import first_few
 
 WORDS = "encoder.embedding.word_embedding.weight"
 TIED = {"decoder.weight": WORDS}
 FIELDS = Fields(
+    names={
+        "arch.attention.num_attention_heads": "n_heads", "arch.classification_head.head_dim": "pooler_width",
+        "arch.embedding.max_seq_length": "max_len", "arch.embedding.normalization": "embedding_norm",
+        "arch.embedding.pad_token_id": "pad_id", "arch.embedding.vocab_size": "vocab_size",
+        "arch.final_norm": "final_norm", "arch.hidden_dropout_prob": "dropout", "arch.hidden_size": "d_model",
+        "arch.init.std": "init_std", "arch.norm_eps": "norm_eps", "arch.num_transformer_layers": "n_layers",
+    },
     used=COMMON_USED
     | {
         "arch.attention.num_attention_heads": 12, "arch.classification_head.head_dim": 1024,
@@ -32,34 +40,22 @@ FIELDS = Fields(
     },
     fixed={name: same for name, same in COMMON_FIXED.items() if name != "auto_map"}  # this class is in no library
     | {
-        "arch.architectures": (["ScriptableCrammedBERT"], None),
-        "arch.attention.causal_attention": (False, None),
-        "arch.attention.qkv_bias": (False, None),
-        "arch.attention.rotary_embedding": (False, None),
-        "arch.attention.sequence_op": ("torch-softmax",),
-        "arch.attention.skip_output_projection": (False, None),
-        "arch.attention.type": ("self-attention",),
-        "arch.deepnorm_scaling": (False, None),
-        "arch.embedding.pos_embedding": ("scaled-sinusoidal",),
-        "arch.ffn_layer_frequency": (1, None),
-        "arch.layer_macro_type": ("transformer", None),
-        "arch.maximal_recurrence": (None,),
-        "arch.norm": ("LayerNorm",),
-        "arch.norm_scheme": ("pre", None),
-        "arch.recurrent_layers": (None,),
-        "arch.setup": (None,),
+        "arch.architectures": (["ScriptableCrammedBERT"], None), "arch.attention.causal_attention": (False, None),
+        "arch.attention.qkv_bias": (False, None), "arch.attention.rotary_embedding": (False, None),
+        "arch.attention.sequence_op": ("torch-softmax",), "arch.attention.skip_output_projection": (False, None),
+        "arch.attention.type": ("self-attention",), "arch.deepnorm_scaling": (False, None),
+        "arch.embedding.pos_embedding": ("scaled-sinusoidal",), "arch.ffn_layer_frequency": (1, None),
+        "arch.layer_macro_type": ("transformer", None), "arch.maximal_recurrence": (None,), "arch.norm": ("LayerNorm",),
+        "arch.norm_scheme": ("pre", None), "arch.recurrent_layers": (None,), "arch.setup": (None,),
         "arch.use_bias": (False, None),
     },
     head_fixed={
         "masked_lm": {
-            "arch.decoder_bias": (False, None),
-            "arch.objective_layout": ("MLM", None),
-            "arch.skip_head_transform": (True,),
-            "arch.tie_weights": (True, None),
+            "arch.decoder_bias": (False, None), "arch.objective_layout": ("MLM", None),
+            "arch.skip_head_transform": (True,), "arch.tie_weights": (True, None),
         },
         "classifier": {
-            "arch.classification_head.include_ff_layer": (True,),
-            "arch.classification_head.nonlin": ("Tanh",),
+            "arch.classification_head.include_ff_layer": (True,), "arch.classification_head.nonlin": ("Tanh",),
             "arch.classification_head.pooler": ("zero_index",),  # an average here counts padding, too
         },
     },
@@ -80,10 +76,8 @@ REQUIRED = (
     "arch.hidden_size", "arch.intermed_size", "arch.nonlin", "arch.norm_eps", "arch.num_transformer_layers",
 )  # fmt: skip
 READ_CLASSES: dict[str, tuple[str, ...]] = {
-    "": (),
-    "ForPreTraining": ("masked_lm",),
-    "ForSequenceClassification": ("classifier",),
-}
+    "": (), "ForPreTraining": ("masked_lm",), "ForSequenceClassification": ("classifier",),
+}  # fmt: skip
 OTHER_CLASSES = {
     "ForTokenClassification": "which gives every token a label",
     "ForSCRIPTTraining": "which learns to tell replaced tokens",
@@ -92,22 +86,21 @@ PARTS: dict[str, tuple[str, ...]] = {
     "decoder.": ("masked_lm",), "prediction_head.": ("masked_lm",), "pooler.": ("classifier",), "head.": ("classifier",),
 }  # fmt: skip
 """The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+SIGNS = {"classifier": ("head.weight",), "masked_lm": ("",)}  # the masked-LM head may be the tied embedding alone
 NONLINEARITIES: dict[str, ActivationName] = {"GELU": "gelu", "ReLU": "relu"}
 
 
 def by_path(values: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` with what lies under `arch` by its path (`arch.attention.type`); what must stand at one value and is
-    absent there is None, as for its class.
+    """Name the settings under `arch` of a `config.json` by their path (`arch.attention.type`).
 
-    Raises UserError if there is no `arch`, or it lacks what the class cannot do without.
+    One that must stand at one value and is absent is None, as for its class. Raises UserError if there is no `arch`, or if it
+    lacks what the class cannot do without.
     """
     arch = values.get("arch")
     if not isinstance(arch, dict):
         raise UserError(f"This crammedBERT's config.json says arch={shown(arch)}, where an object of settings belongs.")
     flat = {name: value for name, value in values.items() if name != "arch"}
-    for name in {*FIELDS.fixed, *(name for more in FIELDS.head_fixed.values() for name in more)}:
-        if name.startswith("arch."):
-            flat[name] = None
+    flat |= dict.fromkeys((name for name in FIELDS.all_fixed(FIELDS.head_fixed) if name.startswith("arch.")), None)
     for name, value in arch.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"arch.{name}.{last}".removesuffix("."): x for last, x in inner}
@@ -118,10 +111,7 @@ def by_path(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The used fields of the `config.json` of a checkpoint that has these heads, as our configuration.
-
-    Raises UserError for an architecture this package does not express.
-    """
+    """Make our configuration of a crammedBERT's used fields. Raises UserError for one that the encoder does not express."""
     kind, nonlinearity = values["arch.intermed_type"], values["arch.nonlin"]
     is_tree, is_glu = kind == "fff", nonlinearity.endswith("glu")
     activation = NONLINEARITIES.get(nonlinearity.removesuffix("glu"))
@@ -135,98 +125,46 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
     if odd or activation is None:
         raise UserError(f"This crammedBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
     return ModelConfig(
-        vocab_size=values["arch.embedding.vocab_size"],
-        max_len=values["arch.embedding.max_seq_length"],
-        d_model=values["arch.hidden_size"],
-        n_layers=values["arch.num_transformer_layers"],
-        n_heads=values["arch.attention.num_attention_heads"],
+        **FIELDS.ours(values),
         feedforward=("tree",) if is_tree else ("glu",) if is_glu else ("dense",),
         d_hidden=max(1, values["arch.intermed_size"] // (2 if is_glu else 1)),
         activation="gelu" if is_tree else activation,
         n_trees=values["arch.intermed_size"] if is_tree else 1,
         tree_depth=values["arch.intermed_depth"] if is_tree else 0,
         tree_activation=activation if is_tree else "gelu",
-        embedding_norm=values["arch.embedding.normalization"],
-        final_norm=values["arch.final_norm"],
-        pooler_width=values["arch.classification_head.head_dim"],
-        norm_eps=values["arch.norm_eps"],
-        init_std=values["arch.init.std"],
-        dropout=values["arch.hidden_dropout_prob"],
-        pad_id=values["arch.embedding.pad_token_id"],
     )
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
-    """A `config.json` of that layout for our configuration; `model_config` reads it back."""
+    """Write our configuration as a crammedBERT's `config.json`; `model_config` reads it back."""
     kind = config.layers[0][1]
-    nonlinearity = {ours: theirs for theirs, ours in NONLINEARITIES.items()}.get(
-        config.tree_activation if kind == "tree" else config.activation, "GELU"
-    )
-    arch = {
-        "architectures": ["ScriptableCrammedBERT"],
-        "attention": {
-            "causal_attention": False,
-            "dropout_prob": config.dropout,
-            "num_attention_heads": config.n_heads,
-            "qkv_bias": False,
-            "rotary_embedding": False,
-            "seq_op_in_fp32": False,
-            "sequence_op": "torch-softmax",
-            "skip_output_projection": False,
-            "type": "self-attention",
-        },
-        "classification_head": {
-            "classifier_dropout": config.dropout,
-            "head_dim": config.pooler_width,
-            "include_ff_layer": True,
-            "nonlin": "Tanh",
-            "pooler": "zero_index",
-        },
-        "decoder_bias": False,
-        "embedding": {
-            "dropout_prob": config.dropout,
-            "embedding_dim": config.d_model,
-            "max_seq_length": config.max_len,
-            "normalization": config.embedding_norm,
-            "pad_token_id": config.pad_id,
-            "pos_embedding": "scaled-sinusoidal",
-            "stable_low_precision": False,
-            "vocab_size": config.vocab_size,
-        },
-        "ffn_layer_frequency": 1,
-        "final_norm": config.final_norm,
-        "hidden_dropout_prob": config.dropout,
-        "hidden_size": config.d_model,
-        "init": {"std": config.init_std, "type": "normal"},
-        "intermed_depth": config.tree_depth if kind == "tree" else 0,
-        "intermed_size": config.n_trees if kind == "tree" else config.d_hidden * (2 if kind == "glu" else 1),
-        "intermed_type": "fff" if kind == "tree" else "ff",
-        "loss": "cross-entropy",
-        "nonlin": nonlinearity + ("glu" if kind == "glu" else ""),
-        "norm": "LayerNorm",
-        "norm_eps": config.norm_eps,
-        "norm_scheme": "pre",
-        "num_labels": n_outputs or None,
-        "num_transformer_layers": config.n_layers,
-        "objective_layout": "MLM",
-        "skip_head_transform": True,
-        "sparse_prediction": 0.25,
-        "tie_weights": True,
-        "use_bias": False,
+    activation = config.tree_activation if kind == "tree" else config.activation
+    nonlinearity = next((theirs for theirs, ours in NONLINEARITIES.items() if ours == activation), "GELU")
+    fixed = {name: same[0] for name, same in FIELDS.all_fixed(FIELDS.head_fixed).items() if name.startswith("arch.")}
+    flat = {name: value for name, value in fixed.items() if value is not None}
+    flat |= FIELDS.theirs(config) | {
+        "arch.attention.dropout_prob": config.dropout,
+        "arch.attention.seq_op_in_fp32": False,
+        "arch.classification_head.classifier_dropout": config.dropout,
+        "arch.embedding.dropout_prob": config.dropout,
+        "arch.embedding.embedding_dim": config.d_model,
+        "arch.embedding.stable_low_precision": False,
+        "arch.init.type": "normal",
+        "arch.intermed_depth": config.tree_depth if kind == "tree" else 0,
+        "arch.intermed_size": config.n_trees if kind == "tree" else config.d_hidden * (2 if kind == "glu" else 1),
+        "arch.intermed_type": "fff" if kind == "tree" else "ff",
+        "arch.loss": "cross-entropy",
+        "arch.nonlin": nonlinearity + ("glu" if kind == "glu" else ""),
+        "arch.num_labels": n_outputs or None,
+        "arch.sparse_prediction": 0.25,
+        "architectures": ["ScriptableLM" + class_suffix(READ_CLASSES, heads)],
+        "model_type": "crammedBERT",
     }
-    kinds = ("classifier", "ForSequenceClassification"), ("masked_lm", "ForPreTraining")
-    name = "ScriptableLM" + next((suffix for head, suffix in kinds if head in heads), "")
-    return {"arch": arch, "architectures": [name], "model_type": "crammedBERT"}
-
-
-def heads_of(names: set[str]) -> tuple[str, ...]:
-    """The heads that a checkpoint of these tensors has; one that may be for masked language models, whose head is the tied
-    embedding alone, is."""
-    return ("classifier",) if "head.weight" in names else ("masked_lm",)
+    return unflatten(flat)
 
 
 def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
-    """The tensors of a checkpoint of this configuration."""
+    """Lay out the tensors of a checkpoint of this configuration."""
     d = config.d_model
     rules = [same(WORDS, "encoder.embeddings.tokens")]
     rules += [same("encoder.embedding.pos_embedding.scale_factor", "encoder.embeddings.position_scale")]
@@ -250,9 +188,8 @@ def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
     if config.final_norm:
         rules += norm("encoder.final_norm", "encoder.final_norm")
     if "classifier" in heads:
-        rules += linear("pooler.dense", "classifier.pooler.dense", bias=True) + linear(
-            "head", "classifier.out", bias=True
-        )
+        rules += linear("pooler.dense", "classifier.pooler.dense", bias=True)
+        rules += linear("head", "classifier.out", bias=True)
     return Layout(rules, TIED, constants, writes_copies="masked_lm" in heads)
 
 

@@ -1,14 +1,13 @@
-"""What may stand in another library's `config.json`: for each format a table of the fields that are used, of those that must
-stand at a value that changes nothing, and of those without effect on what this package computes.
+"""The fields of another library's `config.json`, in tables for each format.
 
-A field of no table is not read, and the import names it: such files carry notes of every kind, and the library itself computes
-nothing from a name that its classes do not know.
+They are used, or must stand at a value that changes nothing, or are without effect on what this package computes. A field of no
+table is not read, and the import names it: the library itself computes nothing from a name that its classes do not know.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ufbert.config import ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub.tensors import first_few
@@ -17,8 +16,10 @@ from ufbert.hub.tensors import first_few
 class Fields(NamedTuple):
     """The fields of one format."""
 
+    names: Mapping[str, str]
+    """Our names of the used fields that hold the same value as a field of ModelConfig; read in both directions."""
     used: Mapping[str, Any]
-    """What the library takes for a field where it is absent; None: it takes nothing, and the reader checks the kind."""
+    """Values that the library takes for absent fields; None: it takes nothing, and the reader checks the kind."""
     fixed: Mapping[str, tuple[Any, ...]]
     """Values that change nothing; any other is refused."""
     head_fixed: Mapping[str, Mapping[str, tuple[Any, ...]]]
@@ -26,12 +27,33 @@ class Fields(NamedTuple):
     ignored: frozenset[str]
     """Fields without effect on what is computed here: how to train, to store, to generate, to report."""
 
+    def all_fixed(self, heads: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+        """Join `fixed` and those of `head_fixed` that matter to a checkpoint with these heads."""
+        fixed = dict(self.fixed)
+        for head in heads:
+            fixed |= self.head_fixed.get(head, {})
+        return fixed
+
+    def ours(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Take settings of a ModelConfig from the fields that hold the same values."""
+        return {our: values[their] for their, our in self.names.items()}
+
+    def theirs(self, config: ModelConfig) -> dict[str, Any]:
+        """Write settings of a ModelConfig into the fields that hold the same values."""
+        return {their: getattr(config, our) for their, our in self.names.items()}
+
 
 COMMON_USED: dict[str, Any] = {
     "architectures": None, "id2label": None, "label2id": None, "model_type": None, "num_labels": None,
     "problem_type": None, "sbert_ce_default_activation_function": None, "sentence_transformers": None,
     "tie_word_embeddings": True,
 }  # fmt: skip
+COMMON_NAMES = {
+    "hidden_size": "d_model", "initializer_range": "init_std", "intermediate_size": "d_hidden",
+    "max_position_embeddings": "max_len", "num_hidden_layers": "n_layers", "pad_token_id": "pad_id",
+    "vocab_size": "vocab_size",
+}  # fmt: skip
+"""Used fields of Hugging Face's BERT, FNet and ModernBERT."""
 COMMON_FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "auto_map": (None, {}),  # code of its own
@@ -62,19 +84,14 @@ NULLABLE = ("classifier_dropout", "embedding_dim", "num_labels", "pad_token_id",
 def read_fields(
     values: Mapping[str, Any], fields: Fields, heads: tuple[str, ...], label: str, where: str
 ) -> dict[str, Any]:
-    """The used fields of a `config.json`, with the library's defaults for absent ones.
+    """Read the used fields of a `config.json`, with the library's defaults for absent ones.
 
-    Raises UserError, naming the field, for a value of another kind than the default's, and for one that would change what is
-    computed in a way that the encoder does not express.
+    Raises UserError, naming the field, for a value of another kind than the default's, and for one that the encoder does not
+    express.
     """
-    fixed = dict(fields.fixed)
-    for head in heads:
-        fixed |= fields.head_fixed.get(head, {})
-    odd = [
-        f"{name}={shown(values[name])}"
-        for name, same in fixed.items()
-        if name in values and not _among(values[name], same)
-    ]
+    fixed = fields.all_fixed(heads)
+    present = [name for name in fixed if name in values]
+    odd = [f"{name}={shown(values[name])}" for name in present if not _among(values[name], fixed[name])]
     if odd:
         raise UserError(
             f"This {label} checkpoint uses what the encoder does not express: {', '.join(odd)} (in the config.json of {where})."
@@ -83,18 +100,14 @@ def read_fields(
 
 
 def unread(values: Mapping[str, Any], fields: Fields) -> list[str]:
-    """The fields of a `config.json` that no table has, with their values."""
-    known = {
-        *fields.used,
-        *fields.fixed,
-        *fields.ignored,
-        *(name for more in fields.head_fixed.values() for name in more),
-    }
+    """List the fields of a `config.json` that no table has, with their values."""
+    known = {*fields.used, *fields.all_fixed(fields.head_fixed), *fields.ignored}
     return [f"{name[:100]}={shown(value)}" for name, value in values.items() if name not in known]
 
 
 def _among(value: Any, same: tuple[Any, ...]) -> bool:
-    return any(type(value) is type(one) and value == one for one in same)
+    """True if a value is one of these, and of its type: 1 is not True."""
+    return any(type(value) is type(good) and value == good for good in same)
 
 
 def _checked(values: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
@@ -108,52 +121,58 @@ def _checked(values: Mapping[str, Any], name: str, default: Any, where: str) -> 
     elif isinstance(default, int):
         fits, kind = type(value) is int and 0 <= value < 2**31, "a whole number that is not negative"
     elif isinstance(default, float):
-        fits, kind = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value), "a number"
-        value = float(value) if fits else value
+        fits, kind = type(value) in (int, float) and abs(value) < 1e300, "a number"
     else:
         fits, kind = isinstance(value, str), "a name"
     if not fits:
         raise wrong_kind(where, name, value, kind)
-    return value
+    return float(value) if isinstance(default, float) else value
 
 
 def wrong_kind(where: str, name: str, value: Any, kind: str) -> UserError:
-    """The sentence about a field whose value is of another kind."""
+    """Say that the value of a field is of another kind."""
     return UserError(
         f"The config.json of {where} says {name}={shown(value)}, where {kind} belongs; mend it, or name another with --config."
     )
 
 
+def class_suffix(classes: Mapping[str, tuple[str, ...]], heads: tuple[str, ...]) -> str:
+    """Find the end of the name of the class for a model with these heads."""
+    wanted = next(((head,) for head in ("classifier", "masked_lm") if head in heads), ())
+    return next(suffix for suffix, of_class in classes.items() if of_class == wanted)
+
+
 class Answers(NamedTuple):
-    """What a classifier's scores mean."""
+    """The meaning of a classifier's scores."""
 
     labels: tuple[str, ...]
     """Class names in the order of the scores; empty for a single score."""
     independent: bool
-    """Whether each score is a probability of its own, by a sigmoid."""
+    """True if each score is a probability of its own, by a sigmoid."""
 
 
 ACTIVATIONS = {"Sigmoid": True, "Identity": False, "Softmax": False}
-"""What sentence-transformers may apply to a cross-encoder's scores: whether that makes each a probability of its own. Without
-effect on which class is likeliest are the others, and a single raw score is said as it is."""
+"""Functions that sentence-transformers may apply to a cross-encoder's scores: True if each becomes a probability of its own.
+The others do not change which class is likeliest, and a single raw score is said as it is."""
 SIGMOID = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
-"""How sentence-transformers records that one score is a probability."""
+"""The record of sentence-transformers that one score is a probability."""
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 def read_answers(values: Mapping[str, Any], count: int, where: str) -> Answers:
-    """What the `count` scores of a classifier mean. Raises UserError where `config.json` contradicts itself or the weights."""
+    """Read the meaning of a classifier's `count` scores. Raises UserError if `config.json` contradicts it or itself."""
     problem = values.get("problem_type")
     if problem not in PROBLEMS:
         raise wrong_kind(where, "problem_type", problem, f"one of {', '.join(map(str, PROBLEMS[1:]))}")
     names, activation = _class_names(values, count, where), _activation(values, where)
+    independent = problem == "multi_label_classification" or activation == "Sigmoid"
     if count == 1:
         if activation == "Softmax" or problem == "single_label_classification":
             raise UserError(
                 f"The config.json of {where} asks for a softmax over the classifier's one score, which is always 1; mend "
                 "problem_type or the activation, or name another with --config."
             )
-        return Answers((), problem == "multi_label_classification" or activation == "Sigmoid")
+        return Answers((), independent)
     if problem == "regression":
         raise UserError(
             f"The config.json of {where} says problem_type='regression', and the classifier has {count} scores; models of "
@@ -164,11 +183,11 @@ def read_answers(values: Mapping[str, Any], count: int, where: str) -> Answers:
             f"The config.json of {where} says problem_type={problem!r}, whose classes exclude each other, and names a sigmoid, "
             "whose classes do not; take one of them out, or name another with --config."
         )
-    return Answers(names, problem == "multi_label_classification" or activation == "Sigmoid")
+    return Answers(names, independent)
 
 
 def _activation(values: Mapping[str, Any], where: str) -> str | None:
-    """The last part of the name of the function that sentence-transformers recorded, if any."""
+    """Find the last part of the name of the function that sentence-transformers recorded, if any."""
     recorded = values.get("sentence_transformers") or {}
     if not isinstance(recorded, dict):
         raise wrong_kind(where, "sentence_transformers", recorded, "an object")
@@ -185,7 +204,7 @@ def _activation(values: Mapping[str, Any], where: str) -> str | None:
 
 
 def _class_names(values: Mapping[str, Any], count: int, where: str) -> tuple[str, ...]:
-    """The names of `count` classes: of `id2label`, an object by number or a list; else of `label2id`; else LABEL_0, ..."""
+    """Read the names of `count` classes: of `id2label`, an object or a list; else of `label2id`; else LABEL_0, ..."""
     field, names, ids = "id2label", values.get("id2label"), values.get("label2id") or {}
     if not isinstance(ids, dict):
         raise wrong_kind(where, "label2id", ids, "an object of class numbers")
@@ -194,7 +213,10 @@ def _class_names(values: Mapping[str, Any], count: int, where: str) -> tuple[str
         if len(names) != len(ids):
             raise UserError(f"label2id of the config.json of {where} has two names for one class; mend it.")
     if not names:
-        names = [f"LABEL_{i}" for i in range(_number_of_labels(values, count, where))]
+        number = count if values.get("num_labels") is None else values["num_labels"]
+        if type(number) is not int:
+            raise wrong_kind(where, "num_labels", number, "a whole number")
+        names = [f"LABEL_{i}" for i in range(min(number, 10_000))]
     if isinstance(names, list):
         names = {str(i): name for i, name in enumerate(names)}
     if not isinstance(names, dict):
@@ -219,12 +241,3 @@ def _class_names(values: Mapping[str, Any], count: int, where: str) -> tuple[str
                 "wrong one, or name another config.json with --config."
             )
     return classes
-
-
-def _number_of_labels(values: Mapping[str, Any], count: int, where: str) -> int:
-    number = values.get("num_labels")
-    if number is None:
-        return count
-    if type(number) is not int:
-        raise wrong_kind(where, "num_labels", number, "a whole number")
-    return min(max(number, 0), 10_000)

@@ -4,6 +4,7 @@ Tensors are stored under their path in the parameter tree, joined by dots (`enco
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a fine-tuned folder was fine-tuned for."""
+    """The task of a fine-tuned folder."""
 
     name: str
     """Task name, for example sst2."""
@@ -36,8 +37,7 @@ class TaskInfo:
     metrics: dict[str, float]
     """Dev metrics of the weights in this folder."""
     independent: bool = False
-    """Whether each score is a probability of its own, by a sigmoid: labels that do not exclude each other, or one score between
-    0 and 1 instead of a value."""
+    """True if each score is a probability of its own, by a sigmoid: of labels that do not exclude each other, or one score."""
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "task.")
@@ -69,19 +69,28 @@ class ModelFolder:
         return tuple(name for name in self.params if name != "encoder")
 
 
-def flatten(params: nn.Params) -> dict[str, np.ndarray]:
-    """{"encoder.layer_00.tree.w_in": array, ...} in the tree's order."""
-    flat: dict[str, np.ndarray] = {}
-    for name, value in params.items():
+def n_outputs(heads: tuple[str, ...], task: TaskInfo | None) -> int:
+    """Count the scores of the classifier; 0 without one."""
+    if "classifier" not in heads:
+        return 0
+    return max(1, len(task.labels)) if task is not None else 1
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
         if hasattr(value, "items"):
-            flat.update({f"{name}.{rest}": array for rest, array in flatten(value).items()})
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            flat[name] = np.asarray(value)
-    return flat
+            yield prefix + name, value
+
+
+def flatten(params: nn.Params) -> dict[str, np.ndarray]:
+    """Flatten a parameter tree to {"encoder.layer_00.tree.w_in": array, ...} in the tree's order."""
+    return {path: np.asarray(value) for path, value in _leaves(params)}
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Make a tree of values by path, as `flatten` names them."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
@@ -93,10 +102,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_model(folder: str | Path, model: ModelFolder) -> None:
-    """Write a model folder, whole or not at all; an existing folder at that path is replaced once the new one is ready.
-
-    Raises UserError if the disk refuses.
-    """
+    """Write or replace a model folder, whole or not at all. Raises UserError if the disk refuses."""
     config = {"format": "ufbert", "format_version": FORMAT_VERSION, "model": asdict(model.config)}
     config["heads"] = list(model.heads)
     if model.task is not None:
@@ -107,32 +113,27 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
 
 
 def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
-    """Read a model folder; `lazily`, parameters are left in the file until they are asked for their numbers, and are not kept,
-    so that an engine that packs them never holds both.
+    """Read a model folder, whole or not at all.
 
-    Raises UserError, in one sentence, if it is absent, of another kind, incomplete, truncated, or if a tensor or the
-    tokenizer does not fit the configuration; nothing is loaded partly.
+    With `lazily`, parameters are read whenever they are asked for their numbers, and not kept: an engine that packs them never
+    holds both. Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
     """
     folder = Path(folder)
-    config_path, weights_path, tokenizer_path = (
-        folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")
-    )
+    paths = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    config_path, weights_path, tokenizer_path = paths
     if not folder.is_dir():
         raise UserError(f"There is no model folder at {folder}.")
-    for path in (config_path, weights_path, tokenizer_path):
+    for path in paths:
         if not path.is_file():
             nested = " (its model/ folder is one)" if (folder / "model" / "config.json").is_file() else ""
             raise UserError(f"{folder} is not a model folder: it has no {path.name}{nested}.")
     stored = read_config(config_path, _Stored, "ufbert", FORMAT_VERSION, "a model folder of this package")
     model, heads, task = stored.model, stored.heads, stored.task
-    n_outputs = 0
-    if "classifier" in heads:
-        n_outputs = max(1, len(task.labels)) if task is not None else 1
     tensors = stored_tensors(weights_path)  # shapes are compared before numbers are read
     last = f"encoder.layer_{model.n_layers - 1:02d}."
     if not any(name.startswith(last) for name in tensors):
         raise UserError(f"{weights_path} has no {last}*, and {config_path} says model.n_layers={model.n_layers}.")
-    expected = flat_shapes(model, heads, n_outputs)
+    expected = flat_shapes(model, heads, n_outputs(heads, task))
     check_tensors({name: array.shape for name, array in tensors.items()}, expected, str(weights_path))
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
@@ -142,29 +143,19 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     return ModelFolder(model, params, tokenizer, task)
 
 
-def flat_shapes(model: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter; `n_outputs` is the classifier's, 0 without one.
+def flat_shapes(model: ModelConfig, heads: tuple[str, ...], outputs: int) -> dict[str, tuple[int, ...]]:
+    """Find path and shape of every parameter; `outputs` are the classifier's scores, 0 without one.
 
     Raises UserError for an array of more than 2^31 entries in one direction.
     """
     inits = tuple(head for head in heads if head != "classifier")
     try:
-        tree = nn.shapes(model, inits, n_outputs)
+        tree = nn.shapes(model, inits, outputs)
     except OverflowError as error:  # a length that jax cannot count
         raise UserError(f"The configuration has a larger array than there can be: {error}.") from error
-    flat: dict[str, tuple[int, ...]] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        for name, value in node.items():
-            if hasattr(value, "items"):
-                walk(f"{prefix}{name}.", value)
-            else:
-                flat[prefix + name] = tuple(value.shape)
-
-    walk("", tree)
-    return flat
+    return {path: tuple(value.shape) for path, value in _leaves(tree)}
 
 
 def with_task(model: ModelFolder, classifier: nn.Params, task: TaskInfo) -> ModelFolder:
-    """`model` with its encoder under a classifier for `task`."""
+    """Put the encoder of `model` under a classifier for `task`."""
     return replace(model, params={"encoder": model.params["encoder"], "classifier": classifier}, task=task)

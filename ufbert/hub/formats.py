@@ -1,4 +1,4 @@
-"""The formats of other libraries' checkpoints: which one a checkpoint is of, which heads it has, and its configuration."""
+"""The formats of other libraries' checkpoints: of which one a checkpoint is, its heads and its configuration."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,8 +8,7 @@ from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.fields import Fields, read_fields, wrong_kind
-from ufbert.hub.layout import Layout, Tensors
-from ufbert.hub.names import without_wrappers
+from ufbert.hub.layout import Layout, Tensors, without_wrappers
 from ufbert.hub.tensors import first_few
 
 
@@ -17,23 +16,25 @@ class Format(NamedTuple):
     """A family of foreign checkpoints."""
 
     label: str
-    """What a person calls it."""
+    """Its name in a sentence."""
     kind: str
     """`model_type` in its `config.json`."""
     root: str
     """Prefix of its encoder's tensors, which a checkpoint of the bare encoder lacks."""
     parts: tuple[str, ...]
-    """How the names of a bare encoder's tensors begin."""
+    """Beginnings of the names of a bare encoder's tensors."""
     sign: str
     """A tensor that no other format has."""
     family: str
-    """How the names of its classes begin."""
+    """Beginning of the names of its classes."""
     classes: Mapping[str, tuple[str, ...]]
     """Heads of each class that is read, by the rest of its name; a pooler besides, where the file has one."""
     other_classes: Mapping[str, str]
-    """What the classes that are not read are for, by the rest of the name."""
+    """Purposes of the classes that are not read, by the rest of the name."""
     head_parts: Mapping[str, tuple[str, ...]]
     """The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+    head_signs: Mapping[str, tuple[str, ...]]
+    """Beginnings of tensors' names that tell the head of a checkpoint whose class does not; the first head counts."""
     tied: Mapping[str, str]
     """Copies of tensors, and what they repeat."""
     fields: Fields
@@ -42,83 +43,76 @@ class Format(NamedTuple):
     model_config: Callable[[dict[str, Any], tuple[str, ...]], ModelConfig]
     """Our configuration from the used fields, for a checkpoint with these heads."""
     foreign_config: Callable[[ModelConfig, tuple[str, ...], int], dict[str, Any]]
-    heads_of: Callable[[set[str]], tuple[str, ...]]
-    """The heads that a checkpoint of these tensors has, as far as its class does not say."""
     layout: Callable[[ModelConfig, tuple[str, ...]], Layout]
 
 
-def _bert_like(label: str, kind: str, family: str, sign: str, fields: Fields) -> Format:
-    """A format with BERT's names."""
-    return Format(
-        label=label,
-        kind=kind,
-        root=f"{kind}.",
-        parts=("embeddings.", "encoder.", "pooler."),
-        sign=sign,
-        family=family,
-        classes=bert.READ_CLASSES,
-        other_classes=bert.OTHER_CLASSES,
-        head_parts=bert.PARTS,
-        tied=bert.tied(f"{kind}."),
-        fields=fields,
-        by_path=dict,
-        model_config=bert.model_config,
-        foreign_config=bert.foreign_config,
-        heads_of=bert.heads_of,
-        layout=bert.layout,
-    )
-
-
-BERT_SIGN, FNET_SIGN = (
-    "bert.encoder.layer.0.attention.self.query.weight",
-    "fnet.encoder.layer.0.intermediate.dense.weight",
+BERT = Format(
+    label="Hugging Face BERT",
+    kind="bert",
+    root="bert.",
+    parts=("embeddings.", "encoder.", "pooler."),
+    sign="bert.encoder.layer.0.attention.self.query.weight",
+    family="Bert",
+    classes=bert.READ_CLASSES,
+    other_classes=bert.OTHER_CLASSES,
+    head_parts=bert.PARTS,
+    head_signs=bert.SIGNS,
+    tied=bert.tied("bert."),
+    fields=bert.BERT_FIELDS,
+    by_path=dict,
+    model_config=bert.model_config,
+    foreign_config=bert.foreign_config,
+    layout=bert.layout,
 )
-FORMATS = (
-    _bert_like("Hugging Face BERT", "bert", "Bert", BERT_SIGN, bert.BERT_FIELDS),
-    _bert_like("Hugging Face FNet", "fnet", "FNet", FNET_SIGN, bert.FNET_FIELDS),
-    Format(
-        label="Hugging Face ModernBERT",
-        kind="modernbert",
-        root="model.",
-        parts=("embeddings.", "layers.", "final_norm."),
-        sign="model.layers.0.attn.Wqkv.weight",
-        family="ModernBert",
-        classes=bert.READ_CLASSES,
-        other_classes=bert.OTHER_CLASSES,
-        head_parts=modernbert.PARTS,
-        tied=modernbert.TIED,
-        fields=modernbert.FIELDS,
-        by_path=dict,
-        model_config=modernbert.model_config,
-        foreign_config=modernbert.foreign_config,
-        heads_of=modernbert.heads_of,
-        layout=modernbert.layout,
-    ),
-    Format(
-        label="crammedBERT / UltraFastBERT",
-        kind="crammedBERT",
-        root="encoder.",
-        parts=("embedding.", "layers.", "final_norm."),
-        sign="encoder.layers.0.attn.self_attention.query_key_value.weight",
-        family="ScriptableLM",
-        classes=crammed.READ_CLASSES,
-        other_classes=crammed.OTHER_CLASSES,
-        head_parts=crammed.PARTS,
-        tied=crammed.TIED,
-        fields=crammed.FIELDS,
-        by_path=crammed.by_path,
-        model_config=crammed.model_config,
-        foreign_config=crammed.foreign_config,
-        heads_of=crammed.heads_of,
-        layout=crammed.layout,
-    ),
+FNET = BERT._replace(
+    label="Hugging Face FNet",
+    kind="fnet",
+    root="fnet.",
+    sign="fnet.encoder.layer.0.intermediate.dense.weight",
+    family="FNet",
+    tied=bert.tied("fnet."),
+    fields=bert.FNET_FIELDS,
 )
+MODERNBERT = BERT._replace(
+    label="Hugging Face ModernBERT",
+    kind="modernbert",
+    root="model.",
+    parts=("embeddings.", "layers.", "final_norm."),
+    sign="model.layers.0.attn.Wqkv.weight",
+    family="ModernBert",
+    head_parts=modernbert.PARTS,
+    head_signs=modernbert.SIGNS,
+    tied=modernbert.TIED,
+    fields=modernbert.FIELDS,
+    model_config=modernbert.model_config,
+    foreign_config=modernbert.foreign_config,
+    layout=modernbert.layout,
+)
+CRAMMED = Format(
+    label="crammedBERT / UltraFastBERT",
+    kind="crammedBERT",
+    root="encoder.",
+    parts=("embedding.", "layers.", "final_norm."),
+    sign="encoder.layers.0.attn.self_attention.query_key_value.weight",
+    family="ScriptableLM",
+    classes=crammed.READ_CLASSES,
+    other_classes=crammed.OTHER_CLASSES,
+    head_parts=crammed.PARTS,
+    head_signs=crammed.SIGNS,
+    tied=crammed.TIED,
+    fields=crammed.FIELDS,
+    by_path=crammed.by_path,
+    model_config=crammed.model_config,
+    foreign_config=crammed.foreign_config,
+    layout=crammed.layout,
+)
+FORMATS = (BERT, FNET, MODERNBERT, CRAMMED)
 NO_CLASSES = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "ScriptableCrammedBERT")
 """Names in `architectures` that do not say which heads there are: wrappers, and an architecture."""
 
 
 def configuration(found: Format, values: dict[str, Any], heads: tuple[str, ...], where: str) -> ModelConfig:
-    """A foreign `config.json` as our configuration, for a checkpoint with these heads. Raises UserError."""
+    """Make our configuration of a foreign `config.json`, for a checkpoint with these heads. Raises UserError as the readers."""
     settings = read_fields(found.by_path(values), found.fields, heads, found.label, where)
     try:
         return found.model_config(settings, heads)
@@ -127,7 +121,7 @@ def configuration(found: Format, values: dict[str, Any], heads: tuple[str, ...],
 
 
 def class_name(values: dict[str, Any], where: str) -> str:
-    """The class that `architectures` names, or nothing."""
+    """Find the class that `architectures` names, or nothing."""
     names = values.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise wrong_kind(where, "architectures", names, "a list with the name of a class")
@@ -141,7 +135,7 @@ def class_name(values: dict[str, Any], where: str) -> str:
 
 
 def format_of(values: dict[str, Any], name: str, tensors: Tensors, where: str) -> Format:
-    """The format that `model_type` says, or else the class, or else a tensor that no other has."""
+    """Find the format that `model_type` says, or else the class, or else a tensor that no other has."""
     kind, known = values.get("model_type"), ", ".join(f.label for f in FORMATS)
     if kind is not None:
         found = next((f for f in FORMATS if f.kind == kind), None)
@@ -161,15 +155,14 @@ def format_of(values: dict[str, Any], name: str, tensors: Tensors, where: str) -
 
 
 def heads_of(found: Format, name: str, tensors: set[str], where: str) -> tuple[tuple[str, ...], list[str]]:
-    """The heads of a checkpoint of a class, or of tensors where no class is named; and a note if they had to tell."""
+    """Find the heads of a checkpoint by its class, or else by its tensors; and a note if they had to tell."""
     pooler = ("pooler",) if f"{found.root}pooler.dense.weight" in tensors else ()
     encoder = next(found.family + suffix for suffix, heads in found.classes.items() if not heads)
     bare = f'To take its encoder alone, name a config.json with "architectures": ["{encoder}"] by --config.'
     suffix = _suffix(found, name)
     if name and suffix in found.other_classes:
-        raise UserError(
-            f"{where} is a {name[:100]}, {found.other_classes[suffix]}; this package has no such head. {bare}"
-        )
+        purpose = found.other_classes[suffix]
+        raise UserError(f"{where} is a {name[:100]}, {purpose}; this package has no such head. {bare}")
     if name and suffix not in found.classes:
         read = ", ".join(found.family + suffix for suffix in found.classes)
         raise UserError(f"{where} is of the class {name[:100]}; of {found.label} this package reads {read}. {bare}")
@@ -181,12 +174,13 @@ def heads_of(found: Format, name: str, tensors: set[str], where: str) -> tuple[t
             f"{where} has the tensors qa_outputs.*, of a model that marks the answer to a question in a text; this package "
             f"has no such head. {bare}"
         )
-    heads = found.heads_of(tensors)
-    if "classifier" not in heads:
-        return (*heads, *pooler), []
-    return heads, ["config.json names no class; by the names of its tensors, this is a classifier of whole texts"]
+    told = (head for head, signs in found.head_signs.items() if any(name.startswith(signs) for name in tensors))
+    head = next(told, None)
+    if head != "classifier":
+        return ((head, *pooler) if head else pooler), []
+    return (head,), ["config.json names no class; by the names of its tensors, this is a classifier of whole texts"]
 
 
 def _suffix(found: Format, name: str) -> str:
-    """What a class's name says beside the family; all of it if it is of another."""
+    """Cut the family off a class's name; one of another family gives no suffix that any format has."""
     return name.removeprefix(found.family) if name.startswith(found.family) else f"of another family: {name}"

@@ -37,12 +37,12 @@ class _Stored:
 
 
 def is_state(names: set[str]) -> bool:
-    """Whether these are tensors of a `fastfeedforward` layer."""
+    """True if these are tensors of a `fastfeedforward` layer."""
     return {"node_weights", "w1s", "w2s"} <= names
 
 
 def from_state(tensors: Tensors, where: str) -> LeafTree:
-    """The layer in a `fastfeedforward` state. Raises UserError naming each missing, unexpected or misshapen tensor."""
+    """Read the layer in a `fastfeedforward` state. Raises UserError naming missing, unexpected or misshapen tensors."""
     shapes = {name: tuple(array.shape) for name, array in tensors.items() if name not in (*COUNTERS, "depth")}
     g, d, w = shapes["w1s"] if len(shapes.get("w1s", ())) == 3 else (1, 1, 1)
     o = shapes["w2s"][-1] if shapes.get("w2s") else 1
@@ -53,9 +53,8 @@ def from_state(tensors: Tensors, where: str) -> LeafTree:
     if 0 in (g, d, w, o):
         raise UserError(f"{where} holds a layer of {g} leaves of {w} neurons, {d} inputs and {o} outputs.")
     depth = np.asarray(tensors.get("depth", g.bit_length() - 1))
-    if (
-        depth.size != 1 or depth.reshape(()) != g.bit_length() - 1 or g & (g - 1)
-    ):  # 2^depth of a depth of 10^12 has no end
+    # 2^depth of a depth of 10^12 has no end, so the depth is compared with the length of g in bits.
+    if depth.size != 1 or depth.reshape(()) != g.bit_length() - 1 or g & (g - 1):
         said = shown(depth.reshape(-1)[:9].tolist() if depth.ndim else depth.item())
         raise UserError(f"{where} does not fit its configuration: {g} leaves at depth {said}, where 2^depth belong.")
     arrays = {name: jnp.asarray(np.asarray(tensors[NAMES[name]], np.float32)) for name in NAMES}
@@ -63,7 +62,7 @@ def from_state(tensors: Tensors, where: str) -> LeafTree:
 
 
 def to_state(layer: LeafTree) -> dict[str, np.ndarray]:
-    """The layer as a `fastfeedforward` state, without usage counters."""
+    """Write the layer as a `fastfeedforward` state, without usage counters."""
     state = {NAMES[name]: np.asarray(array) for name, array in layer._asdict().items()}
     state["node_biases"] = state["node_biases"].reshape(-1, 1)
     return state | {"depth": np.asarray(len(state["w1s"]).bit_length() - 1, np.int64)}
@@ -76,10 +75,7 @@ def save_layer(folder: str | Path, layer: LeafTree, activation: str) -> None:
 
 
 def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
-    """A layer folder: its weights, for the functions of `ufbert.ops.leaf_fff`, and the name of its nonlinearity.
-
-    Raises UserError if it is absent, of another kind, or damaged.
-    """
+    """Read a layer folder: weights for `ufbert.ops.leaf_fff`, and its nonlinearity. Raises UserError if it is damaged."""
     folder = Path(folder)
     activation = read_config(folder / "config.json", _Stored, FORMAT, VERSION, "a leaf-tree layer").activation
     return from_state(read_tensors(folder / "model.safetensors"), str(folder)), activation

@@ -9,13 +9,14 @@ from typing import Any
 from ufbert.config import ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub.bert import activation_name, foreign_activation
-from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_USED, Fields
+from ufbert.hub.bert import READ_CLASSES, activation_name, foreign_activation
+from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_NAMES, COMMON_USED, Fields, class_suffix
 from ufbert.hub.layout import Layout, linear, norm, same, stacked_linears
 
 WORDS = "model.embeddings.tok_embeddings.weight"
 TIED = {"decoder.weight": WORDS}
 FIELDS = Fields(
+    names=COMMON_NAMES | {"classifier_dropout": "dropout", "norm_eps": "norm_eps", "num_attention_heads": "n_heads"},
     used=COMMON_USED
     | {
         "classifier_activation": "gelu", "classifier_dropout": 0.0, "classifier_pooling": "cls",
@@ -40,11 +41,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "head.": ("masked_lm", "classifier"), "decoder.": ("masked_lm",), "classifier.": ("classifier",), "qa_outputs.": (),
 }  # fmt: skip
 """The heads that tensors of such names belong to; in a checkpoint of none of them they are not used."""
+SIGNS = {"classifier": ("classifier.weight",), "masked_lm": ("head.dense.weight", "decoder.bias")}
 
 
 def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
-    """The used fields of a ModernBERT's `config.json` as our configuration. Raises UserError for what the encoder does not
-    express."""
+    """Make our configuration of a ModernBERT's used fields. Raises UserError for one that the encoder does not express."""
     activation, odd = activation_name(values, "hidden_activation"), []
     if not _all_global(values):
         odd.append("local attention in some layers (layer_types, global_attn_every_n_layers)")
@@ -54,15 +55,9 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
         odd.append(f"classifier_pooling={shown(values['classifier_pooling'])}")
     if odd:
         raise UserError(f"This ModernBERT checkpoint uses what the encoder does not express: {', '.join(odd)}.")
-    d = values["hidden_size"]
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        max_len=values["max_position_embeddings"],
-        d_model=d,
-        n_layers=values["num_hidden_layers"],
-        n_heads=values["num_attention_heads"],
+        **FIELDS.ours(values),
         feedforward=("glu",),
-        d_hidden=values["intermediate_size"],
         activation=activation,
         first_norm=False,
         norm_bias=False,
@@ -72,16 +67,12 @@ def model_config(values: dict[str, Any], heads: tuple[str, ...]) -> ModelConfig:
         head_bias=True,
         pooling="mean" if values["classifier_pooling"] == "mean" else "first",
         pooler="transform",
-        pooler_width=d,
-        norm_eps=values["norm_eps"],
-        init_std=values["initializer_range"],
-        dropout=values["classifier_dropout"],
-        pad_id=values["pad_token_id"],
+        pooler_width=values["hidden_size"],
     )
 
 
 def _all_global(values: dict[str, Any]) -> bool:
-    """Whether every token sees every token in every layer: what `layer_types` says, or else every n-th layer does."""
+    """True if every token sees every token in every layer: by `layer_types`, or else by every n-th layer."""
     layers, types = values["num_hidden_layers"], values["layer_types"]
     if types is None:
         return values["global_attn_every_n_layers"] == 1 or layers == 1
@@ -89,15 +80,13 @@ def _all_global(values: dict[str, Any]) -> bool:
 
 
 def _rotary_base(values: dict[str, Any]) -> float:
-    """The base of the rotary wavelengths in global layers: of `rope_parameters` (transformers 5), `global_rope_theta` or its
-    other name `rope_theta` (4). Raises UserError for scaled positions, and where two of them disagree."""
+    """Read the base of the rotary wavelengths in global layers: of `rope_parameters` (transformers 5), or `global_rope_theta`
+    or its other name `rope_theta` (4). Raises UserError for scaled positions, and if two of them disagree."""
     rope = values["rope_parameters"]
     rope = {} if rope is None else rope
     rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope
     if not isinstance(rope, dict) or not isinstance(rope.get("sliding_attention", {}), dict):
-        raise UserError(
-            f"This ModernBERT's config.json says rope_parameters={shown(rope)}, where an object belongs; mend it."
-        )
+        raise UserError(f"This ModernBERT says rope_parameters={shown(rope)}, where an object belongs; mend it.")
     odd = [
         f"rope_parameters.{name}={value!r}"
         for name, value in rope.items()
@@ -111,9 +100,7 @@ def _rotary_base(values: dict[str, Any]) -> float:
     bases = {name: base for name, base in given.items() if base is not None}
     for name, base in bases.items():
         if type(base) not in (int, float) or not 0 < base < 1e30:
-            raise UserError(
-                f"This ModernBERT's config.json says {name}={shown(base)}, where a positive number belongs; mend it."
-            )
+            raise UserError(f"This ModernBERT says {name}={shown(base)}, where a positive number belongs; mend it.")
     if len(set(bases.values())) > 1:
         both = ", ".join(f"{name}={base!r}" for name, base in bases.items())
         raise UserError(f"This ModernBERT's config.json contradicts itself: {both}; take out the wrong one.")
@@ -121,50 +108,30 @@ def _rotary_base(values: dict[str, Any]) -> float:
 
 
 def foreign_config(config: ModelConfig, heads: tuple[str, ...], n_outputs: int) -> dict[str, Any]:
-    """A `config.json` of ModernBERT for our configuration; `model_config` reads it back."""
-    suffix = (
-        "ForSequenceClassification" if "classifier" in heads else "ForMaskedLM" if "masked_lm" in heads else "Model"
-    )
-    return {
-        "architectures": [f"ModernBert{suffix}"],
+    """Write our configuration as ModernBERT's `config.json`; `model_config` reads it back."""
+    return FIELDS.theirs(config) | {
+        "architectures": [f"ModernBert{class_suffix(READ_CLASSES, heads)}"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "classifier_activation": foreign_activation(config),
         "classifier_bias": False,
-        "classifier_dropout": config.dropout,
         "classifier_pooling": "mean" if config.pooling == "mean" else "cls",
         "decoder_bias": True,
         "embedding_dropout": 0.0,
         "global_attn_every_n_layers": 1,
         "global_rope_theta": config.rotary_base,
         "hidden_activation": foreign_activation(config),
-        "hidden_size": config.d_model,
-        "initializer_range": config.init_std,
-        "intermediate_size": config.d_hidden,
         "local_attention": 128,
         "local_rope_theta": config.rotary_base,
-        "max_position_embeddings": config.max_len,
         "mlp_bias": False,
         "mlp_dropout": 0.0,
         "model_type": "modernbert",
         "norm_bias": False,
-        "norm_eps": config.norm_eps,
-        "num_attention_heads": config.n_heads,
-        "num_hidden_layers": config.n_layers,
-        "pad_token_id": config.pad_id,
-        "vocab_size": config.vocab_size,
     }
 
 
-def heads_of(names: set[str]) -> tuple[str, ...]:
-    """The heads that a checkpoint of these tensors has."""
-    if "classifier.weight" in names:
-        return ("classifier",)
-    return ("masked_lm",) if names & {"head.dense.weight", "decoder.bias"} else ()
-
-
 def layout(config: ModelConfig, heads: tuple[str, ...]) -> Layout:
-    """The tensors of a checkpoint of this configuration."""
+    """Lay out the tensors of a checkpoint of this configuration."""
     rules = [same(WORDS, "encoder.embeddings.tokens")]
     rules += norm("model.embeddings.norm", "encoder.embeddings.norm", bias=False)
     for i in range(config.n_layers):

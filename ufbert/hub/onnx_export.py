@@ -48,7 +48,7 @@ def export_onnx(model: ModelFolder, folder: Path) -> str:
 
 
 def build(model: ModelFolder) -> Any:
-    """The `onnx.ModelProto`."""
+    """Build the `onnx.ModelProto`."""
     from onnx import TensorProto, helper, numpy_helper
 
     cfg, params, g = model.config, model.params, Graph()
@@ -73,13 +73,8 @@ def build(model: ModelFolder) -> Any:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="ufbert")
     made.ir_version = min(made.ir_version, 10)
     ids = special_ids(model.tokenizer)
-    about: dict[str, Any] = {
-        "max_len": cfg.max_len,
-        "pad_id": cfg.pad_id,
-        "cls_id": ids.cls,
-        "sep_id": ids.sep,
-        "mask_id": ids.mask,
-    }
+    about: dict[str, Any] = {"max_len": cfg.max_len, "pad_id": cfg.pad_id}
+    about |= {"cls_id": ids.cls, "sep_id": ids.sep, "mask_id": ids.mask}
     if model.task is not None:
         about |= {"task": model.task.name, "labels": ",".join(model.task.labels)}
         about |= {"independent": model.task.independent}
@@ -88,13 +83,13 @@ def build(model: ModelFolder) -> Any:
 
 
 def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
-    """The hidden states of the last layer."""
+    """Compute the hidden states of the last layer."""
     part = params["embeddings"]
     g.at("embeddings/")
     length = g.add("Shape", "input_ids", start=1, end=2)
 
     def first(table: Any) -> str:
-        """A table's rows for the positions 0, 1, ..."""
+        """Take a table's rows for the positions 0, 1, ..."""
         return g.add("Slice", g.constant(table), g.constant([0], np.int64), length, g.constant([0], np.int64))
 
     x = g.add("Gather", "embeddings.tokens", "input_ids")
@@ -119,16 +114,12 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
         layer = params[f"layer_{i:02d}"]
         g.at(f"layer_{i:02d}/")
         mix, feed = _rule("mixer", mixer, MIXERS), _rule("feedforward", feedforward, FEEDFORWARDS)
-        if cfg.norm == "pre":
-            normed = g.norm(x, layer["mixer_norm"], cfg.norm_eps) if i > 0 or cfg.first_norm else x
-            x = g.add("Add", x, mix(g, cfg, layer.get(mixer, {}), normed, context))
-            normed = g.norm(x, layer["feedforward_norm"], cfg.norm_eps)
-            x = g.add("Add", x, feed(g, cfg, layer.get(feedforward, {}), normed, context))
-        else:
-            x = g.add("Add", x, mix(g, cfg, layer.get(mixer, {}), x, context))
-            x = g.norm(x, layer["mixer_norm"], cfg.norm_eps)
-            x = g.add("Add", x, feed(g, cfg, layer.get(feedforward, {}), x, context))
-            x = g.norm(x, layer["feedforward_norm"], cfg.norm_eps)
+        for name, rule, norm in ((mixer, mix, "mixer_norm"), (feedforward, feed, "feedforward_norm")):
+            is_normed = norm in layer  # not before the first mixer of some models
+            normed = g.norm(x, layer[norm], cfg.norm_eps) if cfg.norm == "pre" and is_normed else x
+            x = g.add("Add", x, rule(g, cfg, layer.get(name, {}), normed, context))
+            if cfg.norm == "post":
+                x = g.norm(x, layer[norm], cfg.norm_eps)
     return g.norm(x, params["final_norm"], cfg.norm_eps) if cfg.final_norm else x
 
 
@@ -141,7 +132,7 @@ def _rule(part: str, kind: str, layers: Mapping[str, Layer]) -> OnnxRule:
 
 
 def masked_lm(g: Graph, cfg: ModelConfig, params: Params, x: str) -> str:
-    """Token logits."""
+    """Compute token logits."""
     part = params["masked_lm"]
     if cfg.head_transform:
         x = g.norm(g.activate(g.linear(x, part["transform"]), cfg.activation), part["norm"], cfg.norm_eps)
@@ -150,7 +141,7 @@ def masked_lm(g: Graph, cfg: ModelConfig, params: Params, x: str) -> str:
 
 
 def classifier(g: Graph, cfg: ModelConfig, part: Params, x: str) -> str:
-    """A classifier's scores."""
+    """Compute a classifier's scores."""
     if cfg.pooling == "first":
         pooled = g.add("Gather", x, g.constant(0, np.int64), axis=1)
     else:

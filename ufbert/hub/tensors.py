@@ -35,7 +35,7 @@ def first_few(names: Iterable[str], count: int = 6) -> str:
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What tells the `config.json` of one of our folders from others."""
+    """The fields that tell the `config.json` of one of our folders from others."""
 
     format: Any = None
     format_version: Any = None
@@ -54,15 +54,14 @@ def read_config[T](path: Path, kind: type[T], mark: str, newest: int, noun: str)
         theirs = f", but a {shown(stamp.model_type)} model of another library, which `ufbert import` reads"
         raise UserError(f"{path.parent} does not hold {noun}{theirs if stamp.model_type else ''}.")
     if type(stamp.format_version) is not int or not 1 <= stamp.format_version <= newest:
-        raise UserError(
-            f"{path} has format version {shown(stamp.format_version)}; this ufbert reads up to {newest}. Upgrade it."
-        )
+        version = shown(stamp.format_version)
+        raise UserError(f"{path} has format version {version}; this ufbert reads up to {newest}. Upgrade it.")
     return decode(data, kind, str(path), exact=True)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a safetensors header says of a tensor."""
+    """An entry of a safetensors header."""
 
     dtype: str
     shape: tuple[Count, ...]
@@ -70,9 +69,9 @@ class _Entry:
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
-    """Length in bytes and content, by tensor, of the header of a safetensors file.
+    """Read length in bytes and entries of the header of a safetensors file.
 
-    Raises UserError if it is absent, a Git LFS pointer or damaged, or if it names a type of numbers that is not read.
+    Raises UserError if the file is absent, a Git LFS pointer, damaged or cut short, or if it holds a type that is not read.
     """
     if not path.is_file():
         raise UserError(f"There is no tensor file {path}.")
@@ -96,18 +95,19 @@ def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
             f"{path} holds tensors of a type that is not read: {first_few(odd)}. Convert them to F32, F16 or BF16 with the "
             "library that wrote them."
         )
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # it has looked whether all is there
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
     return length, tensors
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file; bfloat16 and float16 become float32. Raises UserError if it is damaged, or holds a
-    type of numbers that is not read."""
-    _read_header(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
+    """Read every tensor of a safetensors file; bfloat16 and float16 become float32. Raises UserError as for its header."""
+    _, header = _read_header(path)
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in header}
     halves = ("float16", "bfloat16")
     return {name: array.astype(np.float32) if array.dtype.name in halves else array for name, array in tensors.items()}
 
@@ -124,7 +124,7 @@ class _Index:
 
 
 def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, or of a folder: its `model.safetensors`, the files that its
+    """Read every tensor of a safetensors file, or of a folder: its `model.safetensors`, the files that its
     `model.safetensors.index.json` names, or all of its safetensors files.
 
     Raises UserError if there is none, if one is missing or damaged, and if two hold a tensor of the same name.
@@ -132,9 +132,7 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
     index, adapter = source / "model.safetensors.index.json", source / "adapter_config.json"
     if adapter.is_file():
         base = first_few([read_typed(adapter, _Adapter).base_model_name_or_path])
-        raise UserError(
-            f"{source} is an adapter of {base}, not a model; merge it into that with the library that made it."
-        )
+        raise UserError(f"{source} is an adapter of {base}, not a model; merge it into that by its library.")
     wanted: dict[str, str] = {}
     if not source.is_dir():
         files = [source]
@@ -170,7 +168,7 @@ def read_all_tensors(source: Path) -> dict[str, np.ndarray]:
 
 
 def _instead(source: Path) -> str:
-    """What to do about a folder or file without safetensors, by what else is in it."""
+    """Say how to get safetensors, by the other files of a folder."""
     names = sorted(path.name for path in source.iterdir()) if source.is_dir() else [source.name]
     within = sorted(path.parent for path in source.glob("**/*.safetensors")) if source.is_dir() else []
     if within:
@@ -204,14 +202,9 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, none of them read. Raises UserError if it is damaged, or holds anything but floating
-    point numbers."""
+    """Find every tensor of a safetensors file and read none. Raises UserError if the file is damaged, or holds anything but
+    floating point numbers."""
     length, header = _read_header(path)
-    try:
-        with safe_open(path, framework="numpy"):
-            pass  # it has looked whether all is there
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
     tensors = {
         name: StoredTensor(path, np.dtype(KINDS[entry.dtype]), entry.shape, 8 + length + entry.data_offsets[0])
         for name, entry in header.items()
@@ -233,10 +226,7 @@ def check_floats(types: Mapping[str, np.dtype], where: str, shown: Callable[[str
 def write_folder(
     folder: str | Path, tensors: Mapping[str, np.ndarray] | None, files: Mapping[str, str | bytes]
 ) -> None:
-    """Write a folder of `model.safetensors` (from `tensors`) and other files, whole or not at all.
-
-    An existing folder at that path is replaced. Raises UserError if the disk refuses.
-    """
+    """Write or replace a folder of tensors and other files, whole or not at all. Raises UserError if the disk refuses."""
     folder = Path(folder)
     try:
         with private_folder(folder.parent) as scratch:

@@ -1,4 +1,4 @@
-"""What Hugging Face keeps beside a vocabulary: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`.
+"""Settings that Hugging Face keeps beside a vocabulary: `{tokenizer_config,special_tokens_map,added_tokens}.json`.
 
 Each key is used, without effect, or refused unless it has a value that changes nothing. All is read as transformers reads it.
 """
@@ -11,7 +11,7 @@ import msgspec
 from tokenizers import AddedToken
 
 from ufbert.config.checks import shown
-from ufbert.data.tokenizer import note
+from ufbert.data.tokenizer import SPECIAL_TOKENS, note
 from ufbert.errors import UserError
 from ufbert.hub.tensors import first_few
 from ufbert.runtime.typed import Count, decode, read_typed, read_whole
@@ -24,14 +24,8 @@ BERT_CLASSES = (
 """Values of `tokenizer_class`, but for an ending `Fast`, that are BERT's WordPiece: a `vocab.txt` and settings describe it."""
 FILE_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "FNetTokenizer")
 """Those that are what `tokenizer.json` says, and nothing without it."""
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-"""Keys that name special tokens, and those that they are here."""
+SPECIAL = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+"""Keys that name special tokens (`pad_token`), and those that they are here."""
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -74,38 +68,36 @@ class TokenizerConfig:
     truncation_side: str = "right"
 
 
+@dataclass(frozen=True)
+class _EarlyClass:
+    tokenizer_class: str | None = None
+
+
 DEFAULTS = TokenizerConfig()
 USED = tuple(field.name for field in fields(TokenizerConfig))
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "do_basic_tokenize": (True,),
-    "word_tokenizer_type": ("basic", None),
-    "subword_tokenizer_type": ("wordpiece", None),
-    "wordpieces_prefix": ("##",),
-    "split_special_tokens": (False,),
-    "from_slow": (False,),
-    "gguf_file": (None,),
-    "init_inputs": ([],),
-    "auto_map": (None,),
-    **dict.fromkeys(("merges", "post_processor", "tokenizer", "tokenizer_object", "vocab"), (None,)),
-    **dict.fromkeys(("tokenizer_padding", "tokenizer_truncation", "unk_id"), (None,)),
-}
+    "do_basic_tokenize": (True,), "word_tokenizer_type": ("basic", None), "subword_tokenizer_type": ("wordpiece", None),
+    "wordpieces_prefix": ("##",), "split_special_tokens": (False,), "from_slow": (False,), "init_inputs": ([],),
+    "auto_map": (None,), "gguf_file": (None,), "merges": (None,), "post_processor": (None,), "tokenizer": (None,),
+    "tokenizer_object": (None,), "tokenizer_padding": (None,), "tokenizer_truncation": (None,), "unk_id": (None,),
+    "vocab": (None,),
+}  # fmt: skip
 """Keys that would change the tokenizer in a way that is not read here, and the values with which they do not."""
 WITHOUT_EFFECT = frozenset({
-    "fix_mistral_regex",
     "add_bos_token", "add_eos_token", "add_prefix_space", "backend", "chat_control_tokens", "chat_template", "clean_text",
     "clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "device_map", "errors", "files_loaded", "is_local", "keep_accents", "local_files_only", "max_len", "max_length",
     "mecab_kwargs", "model_input_names", "model_max_length", "name_or_path", "pad_to_multiple_of", "pad_token_type_id",
     "padding_side", "processor_class", "remove_space", "response_schema", "response_template", "sp_model_kwargs",
     "special_tokens_map_file", "stride", "tokenizer_file", "transformers_version", "trim_offsets", "truncation",
-    "truncation_strategy", "padding", "verbose", "vocab_file",
+    "truncation_strategy", "padding", "verbose", "vocab_file", "fix_mistral_regex",
 })  # fmt: skip
 """Keys about calls, chats, files and decoding; what the fast classes of BERT read over; and what `tokenizer.json` says for the
 classes that have it."""
 
 
 class Settings(NamedTuple):
-    """What a folder says about its tokenizer."""
+    """The settings of a folder's tokenizer."""
 
     kind: str
     """`tokenizer_class` without an ending `Fast`; empty where no file names one."""
@@ -114,7 +106,7 @@ class Settings(NamedTuple):
     harmless: dict[str, Any]
     """Values of the keys of HARMLESS."""
     names: dict[str, str]
-    """What the folder calls some of SPECIAL_TOKENS."""
+    """The folder's own names of some of SPECIAL_TOKENS."""
     numbered: dict[int, AddedToken]
     """Tokens added to the vocabulary, by id."""
     special: list[AddedToken]
@@ -122,10 +114,7 @@ class Settings(NamedTuple):
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a folder, as far as it has any.
-
-    Raises UserError, naming file and key, for a value of the wrong kind.
-    """
+    """Read the settings of a folder, if it has any. Raises UserError, naming file and key, for a value of the wrong kind."""
     path, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
     values = _read(path)
     if "added_tokens_decoder" not in values:
@@ -148,13 +137,15 @@ def read_settings(folder: Path) -> Settings:
         }
     tokens = {SPECIAL[key]: getattr(config, key) for key in SPECIAL}
     names = {name: _added(token).content for name, token in tokens.items() if token is not None}
-    kind = config.tokenizer_class or _early_class(folder / "config.json") or ""
+    kind, early = config.tokenizer_class or "", folder / "config.json"
+    if not kind and early.is_file():  # where early folders keep it
+        kind = read_typed(early, _EarlyClass).tokenizer_class or ""
     harmless = {key: value for key, value in values.items() if key in HARMLESS}
     return Settings(kind.removesuffix("Fast"), config, harmless, names, numbered, special)
 
 
 def check_read(settings: Settings, folder: Path) -> None:
-    """Raises UserError, naming it, for a class of tokenizers or a setting that is not read here."""
+    """Raise UserError, naming it, for a class of tokenizers or a setting that is not read here."""
     kind, has_file = settings.kind, (folder / "tokenizer.json").is_file()
     way_out = "Name a tokenizer.json or vocab.txt to use instead with --tokenizer FILE"
     if has_file:
@@ -168,18 +159,8 @@ def check_read(settings: Settings, folder: Path) -> None:
             raise UserError(f"The tokenizer of {folder} has {key} {shown(value)}, which is not read here. {way_out}.")
 
 
-@dataclass(frozen=True)
-class _EarlyClass:
-    tokenizer_class: str | None = None
-
-
-def _early_class(path: Path) -> str | None:
-    """The class's name in `config.json`, where an early folder keeps it."""
-    return read_typed(path, _EarlyClass).tokenizer_class if path.is_file() else None
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """The values of a file, those that count of the right kind; a line names what is read over."""
+    """Read the values of a file, those that count of the right kind; a line names each that is read over."""
     if not path.is_file():
         return {}
     data = read_whole(path)
@@ -196,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _special(config: TokenizerConfig) -> list[AddedToken]:
-    """The special tokens that the settings name, in the order in which transformers adds them."""
+    """List the special tokens that the settings name, in the order in which transformers adds them."""
     keys = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     tokens = [token for key in keys if (token := getattr(config, key)) is not None]
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
@@ -206,7 +187,7 @@ def _special(config: TokenizerConfig) -> list[AddedToken]:
 
 
 def _added(token: Token, *, special: bool = False) -> AddedToken:
-    """A token for the tokenizers library."""
+    """Make a token of the tokenizers library."""
     if isinstance(token, str):
         return AddedToken(token, normalized=not special, special=special)
     flags = {name: flag for name, flag in vars(token).items() if flag is not None and name != "content"}

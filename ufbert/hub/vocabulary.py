@@ -13,22 +13,14 @@ import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ufbert.config.checks import shown
-from ufbert.data.tokenizer import (
-    SPECIAL_TOKENS,
-    known_name,
-    library_errors,
-    made_fit,
-    note,
-    special_names,
-    wrap,
-    wrapping,
-)
+from ufbert.data.tokenizer import known_name, library_errors, made_fit, note, special_names, wrap, wrapping
 from ufbert.errors import UserError
 from ufbert.hub.tensors import first_few
 from ufbert.hub.tokenizer_settings import (
     BERT_CLASSES,
     DEFAULTS,
     FILE_CLASSES,
+    SPECIAL,
     Settings,
     TokenizerConfig,
     check_read,
@@ -37,8 +29,12 @@ from ufbert.hub.tokenizer_settings import (
 from ufbert.runtime.typed import convert, read_typed, read_whole
 
 STATE = ("truncation", "padding")
-"""Parts of a `tokenizer.json` that are about the call during which it was saved; they are taken off."""
+"""Parts of a `tokenizer.json` about the call during which it was saved; they are taken off."""
 PARTS = ("version", *STATE, "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+NORMALIZER = {
+    "lowercase": "do_lower_case", "strip_accents": "strip_accents", "handle_chinese_chars": "tokenize_chinese_chars",
+}  # fmt: skip
+"""Arguments of BERT's normalizer, and their names in `tokenizer_config.json`."""
 TOKEN_FIELDS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
 Id = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 MODEL_FIELDS = {
@@ -79,17 +75,14 @@ class _TokenizerFile:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, fit for use here (`made_fit`).
-
-    Raises UserError if it cannot be read, has parts that are not known, or lacks a special token.
-    """
+    """Read a `tokenizer.json`, and make it fit for use here (`made_fit`). Raises UserError if it cannot be used."""
     with library_errors(str(path)):
         return made_fit(_parsed(Path(path)), str(path))
 
 
 def read_for_training(path: str | Path) -> Tokenizer:
-    """As `read_tokenizer`, and a text is `[CLS] text [SEP]`, since pretraining puts both around every document. A `vocab.txt`
-    is read with the settings beside it."""
+    """Read a `tokenizer.json`, or a `vocab.txt` with the settings beside it, and have it make `[CLS] text [SEP]` of a text,
+    since pretraining puts both around every document."""
     is_vocabulary = Path(path).suffix == ".txt"
     tokenizer = find_tokenizer(Path(path).parent, str(path)) if is_vocabulary else read_tokenizer(path)
     wrap(tokenizer, str(path))
@@ -97,8 +90,7 @@ def read_for_training(path: str | Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: Path, given: str) -> Tokenizer:
-    """The tokenizer of a checkpoint: the file given, as it stands, or the folder's `tokenizer.json` or `vocab.txt` with the
-    settings that transformers would use.
+    """Read the tokenizer of a checkpoint: the file given, as it stands, or the folder's file with transformers' settings.
 
     Raises UserError if there is none, if it is of a kind that is not read, or if it lacks a special token.
     """
@@ -129,23 +121,21 @@ def _of_folder(folder: Path) -> Tokenizer:
 
 
 def _told(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    """The tokenizer; a line tells if its texts are not as this package makes them."""
+    """Return the tokenizer; a line tells if its texts are not as this package makes them."""
     if not wrapping(tokenizer):
         row = " ".join(tokenizer.encode("a").tokens)
-        note(
-            f"{path} makes {row!r} of the text 'a', and not [CLS] a [SEP]; it is kept, for the model may know no other"
-        )
+        note(f"{path} makes {row!r} of the text 'a', and not [CLS] a [SEP]; it is kept, as the model may know no other")
     return tokenizer
 
 
 def _parsed(path: Path) -> Tokenizer:
-    """The tokenizer of a file, without what is no part of tokenising; a line says what was taken off."""
+    """Read the tokenizer of a file without the parts that are not about tokens; a line names each that is taken off."""
     state = read_typed(path, dict[str, Any])
     known = convert(state, _TokenizerFile, str(path))
     _check_parts(state, known.model, path)
     for name in STATE:
         if state.get(name) is not None:
-            note(f"{path} has a stored {name} ({_facts(state[name])}), which is taken off")
+            note(f"{path} has a stored {name} ({shown(state[name])}), which is taken off")
             state[name] = None
     if known.model.dropout:
         note(f"{path} leaves out merges at random (dropout {known.model.dropout}), which is taken off")
@@ -161,18 +151,12 @@ def _parsed(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _facts(state: Any) -> str:
-    facts = state.items() if isinstance(state, dict) else ()
-    named = ", ".join(f"{name} {shown(value)}" for name, value in facts if name in ("max_length", "strategy"))
-    return named or shown(state)
-
-
 MOST_GROWTH = 100
 """Times that a tokenizer may lengthen a text before it cuts it into pieces; those that people use stay below 40."""
 
 
 def _growth(part: Any) -> int:
-    """How many times longer a normalizer, pre-tokenizer, post-processor or decoder can make a text; sequences multiply."""
+    """Bound the times that a normalizer, pre-tokenizer, post-processor or decoder lengthens a text; sequences multiply."""
     inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
     times = math.prod(_growth(value) for value in inner if isinstance(value, (dict, list)))
     match part:
@@ -192,26 +176,19 @@ def _growth(part: Any) -> int:
 def _check_parts(state: dict[str, Any], model: _Model, path: Path) -> None:
     """Raise UserError for a part that no known version of the library has, for it may change the tokens."""
     fields = MODEL_FIELDS[model.type] if model.type else {name for names in MODEL_FIELDS.values() for name in names}
-    odd = [name for name in state if name not in PARTS] + [
-        f"model.{name}" for name in state["model"] if name not in fields
-    ]
-    odd += [
-        f"added_tokens.{name}"
-        for token in state.get("added_tokens") or ()
-        for name in token
-        if name not in TOKEN_FIELDS
-    ]
+    flags = {name for token in state.get("added_tokens") or () for name in token}
+    odd = [name for name in state if name not in PARTS]
+    odd += [f"model.{name}" for name in state["model"] if name not in fields]
+    odd += [f"added_tokens.{name}" for name in sorted(flags) if name not in TOKEN_FIELDS]
     if odd:
-        raise UserError(f"{path} has parts that are not known here: {first_few(dict.fromkeys(odd))}. Remove them.")
+        raise UserError(f"{path} has parts that are not known here: {first_few(odd)}. Remove them.")
     if isinstance(model.vocab, dict) and len(set(model.vocab.values())) < len(model.vocab):
         number, times = Counter(model.vocab.values()).most_common(1)[0]
-        raise UserError(
-            f"{path} gives {times} pieces the id {number}, of which the library keeps one. Number them anew."
-        )
+        raise UserError(f"{path} gives {times} pieces the id {number}, of which the library keeps one. Mend it.")
 
 
 def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> None:
-    """The library numbers an added token itself; raises UserError if that is not the number its file says."""
+    """Raise UserError if an added token, which the library numbers itself, has another number than its file says."""
     number = tokenizer.token_to_id(content)
     if number != wanted:
         raise UserError(
@@ -221,18 +198,16 @@ def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> N
 
 
 def _of_file(path: Path, settings: Settings) -> Tokenizer:
-    """A folder's `tokenizer.json`; the settings of BERT's classes go before what it says of the same."""
+    """Read a folder's `tokenizer.json`; the settings of BERT's classes go before its own."""
     tokenizer = _parsed(path)
-    normalizer = (json.loads(tokenizer.to_str()).get("normalizer")) or {}
+    normalizer = json.loads(tokenizer.to_str()).get("normalizer") or {}
     if normalizer.get("type") == "BertNormalizer" and settings.kind not in FILE_CLASSES:
         theirs = _bert_normalizer(settings.config)
-        named = {"lowercase": "do_lower_case", "strip_accents": "strip_accents"}
-        named["handle_chinese_chars"] = "tokenize_chinese_chars"
-        changed = {named[name]: value for name, value in theirs.items() if normalizer[name] != value}
+        changed = {NORMALIZER[name]: value for name, value in theirs.items() if normalizer[name] != value}
         if changed and (path.parent / "tokenizer_config.json").is_file():
             tokenizer.normalizer = normalizers.BertNormalizer(clean_text=normalizer["clean_text"], **theirs)
-            shown = ", ".join(f"{name} {value}" for name, value in changed.items())
-            note(f"{path} differs from tokenizer_config.json, which goes before it in transformers, too: {shown}")
+            names = ", ".join(f"{name} {value}" for name, value in changed.items())
+            note(f"{path} differs from tokenizer_config.json, which goes before it in transformers, too: {names}")
         elif changed:
             note(f"{path} is read as it stands; transformers would lower-case, for lack of a tokenizer_config.json")
     _add(tokenizer, settings, path.parent)
@@ -243,12 +218,8 @@ def _of_file(path: Path, settings: Settings) -> Tokenizer:
 
 
 def _bert_normalizer(config: TokenizerConfig) -> dict[str, Any]:
-    """BertNormalizer's arguments by `tokenizer_config.json`, or the defaults of BERT's classes."""
-    return {
-        "lowercase": config.do_lower_case,
-        "strip_accents": config.strip_accents,
-        "handle_chinese_chars": config.tokenize_chinese_chars,
-    }
+    """Take BertNormalizer's arguments from `tokenizer_config.json`, or the defaults of BERT's classes."""
+    return {name: getattr(config, setting) for name, setting in NORMALIZER.items()}
 
 
 def _of_vocabulary(path: Path, settings: Settings) -> Tokenizer:
@@ -260,8 +231,8 @@ def _of_vocabulary(path: Path, settings: Settings) -> Tokenizer:
 def wordpiece(
     path: Path, config: TokenizerConfig = DEFAULTS, names: Mapping[str, str] = MappingProxyType({})
 ) -> Tokenizer:
-    """BERT's WordPiece tokenizer from a `vocab.txt`, one piece a line, with the settings of `tokenizer_config.json` and its
-    names of some of the special tokens. An empty line has no piece; of two equal ones the last counts."""
+    """Make BERT's WordPiece tokenizer of a `vocab.txt`, one piece a line, with a folder's settings and its names of some of the
+    special tokens. An empty line has no piece; of two equal ones the last counts."""
     try:
         pieces = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except UnicodeDecodeError as error:
@@ -269,14 +240,13 @@ def wordpiece(
     vocabulary = {piece: number for number, piece in enumerate(pieces) if piece}
     unknown = next((name for name in (names.get("[UNK]"), "[UNK]", "<unk>") if name in vocabulary), None)
     if unknown is None:
-        raise UserError(
-            f"{path} has no {names.get('[UNK]', '[UNK]')[:100]}; add it, or name another file with --tokenizer FILE."
-        )
+        wanted = names.get("[UNK]", "[UNK]")[:100]
+        raise UserError(f"{path} has no {wanted}; add it, or name another file with --tokenizer FILE.")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(clean_text=True, **_bert_normalizer(config))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    own = {token: names.get(token) or known_name(tokenizer, token) for token in SPECIAL_TOKENS}
+    own = {token: names.get(token) or known_name(tokenizer, token) for token in SPECIAL.values()}
     tokenizer.add_special_tokens([name for name in own.values() if name in vocabulary])
     cls, sep = own["[CLS]"], own["[SEP]"]
     if cls in vocabulary and sep in vocabulary:
@@ -285,8 +255,10 @@ def wordpiece(
 
 
 def _add(tokenizer: Tokenizer, settings: Settings, folder: Path, *, flags_count: bool = False) -> None:
-    """Add the tokens of a folder's settings, those with an id first; if `flags_count`, theirs go before those of tokens that
-    are there. Raises UserError if one gets another id than it says."""
+    """Add the tokens of a folder's settings, those with an id first. Raises UserError if one gets another id than it says.
+
+    With `flags_count`, their flags go before those of tokens that the tokenizer has.
+    """
     for number, token in sorted(settings.numbered.items()):
         _add_token(tokenizer, token)
         _check_id(tokenizer, token.content, number, folder)
@@ -306,10 +278,10 @@ def _add_token(tokenizer: Tokenizer, token: AddedToken) -> None:
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
-    """What Hugging Face expects beside a model: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, and for
-    BERT's own WordPiece `vocab.txt`, with an empty line for an id without a piece."""
+    """Make the files of a tokenizer in Hugging Face's layout: `tokenizer.json`, `tokenizer_config.json`,
+    `special_tokens_map.json`, and for BERT's own WordPiece `vocab.txt`, with an empty line for an id without a piece."""
     names = special_names(tokenizer)
-    special = {f"{part}_token": names[f"[{part.upper()}]"] for part in ("pad", "unk", "cls", "sep", "mask")}
+    special = {key: names[token] for key, token in SPECIAL.items()}
     state = json.loads(tokenizer.to_str(pretty=False))
     is_bert = _is_berts(tokenizer, state)
     settings: dict[str, Any] = {
@@ -322,9 +294,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
         },
     }
     if is_bert:
-        settings["do_lower_case"] = state["normalizer"]["lowercase"]
-        settings["strip_accents"] = state["normalizer"]["strip_accents"]
-        settings["tokenize_chinese_chars"] = state["normalizer"]["handle_chinese_chars"]
+        settings |= {setting: state["normalizer"][name] for name, setting in NORMALIZER.items()}
     elif "add_prefix_space" in (state.get("pre_tokenizer") or {}):
         settings["add_prefix_space"] = state["pre_tokenizer"]["add_prefix_space"]
     files = {
@@ -332,18 +302,16 @@ def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
     }
-    pieces = {number: piece for piece, number in state["model"]["vocab"].items()} if is_bert else {}
-    if (
-        is_bert
-        and len(pieces) == len(state["model"]["vocab"])
-        and not any(set("\r\n") & set(p) for p in pieces.values())
-    ):
+    vocabulary = state["model"]["vocab"] if is_bert else {}
+    pieces = {number: piece for piece, number in vocabulary.items()}
+    ends_lines = any("\r" in piece or "\n" in piece for piece in vocabulary)
+    if is_bert and len(pieces) == len(vocabulary) and not ends_lines:
         files["vocab.txt"] = "".join(f"{pieces.get(number, '')}\n" for number in range(max(pieces) + 1))
     return files
 
 
 def _is_berts(tokenizer: Tokenizer, state: dict[str, Any]) -> bool:
-    """Whether transformers' BertTokenizer, which builds the tokenizer anew from vocabulary and settings, gives the same."""
+    """True if transformers' BertTokenizer, which builds the tokenizer anew from vocabulary and settings, gives the same."""
     model, normalizer = state["model"], state.get("normalizer") or {}
     if model["type"] != "WordPiece" or normalizer.get("type") != "BertNormalizer" or not normalizer["clean_text"]:
         return False
