@@ -91,9 +91,8 @@ def glue_table(places: Sequence[Path]) -> str:
     """
     sweeps = [Sweep(place if place.is_dir() else place.parent, read_results(place)) for place in places]
     letters = [chr(ord("A") + i) for i in range(len(sweeps))]
-    names = dict.fromkeys(
-        (name, split) for sweep in sweeps for name, task in sweep.results.tasks.items() for split in task.dev
-    )
+    tasks = [named for sweep in sweeps for named in sweep.results.tasks.items()]
+    names = dict.fromkeys((name, split) for name, task in tasks for split in task.dev)
     rows = [_split_row(sweeps, name, split) for name, split in names]
     warnings = [
         f"**WARNING: {letter} and A differ in {mismatch}; a difference is not the models' alone.**"

@@ -91,15 +91,14 @@ def averages(tasks: Mapping[str, TaskResult]) -> dict[str, Average]:
     first, apart = "the first metric of every task but WNLI", "MNLI matched and mismatched apart"
     mean = "of each the mean of its metrics and of MNLI's two dev sets"
     defined = {
-        "nine numbers": (f"nine numbers: {first}, {apart}.", nine),
-        "nine numbers without CoLA": (f"eight numbers: {first} and CoLA, {apart}.", nine[1:]),
-        "eight tasks": (f"eight tasks, all but WNLI: {mean}; of CoLA, Matthews alone.", eight),
-        "eight tasks without CoLA": (f"seven tasks, all but WNLI and CoLA: {mean}.", eight[1:]),
+        "nine": ("nine numbers", f"nine numbers: {first}, {apart}.", nine),
+        "nine_without_cola": ("nine numbers without CoLA", f"eight numbers: {first} and CoLA, {apart}.", nine[1:]),
+        "eight": ("eight tasks", f"eight tasks, all but WNLI: {mean}; of CoLA, Matthews alone.", eight),
+        "eight_without_cola": ("eight tasks without CoLA", f"seven tasks, all but WNLI and CoLA: {mean}.", eight[1:]),
     }
-    keys = ("nine", "nine_without_cola", "eight", "eight_without_cola")
     return {
         key: _average(tasks, name, f"The mean of {sentence}", groups)
-        for key, (name, (sentence, groups)) in zip(keys, defined.items(), strict=True)
+        for key, (name, sentence, groups) in defined.items()
     }
 
 

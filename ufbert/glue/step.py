@@ -61,12 +61,9 @@ def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
 @lru_cache(maxsize=32)
 def finetune_steps(setting: Setting) -> FinetuneSteps:
     """Return the jitted functions of a setting, made once."""
-    return FinetuneSteps(
-        jax.jit(jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
-        jax.jit(
-            jax.vmap(lambda params, inputs: classifier_scores(setting, params, inputs, None)[0], in_axes=(0, None))
-        ),
-    )
+    update = jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0))
+    predict = jax.vmap(lambda params, inputs: classifier_scores(setting, params, inputs, None)[0], in_axes=(0, None))
+    return FinetuneSteps(jax.jit(update, donate_argnums=0), jax.jit(predict))
 
 
 def _update(
