@@ -75,10 +75,10 @@ def test_a_time_budget_is_spent_to_the_end_and_a_step_budget_to_the_step():
     kinds = {"masked_trees": True, "compile_seconds": 60.0}
     speeds = Speeds(1e12, 1e12, 1e12, overlap=True, source="a test")
     day = plan_run(run, parse_budget("24h"), made_up(), speeds, **kinds)
-    assert day.times.total == pytest.approx(86400)
-    assert day.times.compilation == 60.0
-    assert day.times.checkpoints == pytest.approx(97 * 1.5)  # one every quarter of an hour, and the last
-    assert day.tokens == pytest.approx(day.updates * day.average_rows * 128)
+    assert day.seconds.total == pytest.approx(86400)
+    assert day.seconds.compilation == 60.0
+    assert day.seconds.checkpoints == pytest.approx(97 * 1.5)  # one every quarter of an hour, and the last
+    assert day.tokens == pytest.approx(day.updates * day.rows_per_update * 128)
     assert day.tokens_per_second == pytest.approx(1e12 / train_flops_per_token(run, masked_trees=True), rel=0.01)
     steps = plan_run(run, Budget(steps=200), made_up(), speeds, **kinds)
     assert steps.updates == pytest.approx(200)

@@ -8,22 +8,19 @@ our time goes. Compare our dense BERT with a peer for the engine alone, and our 
 alone.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ufbert.bench.encoder_job import Shape, configs, parse_shape, work, write_job
+from ufbert.bench.encoder_job import Shape, configs, parse_shape, relative_error, work, write_job
 from ufbert.bench.harness import Entry, WorkerProcess, load, machine_facts, our_program, start_processes, time_rounds
-from ufbert.bench.layer import PLACES
 from ufbert.bench.layer_gates import LEAVES
-from ufbert.bench.report import case_report, figures, page, require_folders, table, type_of, write_files
+from ufbert.bench.report import case_report, check_folders, figures, header, page, table, type_of, write_files
 from ufbert.errors import UserError
 from ufbert.ops import native
 from ufbert.options.bench import BenchEncoderOptions
@@ -41,11 +38,8 @@ do; it is printed."""
 
 
 def run_encoder(options: BenchEncoderOptions) -> None:
-    """Print tables, and write a JSON file and a picture if asked.
-
-    Raises UserError if a process fails or computes something else.
-    """
-    require_folders(options.json, options.plot)
+    """Print tables, and write a JSON file and a picture if asked. Raises UserError as `measure` does."""
+    check_folders(options.json, options.plot)
     use_device("cpu")
     report = measure(options)
     print(text(report))
@@ -53,10 +47,7 @@ def run_encoder(options: BenchEncoderOptions) -> None:
 
 
 def measure(options: BenchEncoderOptions) -> dict[str, Any]:
-    """Check, then time every entry, and return the report.
-
-    Raises UserError if a process fails or computes something else; then nothing has been timed.
-    """
+    """Check, then time every entry; return the report. Raises UserError, and times nothing, if a process is wrong."""
     machine, threads = machine_facts(), usable_threads(options.threads)
     gate_shape = Shape(1, options.fourier_len)
     shapes = [parse_shape(shape) for shape in dict.fromkeys(options.shapes)]
@@ -78,16 +69,12 @@ def measure(options: BenchEncoderOptions) -> dict[str, Any]:
         machine |= ours.ask("machine", "read")
         cases = [time_case(ours, peers, shape, options, machine) for shape in shapes]
         starts = {name: ours.ask("load_time", "seconds", name=name) for name in names}
-    job = {name: value for name, value in asdict(options).items() if name not in PLACES}
-    return {
-        "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": job | {"used_threads": threads},
-        "facts": facts, "missing": missing, "checked": checked, "starts": starts, "shapes": cases,
-    }  # fmt: skip
+    measured = {"facts": facts, "missing": missing, "checked": checked, "starts": starts, "shapes": cases}
+    return header(options, machine, threads) | measured
 
 
 def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[str, dict[str, float]]:
-    """Return what the gates measured, by name. Raises UserError if an engine is wrong, or if tokens take few routes."""
+    """Return the gates' measurements by name. Raises UserError if an engine is wrong, or if tokens take few routes."""
     checked: dict[str, dict[str, float]] = {}
     for name in names:
         gate = ours.ask("gate", "relative", name=name, shape=shape)
@@ -98,10 +85,8 @@ def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[st
         if gate["unclear"] > UNCLEAR:
             raise UserError(f"{gate['unclear']:.1%} of {name}'s tokens turn by a hair's breadth. Nothing was timed.")
         if gate["leaves"] < LEAVES:
-            raise UserError(
-                f"{name}'s tokens end in {gate['leaves']:.0%} of the leaves that even turns would use; that would time a "
-                "cache. Nothing was timed."
-            )
+            share = f"{gate['leaves']:.0%} of the leaves that even turns would use"
+            raise UserError(f"{name}'s tokens end in {share}; that would time a cache. Nothing was timed.")
         checked[name] = gate
     return checked
 
@@ -114,7 +99,7 @@ def check_peers(folder: Path, ours: WorkerProcess, peers: Sequence[Entry], shape
         y = first_hidden(folder, peer, shape)
         if y.shape != wanted.shape:
             raise UserError(f"{peer.name} answers {y.shape}, not {wanted.shape}. Nothing was timed.")
-        relative = float(np.median(np.linalg.norm(y - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)))
+        relative = relative_error(y, wanted)
         if not relative <= RELATIVE[type_of(peer.name)]:
             raise UserError(f"{peer.name} computes another model: it is off by {relative:.1%}. Nothing was timed.")
         checked[peer.name] = {"relative": relative}
@@ -143,14 +128,14 @@ def time_case(
     report = case_report(times, works, names, machine)
     tokens = shape.batch * shape.tokens
     for name, contestant in report["contestants"].items():
-        contestant["tokens_per_second"] = tokens / contestant["call"]["median"]
-        is_ours = name in names
-        contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"] if is_ours else {}
+        contestant["tokens_per_second"], contestant["parts"] = tokens / contestant["call"]["median"], {}
+        if name in names:
+            contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"]
     return {"shape": str(shape), "tokens": tokens, **report}
 
 
 def parts_table(case: Mapping[str, Any]) -> str:
-    """Return where the time of ours goes: each part computed alone, and what is left."""
+    """Return the table of where our time goes: each part computed alone, and the rest."""
     ours = {name: case["contestants"][name] for name in case["ratios"]}
     kinds = list(dict.fromkeys(part for contestant in ours.values() for part in contestant["parts"]))
     lines = []
@@ -162,7 +147,7 @@ def parts_table(case: Mapping[str, Any]) -> str:
 
 
 def check_line(name: str, checked: Mapping[str, float]) -> str:
-    """Return what the gates measured of one entry."""
+    """Return the gates' measurements of one entry as a sentence."""
     if "error" not in checked:
         return f"{name}: off by {checked['relative']:.1e} from our dense float32 BERT, median over tokens."
     line = f"{name}: off by {checked['relative']:.1e} from the training graph, median over tokens"
@@ -175,16 +160,14 @@ def check_line(name: str, checked: Mapping[str, float]) -> str:
 
 
 def start_line(name: str, start: Mapping[str, float]) -> str:
-    """Return how soon a model folder answers, and what it takes."""
+    """Return how soon a model folder answers, and how much memory it takes."""
     memory = f", {start['memory'] / 1e6:,.0f} MB of memory" if start["memory"] else ""
-    return (
-        f"{name}: {start['seconds']:.2f} s from its folder to a first answer, {start['bytes'] / 1e6:,.0f} MB of weights"
-        f"{memory}."
-    )
+    seconds, weights = f"{start['seconds']:.2f} s", f"{start['bytes'] / 1e6:,.0f} MB of weights"
+    return f"{name}: {seconds} from its folder to a first answer, {weights}{memory}."
 
 
 def text(report: dict[str, Any]) -> str:
-    """Return everything, in Markdown."""
+    """Return the whole report in Markdown."""
     job = report["job"]
     sizes = (
         f"Encoders of {job['layers']} layers x {job['d_model']}; trees of {2 ** (job['tree_depth'] + 1) - 1} neurons, "
@@ -221,6 +204,5 @@ def draw(figure: Any, report: dict[str, Any]) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("milliseconds a call")
         axis.set_title(case["shape"], fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
     handles = [matplotlib.patches.Patch(color=color, label=kind) for kind, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

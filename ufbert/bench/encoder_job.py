@@ -1,8 +1,7 @@
 """The job of `ufbert bench encoder`: a dense BERT and encoders with trees, of random weights.
 
 The job folder has our model folders `dense`, `tree` and `fourier`; `dense-hf`, the same dense BERT for transformers;
-`dense-onnx/model.onnx`, for ONNX Runtime; and `BATCHxTOKENS.npy` for each shape, int32 ids (r * b, t) of r different
-batches. To read how good a time is, `work` says what a call must read and compute at least.
+`dense-onnx/model.onnx`, for ONNX Runtime; `BATCHxTOKENS.npy` for each shape, int32 ids (r * b, t) of r batches.
 """
 
 from dataclasses import replace
@@ -43,8 +42,13 @@ def parse_shape(text: str) -> Shape:
     return Shape(*map(int, text.split("x")))
 
 
+def relative_error(y: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the median over tokens (..., d) of the length of the difference over that of the right answer."""
+    return float(np.median(np.linalg.norm(y - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)))
+
+
 def work(config: ModelConfig, kind: str, shape: Shape) -> Work:
-    """Return what a call must read and compute: the weights of `kind` of all layers, each once."""
+    """Count the bytes and operations that a call needs: the weights of `kind` of all layers are read once."""
     tokens, d = shape.batch * shape.tokens, config.d_model
     operations = tokens * forward_flops_per_token(config, shape.tokens, masked_trees=False, training=False)
     weights = 0.0
@@ -56,8 +60,7 @@ def work(config: ModelConfig, kind: str, shape: Shape) -> Work:
 
 
 def configs(options: BenchEncoderOptions) -> dict[str, ModelConfig]:
-    """Return the encoders by name. `tree` is BERT with UltraFastBERT's layers for its feedforwards, `fourier` that with Fourier
-    mixing for its attention, `dense` BERT itself."""
+    """Return the encoders by name: `dense` is BERT, `tree` has UltraFastBERT's layers, `fourier` also Fourier mixing."""
     width = options.d_model
     longest = max(options.fourier_len, *(parse_shape(shape).tokens for shape in options.shapes))
     dense = replace(

@@ -2,7 +2,7 @@
 
 A NAME is a model and a type, `tree-int8` say. Besides the messages of `ufbert.bench.worker` it answers
 
-- `{"do": "machine"}`: `read` bytes/s and `float32` and `bfloat16` FLOP/s of this machine, measured now;
+- `{"do": "machine"}`: as `ufbert.bench.layer_ours`;
 - `{"do": "gate", "name": n, "shape": s}`: how far the engine is from the training graph on the first batch: `error`,
   the largest absolute difference over tokens whose routing decisions are clear; `relative`, the median over all tokens
   of the difference over their length; `unclear`, the share of tokens with a decision that is not clear; `changed`, the
@@ -14,7 +14,6 @@ A NAME is a model and a type, `tree-int8` say. Besides the messages of `ufbert.b
 """
 
 import gc
-import importlib.metadata
 import os
 import time
 from dataclasses import replace
@@ -28,7 +27,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ufbert import nn
-from ufbert.bench.encoder_job import parse_shape
+from ufbert.bench.encoder_job import parse_shape, relative_error
 from ufbert.bench.layer_ours import measure_machine
 from ufbert.bench.report import type_of
 from ufbert.bench.worker import Answers, Call, Worker, serve
@@ -59,7 +58,7 @@ class OurEncoders(Worker):
         super().__init__(folder, calls, partial(encoded, next(iter(self.engines.values())).config))
 
     def gate(self, name: str, shape: str) -> dict[str, Any]:
-        """Compare with the training graph."""
+        """Compare an engine with the training graph."""
         model, engine = self.models[name.split("-")[0]], self.engines[name]
         rows = encoded(engine.config, np.load(self.folder / f"{shape}.npy")[: parse_shape(shape).batch])
         hidden = np.concatenate(engine.hidden(rows))
@@ -76,7 +75,7 @@ class OurEncoders(Worker):
         changed = [float(tree.changed) for tree in trees]
         return {
             "error": float(error[clear].max()),
-            "relative": float(np.median(np.linalg.norm(hidden - wanted, axis=1) / np.linalg.norm(wanted, axis=1))),
+            "relative": relative_error(hidden, wanted),
             "unclear": float(1 - clear.mean()),
             "changed": float(np.mean(changed)) if changed else 0.0,
             "leaves": float(min((layer > 0).sum() for layer in visits) / even) if visits else 1.0,
@@ -90,10 +89,8 @@ class OurEncoders(Worker):
         functions = {"projections": projections_part, "attention": attention_part}
         if config.only_len:
             functions = {"Fourier mixing": fourier_part}
-        functions |= {
-            "trees" if "tree" in config.feedforward else "feedforward": feedforward_part,
-            "LayerNorms": norms_part,
-        }
+        functions["trees" if "tree" in config.feedforward else "feedforward"] = feedforward_part
+        functions["LayerNorms"] = norms_part
         x = jax.random.normal(jax.random.key(0), (batch, tokens, config.d_model))
         timed = {part: jax.jit(partial(function, config, layers)) for part, function in functions.items()}
         return {"parts": {part: least_seconds(function, x, 0.3) for part, function in timed.items()}}
@@ -175,7 +172,7 @@ def private_memory() -> int:
 def start(folder: Path, _name: str, threads: int, *names: str) -> tuple[str, Answers]:
     """Get ready: facts, and the answers of this process."""
     use_device("cpu", threads=threads)
-    facts = f"jax {importlib.metadata.version('jax')}, {native.instruction_set()} kernels"
+    facts = f"jax {jax.__version__}, {native.instruction_set()} kernels"
     ours = OurEncoders(folder, list(names))
     own = {"gate": ours.gate, "parts": ours.parts, "load_time": ours.load_time, "machine": measure_machine}
     return facts, ours.answers() | own

@@ -1,10 +1,8 @@
-"""The peers of `ufbert bench encoder`: the dense BERT of the job folder by others, run by an interpreter that has what
-they need.
+"""The peers of `ufbert bench encoder`: the dense BERT of the job folder (`encoder_job.py`) by other libraries.
 
-It imports nothing of ufbert but `worker.py`, which lies in the same folder and has the protocol. Its name is
-`onnxruntime` or `onnxruntime-int8` (needs onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs
-torch and transformers): float32, or int8 weights as that library rounds them on the fly. `encoder_job.py` says what is
-in the job folder.
+Of ufbert it imports only `worker.py`, from the same folder. Its name is `onnxruntime` or `onnxruntime-int8` (needs
+onnxruntime and onnx, and better torch, too), `torch` or `torch-int8` (needs torch and transformers): float32, or int8
+weights as that library rounds them on the fly.
 """
 
 import json
@@ -19,10 +17,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 def onnx_session(folder: Path, kind: str, threads: int) -> tuple[str, Run]:
-    """Return facts, and BERT in ONNX Runtime, quantised by its own tool.
-
-    It is fused by its own tool for BERT if torch, which that needs, is installed, else by ONNX Runtime alone.
-    """
+    """Return facts, and BERT in ONNX Runtime, quantised by its own tool, and fused by its own if torch is installed."""
     import onnxruntime
 
     path, source = folder / f"{kind}.onnx", folder / "dense-onnx" / "model.onnx"
@@ -78,7 +73,7 @@ def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     load = onnx_session if name.startswith("onnxruntime") else torch_model
     facts, run = load(folder, name, threads)
     worker = Worker(folder, {name: {"call": lambda i, ids: run(ids)}})
-    return f"{facts}", worker.answers()
+    return facts, worker.answers()
 
 
 if __name__ == "__main__":

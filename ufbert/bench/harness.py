@@ -2,8 +2,7 @@
 
 Each side works in a process of its own (`worker.py` has the protocol), so that neither library's threads or memory
 disturb the other's. Blocks of equal work alternate between them; who begins a round changes from round to round. A
-ratio is taken of two neighbouring blocks, which see the same machine. Read its median first, and its quartiles for how
-far to believe it.
+ratio is taken of two neighbouring blocks, which see the same machine. Read its median first, then its quartiles.
 """
 
 import json
@@ -37,10 +36,7 @@ class WorkerProcess:
     def __init__(
         self, name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Start `command`, with `environment` on top of this process's. Its stderr goes to a file in `folder`.
-
-        Raises Missing if it cannot start.
-        """
+        """Start `command`, with more `environment` and stderr in a file in `folder`. Raises Missing if it cannot."""
         self.name, self.log, self.facts = name, folder / f"{name}.txt", ""
         try:
             with self.log.open("w", encoding="utf-8") as errors:
@@ -59,14 +55,11 @@ class WorkerProcess:
         self.process.communicate()
 
     def wait_ready(self) -> None:
-        """Wait until the process has read its job; `facts` then says what it is.
-
-        Raises Missing if it lacks a library, and UserError if it fails.
-        """
+        """Wait until the job is read, and keep the `facts`. Raises Missing without a library, UserError if it fails."""
         self.facts = str(self._answer("ready")["ready"])
 
     def ask(self, do: str, wanted: str, **arguments: Any) -> dict[str, Any]:
-        """Return its answer to a message, which holds `wanted`. Raises UserError if it fails or answers something else."""
+        """Return the process's answer to a message. Raises UserError if it fails or its answer lacks `wanted`."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
@@ -99,7 +92,7 @@ class Entry(NamedTuple):
 
 
 def our_program(module: str) -> tuple[str, ...]:
-    """The command of a process of ours: a module of this package."""
+    """Return the command of a process of ours, a module of this package."""
     return sys.executable, "-m", f"ufbert.bench.{module}"
 
 
@@ -140,10 +133,7 @@ def time_block(entry: Entry, work: str, first: int, calls: int) -> float:
 
 
 def alternate(entries: Sequence[Entry], calls: Mapping[str, Mapping[str, int]], blocks: int, start: int = 0) -> Times:
-    """Time blocks of `calls[name][work]` calls in turns, the first of them on batch `start`.
-
-    Every block begins with batches that the block before has not had.
-    """
+    """Time blocks of `calls[name][work]` calls in turns from batch `start` on, each on other batches than the last."""
     times: Times = {name: {work: [] for work in calls[name]} for _, name in entries}
     for block in range(blocks):
         turn = block % len(entries)
@@ -181,13 +171,12 @@ def calls_for(entry: Entry, work: str, seconds: float) -> tuple[int, float]:
 
 
 class Ratio(NamedTuple):
-    """How many times as fast as a peer we are, from pairs of neighbouring blocks."""
+    """Our speed over a peer's, from pairs of neighbouring blocks."""
 
     median: float
     low: float
-    """The lower quartile."""
     high: float
-    """The upper quartile."""
+    """The quartiles."""
     fastest: float
     """The ratio of each side's fastest block: nearest to an idle machine, if other work slows the sides unequally."""
     pairs: int

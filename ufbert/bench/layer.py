@@ -7,18 +7,26 @@ many times as fast each path of ours is. Compare a narrow path with float32 only
 whose few nodes stay in the cache.
 """
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ufbert.bench.harness import Entry, load, machine_facts, our_program, start_processes, time_rounds
 from ufbert.bench.layer_gates import check_everything
 from ufbert.bench.layer_job import work, write_job
-from ufbert.bench.report import case_report, figures, page, ratio_text, require_folders, table, type_of, write_files
+from ufbert.bench.report import (
+    case_report,
+    check_folders,
+    figures,
+    header,
+    page,
+    ratio_text,
+    table,
+    type_of,
+    write_files,
+)
 from ufbert.errors import UserError
 from ufbert.ops import native
 from ufbert.options.bench import BenchLayerOptions
@@ -28,8 +36,6 @@ from ufbert.runtime.device import usable_threads, use_device
 PEER_SCRIPT = Path(__file__).parent / "layer_torch_peer.py"
 SINGLE_SHARE = 0.25
 """Time for calls of a single layer over that for calls of the chain."""
-PLACES = ("peer_python", "peer_script", "json", "plot")
-"""Options that say where something lies, which a report need not tell."""
 CLAIMS = """Published, or implied by what was published, of one tree layer of UltraFastBERT 1x11 (12 of 4,095 neurons):
 
 - 48x and 78x: the paper's figures for one layer on a CPU, against its own dense layer. The benchmark released with them never
@@ -44,14 +50,11 @@ None is of a whole model: the released one computes every neuron, and was never 
 
 
 def run_layer(options: BenchLayerOptions) -> None:
-    """Print tables, and write a JSON file and a picture if asked.
-
-    Raises UserError if a process fails or computes something else.
-    """
+    """Print tables, and write a JSON file and a picture if asked. Raises UserError as `measure` does."""
     if options.claims:
         print(CLAIMS)
         return
-    require_folders(options.json, options.plot)
+    check_folders(options.json, options.plot)
     use_device("cpu")
     report = measure(options, zeros=False)
     print(text(report))
@@ -75,12 +78,9 @@ def measure(options: BenchLayerOptions, zeros: bool) -> dict[str, Any]:
         machine |= ours[0].process.ask("machine", "read")
         cases = [time_case([*ours, *peers], rows, options, machine) for rows in options.rows]
         facts = {process.name: process.facts for process, _ in [ours[0], *peers]}
-    job = {name: value for name, value in asdict(options).items() if name not in PLACES}
-    return {
-        "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": job | {"used_threads": threads, "zeros": zeros},
-        "facts": facts, "missing": missing, "checked": checked, "rows": cases,
-    }  # fmt: skip
+    report = header(options, machine, threads)
+    report["job"]["zeros"] = zeros
+    return report | {"facts": facts, "missing": missing, "checked": checked, "rows": cases}
 
 
 def line_up(
@@ -114,8 +114,7 @@ def time_case(
 ) -> dict[str, Any]:
     """Time one number of rows; return its report with seconds a layer.
 
-    `chain` is a layer within the chain, `layer` a call of one layer. `best` is the fastest dense layer of each type and of
-    `any`.
+    `chain` is a layer within the chain, `layer` a call of one layer. `best` is the fastest dense layer by type, or `any`.
     """
     load(entries, "inputs.npy", rows)
     seconds = {"chain": options.seconds_a_block, "layer": SINGLE_SHARE * options.seconds_a_block}
@@ -134,8 +133,10 @@ def time_case(
 
 
 def headline_table(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many times as fast ours are as the best dense layer for every number of rows: in float32, in the type of
-    narrow paths of ours, and in any type, since a narrow type may be the slower one."""
+    """Return the ratios of ours to the best dense layer: in float32, in a narrow path's own type, and in any type.
+
+    The last is there since a narrow type may be the slower one.
+    """
     ours = list(cases[0]["ratios"])
     kinds = dict.fromkeys(("float32", *map(type_of, ours), "any"))
     lines = []
@@ -150,7 +151,7 @@ def headline_table(cases: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_lines(checked: Mapping[str, Any]) -> list[str]:
-    """Return what the gates measured."""
+    """Return the gates' measurements, a sentence each."""
     errors = ", ".join(f"{name} {error:.0e}" for name, error in checked["errors"].items())
     changed = ", ".join(f"{name} {share:.2%}" for name, share in checked["changed"].items())
     return [
@@ -161,7 +162,7 @@ def check_lines(checked: Mapping[str, Any]) -> list[str]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """Return everything, in Markdown."""
+    """Return the whole report in Markdown."""
     job = report["job"]
     neurons = job["n_trees"] * (2 ** (job["tree_depth"] + 1) - 1)
     sizes = (
@@ -179,7 +180,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def zeros_lines(report: dict[str, Any]) -> list[str]:
-    """Return what zeros do to the ratios of ours to the dense float32 layer that is best with random numbers."""
+    """Return the ratios of ours to the best dense float32 layer with zeros, beside those with random numbers."""
     lines = ["### NOT A RESULT: weights and rows of zeros, every row walks one path", ""]
     for true, false in zip(report["rows"], report["zeros_not_a_result"]["rows"], strict=True):
         peer = true["best"].get("float32")
@@ -212,13 +213,11 @@ def draw(figure: Any, report: dict[str, Any]) -> None:
     left.set_ylabel("microseconds a layer")
     right.set_ylabel("times as fast as the best dense float32 layer")
     for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.loglog()
         axis.set_xticks(rows, [f"{b:,}" for b in rows])
         axis.minorticks_off()
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axis.set_xlabel("rows a call")
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)

@@ -1,11 +1,9 @@
-"""The dense layers of jax and NumPy that `ufbert bench layer` compares trees with, each the best that its library
-gives.
+"""The dense layers of jax and NumPy for `ufbert bench layer`, each the best that its library gives.
 
 `python -m ufbert.bench.layer_dense FOLDER NAME THREADS` is a process with one of them: `jax`, `jax-bf16` or `numpy`.
 NumPy has no erf, so its GELU is a fit to 3e-5; its error is printed with the others.
 """
 
-import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -117,21 +115,18 @@ class NumpyDense:
             x = self.layer(i, x)
         return x
 
-    def calls(self) -> dict[str, Call]:
-        """Return the works that are timed."""
-        return {"chain": lambda i, x: self.chain(x), "layer": self.layer}
-
 
 def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     """Get ready to compute jax, jax-bf16 or numpy: facts, and the answers of this process."""
     arrays = dict(np.load(folder / "weights.npz"))
     if name == "numpy":
-        calls, blas = NumpyDense(arrays, threads).calls(), np.show_config("dicts")["Build Dependencies"]["blas"]
+        dense, blas = NumpyDense(arrays, threads), np.show_config("dicts")["Build Dependencies"]["blas"]
+        calls: dict[str, Call] = {"chain": lambda i, x: dense.chain(x), "layer": dense.layer}
         return f"numpy {np.__version__}, {blas['name']} {blas['version']}", Worker(folder, {name: calls}).answers()
     use_device("cpu")
     dtype = "bfloat16" if name == "jax-bf16" else "float32"
     calls = jax_calls(dense_layer(dtype), dense_layers(arrays, dtype))
-    return f"jax {importlib.metadata.version('jax')}", Worker(folder, {name: calls}, jnp.asarray).answers()
+    return f"jax {jax.__version__}", Worker(folder, {name: calls}, jnp.asarray).answers()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ LEAVES = 0.5
 def check_everything(
     folder: Path, options: BenchLayerOptions, ours: Sequence[Entry], peers: Sequence[Entry]
 ) -> dict[str, Any]:
-    """Return what the gates measured: `errors`, the largest by name at any number of rows; `changed` and `leaves`, see
-    `OurLayers.routes`.
+    """Return the largest `errors` by name at any number of rows, and `changed` and `leaves` of `OurLayers.routes`.
 
     Raises UserError if an entry is wrong, or if rows take few routes; then nothing has been timed.
     """
@@ -70,10 +69,8 @@ def check_answers(name: str, rows: int, y: np.ndarray, x: np.ndarray, wanted: Ri
     added = np.linalg.norm(wanted.y - x, axis=1)
     error = float((np.linalg.norm(y - wanted.y, axis=1) / added)[sure].max()) if y.shape == wanted.y.shape else np.nan
     if not error <= tolerance:
-        raise UserError(
-            f"{name} computes something else: with {rows} rows its answers are off by {error:.1e} of what the layers add "
-            f"(at most {tolerance:.0e} is allowed). Nothing was timed."
-        )
+        off = f"off by {error:.1e} of what the layers add (at most {tolerance:.0e} is allowed)"
+        raise UserError(f"{name} computes something else: with {rows} rows its answers are {off}. Nothing was timed.")
     return error
 
 
@@ -88,7 +85,6 @@ def check_routes(folder: Path, ours: Sequence[Entry], stored: Mapping[str, list[
             if not np.array_equal(kept[name][i][sure], wanted[sure]):
                 raise UserError(f"{name} takes wrong turns in layer {i}. Nothing was timed.")
     if answer["leaves"] < LEAVES:
-        raise UserError(
-            f"{rows} rows end in only {answer['leaves']:.0%} of a tree's leaves; that would time a cache. Nothing was timed."
-        )
+        share = f"{answer['leaves']:.0%} of a tree's leaves"
+        raise UserError(f"{rows} rows end in only {share}; that would time a cache. Nothing was timed.")
     return answer

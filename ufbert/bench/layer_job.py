@@ -4,8 +4,7 @@ A tree layer is x + `ufbert.ops.fff`; its dense rival is x + gelu(x w_in^T + bia
 Layers with weights of their own stand in a chain, since a layer that is called twice finds its weights in the cache.
 
 `weights.npz` in the job folder holds `tree_in` and `tree_out` (l, m, n, d), `tree_bias` (l, m, n), `dense_in` and
-`dense_out` (l, f, d), `dense_bias` (l, f). `inputs.npy` holds rows (r, d); every call takes other rows than the call
-before. To read how good a time is, `work` says what a layer must read and compute at least.
+`dense_out` (l, f, d), `dense_bias` (l, f). `inputs.npy` holds rows (r, d), other ones for every call.
 """
 
 import math
@@ -28,7 +27,7 @@ class RightAnswers(NamedTuple):
 
 
 def work(name: str, rows: int, options: BenchLayerOptions) -> Work:
-    """Return what a layer must read, write and compute for so many rows.
+    """Count the bytes and operations that a layer needs for so many rows.
 
     A tree layer reads the nodes that its rows visit, each once, a dense layer its weights; rows come and go as float32.
     """
@@ -70,7 +69,7 @@ def write_job(folder: Path, options: BenchLayerOptions, zeros: bool) -> None:
 
 
 def samples(rows: int) -> list[int]:
-    """Return which of so many rows are compared with the right answer: 16, evenly spaced from the first to the last."""
+    """Return the rows that are compared with the right answer: 16, evenly spaced from the first to the last."""
     return sorted(set(np.linspace(0, rows - 1, 16).astype(int).tolist()))
 
 

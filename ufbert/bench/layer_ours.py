@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from ufbert.bench.layer_dense import jax_calls
 from ufbert.bench.layer_job import Stored
+from ufbert.bench.report import type_of
 from ufbert.bench.worker import Answers, Call, Worker, serve
 from ufbert.cost.speeds import least_seconds, measured_flops
 from ufbert.ops import fff, native
@@ -33,7 +34,7 @@ Tree = tuple[Any, Float[Array, "m n"], Any]
 
 def weight_types(path: str) -> tuple[str, str]:
     """Return the types of w_in and w_out on a path of ours: float32, bfloat16 or int8."""
-    narrow = "bfloat16" if "bf16" in path else "int8" if "int8" in path else "float32"
+    narrow = type_of(path)
     return ("float32" if path.endswith("-exact") else narrow), narrow
 
 
@@ -65,8 +66,8 @@ def gather_layer(x: Float[Array, "b d"], weights: Tree) -> Float[Array, "b d"]:
 
 
 def native_calls(layers: list[Tree], threads: int) -> dict[str, Call]:
-    """Compile the kernels on these weights, as an engine would keep them: every argument of a call costs jax time, so all
-    layers lie in one array of each kind."""
+    """Compile the kernels on these weights, as an engine would keep them."""
+    # Every argument of a call costs jax time, so all layers lie in one array of each kind.
     stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
     n = len(layers)
 
@@ -93,7 +94,7 @@ def tree_nodes(path: str, threads: int) -> Callable[[Float[Array, "b d"], Tree],
 
 
 def measure_machine() -> dict[str, float]:
-    """Measure this machine: bytes/s of reading memory on all of XLA's threads, and FLOP/s of products by type."""
+    """Measure the bytes/s of reading memory on all of XLA's threads, and the FLOP/s of products by type."""
     array = jnp.ones(READ_BYTES // 4, jnp.float32)
     read = READ_BYTES / least_seconds(jax.jit(jnp.sum), array, 0.5)
     return {"read": read, **{dtype: measured_flops(dtype=dtype) for dtype in ("float32", "bfloat16")}}
@@ -105,9 +106,8 @@ class OurLayers(Worker):
     def __init__(self, folder: Path, paths: list[str], threads: int) -> None:
         arrays = dict(np.load(folder / "weights.npz"))
         self.exact, self.threads = tree_layers(arrays, "native"), threads
-        self.weights = {
-            path: self.exact if path in ("gather", "native") else tree_layers(arrays, path) for path in paths
-        }
+        plain = dict.fromkeys(("gather", "native"), self.exact)
+        self.weights = {path: plain.get(path) or tree_layers(arrays, path) for path in paths}
         calls = {
             path: jax_calls(gather_layer, self.exact) if path == "gather" else native_calls(self.weights[path], threads)
             for path in paths
@@ -118,7 +118,7 @@ class OurLayers(Worker):
         """Walk rows through every layer, on every path from the same float32 rows.
 
         Answers `changed`, by path the share of (row, layer) with a turn that float32 weights do not take, and `leaves`, the
-        smallest share of a tree's leaves that float32 routes end in; writes to `routes.npz` the sampled rows of every layer's
+        smallest share of a tree's leaves that float32 routes end in. Writes to `routes.npz` the sampled rows of every layer's
         input `x` (l, k, d) and of the nodes by path (l, k, m, s).
         """
         x = jnp.asarray(np.load(self.folder / "inputs.npy", mmap_mode="r")[:rows])

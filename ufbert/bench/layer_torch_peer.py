@@ -1,7 +1,6 @@
 """The torch peers of `ufbert bench layer`: the dense layer in PyTorch, run by an interpreter that has torch and numpy.
 
-It imports nothing of ufbert but `worker.py`, which lies in the same folder and has the protocol. Its name is `torch`,
-`torch-bf16` or `torch-int8`.
+Of ufbert it imports only `worker.py`, from the same folder. Its name is `torch`, `torch-bf16` or `torch-int8`.
 
 What was chosen for it: inference mode; functional calls instead of modules; with bfloat16, both products and the GELU
 between them in bfloat16 and the residual in float32; int8 is torch's dynamic quantisation (weights int8, rows quantised

@@ -5,8 +5,9 @@ doing the arithmetic, at the speeds measured here just before, so "over limit" s
 Weights that a cache still holds are read faster than memory allows, and few rows can therefore be below the limit.
 """
 
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,18 +15,21 @@ from ufbert.bench.harness import Times, paired_ratio, quartiles
 from ufbert.errors import UserError
 from ufbert.options.bench import ForwardOptions
 from ufbert.report.page import markdown_grid
+from ufbert.runtime.files import write_json
 
 BUSY = 0.5
 """Load at the start, in processes, from which a report says that it is not to be trusted."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
+PLACES = ("peer_python", "peer_script", "json", "plot")
+"""Options that say where something lies, which a report need not tell."""
+
 
 class Work(NamedTuple):
-    """The least that a call must do."""
+    """The least that a call must read, write and compute."""
 
     bytes: float
-    """Bytes to read and write."""
     operations: float
     """A multiply-add counts two."""
     arithmetic: str
@@ -38,15 +42,21 @@ def type_of(name: str) -> Literal["float32", "bfloat16", "int8"]:
 
 
 def distinct_nodes(rows: int, depth: int) -> float:
-    """Nodes of a tree that rows visit if every turn is even: the sum over levels of 2^l (1 - (1 - 2^-l)^rows)."""
+    """Return the nodes of a tree that rows visit if every turn is even: the sum over levels of 2^l (1 - (1 - 2^-l)^rows)."""
     return sum(2**level * (1 - (1 - 2.0**-level) ** rows) for level in range(depth + 1))
 
 
 def limit(work: Work, machine: Mapping[str, Any]) -> float | None:
-    """Seconds below which this machine cannot do the work; None if the speed of its products was not measured (int8)."""
+    """Return the least seconds that the work can take here; None if the speed of its products was not measured (int8)."""
     if work.arithmetic not in machine:
         return None
     return max(work.bytes / machine["read"], work.operations / machine[work.arithmetic])
+
+
+def header(options: ForwardOptions, machine: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """Return the `machine` and the `job` of a report, once all is timed."""
+    job = {name: value for name, value in asdict(options).items() if name not in PLACES}
+    return {"machine": {**machine, "load_after": os.getloadavg()[0]}, "job": job | {"used_threads": threads}}
 
 
 def case_report(
@@ -54,7 +64,7 @@ def case_report(
 ) -> dict[str, Any]:
     """Report one case (a number of rows, a shape), seconds throughout.
 
-    `contestants` holds the spread of every work, its blocks, `bytes`, `operations` and `limit`; `ratios` the ratios of every
+    `contestants` holds the spread of every work, its blocks, `bytes`, `operations` and `limit`. `ratios` holds those of every
     peer's first work to each of ours.
     """
     contestants: dict[str, dict[str, Any]] = {}
@@ -85,8 +95,7 @@ def ratio_text(ratio: Mapping[str, float]) -> str:
 def table(
     case: Mapping[str, Any], work: str, heading: str, unit: float, extra: str, cell: Callable[[dict[str, Any]], str]
 ) -> str:
-    """Return a line for each contestant: its time of `work`, an `extra` column, the limit, and how many times as fast as each
-    peer it is, if it is ours."""
+    """Return a line for each contestant: its time of `work`, an `extra` column, the limit, and, of ours, the ratios."""
     peers = [name for name in case["contestants"] if name not in case["ratios"]]
     symbol = heading.split()[0]
     head = ["", heading, "quartiles", extra, f"limit, {symbol}", "over limit", *(f"faster than {p} by" for p in peers)]
@@ -112,7 +121,7 @@ def machine_lines(machine: Mapping[str, Any]) -> list[str]:
 
 
 def page(report: Mapping[str, Any], sizes: str, checks: Sequence[str], tables: Sequence[str]) -> str:
-    """Return everything, in Markdown: the machine, the sizes, who took part and who is missing, the checks, the tables."""
+    """Return the whole report in Markdown: machine, sizes, who took part and who is missing, checks, tables."""
     machine = report["machine"]
     lines = [
         *machine_lines(machine),
@@ -130,22 +139,17 @@ def page(report: Mapping[str, Any], sizes: str, checks: Sequence[str], tables: S
     return "\n".join([*lines, "", "\n\n".join(tables), "", *notes])
 
 
-def require_folders(*files: str) -> None:
+def check_folders(*files: str) -> None:
     """Raise UserError if a file that will be written has no folder to lie in."""
     for name in files:
         if name and not Path(name).parent.is_dir():
             raise UserError(f"There is no folder {Path(name).parent} to write {Path(name).name} in.")
 
 
-def write_json(report: dict[str, Any], path: str) -> None:
-    """Write everything measured, unless the path is empty."""
-    if path:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
 def write_files(report: dict[str, Any], options: ForwardOptions, draw: Callable[[Any, dict[str, Any]], None]) -> None:
     """Write the JSON file and the picture, if they are wanted. `draw` fills a matplotlib figure."""
-    write_json(report, options.json)
+    if options.json:
+        write_json(Path(options.json), report)
     picture = options.plot or (str(Path(options.json).with_suffix(".svg")) if options.json else "")
     if not picture:
         return
@@ -153,6 +157,8 @@ def write_files(report: dict[str, Any], options: ForwardOptions, draw: Callable[
 
     figure = matplotlib.figure.Figure(layout="constrained")
     draw(figure, report)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
     machine = report["machine"]
     busy = "; OTHER WORK RAN HERE, do not quote" if machine["load"] > BUSY else ""
     figure.suptitle(f"{machine['cpu']}, {report['job']['used_threads']} threads{busy}", fontsize=10)

@@ -9,7 +9,6 @@ ratios of neighbouring blocks. `--beside` adds variants of ours, whose ratio say
 `python -m ufbert.bench.train FOLDER NAME THREADS` is a process of ours, which trains on request.
 """
 
-import importlib.metadata
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ import numpy as np
 
 from ufbert import nn
 from ufbert.bench.harness import Entry, alternate, machine_facts, our_program, paired_ratio, start_processes
-from ufbert.bench.report import machine_lines, require_folders, write_json
+from ufbert.bench.report import check_folders, machine_lines
 from ufbert.bench.worker import Answers, serve, step_answers
 from ufbert.config import RunConfig
 from ufbert.data.tokenizer import SpecialIds
@@ -39,6 +38,7 @@ from ufbert.pretrain.budget import Budget
 from ufbert.pretrain.resolve import local_platform, resolve
 from ufbert.pretrain.step import StepInputs, build_steps, mask_rows, state_of
 from ufbert.runtime.device import usable_threads, use_device
+from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import convert
 
 PEER_SCRIPT = Path(__file__).parent / "train_torch_peer.py"
@@ -59,25 +59,21 @@ PEER_MODEL: dict[str, Any] = {
 
 
 def run_train(options: BenchTrainOptions, given: Given) -> None:
-    """Print speeds and ratios, and write them to a JSON file if asked. `given` are the fields named by the user.
-
-    Raises UserError if a peer fails or trains another model.
-    """
+    """Print speeds and ratios, and write them as JSON if asked. Raises UserError if a peer fails or trains another model."""
     platform = local_platform(use_device("cpu"))
     options = with_run(options, resolve(options, given, Budget(steps=1), platform).run)
     check_options(options)
-    require_folders(options.json)
+    check_folders(options.json)
     report = measure(options)
     print(text(report))
-    write_json(report, options.json)
+    if options.json:
+        write_json(Path(options.json), report)
 
 
 def check_options(options: BenchTrainOptions) -> None:
     """Raise UserError if there is nothing to compare with, or if the peer cannot train the model."""
     if not options.peer_python and not options.beside:
-        raise UserError(
-            "Name the interpreter that has torch, with --peer-python PATH, or something of ours, with --beside."
-        )
+        raise UserError("Name an interpreter that has torch, with --peer-python PATH, or a way of ours, with --beside.")
     if options.peer_python:
         check_peer_is_equal(options)
     trees = sorted({"masked", "gather", "native"} & set(options.beside))
@@ -147,10 +143,10 @@ def measure(options: BenchTrainOptions) -> dict[str, Any]:
         times = alternate(entries, calls, options.blocks, start=options.checked)
     seconds = {name: [options.updates * call for call in works["step"]] for name, works in times.items()}
     tokens = options.updates * options.rows * run.data.seq_len
+    job = {name: getattr(options, name) for name in ("rows", "checked", "updates", "blocks", "seed")}
     return {
         "machine": machine | {"load_after": os.getloadavg()[0]},
-        "job": {name: getattr(options, name) for name in ("rows", "checked", "updates", "blocks", "seed")}
-        | {"run": asdict(run)},
+        "job": job | {"run": asdict(run)},
         "contestants": [
             {
                 "name": name, "facts": process.facts, "block_seconds": seconds[name], "first_losses": losses[name],
@@ -172,10 +168,8 @@ def check_losses(name: str, theirs: Sequence[float], ours: Sequence[float]) -> f
     differences = [abs(their - our) / abs(our) for their, our in zip(theirs, ours, strict=True)]
     for i, difference in enumerate(differences):
         if not difference <= TOLERANCE:
-            raise UserError(
-                f"{name} does not train the same model: its loss after {i} steps is {theirs[i]:.6f}, ours {ours[i]:.6f}. "
-                "Nothing was timed."
-            )
+            losses = f"its loss after {i} steps is {theirs[i]:.6f}, ours {ours[i]:.6f}"
+            raise UserError(f"{name} does not train the same model: {losses}. Nothing was timed.")
     return max(differences)
 
 
@@ -195,7 +189,7 @@ def masking_key(seed: int, i: int) -> jax.Array:
 
 
 def write_job(folder: Path, run: RunConfig, options: BenchTrainOptions) -> None:
-    """Write what every process starts from: `job.json`, `params.npz` and `batches.npz`, one batch a step.
+    """Write the start of every process: `job.json`, `params.npz` and `batches.npz`, one batch a step.
 
     `batches.npz` holds `rows` as our step takes them, and for the peers the same rows as our step masks them: `ids`,
     `segments` (the documents of a row, numbered from 1), and `positions` and `labels` of the masked tokens.
@@ -214,7 +208,7 @@ def write_job(folder: Path, run: RunConfig, options: BenchTrainOptions) -> None:
     np.savez(folder / "batches.npz", **batches)
     np.savez(folder / "params.npz", **params)
     job = {"run": asdict(run), "lr": LR_SHARE * run.train.peak_lr, "seed": options.seed}
-    (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+    write_json(folder / "job.json", job)
 
 
 def make_step(folder: Path) -> Callable[[int], jax.Array]:
@@ -252,7 +246,7 @@ def text(report: dict[str, Any]) -> str:
 def start(folder: Path, _name: str, threads: int) -> tuple[str, Answers]:
     """Get ready to train: facts, and the answers of this process."""
     use_device("cpu")
-    return f"jax {importlib.metadata.version('jax')}", step_answers(make_step(folder))
+    return f"jax {jax.__version__}", step_answers(make_step(folder))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, run by an interpreter that has torch and
-numpy.
+"""The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, by an interpreter with torch and numpy.
 
-It imports nothing of ufbert but `worker.py`, which lies in the same folder and has the protocol. Its name is `torch` or
-`torch-compile`, which puts the loss through `torch.compile`.
+Of ufbert it imports only `worker.py`, from the same folder. Its name is `torch` or `torch-compile`, which puts the loss
+through `torch.compile`.
 
 What was chosen for it: one product for queries, keys and values and one for gate and value;
 `scaled_dot_product_attention` with an additive mask made once per batch; AdamW with `fused=True`; gradients set to None
@@ -186,7 +185,7 @@ class CrammedBert(nn.Module):
 
 
 def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torch.optim.Optimizer:
-    """AdamW: decay on all but norms and biases, and a learning rate of its own for the position scalar."""
+    """Return AdamW, with decay on all but norms and biases, and a learning rate of its own for the position scalar."""
     scalar = model.position_scale
     flat = [p for p in model.parameters() if p.ndim == 1 and p is not scalar]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -210,9 +209,8 @@ def make_step(folder: Path, compiled: bool) -> Callable[[int], Tensor]:
     loss_of = torch.compile(model) if compiled else model
 
     def step(i: int) -> Tensor:
-        ids, segments, positions, labels = (
-            torch.from_numpy(batches[name][i]) for name in ("ids", "segments", "positions", "labels")
-        )
+        names = ("ids", "segments", "positions", "labels")
+        ids, segments, positions, labels = (torch.from_numpy(batches[name][i]) for name in names)
         mask = None
         if documents:
             seen = segments[:, :, None] == segments[:, None, :]

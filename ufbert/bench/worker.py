@@ -1,7 +1,6 @@
 """A process that is timed: the protocol of all benchmarks, the same for ours and for peers.
 
-Peers run in environments without ufbert and import this file by its name, so it imports the standard library and numpy
-only.
+Peers without ufbert import this file by its name, so it imports the standard library and numpy only.
 
 A process is started as `... FOLDER NAME THREADS [ENTRY ...]`: the job folder, its name, the threads that it may use,
 and what it computes, if that is more than one thing. Messages are single lines of JSON. The process reads the job and
@@ -15,9 +14,8 @@ prints `{"ready": FACTS}`, or `{"missing": SENTENCE}` if a library is not instal
   the next begins; answers `{"seconds": s}` by the clock of this process. Call j works on batch j modulo the number of
   batches.
 
-If something fails it answers `{"error": SENTENCE}` and ends. Processes of ours answer more (`layer_ours`,
-`encoder_ours`). Those of `bench train` answer `time` only: a call is a training step on batch i of the job, and the
-answer holds `losses` besides.
+If something fails it answers `{"error": SENTENCE}` and ends. `layer_ours` and `encoder_ours` answer more. Processes of
+`bench train` answer `time` only: a call is a training step on batch i of the job, and the answer also holds `losses`.
 """
 
 import json
@@ -88,12 +86,12 @@ class Worker:
         return {"seconds": time.perf_counter() - start}
 
     def answers(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        """The answers by message."""
+        """Return the answers by message."""
         return {"load": self.load, "check": self.check, "time": self.time}
 
 
 def step_answers(step: Callable[[int], Any]) -> Answers:
-    """The answer of a process of `bench train`, from `step`: number of a batch to the loss, which may still be computing."""
+    """Return the answer of a process of `bench train`. `step` turns a batch's number into a loss, perhaps still computing."""
 
     def timed(name: str, work: str, first: int, calls: int) -> dict[str, Any]:
         start = time.perf_counter()

@@ -19,10 +19,9 @@ EVAL_ROWS = 64
 
 
 class BatchRows(NamedTuple):
-    """The rows of one batch."""
+    """The numbers of the rows of one batch."""
 
     picks: Int[np.ndarray, " b"]
-    """Row numbers."""
     weights: Float[np.ndarray, " b"]
     """0 for a row that only fills up the epoch's last batch, else 1."""
     length: int
@@ -30,7 +29,7 @@ class BatchRows(NamedTuple):
 
 
 class TrainingRows(NamedTuple):
-    """The rows that a classifier learns from."""
+    """The rows that a classifier learns from, and the teacher's scores of them if there is one."""
 
     rows: Encoded
     features: Float[np.ndarray, "rows d"] | None
@@ -38,7 +37,6 @@ class TrainingRows(NamedTuple):
     targets: Float[np.ndarray, " rows"]
     """Class numbers, or standardised values."""
     teacher: Float[np.ndarray, "rows c"] | None
-    """The teacher's scores."""
 
 
 class TokenBatch(NamedTuple):
@@ -101,8 +99,6 @@ def predict_rows(
     scores = []
     for start in range(0, len(order), EVAL_ROWS):
         picks = np.resize(order[start : start + EVAL_ROWS], EVAL_ROWS)
-        batch = (
-            TokenBatch(*map(jnp.asarray, rows.pad(picks))) if isinstance(rows, Encoded) else jnp.asarray(rows[picks])
-        )
-        scores.append(np.asarray(predict(params, batch)))
+        inputs = rows[picks] if isinstance(rows, np.ndarray) else TokenBatch(*map(jnp.asarray, rows.pad(picks)))
+        scores.append(np.asarray(predict(params, inputs)))
     return np.concatenate(scores, axis=1)[:, : len(order)][:, np.argsort(order)]

@@ -59,15 +59,11 @@ class Difference(NamedTuple):
         return self.low == self.low
 
     def __str__(self) -> str:
-        value = _signed(self.value)
+        value = points(self.value, "+")
         if not self.has_interval:
             return f"{value} (no interval)"
         unsettled = " ≈" if self.low <= 0 <= self.high else ""
-        return f"{value} [{_signed(self.low)}, {_signed(self.high)}]{unsettled}{'' if self.of_rows else ' †'}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+        return f"{value} [{points(self.low, '+')}, {points(self.high, '+')}]{unsettled}{'' if self.of_rows else ' †'}"
 
 
 class TableRow(NamedTuple):
@@ -95,11 +91,9 @@ def glue_table(places: Sequence[Path]) -> str:
     """
     sweeps = [Sweep(place if place.is_dir() else place.parent, read_results(place)) for place in places]
     letters = [chr(ord("A") + i) for i in range(len(sweeps))]
-    names = dict.fromkeys(
-        (name, split) for sweep in sweeps for name, task in sweep.results.tasks.items() for split in task.dev
-    )
+    tasks = [named for sweep in sweeps for named in sweep.results.tasks.items()]
+    names = dict.fromkeys((name, split) for name, task in tasks for split in task.dev)
     rows = [_split_row(sweeps, name, split) for name, split in names]
-    key = _key(sweeps, rows)
     warnings = [
         f"**WARNING: {letter} and A differ in {mismatch}; a difference is not the models' alone.**"
         for letter, other in zip(letters[1:], sweeps[1:], strict=True)
@@ -109,28 +103,22 @@ def glue_table(places: Sequence[Path]) -> str:
         [letter, r.model, str(r.protocol), r.source, ", ".join(map(str, r.seeds))]
         for letter, (_, r) in zip(letters, sweeps, strict=True)
     ]
+    model_grid = markdown_grid(["", "model", "protocol", "source", "seeds"], models)
     head = ["task", "metric", "dev rows", "A", *(x for b in letters[1:] for x in (b, f"{b} - A"))]
     cells = [row.cells() for row in (*rows, *_average_rows(sweeps))]
-    parts = [
-        markdown_grid(["", "model", "protocol", "source", "seeds"], models),
-        *warnings,
-        markdown_grid(head, cells, numbers=range(2, len(head))),
-        key,
-    ]
-    return "\n\n".join(parts) + "\n"
+    score_grid = markdown_grid(head, cells, numbers=range(2, len(head)))
+    return "\n\n".join([model_grid, *warnings, score_grid, _key(sweeps, rows)]) + "\n"
 
 
 def _split_row(sweeps: Sequence[Sweep], name: str, split: str) -> TableRow:
     devs = [sweep.dev(name, split) for sweep in sweeps]
     task = next(sweep.results.tasks[name] for sweep in sweeps if sweep.dev(name, split))
     metric = task.metrics[0]
-    title = (
-        f"{task.title(split)} (a part of {TASKS[task.cut_of].folder})" if task.cut_of in TASKS else task.title(split)
-    )
+    part = f" (a part of {TASKS[task.cut_of].folder})" if task.cut_of in TASKS else ""
     rows = " / ".join(dict.fromkeys(f"{dev.rows:,}" for dev in devs if dev))
     medians = [dev.median.get(metric) if dev else None for dev in devs]
     differences = [_compared(sweeps[0], sweep, name, split, metric) for sweep in sweeps[1:]]
-    return TableRow(title, metric, rows, medians, differences)
+    return TableRow(task.title(split) + part, metric, rows, medians, differences)
 
 
 def _average_rows(sweeps: Sequence[Sweep]) -> list[TableRow]:
@@ -153,12 +141,11 @@ def _compared(first: Sweep, other: Sweep, name: str, split: str, metric: str) ->
     tasks = first.results.tasks[name], other.results.tasks[name]
     if devs[0].rows != devs[1].rows or tasks[0].cut_of != tasks[1].cut_of or metric not in tasks[1].metrics:
         return "not the same dev rows"
-    files = _predictions(first, name, split, metric), _predictions(other, name, split, metric)
-    if files[0] is None or files[1] is None:
-        return _difference(devs[0], devs[1], metric, None)
-    if files[0].rows != files[1].rows:
+    read = [_predictions(sweep, name, split, metric) for sweep in (first, other)]
+    files = [file for file in read if file is not None]
+    if len(files) == 2 and files[0].rows != files[1].rows:
         return "not the same dev rows"
-    return _difference(devs[0], devs[1], metric, (files[0], files[1]))
+    return _difference(devs[0], devs[1], metric, files if len(files) == 2 else [])
 
 
 def _predictions(sweep: Sweep, name: str, split: str, metric: str) -> Predictions | None:
@@ -171,15 +158,11 @@ def _predictions(sweep: Sweep, name: str, split: str, metric: str) -> Prediction
     for seed, scores in task.dev[split].seeds.items():
         predicted = predictions.predicted.get(seed)
         if predicted is None or abs(METRICS[metric](predicted, predictions.labels) - scores[metric]) > 1e-4:
-            raise UserError(
-                f"{path} is not of the run in {sweep.folder / 'glue.json'}: seed {seed} scores differently."
-            )
+            raise UserError(f"{path} is not of the run in {sweep.folder}/glue.json: seed {seed} scores differently.")
     return predictions
 
 
-def _difference(
-    first: DevResult, other: DevResult, metric: str, files: tuple[Predictions, Predictions] | None
-) -> Difference:
+def _difference(first: DevResult, other: DevResult, metric: str, files: list[Predictions]) -> Difference:
     """Return the difference of two medians over seeds. Its interval is of dev rows and seeds, or without files of seeds."""
     seeds = sorted(first.seeds), sorted(other.seeds)
     value = other.median[metric] - first.median[metric]
@@ -195,7 +178,7 @@ def _difference(
             for dev, of in zip((first, other), seeds, strict=True)
         ]
     low, high = interval(scores[0], scores[1], seeds[0] == seeds[1], rng)
-    return Difference(value, low, high, files is not None)
+    return Difference(value, low, high, bool(files))
 
 
 def _mismatches(first: GlueResults, other: GlueResults) -> list[str]:
@@ -217,9 +200,8 @@ def _mismatches(first: GlueResults, other: GlueResults) -> list[str]:
 def _key(sweeps: Sequence[Sweep], rows: Sequence[TableRow]) -> str:
     """Say how to read the table, as far as its rows need it."""
     differences = [d for row in rows for d in row.differences if isinstance(d, Difference) and d.has_interval]
-    fewest = min(
-        (len(dev.seeds) for s in sweeps for task in s.results.tasks.values() for dev in task.dev.values()), default=0
-    )
+    devs = [dev for sweep in sweeps for task in sweep.results.tasks.values() for dev in task.dev.values()]
+    fewest = min((len(dev.seeds) for dev in devs), default=0)
     sentences = ["Scores are medians over seeds, times 100."]
     if differences:
         sentences.append(

@@ -49,7 +49,6 @@ class Trace(NamedTuple):
     curve: list[Point]
     """The mean training loss of each epoch, and the dev metrics after it."""
     losses: Float[np.ndarray, " updates"]
-    """Training loss of each update."""
     scores: dict[str, Float[np.ndarray, "rows c"]]
     """By dev and test split, the classifier's scores in the labels' unit."""
     truncated: int

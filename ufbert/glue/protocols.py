@@ -1,6 +1,6 @@
 """Protocols: named settings of fine-tuning, which make two scores comparable."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from ufbert.config import FinetuneConfig, ModelConfig, ProtocolName
 from ufbert.options.finetune import FinetuneOptions
@@ -13,7 +13,7 @@ class Protocol:
 
     name: str
     source: str
-    """Its paper, and its purpose."""
+    """Paper, and purpose."""
     tune: FinetuneConfig
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Runs; their median is reported."""
@@ -33,9 +33,8 @@ class Protocol:
             f"at most {tune.max_len} tokens, the same for every task, dev set, median of {len(self.seeds)} seed(s)"
         ]
         if tune.pooling != "model":
-            parts.append(
-                f"the classifier reads {'the mean of all tokens' if tune.pooling == 'mean' else 'the first token'}"
-            )
+            pooled = "the mean of all tokens" if tune.pooling == "mean" else "the first token"
+            parts.append(f"the classifier reads {pooled}")
         if tune.clip_norm:
             parts.append(f"gradients clipped at {tune.clip_norm:g}")
         if tune.early_stop:
@@ -46,12 +45,10 @@ class Protocol:
 
     def with_overrides(self, tune: FinetuneConfig, seeds: tuple[int, ...]) -> "Protocol":
         """Return this protocol with other hyper-parameters and seeds, and a name that lists the changes."""
-        changed = [
-            f"{f.name} {getattr(tune, f.name):g}" if isinstance(getattr(tune, f.name), float) else
-            f"{f.name} {getattr(tune, f.name)}"
-            for f in fields(tune)
-            if getattr(tune, f.name) != getattr(self.tune, f.name)
-        ]  # fmt: skip
+        changed = []
+        for name, value in asdict(tune).items():
+            if value != getattr(self.tune, name):
+                changed.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
         if len(seeds) != len(self.seeds):
             changed.append(f"{len(seeds)} seed(s)")
         rates = () if tune.lr != self.tune.lr else self.rates
@@ -59,35 +56,23 @@ class Protocol:
         return replace(self, name=name, tune=tune, seeds=seeds, rates=rates)
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "crammed",
-            "Geiping and Goldstein 2022, section 5: one setting for all tasks",
-            FinetuneConfig(lr=4e-5),
-        ),
-        Protocol(
-            "small",
-            "crammed's with a learning rate of 0.2 / width, for models narrower than BERT",
-            FinetuneConfig(),
-        ),
-        Protocol(
-            "bert",
-            "Devlin et al. 2019, section 4.1: three epochs, the best of four learning rates on dev",
-            FinetuneConfig(
-                epochs=3, batch_rows=32, lr=5e-5, schedule="linear", adam_b2=0.999, weight_decay=0.01, clip_norm=1.0
-            ),
-            rates=(5e-5, 4e-5, 3e-5, 2e-5),
-        ),
-        Protocol(
-            "mnli-first",
-            "crammed's, with RTE, MRPC and STS-B started from the MNLI model, as RoBERTa and ALBERT report them",
-            FinetuneConfig(lr=4e-5),
-            mnli_first=("rte", "mrpc", "stsb"),
-        ),
-    )
-}
+_CRAMMED = FinetuneConfig(lr=4e-5)
+_BERT = FinetuneConfig(
+    epochs=3, batch_rows=32, lr=5e-5, schedule="linear", adam_b2=0.999, weight_decay=0.01, clip_norm=1.0
+)
+_PROTOCOLS = (
+    Protocol("crammed", "Geiping and Goldstein 2022, section 5: one setting for all tasks", _CRAMMED),
+    Protocol("small", "crammed's with a learning rate of 0.2 / width, for models narrower than BERT", FinetuneConfig()),
+    Protocol(
+        "bert", "Devlin et al. 2019, section 4.1: three epochs, the best of four learning rates on dev", _BERT,
+        rates=(5e-5, 4e-5, 3e-5, 2e-5),
+    ),
+    Protocol(
+        "mnli-first", "crammed's, with RTE, MRPC and STS-B started from the MNLI model, as RoBERTa and ALBERT report them",
+        _CRAMMED, mnli_first=("rte", "mrpc", "stsb"),
+    ),
+)  # fmt: skip
+PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
 def find_protocol(name: ProtocolName, config: ModelConfig) -> Protocol:

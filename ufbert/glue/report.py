@@ -4,7 +4,7 @@ import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ufbert.glue.results import Average, DevResult, GlueResults, Point, TaskResult
 from ufbert.report.page import facts, grid, markdown_grid, page, svg
@@ -12,19 +12,16 @@ from ufbert.runtime.files import write_text
 
 
 def write_glue_report(folder: Path, results: GlueResults) -> str:
-    """Write `glue.md` and `report.html` next to a sweep's `glue.json`, and return the text of `glue.md`.
-
-    Raises UserError if the disk refuses.
-    """
+    """Write `glue.md`, whose text is returned, and `report.html`. Raises UserError if the disk refuses."""
     text = glue_markdown(results)
     write_text(folder / "glue.md", text)
     write_text(folder / "report.html", glue_page(results))
     return text
 
 
-def points(score: float) -> str:
-    """Format a score times 100, with one decimal."""
-    return f"{round(100 * score, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
+def points(score: float, sign: Literal["", "+"] = "") -> str:
+    """Format a score times 100, with one decimal, and with `sign` a plus before it if it is not negative."""
+    return f"{round(100 * score, 1) + 0.0:{sign}.1f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
@@ -46,7 +43,7 @@ def _score_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _dev_rows(task: TaskResult, dev: DevResult) -> str:
-    """Say how many rows were scored, and if that makes it an official score."""
+    """Say how many rows were scored, and if the score is an official one."""
     if task.cut_of:
         return f"{dev.rows:,}, a part of the task"
     if dev.rows == dev.official_rows:
@@ -69,15 +66,12 @@ def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
 
 def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
     """Return each average's name, and its value or the missing tasks, with a sentence that defines it."""
-    return [
-        (
-            average.name,
-            f"not computed for want of {', '.join(average.missing)}. {average.sentence}"
-            if average.value is None
-            else f"{points(average.value)}. {average.sentence}",
-        )
-        for average in averages.values()
-    ]
+    texts = []
+    for average in averages.values():
+        missing = f"not computed for want of {', '.join(average.missing)}"
+        value = missing if average.value is None else points(average.value)
+        texts.append((average.name, f"{value}. {average.sentence}"))
+    return texts
 
 
 _KEY = (
@@ -153,7 +147,6 @@ _BLUE, _ORANGE = "tab:blue", "tab:orange"
 def _curves(task: TaskResult) -> str:
     """Draw training loss and the first metric over epochs, a line for each seed; "" if no curves were kept."""
     import matplotlib.figure
-    import matplotlib.ticker
 
     curves, metric = [curve for curve in task.curves.values() if curve], task.metrics[0]
     if not curves:
@@ -169,7 +162,7 @@ def _curves(task: TaskResult) -> str:
     score.set_ylabel(f"dev {metric}")
     for axis in (loss, score):
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.locator_params(axis="x", integer=True)
     return f"<h3>{html.escape(task.folder)}</h3>{svg(figure)}"
 
 

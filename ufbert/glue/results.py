@@ -71,17 +71,13 @@ class TaskResult:
         if unknown := [metric for metric in self.metrics if metric not in METRICS]:
             raise UserError(f"{self.folder} has {unknown[0]!r} among its metrics; known are {', '.join(METRICS)}.")
         classes = len(self.label_names)
-        for split, dev in self.dev.items():
+        for title, dev in ((self.title(split), dev) for split, dev in self.dev.items()):
             for scores in (dev.median, dev.spread, dev.majority, *dev.seeds.values()):
                 if missing := [metric for metric in self.metrics if metric not in scores]:
-                    raise UserError(
-                        f"{self.title(split)} lacks {missing[0]!r}, one of its metrics, in some of its scores."
-                    )
+                    raise UserError(f"{title} lacks {missing[0]!r}, one of its metrics, in some of its scores.")
             for seed, table in dev.confusion.items():
                 if [len(row) for row in table] != [classes] * classes:
-                    raise UserError(
-                        f"{self.title(split)} has a confusion table, of seed {seed}, that is not {classes} by {classes}."
-                    )
+                    raise UserError(f"{title} has a confusion table of seed {seed} that is not {classes} by {classes}.")
 
     @property
     def deciding(self) -> DevResult:

@@ -46,20 +46,19 @@ def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
     use_device(options.device)
     model = load_model(options.model)
     protocol = choose_protocol(options, given, model.config)
+    tune = protocol.tune
     for data in tasks:
         pair = None if data.train.pairs is None else data.train.pairs[:1]
-        encode_texts(model.tokenizer, data.train.texts[:1], pair, model.config, protocol.tune.max_len)  # has it room?
+        encode_texts(model.tokenizer, data.train.texts[:1], pair, model.config, tune.max_len)  # has it room?
     if options.train_rows:
         count, seed = options.train_rows, protocol.seeds[0]
         tasks = [data._replace(train=subset(data.train, count, seed)) for data in tasks]
     for data in tasks:
-        if math.ceil(len(data.train.texts) / protocol.tune.batch_rows) * protocol.tune.epochs >= 2**31:
-            raise UserError(
-                f"{protocol.tune.epochs:,} epochs of {data.task.folder} are 2^31 updates or more (--tune.epochs)."
-            )
+        if math.ceil(len(data.train.texts) / tune.batch_rows) * tune.epochs >= 2**31:
+            raise UserError(f"{tune.epochs:,} epochs of {data.task.folder} are 2^31 updates or more (--tune.epochs).")
     if skipped_tasks:
         print(f"not in {options.glue_source}, left out: {', '.join(skipped_tasks)}")
-    return SweepInputs(replace(options, tune=protocol.tune), protocol, model, tasks)
+    return SweepInputs(replace(options, tune=tune), protocol, model, tasks)
 
 
 def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:

@@ -15,7 +15,6 @@ DEV_ROWS = {
 }  # fmt: skip
 """Rows of the official dev sets."""
 
-
 Outputs = Float[np.ndarray, "rows c"]
 """The classifier's scores."""
 
@@ -91,17 +90,15 @@ def averages(tasks: Mapping[str, TaskResult]) -> dict[str, Average]:
     eight = [[(task.name, split, metric) for split in task.dev for metric in official[task.name]] for task in kept]
     first, apart = "the first metric of every task but WNLI", "MNLI matched and mismatched apart"
     mean = "of each the mean of its metrics and of MNLI's two dev sets"
+    defined = {
+        "nine": ("nine numbers", f"nine numbers: {first}, {apart}.", nine),
+        "nine_without_cola": ("nine numbers without CoLA", f"eight numbers: {first} and CoLA, {apart}.", nine[1:]),
+        "eight": ("eight tasks", f"eight tasks, all but WNLI: {mean}; of CoLA, Matthews alone.", eight),
+        "eight_without_cola": ("eight tasks without CoLA", f"seven tasks, all but WNLI and CoLA: {mean}.", eight[1:]),
+    }
     return {
-        "nine": _average(tasks, "nine numbers", f"The mean of nine numbers: {first}, {apart}.", nine),
-        "nine_without_cola": _average(
-            tasks, "nine numbers without CoLA", f"The mean of eight numbers: {first} and CoLA, {apart}.", nine[1:]
-        ),
-        "eight": _average(
-            tasks, "eight tasks", f"The mean of eight tasks, all but WNLI: {mean}; of CoLA, Matthews alone.", eight
-        ),
-        "eight_without_cola": _average(
-            tasks, "eight tasks without CoLA", f"The mean of seven tasks, all but WNLI and CoLA: {mean}.", eight[1:]
-        ),
+        key: _average(tasks, name, f"The mean of {sentence}", groups)
+        for key, (name, sentence, groups) in defined.items()
     }
 
 

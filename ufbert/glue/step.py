@@ -61,10 +61,9 @@ def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
 @lru_cache(maxsize=32)
 def finetune_steps(setting: Setting) -> FinetuneSteps:
     """Return the jitted functions of a setting, made once."""
-    return FinetuneSteps(
-        jax.jit(jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0)), donate_argnums=0),
-        jax.jit(jax.vmap(partial(_predict, setting), in_axes=(0, None))),
-    )
+    update = jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0))
+    predict = jax.vmap(lambda params, inputs: classifier_scores(setting, params, inputs, None)[0], in_axes=(0, None))
+    return FinetuneSteps(jax.jit(update, donate_argnums=0), jax.jit(predict))
 
 
 def _update(
@@ -74,10 +73,6 @@ def _update(
     loss, grads = jax.value_and_grad(_loss)(state.params, setting, batch, jax.random.fold_in(key, step))
     direction, opt_state = _optimizer(setting.tune).update(grads, state.opt_state, state.params)
     return State(jax.tree.map(lambda p, u: p - lr * u, state.params, direction), opt_state), loss
-
-
-def _predict(setting: Setting, params: nn.Params, inputs: TokenBatch | Float[Array, "b d"]) -> Float[Array, "b c"]:
-    return classifier_scores(setting, params, inputs, None)[0]
 
 
 def _loss(params: nn.Params, setting: Setting, batch: Batches, key: Key[Array, ""]) -> Float[Array, ""]:

@@ -97,20 +97,13 @@ def _start_results(inputs: SweepInputs, folder: Path) -> GlueResults:
     if options.resume:
         return _resumed_results(folder, asked)
     mode = "probe" if options.probe else "from scratch" if options.from_scratch else "fine-tuned"
+    if options.teacher:
+        mode += f", taught by {options.teacher}"
+    run_protocol = ProtocolResult(protocol.name, f"{protocol.text(model.config)} ({protocol.source})", mode)
     versions = {name: importlib.metadata.version(name) for name in ("ufbert", "jax", "flax", "optax")}
-    results = GlueResults(
-        options.model,
-        options.task_file or options.train or options.glue_source,
-        ProtocolResult(
-            protocol.name,
-            f"{protocol.text(model.config)} ({protocol.source})",
-            f"{mode}, taught by {options.teacher}" if options.teacher else mode,
-        ),
-        asked,
-        {"python": host.python_version(), "machine": host.platform(), **versions},
-        tasks={},
-        averages=averages({}),
-    )
+    environment = {"python": host.python_version(), "machine": host.platform(), **versions}
+    source = options.task_file or options.train or options.glue_source
+    results = GlueResults(options.model, source, run_protocol, asked, environment, tasks={}, averages=averages({}))
     write_results(folder, results)
     return results
 
@@ -153,8 +146,7 @@ def _run_all(
             continue
 
         def show(step: int, total: int, event: str, number: int = number, group: list[Run] = group) -> None:
-            done = (number + step / total) / len(groups)
-            left = progress.left(done)
+            left = progress.left((number + step / total) / len(groups))
             progress.say(f"{event}, update {step:,}/{total:,}; {left} left in all", group, stays=False)
 
         new = finetune_task(

@@ -24,9 +24,8 @@ class Check(NamedTuple):
     """Predicted and measured training speed on this machine."""
 
     rows: int
-    """Packed rows of the updates that were measured."""
+    """Packed rows of an update."""
     updates: int
-    """Number of them."""
     predicted: float
     """Tokens/s."""
     measured: float
@@ -34,12 +33,12 @@ class Check(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted speed."""
+        """Return the measured over the predicted speed."""
         return self.measured / self.predicted
 
     @property
     def holds(self) -> bool:
-        """True if the two agree within a quarter."""
+        """Tell if the two agree within a quarter."""
         return abs(self.ratio - 1.0) <= WITHIN
 
 

@@ -5,9 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from ufbert.config import RunConfig, TreeBackend
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
+
+SPECIAL = SpecialIds(0, 1, 2, 3, 4)
+"""Any special ids do: neither arithmetic nor memory depends on them."""
 
 
 class StepCount(NamedTuple):
@@ -35,29 +42,29 @@ class RunCounts(NamedTuple):
     optimizer_bytes: float
     """Bytes of the optimizer's state, which stay on the device while gradients are computed."""
     state_bytes: float
-    """Bytes of the whole training state: what a checkpoint holds."""
+    """Bytes of the whole training state, which a checkpoint holds."""
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds to compile what a run compiles: one gradient a piece length, finish, update (about both) and evaluate."""
+        """Add up the seconds to compile a run: one gradient a piece length, finish, update (about both) and evaluate."""
         largest = max(rows for rows, _ in self.gradient)
         gradients = sum(count.compile_seconds for (rows, _), count in self.gradient.items() if rows == largest)
         return 2 * (gradients + self.finish.compile_seconds) + self.evaluate.compile_seconds
 
     def memory(self, micro_rows: int) -> float:
-        """Bytes on the device while training with this micro-batch.
+        """Return the bytes on the device while training with this micro-batch.
 
         Activations grow with the rows and nothing else does, so other sizes lie on the line through the two that were
         compiled. The optimizer's state waits beside the gradient; an update needs no activations.
         """
         lengths = {length for _, length in self.gradient}
-        found = [self.finish.memory]
+        held = [self.finish.memory]
         for length in lengths:
             sizes = sorted(rows for rows, n in self.gradient if n == length)
             low, high = self.gradient[sizes[0], length].memory, self.gradient[sizes[-1], length].memory
             slope = (high - low) / max(1, sizes[-1] - sizes[0])
-            found.append(high + slope * (micro_rows - sizes[-1]) + self.optimizer_bytes)
-        return max(found)
+            held.append(high + slope * (micro_rows - sizes[-1]) + self.optimizer_bytes)
+        return max(held)
 
 
 def count_run(run: RunConfig, show: Callable[[str], None] = lambda text: None) -> RunCounts:
@@ -77,7 +84,7 @@ def count_run(run: RunConfig, show: Callable[[str], None] = lambda text: None) -
 
 
 def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
-    """The counts of one function, compiled for the default backend; arguments as in `lowered_step`."""
+    """Count one function, compiled for the default backend; arguments as in `lowered_step`."""
     began = time.perf_counter()
     compiled = lowered_step(run, part, rows, length).compile()
     seconds = time.perf_counter() - began
@@ -90,14 +97,8 @@ def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
 
 
 def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
-    """`gradient`, `finish`, `step` or `evaluate` of `run`, lowered from shapes: `rows` packed rows in pieces of `length`.
-
-    The only place in planning that knows the arguments of the step functions, beside `real_update`.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    steps: Any = build_steps(run, _special())
+    """Lower `gradient`, `finish`, `step` or `evaluate` of `run` from shapes: `rows` packed rows in pieces of `length`."""
+    steps: Any = build_steps(run, SPECIAL)
     state = _state_shapes(run)
     key = jax.eval_shape(jax.random.key, 0)
     number: Any = jax.ShapeDtypeStruct((), jnp.float32)
@@ -115,24 +116,17 @@ def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
 
 
 def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
-    """A function that trains one update on `rows` random packed rows through the real step, and waits for it. Compiled."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    special = _special()
-    steps = build_steps(run, special)
-    held = [init_state(run, jax.random.key(0))]
+    """Return a compiled function that trains one update on `rows` random packed rows by the real step, and waits for it."""
+    steps, state = build_steps(run, SPECIAL), init_state(run, jax.random.key(0))
     batch = np.random.default_rng(0).integers(5, run.model.vocab_size, (rows, run.data.seq_len)).astype(np.int32)
-    batch[:, 0] = special.cls
-
-    inputs = StepInputs(
-        jnp.float32(run.train.peak_lr * 0.25), jnp.float32(0.0), jnp.float32(run.train.mask_rate[0]), jnp.int32(rows)
-    )
+    batch[:, 0] = SPECIAL.cls
+    lr, mask_rate = jnp.float32(run.train.peak_lr * 0.25), jnp.float32(run.train.mask_rate[0])
+    inputs = StepInputs(lr, jnp.float32(0.0), mask_rate, jnp.int32(rows))
 
     def update() -> None:
-        key = jax.random.fold_in(jax.random.key(1), int(held[0].step))
-        held[0], metrics = steps.train_step(held[0], batch, key, inputs)
+        nonlocal state
+        key = jax.random.fold_in(jax.random.key(1), int(state.step))
+        state, metrics = steps.train_step(state, batch, key, inputs)
         jax.block_until_ready(metrics)
 
     update()
@@ -140,34 +134,18 @@ def real_update(run: RunConfig, rows: int) -> Callable[[], None]:
 
 
 def planned_model(run: RunConfig, *, dtype: str, trees: TreeBackend) -> RunConfig:
-    """`run` with every `auto` of its model decided for the planned device, which may not be the one that compiles."""
-    model = run.model
-    return replace(
-        run,
-        model=replace(
-            model,
-            dtype=dtype if model.dtype == "auto" else model.dtype,
-            tree_backend=trees if model.tree_backend == "auto" else model.tree_backend,
-        ),
-    )
-
-
-def _special() -> Any:
-    """Any special ids do: neither arithmetic nor memory depends on them."""
-
-    return SpecialIds(0, 1, 2, 3, 4)
+    """Decide every `auto` of the model for the planned device, which may not be the one that compiles."""
+    dtype = dtype if run.model.dtype == "auto" else run.model.dtype
+    trees = trees if run.model.tree_backend == "auto" else run.model.tree_backend
+    return replace(run, model=replace(run.model, dtype=dtype, tree_backend=trees))
 
 
 def _state_shapes(run: RunConfig) -> Any:
-    import jax
-
     return jax.eval_shape(lambda key: init_state(run, key), jax.eval_shape(jax.random.key, 0))
 
 
 def _state_bytes(run: RunConfig) -> tuple[float, float]:
-    """(bytes of the optimizer's state, bytes of the whole training state)."""
-    import jax
-
+    """Return the bytes of the optimizer's state, and of the whole training state."""
     state = _state_shapes(run)
 
     def size(tree: Any) -> float:

@@ -38,8 +38,8 @@ class RunPlan(NamedTuple):
     tokens: float
     tokens_per_second: float
     """While updates run."""
-    average_rows: float
-    """Rows per update, over the ramp."""
+    rows_per_update: float
+    """On average over the ramp."""
     flops_per_token: float
     """Analytic, forward and backward."""
     counted_flops_per_token: float
@@ -48,11 +48,11 @@ class RunPlan(NamedTuple):
     """XLA's count of the compiled gradient, on the backend that compiled it."""
     bound: str
     """The limit on the time of a step: arithmetic, memory traffic, or both in turn."""
-    times: Times
+    seconds: Times
 
 
 def micro_batch_seconds(run: RunConfig, counts: RunCounts, speeds: Speeds, *, masked_trees: bool, length: int) -> float:
-    """Seconds of one micro-batch's gradient, in pieces of `length` tokens.
+    """Estimate the seconds of one micro-batch's gradient, in pieces of `length` tokens.
 
     Operations are the larger of XLA's count and the analytic one: XLA sees the inside of no custom call, and the analytic
     count leaves out what is not a matrix product or a transform.
@@ -64,24 +64,17 @@ def micro_batch_seconds(run: RunConfig, counts: RunCounts, speeds: Speeds, *, ma
 
 
 def plan_run(
-    run: RunConfig,
-    budget: Budget,
-    counts: RunCounts,
-    speeds: Speeds,
-    *,
-    masked_trees: bool,
-    compile_seconds: float,
+    run: RunConfig, budget: Budget, counts: RunCounts, speeds: Speeds, *, masked_trees: bool, compile_seconds: float
 ) -> RunPlan:
-    """The plan of `run` within `budget` on a device of these speeds."""
+    """Plan `run` within `budget` on a device of these speeds."""
     train, data = run.train, run.data
     lengths = {length for _, length in counts.gradient}
     micro = {n: micro_batch_seconds(run, counts, speeds, masked_trees=masked_trees, length=n) for n in lengths}
     finish = speeds.seconds(counts.finish.flops, 0.0, counts.finish.bytes)
     evaluation = data.eval_rows / train.micro_rows * speeds.seconds(counts.evaluate.flops, 0.0, counts.evaluate.bytes)
     save = guessed_save_seconds(counts.state_bytes)
-    fixed = Times(
-        compile_seconds, 0.0, (train.n_evals + 1) * evaluation, (n_checkpoints(train, budget.seconds) + 1) * save
-    )
+    saves = n_checkpoints(train, budget.seconds) + 1
+    fixed = Times(compile_seconds, 0.0, (train.n_evals + 1) * evaluation, saves * save)
     trainable = None if budget.seconds is None else max(0.0, budget.seconds - fixed.total)
 
     points = _SLICES if budget.steps is None else min(_SLICES, budget.steps)
@@ -98,12 +91,12 @@ def plan_run(
         updates=updates,
         tokens=rows * data.seq_len,
         tokens_per_second=rows * data.seq_len / max(seconds, 1e-9),
-        average_rows=rows / max(updates, 1e-9),
+        rows_per_update=rows / max(updates, 1e-9),
         flops_per_token=train_flops_per_token(run, masked_trees=masked_trees),
         counted_flops_per_token=count.flops / tokens,
         bytes_per_token=count.bytes / tokens,
         bound=_bound(speeds, micro[data.seq_len], count.bytes),
-        times=fixed._replace(updates=seconds),
+        seconds=fixed._replace(updates=seconds),
     )
 
 
@@ -115,6 +108,6 @@ def _bound(speeds: Speeds, seconds: float, n_bytes: float) -> str:
 
 
 def micro_batch_sizes(run: RunConfig) -> list[int]:
-    """Micro-batches to show the memory of: a quarter to four times the configured one."""
+    """List the micro-batches whose memory is shown: a quarter to four times the configured one."""
     rows = run.train.micro_rows
     return sorted({max(1, rows // 4), max(1, rows // 2), rows, 2 * rows, 4 * rows})

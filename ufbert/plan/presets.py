@@ -12,10 +12,8 @@ def list_presets(options: PresetsOptions) -> None:
     print(f"{'preset':<20} {'parameters':>12} {'training':>9} {'inference':>9} {'of a layer':>16}  what it is")
     for name in preset_names():
         run = load_preset(name)
-        used, there = neurons(run.model)
+        active, all_neurons = neurons(run.model)
         train = train_flops_per_token(run, masked_trees=True) / 1e6
         infer = forward_flops_per_token(run.model, run.data.seq_len, masked_trees=False, training=False) / 1e6
-        print(
-            f"{name:<20} {nn.count_params(run.model):>12,} {train:>9,.1f} {infer:>9,.1f} {f'{used:,} of {there:,}':>16}"
-            f"  {preset_summary(name)}"
-        )
+        parameters, used = f"{nn.count_params(run.model):,}", f"{active:,} of {all_neurons:,}"
+        print(f"{name:<20} {parameters:>12} {train:>9,.1f} {infer:>9,.1f} {used:>16}  {preset_summary(name)}")

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from ufbert.config import RunConfig
 from ufbert.cost.speeds import CPU_UTILISATION, Speeds
 from ufbert.options.train import PlanOptions
@@ -13,17 +16,11 @@ from ufbert.pretrain.budget import Budget
 
 
 def plan_facts(
-    options: PlanOptions,
-    run: RunConfig,
-    budget: Budget,
-    target: Target,
-    counts: RunCounts,
-    speeds: Speeds,
-    plan: RunPlan,
+    options: PlanOptions, run: RunConfig, budget: Budget, target: Target, counts: RunCounts, speeds: Speeds, plan: RunPlan,
     check: Check | None,
-) -> dict[str, Any]:
-    """Everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
-    hours = (budget.seconds or plan.times.total) / 3600
+) -> dict[str, Any]:  # fmt: skip
+    """Return everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
+    hours = (budget.seconds or plan.seconds.total) / 3600
     peak = target.peaks.products(run.model.dtype) if target.peaks else speeds.products / CPU_UTILISATION
     return {
         "config": options.config,
@@ -31,19 +28,13 @@ def plan_facts(
         "device": target.name,
         "budget": options.budget,
         "backend": {"compiled_here": target.local, "dtype": run.model.dtype, "trees": run.model.tree_backend},
+        **plan._asdict(),
         "updates": round(plan.updates),
-        "rows_per_update": plan.average_rows,
-        "tokens": plan.tokens,
-        "tokens_per_second": plan.tokens_per_second,
+        "seconds": {**plan.seconds._asdict(), "total": plan.seconds.total, "budget": budget.seconds},
         "passes": plan.tokens / options.corpus_tokens if options.corpus_tokens else None,
-        "flops_per_token": plan.flops_per_token,
-        "counted_flops_per_token": plan.counted_flops_per_token,
-        "bytes_per_token": plan.bytes_per_token,
         "peak_flops": peak,
         "model_flops_utilisation": plan.flops_per_token * plan.tokens_per_second / peak,
-        "bound": plan.bound,
         "speeds": speeds.source,
-        "seconds": {**plan.times._asdict(), "total": plan.times.total, "budget": budget.seconds},
         "micro_rows": run.train.micro_rows,
         "memory": {str(rows): counts.memory(rows) for rows in micro_batch_sizes(run)},
         "memory_compiled": sorted({rows for rows, _ in counts.gradient}),
@@ -57,8 +48,6 @@ def plan_facts(
 
 def show_plan(facts: dict[str, Any]) -> None:
     """Print the facts."""
-    from rich.console import Console
-
     console = Console(highlight=False, soft_wrap=False)
     console.print(_table("what the budget buys", _yield_rows(facts)))
     console.print(_table("where the time goes", _time_rows(facts)))
@@ -74,9 +63,7 @@ def show_plan(facts: dict[str, Any]) -> None:
         )
 
 
-def _table(title: str, rows: list[tuple[str, str, str]], first: str = "") -> Any:
-    from rich.table import Table
-
+def _table(title: str, rows: list[tuple[str, str, str]], first: str = "") -> Table:
     table = Table(title=title, title_justify="left", show_header=bool(first), box=None, pad_edge=False)
     table.add_column(first, min_width=22)
     table.add_column("", justify="right", no_wrap=True)
@@ -87,14 +74,11 @@ def _table(title: str, rows: list[tuple[str, str, str]], first: str = "") -> Any
 
 
 def _yield_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    counted = f"{facts['counted_flops_per_token'] / 1e6:,.1f} in the compiled step"
     rows = [
         ("tokens", f"{facts['tokens']:,.0f}", f"{facts['tokens_per_second']:,.0f} a second"),
         ("updates", f"{facts['updates']:,}", f"of {facts['rows_per_update']:,.0f} rows on average"),
-        (
-            "MFLOP a token",
-            f"{facts['flops_per_token'] / 1e6:,.1f}",
-            f"analytic; {facts['counted_flops_per_token'] / 1e6:,.1f} in the compiled step",
-        ),
+        ("MFLOP a token", f"{facts['flops_per_token'] / 1e6:,.1f}", f"analytic; {counted}"),
         ("kB moved a token", f"{facts['bytes_per_token'] / 1e3:,.0f}", "in the compiled step"),
         ("model FLOPs utilisation", f"{facts['model_flops_utilisation']:.1%}", f"limited by {facts['bound']}"),
     ]
@@ -107,9 +91,8 @@ def _yield_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _time_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     seconds = facts["seconds"]
-    here = facts["backend"]["compiled_here"]
     why = {
-        "compilation": "measured here" if here else "assumed",
+        "compilation": "measured here" if facts["backend"]["compiled_here"] else "assumed",
         "updates": "",
         "evaluations": "",
         "checkpoints": f"assumed: 0.5 s and {facts['state_bytes'] / 1e6:,.0f} MB at 200 MB/s each, the last save included",

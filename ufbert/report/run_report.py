@@ -8,7 +8,7 @@ from typing import Any
 from ufbert.report.page import facts, grid, number, page, svg
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord
-from ufbert.runtime.run_folder import RunFile, Summary, read_run, read_summary
+from ufbert.runtime.run_folder import Summary, read_run, read_summary
 from ufbert.runtime.typed import read_lines
 
 
@@ -19,8 +19,11 @@ def write_report(folder: Path) -> Path:
     evals = list(read_lines(metrics, EvaluationRecord))
     events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
     pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
+    price, hours = config.price, summary.spent_seconds / 3600
+    bill = f"{hours:,.2f} hours of the budget at {price:,.2f} an hour, {hours * price:,.2f} in all"
+    cost = f"<p>Cost: {bill}.</p>" if price else ""
     body = f"""{facts(_in_units(summary.to_json()))}
-{_cost(config, summary)}
+{cost}
 {"".join(pictures)}
 {_events(events)}
 <h2>Held-out evaluations</h2>{_evaluations(evals)}
@@ -45,26 +48,14 @@ def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _cost(config: RunFile, summary: Summary) -> str:
-    """Write the price of the budget, if a price was given."""
-    price, hours = config.price, summary.spent_seconds / 3600
-    if not price:
-        return ""
-    return f"<p>Cost: {hours:,.2f} hours of the budget at {price:,.2f} an hour, {hours * price:,.2f} in all.</p>"
-
-
 def _events(events: list[dict[str, str | float | None]]) -> str:
     """Write a table of the events that interrupted the run, with their cost."""
     if not events:
         return ""
-    rows = [
-        [
-            number(r.get("step")),
-            str(r["event"]),
-            ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in r.items() if k not in ("step", "event")),
-        ]
-        for r in events
-    ]
+    rows = []
+    for r in events:
+        cost = [f"{k.replace('_', ' ')} {number(v)}" for k, v in r.items() if k not in ("step", "event")]
+        rows.append([number(r.get("step")), str(r["event"]), ", ".join(cost)])
     return f"<h2>Events</h2>{grid(['step', 'event', ''], rows)}"
 
 
@@ -93,18 +84,16 @@ def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
     return out
 
 
-def _svg(draw: Any, rows: int) -> str:
+def _axes(rows: int) -> Any:
+    """Return the axes of a new figure, one below the other over the seconds of the budget."""
     import matplotlib.figure
 
-    height = (
-        3.2 * rows
-    )  # in inches, as the margins are; matplotlib's own layout would double the time (0.66 s, not 0.30)
+    height = 3.2 * rows  # inches, as the margins are; matplotlib's own layout would double the time (0.66 s, not 0.30)
     figure = matplotlib.figure.Figure(figsize=(9, height))
     figure.subplots_adjust(left=0.13, right=0.99, bottom=0.5 / height, top=1 - 0.1 / height, hspace=0.06)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    draw(axes)
     axes[-1].set_xlabel("seconds of the budget")
-    return svg(figure)
+    return axes
 
 
 def _thin(values: list[Any], most: int = 2000) -> list[Any]:
@@ -112,31 +101,26 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
 
 
 def _loss_picture(steps: list[StepRecord], evals: list[EvaluationRecord], summary: Summary) -> str:
-    def draw(axes: Any) -> None:
-        smooth = _smoothed([r.loss for r in steps])
-        pairs = _thin(list(zip([r.spent for r in steps], smooth, strict=True)))
-        axes[0].plot(*zip(*pairs, strict=True), color="tab:blue", lw=1, label="training (smoothed)")
-        axes[0].plot(
-            [r.spent for r in evals], [r.heldout_loss for r in evals], "o-", color="tab:orange", label="held-out"
-        )
-        axes[0].axhline(summary.unigram_loss, color="gray", ls="--", lw=1, label="word frequency alone")
-        axes[0].set_ylabel("masked-LM loss, nats")
-        axes[0].legend(frameon=False)
-
-    return _svg(draw, 1)
+    (axis,) = _axes(1)
+    spent, smooth = [r.spent for r in steps], _smoothed([r.loss for r in steps])
+    axis.plot(_thin(spent), _thin(smooth), color="tab:blue", lw=1, label="training (smoothed)")
+    heldout = [r.heldout_loss for r in evals]
+    axis.plot([r.spent for r in evals], heldout, "o-", color="tab:orange", label="held-out")
+    axis.axhline(summary.unigram_loss, color="gray", ls="--", lw=1, label="word frequency alone")
+    axis.set_ylabel("masked-LM loss, nats")
+    axis.legend(frameon=False)
+    return svg(axis.figure)
 
 
 def _speed_picture(steps: list[StepRecord]) -> str:
-    def draw(axes: Any) -> None:
-        spent = [r.spent for r in steps]
-        axes[0].plot(_thin(spent), _thin([r.lr for r in steps]), color="tab:green", lw=1)
-        axes[0].set_ylabel("learning rate")
-        speed = _smoothed([r.tokens_per_second for r in steps])
-        axes[1].plot(_thin(spent), _thin(speed), color="tab:purple", lw=1)
-        axes[1].set_ylabel("tokens per second")
-        axes[1].set_ylim(bottom=0)
-        axes[2].plot(_thin(spent), _thin(_smoothed([r.gradient_norm for r in steps])), color="tab:red", lw=1)
-        axes[2].set_ylabel("gradient norm")
-        axes[2].set_yscale("log")
-
-    return _svg(draw, 3)
+    lr, speed, norm = _axes(3)
+    spent = _thin([r.spent for r in steps])
+    lr.plot(spent, _thin([r.lr for r in steps]), color="tab:green", lw=1)
+    lr.set_ylabel("learning rate")
+    speed.plot(spent, _thin(_smoothed([r.tokens_per_second for r in steps])), color="tab:purple", lw=1)
+    speed.set_ylabel("tokens per second")
+    speed.set_ylim(bottom=0)
+    norm.plot(spent, _thin(_smoothed([r.gradient_norm for r in steps])), color="tab:red", lw=1)
+    norm.set_ylabel("gradient norm")
+    norm.set_yscale("log")
+    return svg(lr.figure)

@@ -30,7 +30,6 @@ RESERVED = ("glue.json", "glue.md", "partial", "predictions", "report.html", "su
 MAX_NAME = 100
 """Bytes of a task's name, which becomes a part of longer file names."""
 
-
 Label = str | bool | int | float
 """A label as a task file may have it."""
 
@@ -93,7 +92,7 @@ def read_custom(
     UserError for a broken row otherwise, and for a description that contradicts itself or the files.
     """
     task = _task(custom, _classes(custom, skip_bad_rows, say))
-    label = _number if task.is_regression else partial(_class, task.labels)
+    label = _value if task.is_regression else partial(_class, task.labels)
     columns = Columns(custom.texts, custom.label, label)
     train, dev = (_read(path, columns, skip_bad_rows) for path in (custom.train, custom.dev))
     test = {"test": _read(custom.test, Columns(custom.texts), skip_bad_rows)} if custom.test else {}
@@ -126,9 +125,8 @@ def read_task_file(path: Path) -> CustomTask:
 
 def _json_values(path: Path) -> Any:
     try:
-        return json.loads(
-            read_whole(path).decode("utf-8-sig"), object_pairs_hook=object_of_pairs, parse_constant=number
-        )
+        text = read_whole(path).decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=object_of_pairs, parse_constant=number)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not readable JSON: {error.msg} in line {error.lineno}.") from error
     except UnicodeDecodeError as error:
@@ -165,9 +163,8 @@ def _task(custom: CustomTask, labels: tuple[str, ...]) -> Task:
     names = tuple(map(str, custom.label_names)) or labels
     if len(names) != len(labels):
         raise UserError(f"The task has {len(labels)} labels ({_listed(labels)}) and {len(names)} label_names.")
-    metrics = custom.metrics or (
-        ("accuracy", "f1") if len(labels) == 2 else ("accuracy",) if labels else ("pearson", "spearman")
-    )
+    usual = {0: ("pearson", "spearman"), 2: ("accuracy", "f1")}.get(len(labels), ("accuracy",))
+    metrics = custom.metrics or usual
     _check_metrics(metrics, len(labels))
     return Task(
         custom.name, custom.name, custom.texts, custom.label, labels, names, metrics, hub_text=custom.texts,
@@ -183,7 +180,7 @@ def _classes(custom: CustomTask, skip_bad_rows: bool, say: Callable[[str], objec
     if custom.labels or custom.regression:
         return custom.classes
     counts = _label_counts(custom, skip_bad_rows)
-    labels, numbers = set(counts), {label for label in counts if _value(label) is not None}
+    labels, numbers = set(counts), set(filter(_is_number, counts))
     if custom.regression is None and sum(counts[label] for label in numbers) >= NUMBERS_SHARE * counts.total():
         labels = numbers
         if _are_values(custom, numbers, say):
@@ -231,14 +228,11 @@ def _check_alike(place: str, labels: set[str]) -> None:
     """Raise UserError for two labels that a reader would take for one: equal as numbers, or up to case and blanks."""
     seen: dict[str | Decimal, str] = {}
     for label in sorted(labels):
-        is_number = _value(label) is not None
-        key = Decimal(label) if is_number else " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        key = Decimal(label) if _is_number(label) else " ".join(unicodedata.normalize("NFKC", label).casefold().split())
         other = seen.setdefault(key, label)
         if other != label:
-            raise UserError(
-                f"{place} has the labels {other!r} and {label!r}, which are perhaps one; write them alike, or name both under "
-                "`labels` in a task file."
-            )
+            pair = f"the labels {other!r} and {label!r}, which are perhaps one"
+            raise UserError(f"{place} has {pair}; write them alike, or name both under `labels` in a task file.")
 
 
 def _check_metrics(metrics: Iterable[str], n_labels: int) -> None:
@@ -268,12 +262,12 @@ def _label_text(value: Any) -> str:
     return text.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0*", text) else text
 
 
-def _number(value: Any) -> float:
-    return number(_label_text(value))
+def _value(label: Any) -> float:
+    return number(_label_text(label))
 
 
-def _value(text: str) -> float | None:
+def _is_number(label: str) -> bool:
     try:
-        return number(text)
+        return math.isfinite(number(label))
     except ValueError:
-        return None
+        return False

@@ -4,8 +4,7 @@
 tensorflow_datasets, PATH/glue/cola/2.0.0 and so on, without TensorFlow.
 """
 
-from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class _DatasetsSource(Source):
         used = [name for name in (*columns.text, columns.label) if name]
         table = dataset.select_columns(used).with_format("arrow")[:]
         values = zip(*(table[name].to_pylist() for name in used), strict=True)
-        records: Iterable[Record] = (Record(i, dict(zip(used, row, strict=True))) for i, row in enumerate(values))
+        records = (Record(i, dict(zip(used, row, strict=True))) for i, row in enumerate(values))
         return collect(place, records, columns, self.skip_bad_rows, unit="row")
 
 
@@ -98,30 +97,27 @@ class HubSource(_DatasetsSource):
 
     def __init__(self, name: str, skip_bad_rows: bool = False) -> None:
         super().__init__(name, skip_bad_rows)
-        self._fetched: dict[str, Any] = {}
+        self._splits = cache(self._fetch)
 
     def has(self, task: Task, split: str) -> bool:
         config, name = dataset_split(task, split)
         return name in self._splits(config)
 
-    def read(self, task: Task, split: str) -> Examples | None:
+    def read(self, task: Task, split: str) -> Examples:
         config, name = dataset_split(task, split)
-        splits = self._splits(config)
-        return self._rows(task, split, splits[name]) if name in splits else None
+        return self._rows(task, split, self._splits(config)[name])
 
-    def _splits(self, config: str) -> Any:
+    def _fetch(self, config: str) -> Any:
         """Fetch the splits of a configuration by name; none if the dataset does not have the configuration."""
-        if config not in self._fetched:
-            try:
-                self._fetched[config] = datasets_library().load_dataset(self.name, config)
-            except Exception as error:  # all but one of the library's many kinds mean that it is out of reach
-                if not (isinstance(error, ValueError) and f"'{config}'" in str(error)):
-                    raise UserError(
-                        f"The dataset {self.name} {config} cannot be had from the hub ({first_line(error)}); give a local "
-                        "folder as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
-                    ) from error
-                self._fetched[config] = {}
-        return self._fetched[config]
+        try:
+            return datasets_library().load_dataset(self.name, config)
+        except Exception as error:  # all but one of the library's many kinds mean that it is out of reach
+            if isinstance(error, ValueError) and f"'{config}'" in str(error):
+                return {}
+            raise UserError(
+                f"The dataset {self.name} {config} cannot be had from the hub ({first_line(error)}); give a local "
+                "folder as hf:PATH, the official TSV files as dir:PATH, or prepared TFDS files as tfds:PATH."
+            ) from error
 
 
 class FolderSource(_DatasetsSource):
@@ -135,14 +131,11 @@ class FolderSource(_DatasetsSource):
     def has(self, task: Task, split: str) -> bool:
         return bool(self._files(task, split))
 
-    def read(self, task: Task, split: str) -> Examples | None:
-        import pyarrow as pa
+    def read(self, task: Task, split: str) -> Examples:
         import pyarrow.parquet
 
         datasets = datasets_library()
         paths = self._files(task, split)
-        if not paths:
-            return None
         if ".csv" in paths[0].suffixes:
             return self._csv_rows(task, split, paths[0])
         parts: list[Any] = []
@@ -151,13 +144,11 @@ class FolderSource(_DatasetsSource):
                 dataset: Any = datasets.load_from_disk(str(paths[0]))
             else:
                 parts = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path in paths]
-                dataset = datasets.Dataset(pa.concat_tables([part.data.table for part in parts]))
+                dataset = datasets.Dataset(pyarrow.concat_tables([part.data.table for part in parts]))
         except Exception as error:  # either library raises many kinds for a damaged file
             raise UserError(f"{paths[0]} cannot be read ({first_line(error)}).") from error
         if any(part.features != dataset.features for part in parts):
-            raise UserError(
-                f"{paths[0]} and the other parts of its split have different columns or classes; write them alike."
-            )
+            raise UserError(f"{paths[0]} and other parts of its split differ in columns or classes; write them alike.")
         return self._rows(task, split, dataset)
 
     def _files(self, task: Task, split: str) -> list[Path]:
@@ -184,11 +175,9 @@ class TfdsSource(Source):
 
     def __init__(self, root: Path, skip_bad_rows: bool = False) -> None:
         if not (root / "glue").is_dir():
-            raise UserError(
-                f"{root} is not a data directory of tensorflow_datasets with GLUE in it: it has no folder glue."
-            )
+            raise UserError(f"{root} is no data directory of tensorflow_datasets with GLUE: it has no folder glue.")
         self.root, self.skip_bad_rows = root, skip_bad_rows
-        self._builders: dict[str, Any] = {}
+        self._builder = cache(lambda config: _newest(root / "glue" / config))
 
     def place(self, task: Task, split: str) -> str:
         config, name = dataset_split(task, split)
@@ -199,9 +188,7 @@ class TfdsSource(Source):
         builder = self._builder(config)
         return builder is not None and name in builder.info.splits
 
-    def read(self, task: Task, split: str) -> Examples | None:
-        if not self.has(task, split):
-            return None
+    def read(self, task: Task, split: str) -> Examples:
         config, name = dataset_split(task, split)
         builder = self._builder(config)
         features, place = dict(builder.info.features.items()), self.place(task, split)
@@ -210,22 +197,15 @@ class TfdsSource(Source):
         try:
             values = list(builder.as_data_source(name))
         except Exception as error:  # the library raises many kinds for a damaged file
-            raise UserError(
-                f"{place}: cannot be read without TensorFlow ({first_line(error)}); it can if it was prepared with "
-                "file_format='array_record'."
-            ) from error
+            remedy = "it can if it was prepared with file_format='array_record'"
+            raise UserError(f"{place}: cannot be read without TensorFlow ({first_line(error)}); {remedy}.") from error
         if "idx" in features:
             values.sort(key=lambda row: int(row["idx"]))
         return collect(place, (Record(i, row) for i, row in enumerate(values)), columns, self.skip_bad_rows, unit="row")
 
-    def _builder(self, config: str) -> Any:
-        """Open the newest version of a configuration; None if there is none. Raises UserError for a damaged one."""
-        if config not in self._builders:
-            self._builders[config] = _newest(self.root / "glue" / config)
-        return self._builders[config]
-
 
 def _newest(folder: Path) -> Any:
+    """Open the newest version of a configuration; None if there is none. Raises UserError for a damaged one."""
     versions = [path.parent for path in folder.glob("*/dataset_info.json")]
     if not versions:
         return None
@@ -235,6 +215,4 @@ def _newest(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(
-            f"{newest} is not a dataset that tensorflow_datasets prepared ({first_line(error)})."
-        ) from error
+        raise UserError(f"{newest} is no dataset that tensorflow_datasets prepared ({first_line(error)}).") from error

@@ -1,8 +1,6 @@
 """GLUE's official tasks: the choice of a source and of tasks, and the official TSV files.
 
-`hf[:NAME]`  datasets of the Hugging Face hub, by default nyu-mll/glue, or a local folder of them (`datasets_source.py`)
-`tfds:PATH`  a data directory of tensorflow_datasets (`datasets_source.py`)
-`dir:PATH`   a folder of the official TSV files, PATH/SST-2/train.tsv and so on, and cuts of them such as PATH/QQP-10k
+`dir:PATH` reads PATH/SST-2/train.tsv and so on, and cuts such as PATH/QQP-10k; `datasets_source` has the other sources.
 """
 
 from functools import partial
@@ -38,15 +36,11 @@ class TsvSource(Source):
         cuts = [task for name in folders if (task := cut_of(name))]
         for first, second in pairwise(sorted(cuts, key=lambda cut: cut.name)):
             if first.name == second.name:
-                raise UserError(
-                    f"{first.folder} and {second.folder} differ by case alone; rename one of these folders."
-                )
+                raise UserError(f"{first.folder} and {second.folder} differ by case alone; rename one of the two.")
         return cuts
 
-    def read(self, task: Task, split: str) -> Examples | None:
+    def read(self, task: Task, split: str) -> Examples:
         path = self._path(task, split)
-        if not path.is_file():
-            return None
         if split in task.test:
             # CoLA's test file has a header, though its other files have none; its text column is named as in `datasets`.
             columns = Columns(tuple(map(str, task.text if task.header else task.hub_text)))
@@ -95,18 +89,15 @@ def choose_tasks(source: Source, names: str) -> tuple[list[Task], list[str]]:
             needs = source.missing(TASKS["cola"])
             raise UserError(f"The GLUE source has no complete task; there is no {' and no '.join(needs)}, for example.")
         return tasks, [task.folder for task in TASKS.values() if task not in tasks]
-    chosen = {task.name: task for task in (_find(source, name.strip()) for name in names.split(",") if name.strip())}
+    listed, cuts = [name.strip() for name in names.split(",") if name.strip()], {cut.name: cut for cut in source.cuts()}
+    folders = [cut.folder for cut in cuts.values()]
+    tasks = [cuts.get(name.lower()) or find_task(name, folders) for name in listed]
+    chosen = {task.name: task for task in tasks}
     if not chosen:
         raise UserError("No task is named; take `all` or a list such as `cola,sst2`.")
     for task in chosen.values():
         _require(source, task)
     return list(chosen.values()), []
-
-
-def _find(source: Source, name: str) -> Task:
-    """Return the cut or the official task of that name. Raises UserError, with the nearest known name."""
-    cuts = {cut.name: cut for cut in source.cuts()}
-    return cuts.get(name.lower()) or find_task(name, [cut.folder for cut in cuts.values()])
 
 
 def _require(source: Source, task: Task) -> None:
@@ -117,7 +108,9 @@ def _require(source: Source, task: Task) -> None:
 def load_task(source: Source, task: Task) -> TaskData:
     """Read all rows of a task. Raises UserError if its training rows or the dev set that decides are missing or broken."""
     _require(source, task)
-    read = {split: source.read(task, split) for split in ("train", *task.dev, *task.test)}
-    splits = {split: examples for split, examples in read.items() if examples is not None}
-    dev, test = ({split: splits[split] for split in names if split in splits} for names in (task.dev, task.test))
-    return TaskData(task, splits["train"], dev, test)
+    train = source.read(task, "train")
+    dev, test = (
+        {split: source.read(task, split) for split in names if source.has(task, split)}
+        for names in (task.dev, task.test)
+    )
+    return TaskData(task, train, dev, test)

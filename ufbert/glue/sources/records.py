@@ -24,8 +24,8 @@ class Source(ABC):
         """Tell if the split exists; its rows may still be broken. Raises UserError if the source cannot be asked."""
 
     @abstractmethod
-    def read(self, task: Task, split: str) -> Examples | None:
-        """Read a split in its order, texts without blanks at their ends; None if the source has no such split.
+    def read(self, task: Task, split: str) -> Examples:
+        """Read a split that the source has, in its order, texts without blanks at their ends.
 
         Raises UserError, naming the place and the line or row, for a row that `collect` refuses and for a missing column.
         """
@@ -57,8 +57,7 @@ class Columns(NamedTuple):
     """One or two."""
     label: str = ""
     read_label: Callable[[Any], float] | None = None
-    """Turns a value of the label column into a class number or a regression target, or raises ValueError with the reason.
-    None if labels are not read."""
+    """Turns a label into a class number or a target, or raises ValueError with the reason. None if labels are not read."""
 
 
 def collect(
@@ -66,8 +65,7 @@ def collect(
 ) -> Examples:
     """Turn the records of one split into examples. `unit` is what a record's number counts.
 
-    `skip_bad_rows` leaves broken rows out and counts them. Raises UserError for the first broken row otherwise, and if no
-    row is left.
+    `skip_bad_rows` leaves broken rows out and counts them. Raises UserError for a broken row otherwise, and for no rows.
     """
     texts: list[list[str]] = [[] for _ in columns.text]
     labels: list[float] = []
@@ -77,9 +75,8 @@ def collect(
             row_texts, label = _parse(record, columns)
         except ValueError as error:
             if not skip_bad_rows:
-                raise UserError(
-                    f"{place}, {unit} {record.number}: {error}; correct the row, or leave bad rows out with --skip-bad-rows."
-                ) from error
+                remedy = "correct the row, or leave bad rows out with --skip-bad-rows"
+                raise UserError(f"{place}, {unit} {record.number}: {error}; {remedy}.") from error
             skipped += 1
             continue
         for column, text in zip(texts, row_texts, strict=True):
@@ -100,7 +97,7 @@ def _parse(record: Record, columns: Columns) -> tuple[list[str], float]:
     label = record.values.get(columns.label)
     if label is None or (isinstance(label, str) and not label.strip()):
         raise ValueError(f"{columns.label} is missing")
-    if isinstance(label, float) and math.isnan(label):  # how pandas marks a missing one
+    if isinstance(label, float) and math.isnan(label):  # so pandas marks a missing one
         raise ValueError(f"{columns.label} is missing (NaN)")
     if isinstance(label, list | tuple | dict | bytes | np.ndarray):
         raise ValueError(f"{columns.label} is {shown(label)}, not one label")

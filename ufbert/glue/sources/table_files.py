@@ -36,9 +36,7 @@ def read_table(path: Path) -> Table:
     if suffix == ".jsonl":
         return Table(None, _json_records(path))
     if suffix != ".csv":
-        raise UserError(
-            f"{path} is not a table that can be read; its name must end in {', '.join(SUFFIXES)} or with .gz."
-        )
+        raise UserError(f"{path} is no table that can be read; its name must end in {', '.join(SUFFIXES)} or with .gz.")
     rows = _csv_rows(path)
     columns = _header(path, next(rows, None))
     return Table(columns, _records(rows, columns))
