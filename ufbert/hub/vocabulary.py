@@ -135,7 +135,7 @@ def _parsed(path: Path) -> Tokenizer:
     _check_parts(state, known.model, path)
     for name in STATE:
         if state.get(name) is not None:
-            note(f"{path} has a stored {name} ({shown(state[name])}), which is taken off")
+            note(f"{path} has a stored {name} ({_shown(state[name])}), which is taken off")
             state[name] = None
     if known.model.dropout:
         note(f"{path} leaves out merges at random (dropout {known.model.dropout}), which is taken off")
@@ -153,6 +153,11 @@ def _parsed(path: Path) -> Tokenizer:
 
 MOST_GROWTH = 100
 """Times that a tokenizer may lengthen a text before it cuts it into pieces; those that people use stay below 40."""
+
+
+def _shown(state: Any) -> str:
+    facts = state.items() if isinstance(state, dict) else ()
+    return ", ".join(f"{name} {value}" for name, value in facts if name in ("max_length", "strategy")) or shown(state)
 
 
 def _growth(part: Any) -> int:
