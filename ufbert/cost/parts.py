@@ -154,6 +154,6 @@ def _loss_part(run: RunConfig, rows: int) -> _Part:
 
 
 def _layer_part(layer: Layer, model: ModelConfig, rows: int, seq_len: int, times: float) -> _Part:
-    """What a layer does besides its large products, such as the walk down a tree, or the nonlinearity of its neurons."""
+    """Compile what a layer does besides its large products, such as the walk down a tree or the nonlinearity."""
     function, shapes = layer.timed_part(model, rows, seq_len)
     return _part(_derivative(function), tuple(_random(*shape) for shape in shapes), times)

@@ -208,7 +208,7 @@ def _tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> H
 
 
 class PackedLayer(NamedTuple):
-    """How layers of one kind are packed, and computed from packed weights."""
+    """The functions of one kind of layer: how it is packed, and computed from packed weights."""
 
     pack: Callable[[Params, Dtype, bool], dict[str, Any]]
     """(parameters, type of the weights, exact routing) -> packed weights."""

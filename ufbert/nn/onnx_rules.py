@@ -25,12 +25,12 @@ class Graph:
         self._scope = ""
 
     def at(self, scope: str) -> "Graph":
-        """Names of what follows begin with `scope`."""
+        """Let the names of what follows begin with `scope`."""
         self._scope = scope
         return self
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """The name of a constant; small equal ones are kept once."""
+        """Add a constant and return its name; small equal ones are kept once."""
         array = np.asarray(value, dtype, order="C")
         if array.size <= 8:
             name = f"{array.dtype.name}_{array.shape}_{array.tolist()}"
@@ -40,7 +40,7 @@ class Graph:
         return name
 
     def add(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """The name (or names) of an operator's output."""
+        """Add an operator and return the name (or names) of its output."""
         from onnx import helper
 
         names = [f"{self._scope}{kind}_{len(self.nodes)}" + (f"_{i}" if i else "") for i in range(outputs)]
@@ -48,35 +48,35 @@ class Graph:
         return names[0] if outputs == 1 else names
 
     def number(self, kind: str, x: str, value: float) -> str:
-        """An operator of a value and a number."""
+        """Add an operator of a value and a number."""
         return self.add(kind, x, self.constant(value))
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 keeps a dimension, -1 takes what is left."""
+        """Reshape: 0 keeps a dimension, -1 takes what is left."""
         return self.add("Reshape", x, self.constant(shape, np.int64))
 
     def unsqueeze(self, x: str, *axes: int) -> str:
-        """New dimensions of size one."""
+        """Insert dimensions of size one."""
         return self.add("Unsqueeze", x, self.constant(axes, np.int64))
 
     def total(self, x: str, axis: int, keep: bool = False) -> str:
-        """The sum along an axis."""
+        """Sum along an axis."""
         return self.add("ReduceSum", x, self.constant([axis], np.int64), keepdims=int(keep))
 
     def linear(self, x: str, part: Part) -> str:
-        """x W (+ b)."""
+        """Add x W (+ b)."""
         y = self.add("MatMul", x, self.constant(part["kernel"]))
         return self.add("Add", y, self.constant(part["bias"])) if "bias" in part else y
 
     def norm(self, x: str, part: Part, eps: float) -> str:
-        """LayerNorm over channels."""
+        """Add a LayerNorm over channels."""
         bias = part["bias"] if "bias" in part else np.zeros_like(part["scale"])
         return self.add(
             "LayerNormalization", x, self.constant(part["scale"]), self.constant(bias), axis=-1, epsilon=eps
         )
 
     def activate(self, x: str, kind: ActivationName) -> str:
-        """The nonlinearity of that name."""
+        """Add the nonlinearity of that name."""
         if kind == "symmetric_gelu":
             return self.add("Mul", x, self.add("Erf", self.number("Mul", x, 2.0**-0.5)))
         if kind == "relu":
@@ -84,12 +84,12 @@ class Graph:
         return self.add("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
     def rows(self, x: str) -> str:
-        """The number of rows of a matrix, as a tensor of one element."""
+        """Count the rows of a matrix, in a tensor of one element."""
         return self.add("Shape", x, start=0, end=1)
 
 
 def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """Multi-head attention."""
+    """Add multi-head attention."""
     k = cfg.d_model // cfg.n_heads
 
     def heads(name: str) -> str:
@@ -115,7 +115,7 @@ def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
 
 
 def fourier(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """FNet's mixing: the real part of the transform over channels and tokens."""
+    """Add FNet's mixing: the real part of the transform over channels and tokens."""
     y = g.unsqueeze(x, 3)
     for axis in (2, 1):
         y = g.add("DFT", y, "", g.constant(axis, np.int64))
@@ -125,18 +125,18 @@ def fourier(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, s
 
 
 def dense(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """activation(x W_in) W_out."""
+    """Add activation(x W_in) W_out."""
     return g.linear(g.activate(g.linear(x, part["in"]), cfg.activation), part["out"])
 
 
 def glu(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """(activation(x W_gate) * x W_value) W_out."""
+    """Add (activation(x W_gate) * x W_value) W_out."""
     gate = g.activate(g.linear(x, part["gate"]), cfg.activation)
     return g.linear(g.add("Mul", gate, g.linear(x, part["value"])), part["out"])
 
 
 def tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """The sum over trees and over the nodes of each row's path (`ufbert.ops.fff`)."""
+    """Add the sum over trees and over the nodes of each row's path (`ufbert.ops.fff`)."""
     m, n, d = cfg.n_trees, cfg.nodes_per_tree, cfg.d_model
     rows = g.reshape(x, -1, d)
     wide, count = g.unsqueeze(rows, 1), g.add("Concat", g.rows(rows), g.constant([m], np.int64), axis=0)
@@ -160,7 +160,7 @@ def tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]
 
 
 def leaf_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """Each row's own leaf (`ufbert.ops.leaf_fff`)."""
+    """Add each row's own leaf (`ufbert.ops.leaf_fff`)."""
     d, depth = cfg.d_model, cfg.tree_depth
     rows = g.reshape(x, -1, d)
     node = g.add("Expand", g.constant([0], np.int64), g.rows(rows))
@@ -186,7 +186,7 @@ def leaf_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
 
 
 def switch(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """Each row's likeliest expert, times its probability (`ufbert.ops.switch`)."""
+    """Add each row's likeliest expert, times its probability (`ufbert.ops.switch`)."""
     rows = g.reshape(x, -1, cfg.d_model)
     odds = g.add("Softmax", g.add("MatMul", rows, g.constant(part["router"])), axis=-1)
     expert = g.add("ArgMax", odds, axis=-1, keepdims=0)

@@ -128,11 +128,11 @@ class BenchLayerOptions(ForwardOptions):
     layers: int = 12
     """Layers of the chain."""
     paths: tuple[LayerPath, ...] = ("gather", "native", "native-bf16", "native-int8")
-    """Which of ours."""
+    """Ours to time."""
     exact_routing: bool = False
     """Add native-bf16-exact and native-int8-exact, which route by float32 weights."""
     peers: tuple[LayerPeer, ...] = ("jax", "jax-bf16", "numpy", "torch", "torch-bf16", "torch-int8")
-    """Which of the others; those of torch need --peer-python."""
+    """The others to time; those of torch need --peer-python."""
     zeros: bool = False
     """Also show what weights and rows of zeros would do to the ratios, as in UltraFastBERT's released benchmark."""
     claims: bool = False
@@ -180,9 +180,9 @@ class BenchEncoderOptions(ForwardOptions):
     ours: tuple[OurEncoder, ...] = (
         "tree-float32", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8",
     )  # fmt: skip
-    """Which of ours."""
+    """Ours to time."""
     peers: tuple[EncoderPeer, ...] = ("onnxruntime", "onnxruntime-int8", "torch")
-    """Which of the others; without --peer-python, by this interpreter."""
+    """The others to time; without --peer-python, by this interpreter."""
     seconds_a_block: float = 0.5
     """Approximate length of a block; never less than a call."""
 

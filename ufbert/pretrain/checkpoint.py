@@ -233,7 +233,7 @@ def _crc(path: Path) -> int:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's files hold what was written. Orbax notices some of that, but of the reads it has begun side by
+    """Check that a checkpoint's files hold what was written. Orbax notices some of that, but of the reads it has begun side by
     side it drops those that do not fail, and each complains on standard error when it ends. Earlier versions noted sizes alone,
     and a checkpoint whose writer was killed before it could note anything is left to Orbax."""
     try:

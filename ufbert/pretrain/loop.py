@@ -72,7 +72,7 @@ class RunContext:
 
 @dataclass
 class _Session:
-    """What a session carries between phases: its means, and, from `state` on, what changes."""
+    """The state that a session carries between phases: its means, and, from `state` on, what changes."""
 
     context: RunContext
     layout: Layout

@@ -50,7 +50,7 @@ class Reference(NamedTuple):
 
 
 def no_reference_complaint(now: Point) -> str | None:
-    """Where no curve is known: a run that has half its budget behind it should have learnt more than word frequency."""
+    """Return a sentence if a run has learnt no more than word frequency in half of its budget, else None."""
     if now.share < 0.5 or now.gain > 0.1:
         return None
     return f"off track: half of the budget is spent and the loss is only {now.gain:.2f} nats below word frequency"

@@ -106,7 +106,7 @@ def _lines(path: Path, most: int) -> Iterator[bytes]:
 
 
 def _typed(make: Callable[[], Any], source: Any, kind: Any, where: str, exact: bool) -> Any:
-    """What `make()` decodes of `source`, with every failure as a sentence."""
+    """Return what `make()` decodes of `source`. Raises UserError for every failure."""
     try:
         value, unknown = make(), sorted(_unknown(source, kind, "")) if exact else []
     except msgspec.ValidationError as error:
@@ -126,7 +126,7 @@ def _typed(make: Callable[[], Any], source: Any, kind: Any, where: str, exact: b
 
 
 def _unreadable(data: Any, where: str, error: Exception) -> str:
-    """A sentence about text that is no JSON: `... invalid character in line 3, at '"peak_lr": NaN'`."""
+    """Write a sentence about text that is no JSON: `... invalid character in line 3, at '"peak_lr": NaN'`."""
     position = re.search(r"\(byte (\d+)\)", str(error))
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply"
@@ -144,7 +144,7 @@ def _unreadable(data: Any, where: str, error: Exception) -> str:
 
 
 def _wrong(source: Any, kind: Any, where: str, message: str) -> str:
-    """A sentence about a value that is not of its type. `message` is msgspec's, such as "Expected `int`, got `str` - at
+    """Write a sentence about a value that is not of its type. `message` is msgspec's, such as "Expected `int`, got `str` - at
     `$.train.mask_rate[0]`"."""
     reason, _, path = message.partition(" - at `")
     steps = [int(s) if s.isdecimal() else s for s in re.findall(r"[^.\[\]`]+|\.\.\.", path.partition("$")[2])]
@@ -159,7 +159,7 @@ def _wrong(source: Any, kind: Any, where: str, message: str) -> str:
 
 
 def _follow(source: Any, kind: Any, steps: list[int | str]) -> tuple[str, str, Any]:
-    """The name of a path, the value there, cut for a sentence, and the type that it should have."""
+    """Return the name of a path, the value there, cut for a sentence, and the type that it should have."""
     name = ""
     for step in steps:
         kind = next(filter(None, (_inner_kind(part, step) for part in _parts(kind))), Any)
@@ -183,7 +183,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _level(source: Any, step: type) -> Any:
-    """One level of an object or array, its values not yet decoded."""
+    """Decode one level of an object or array, and not the values in it."""
     if not isinstance(source, bytes | msgspec.Raw):
         return source
     return msgspec.json.decode(source, type=dict[str, msgspec.Raw] if step is str else list[msgspec.Raw])
@@ -197,7 +197,7 @@ def _parts(kind: Any) -> tuple[Any, ...]:
 
 
 def _inner_kind(kind: Any, step: int | str) -> Any:
-    """The type of a field, of an array's entry, or of the values of an object; None if `kind` has none."""
+    """Return the type of a field, of an array's entry, or of the values of an object; None if `kind` has none."""
     if get_origin(kind) is tuple and get_args(kind)[-1] is not ... and isinstance(step, int):
         return get_args(kind)[step]
     if get_origin(kind) in (tuple, list, dict):
@@ -208,7 +208,7 @@ def _inner_kind(kind: Any, step: int | str) -> Any:
 
 
 def _unknown(source: Any, kind: Any, before: str) -> Iterator[str]:
-    """Names of fields that the dataclass `kind`, or one within it, does not have."""
+    """Yield the names of fields that the dataclass `kind`, or one within it, does not have."""
     for part in _parts(kind):
         origin, entry = get_origin(part), _inner_kind(part, 0)
         if is_dataclass(part):
