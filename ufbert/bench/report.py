@@ -64,8 +64,7 @@ def case_report(
 ) -> dict[str, Any]:
     """Report one case (a number of rows, a shape), seconds throughout.
 
-    `contestants` holds the spread of every work, its blocks, `bytes`, `operations` and `limit`. `ratios` holds those of every
-    peer's first work to each of ours.
+    `contestants` holds the spread of every work, its blocks, `bytes`, `operations` and `limit`; `ratios` peers over ours.
     """
     contestants: dict[str, dict[str, Any]] = {}
     for name, blocks in times.items():

@@ -109,8 +109,7 @@ def variant_of(run: RunConfig, variant: Variant) -> RunConfig:
 def measure(options: BenchTrainOptions) -> dict[str, Any]:
     """Train here and in each peer, in turns; return the report.
 
-    Raises UserError if a peer fails, or if its losses say that it does not train the same model; then nothing has been timed.
-    Only the variant with another feedforward is not checked.
+    Raises UserError, before any timing, if a peer fails or trains another model. `--beside dense` alone is not checked.
     """
     machine, threads = machine_facts(), usable_threads(0)
     run = RunConfig(replace(options.model, dtype="float32"), options.train, options.data)

@@ -103,7 +103,7 @@ class HubSource(_DatasetsSource):
         config, name = dataset_split(task, split)
         return name in self._splits(config)
 
-    def read(self, task: Task, split: str) -> Examples:
+    def _read(self, task: Task, split: str) -> Examples:
         config, name = dataset_split(task, split)
         return self._rows(task, split, self._splits(config)[name])
 
@@ -131,7 +131,7 @@ class FolderSource(_DatasetsSource):
     def has(self, task: Task, split: str) -> bool:
         return bool(self._files(task, split))
 
-    def read(self, task: Task, split: str) -> Examples:
+    def _read(self, task: Task, split: str) -> Examples:
         import pyarrow.parquet
 
         datasets = datasets_library()
@@ -188,7 +188,7 @@ class TfdsSource(Source):
         builder = self._builder(config)
         return builder is not None and name in builder.info.splits
 
-    def read(self, task: Task, split: str) -> Examples:
+    def _read(self, task: Task, split: str) -> Examples:
         config, name = dataset_split(task, split)
         builder = self._builder(config)
         features, place = dict(builder.info.features.items()), self.place(task, split)

@@ -39,7 +39,7 @@ class TsvSource(Source):
                 raise UserError(f"{first.folder} and {second.folder} differ by case alone; rename one of the two.")
         return cuts
 
-    def read(self, task: Task, split: str) -> Examples:
+    def _read(self, task: Task, split: str) -> Examples:
         path = self._path(task, split)
         if split in task.test:
             # CoLA's test file has a header, though its other files have none; its text column is named as in `datasets`.
@@ -108,9 +108,7 @@ def _require(source: Source, task: Task) -> None:
 def load_task(source: Source, task: Task) -> TaskData:
     """Read all rows of a task. Raises UserError if its training rows or the dev set that decides are missing or broken."""
     _require(source, task)
-    train = source.read(task, "train")
-    dev, test = (
-        {split: source.read(task, split) for split in names if source.has(task, split)}
-        for names in (task.dev, task.test)
-    )
-    return TaskData(task, train, dev, test)
+    read = {split: source.read(task, split) for split in ("train", *task.dev, *task.test)}
+    splits = {split: examples for split, examples in read.items() if examples is not None}
+    dev, test = ({split: splits[split] for split in names if split in splits} for names in (task.dev, task.test))
+    return TaskData(task, splits["train"], dev, test)

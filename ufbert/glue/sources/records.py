@@ -24,11 +24,15 @@ class Source(ABC):
         """Tell if the split exists; its rows may still be broken. Raises UserError if the source cannot be asked."""
 
     @abstractmethod
-    def read(self, task: Task, split: str) -> Examples:
-        """Read a split that the source has, in its order, texts without blanks at their ends.
+    def _read(self, task: Task, split: str) -> Examples:
+        """Read a split that exists."""
+
+    def read(self, task: Task, split: str) -> Examples | None:
+        """Read a split in its order, texts without blanks at their ends; None if the source has no such split.
 
         Raises UserError, naming the place and the line or row, for a row that `collect` refuses and for a missing column.
         """
+        return self._read(task, split) if self.has(task, split) else None
 
     def cuts(self) -> list[Task]:
         """List the parts of official tasks in this source, complete or not."""
