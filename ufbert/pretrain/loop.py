@@ -343,7 +343,7 @@ def _summary(session: _Session, loss: float, averaged: float | None) -> Summary:
         spent_seconds=round(context.clock.spent(), 2),
         budget_seconds=context.clock.seconds,
         restarts=context.restarts,
-        restart_seconds=round(sum(r.lost_seconds + r.start_seconds for r in resumed), 2),
+        restart_seconds=round(sum((r.lost_seconds + r.start_seconds for r in resumed), 0.0), 2),
         parameters=nn.count_params(run.model),
         flops_per_token=session.reporter.flops_per_token,
         peak_flops=context.peak_flops,
