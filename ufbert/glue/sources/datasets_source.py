@@ -148,7 +148,9 @@ class FolderSource(_DatasetsSource):
         except Exception as error:  # either library raises many kinds for a damaged file
             raise UserError(f"{paths[0]} cannot be read ({first_line(error)}).") from error
         if any(part.features != dataset.features for part in parts):
-            raise UserError(f"{paths[0]} and other parts of its split differ in columns or classes; write them alike.")
+            raise UserError(
+                f"{paths[0]} and the other parts of its split have different columns or classes; write them alike."
+            )
         return self._rows(task, split, dataset)
 
     def _files(self, task: Task, split: str) -> list[Path]:
@@ -215,4 +217,6 @@ def _newest(folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(newest)
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(f"{newest} is no dataset that tensorflow_datasets prepared ({first_line(error)}).") from error
+        raise UserError(
+            f"{newest} is not a dataset that tensorflow_datasets prepared ({first_line(error)})."
+        ) from error
