@@ -46,7 +46,7 @@ def pretend(how: str, folder: Path, seed: int) -> None:
         ledger = Ledger(folder / "ledger.jsonl")
         done = max((record["step"] for record in read_records(folder / "metrics.jsonl")), default=0)
         metrics = JsonlWriter(folder / "metrics.jsonl", done if ledger.sessions else None)
-        ledger.start(WallClock(100.0))
+        ledger.start(WallClock(100.0, ledger.spent_before))
         for step in range(done + 1, done + STEPS + 1):
             metrics.write({"step": step, "seed": seed, "process": os.getpid(), "loss": 1.0})
             time.sleep(0.01)
