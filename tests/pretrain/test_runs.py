@@ -319,7 +319,10 @@ def test_a_second_start_compiles_nothing_again(corpus_file, tmp_path):
         args = ["--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={tmp_path / name}", *SMALL]
         finish(start([*args, "--model.tree-backend=gather"], UFBERT_CACHE=str(cache)))
     made = {path.name for path in (cache / "compiled").glob("*-cache")} - set(before)
-    large = ("jit_train_step", "jit_masked_lm_sums")  # what takes a moment only, a busy machine may keep at the second start
+    large = (
+        "jit_train_step",
+        "jit_masked_lm_sums",
+    )  # what takes a moment only, a busy machine may keep at the second start
     assert {name.split("-")[0] for name in before} >= set(large)
     assert not [name for name in made if name.startswith(large)]
 
