@@ -60,7 +60,7 @@ class ModelConfig:
     """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
     above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
-    """Backend of tree layers; all give the same numbers. native: C++ kernels for CPUs, compiled by the
+    """Backend of tree layers; all give the same numbers in float32. native: C++ kernels for CPUs, compiled by the
     system's compiler when first used. auto: native on a CPU; without a compiler, and on a GPU, gather, or masked if the trees
     are shallow; masked on a TPU."""
     tree_activation: ActivationName = "gelu"
@@ -143,7 +143,8 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     zero_init_out: bool = False
-    """Start the last matrix of attention and of dense feedforwards at zero, so that every block starts as the identity."""
+    """Start the last matrix of attention and of dense feedforwards at zero, so that pre-norm blocks with
+    these start as the identity."""
     dropout: float = 0.1
     """Dropout while fine-tuning (embeddings, attention, sublayers, classifier). Pretraining uses none."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -128,8 +128,8 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
 def with_recipe(config: RunConfig, recipe: Recipe, scale: Scale) -> RunConfig:
     """Return `config` with a recipe, at the learning rate of a scale. `crammed` is the recipe of the presets: nothing changes.
 
-    `modern` is Muon on dense matrices, a warm-up, a plateau and a decay, masks from 30 to 15 %, blocks that start as the
-    identity, rotary instead of sinusoid positions, and an average of past weights, each a field that can be set alone. It is
+    `modern` is Muon on dense matrices, a warm-up, a plateau and a decay, masks from 30 to 15 %, dense blocks that start as
+    the identity, rotary instead of sinusoid positions, and an average of past weights, each a field of its own. It is
     for dense models first: trees, leaves, routers and experts keep AdamW.
     """
     if recipe == "crammed":

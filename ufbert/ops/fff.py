@@ -9,7 +9,8 @@ Nothing else is computed: with D = 11, 12 of 4095 neurons.
 Training uses the same hard path. The decision itself has no gradient; a node learns because its activation takes part
 in the output, so a batch gives gradient to the visited nodes alone.
 
-Three backends compute this, equal up to float32 rounding, in value and in gradient:
+Three backends compute this, equal up to float32 rounding, in value and in gradient (in a narrower type `masked` rounds its
+product with the output weights, too):
 
 - `masked` multiplies by all the weights and zeroes the activations off the path. Wasteful and regular: the oracle, and
   what an accelerator likes.

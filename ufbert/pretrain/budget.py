@@ -1,7 +1,8 @@
 """The budget of a run and the clock that spends it.
 
-Everything that changes during a run (learning rate, batch size, evaluations, checkpoints, the end) is a function of
-`clock.fraction(step)`, the share of the budget that is spent.
+Everything that changes during a run (learning rate, batch size, evaluations, checkpoints) is a function of
+`clock.fraction(step)`: steps over all steps, or the seconds spent over those that are left without the end. The end is
+`clock.done(step)`.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 Order of a session, all of it on the clock:
 1. Restore the newest good checkpoint, or initialise.
-2. Evaluate, which also compiles.
+2. Evaluate, which compiles the evaluation; the first step compiles the step.
 3. Until the clock is done or a signal comes, dispatch step n, then read the numbers of step n - 1. Evaluate and checkpoint when
    their share of the budget comes.
 4. Evaluate for the last time.

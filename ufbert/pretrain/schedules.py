@@ -1,6 +1,7 @@
 """Schedules: learning rate, mask rate and batch size as functions of the share x of the training budget that is spent.
 
-The training budget is what is left once the end, with its evaluation and save, is reserved (`Clock.fraction`).
+The training budget is all steps, or the time that is left once the end, with its evaluation and save, is reserved
+(`Clock.fraction`).
 
 The jitted step gets the values as arrays, so nothing recompiles.
 """
