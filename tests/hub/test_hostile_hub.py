@@ -24,6 +24,7 @@ from ufbert.hub.folder import ModelFolder, TaskInfo, _Stored, load_model, save_m
 from ufbert.hub.leaf_layer import from_state, load_layer, save_layer, to_state
 from ufbert.hub.vocabulary import find_tokenizer, read_tokenizer
 from ufbert.ops.leaf_fff import LeafTree
+from ufbert.runtime.typed import read_whole
 
 __all__ = ["net"]
 
@@ -82,7 +83,7 @@ def with_shard(file: str, value: Any):
 
 def read_header(folder: Path) -> Any:
     """Reads a tensor file whose header lies beside it."""
-    header, path = (folder / "header.json").read_bytes(), folder / "x.safetensors"
+    header, path = read_whole(folder / "header.json"), folder / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     return tensors.read_tensors(path)
 
