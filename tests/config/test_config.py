@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Annotated, get_args, get_origin
 
 import pytest
 
@@ -15,14 +16,20 @@ GROUPS = {"model": ModelConfig, "train": PretrainConfig, "data": DataConfig, "tu
 FIELDS = [(group, f) for group, cls in GROUPS.items() for f in dataclasses.fields(cls)]
 
 
+def kind_of(hint):
+    """The type of a field without its bounds."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
 def test_no_fraction_may_be_beyond_single_precision(value):
     checked = 0
     for group, f in FIELDS:
-        if f.type in (float, tuple[float, ...]):
-            given = value if f.type is float else (0.5, value)
-            wanted = "a finite number" if f.type is float else "a list, each entry a finite number"
-            sentence = rf"^{group}\.{f.name} is {re.escape(str(given))}; it must be {wanted}\.$"
+        is_list = get_origin(f.type) is tuple and kind_of(get_args(f.type)[0]) is float
+        if is_list or kind_of(f.type) is float:
+            given = (0.5, value) if is_list else value
+            wanted = "a list, each entry a finite number" if is_list else "a finite number"
+            sentence = rf"^{group}\.{f.name} is {re.escape(str(given))}; it must be {wanted}"
             with pytest.raises(UserError, match=sentence):
                 GROUPS[group](**{f.name: given})
             checked += 1
@@ -32,7 +39,7 @@ def test_no_fraction_may_be_beyond_single_precision(value):
 def test_every_whole_number_has_a_range():
     checked = 0
     for group, f in FIELDS:
-        if f.type is int:
+        if kind_of(f.type) is int:
             for value in (-1, 10**5000):
                 with pytest.raises(UserError, match=rf"^{group}\.{f.name} "):
                     GROUPS[group](**{f.name: value})
@@ -42,7 +49,7 @@ def test_every_whole_number_has_a_range():
 
 def test_no_rate_or_share_may_be_negative():
     for group, f in FIELDS:
-        if f.type is float:
+        if kind_of(f.type) is float:
             with pytest.raises(UserError, match=rf"^{group}\.(mask_rate|{f.name}) is -0\.5; it must"):
                 GROUPS[group](**{f.name: -0.5})
 
@@ -50,27 +57,22 @@ def test_no_rate_or_share_may_be_negative():
 @pytest.mark.parametrize(
     ("cls", "fields", "words"),
     [
-        (
-            FinetuneConfig,
-            {"max_len": 1},
-            r"tune\.max_len is 1; a row needs room for \[CLS\] and \[SEP\] and at least one piece",
-        ),
-        (FinetuneConfig, {"max_len": 2}, r"tune\.max_len is 2; a row needs room"),
-        (FinetuneConfig, {"epochs": 0}, r"tune\.epochs is 0; it must be at least 1"),
+        (FinetuneConfig, {"max_len": 2}, r"tune\.max_len is 2; \[CLS\], \[SEP\] and at least one piece"),
+        (FinetuneConfig, {"epochs": 0}, r"tune\.epochs is 0; it must be a whole number at least 1"),
         (FinetuneConfig, {"batch_rows": 0}, r"tune\.batch_rows is 0"),
-        (FinetuneConfig, {"warmup": 1.5}, r"tune\.warmup is 1\.5; it must lie between 0 and 1"),
-        (FinetuneConfig, {"adam_b2": 1.0}, r"tune\.adam_b2 is 1\.0; it must lie in \[0, 1\)"),
-        (FinetuneConfig, {"temperature": 0.0}, r"tune\.temperature is 0\.0; it must be positive"),
-        (FinetuneConfig, {"epochs": 10**12}, r"tune\.epochs is 1000000000000; it must be at most 10,000"),
-        (DataConfig, {"near_window": 10**11}, r"data\.near_window is 100000000000; it must be at most 100,000,000"),
+        (FinetuneConfig, {"warmup": 1.5}, r"tune\.warmup is 1\.5; it must be a finite number at least 0 and at most 1"),
+        (FinetuneConfig, {"adam_b2": 1.0}, r"tune\.adam_b2 is 1\.0; it must be a finite number at least 0 and below 1"),
+        (FinetuneConfig, {"temperature": 0.0}, r"tune\.temperature is 0\.0; it must be a finite number above 0"),
+        (FinetuneConfig, {"epochs": 10**12}, r"tune\.epochs is 1000000000000; it must be .* at most 10,000"),
+        (DataConfig, {"near_window": 10**11}, r"data\.near_window is 100000000000; it must be .* at most 100,000,000"),
         (DataConfig, {"tokenizer_chars": 10**13}, r"data\.tokenizer_chars is"),
-        (PretrainConfig, {"n_evals": 10**9}, r"train\.n_evals is 1000000000; it must be at most"),
-        (PretrainConfig, {"micro_rows": 10**9, "batch_rows": 10**9}, r"train\.micro_rows is 1000000000"),
-        (ModelConfig, {"n_layers": 10**9}, r"model\.n_layers is 1000000000; it must be at most"),
+        (PretrainConfig, {"n_evals": 10**9}, r"train\.n_evals is 1000000000; it must be .* at most"),
+        (PretrainConfig, {"micro_rows": 10**9}, r"train\.micro_rows is 1000000000"),
+        (ModelConfig, {"n_layers": 10**9}, r"model\.n_layers is 1000000000; it must be .* at most"),
         (ModelConfig, {"max_len": 10**12}, r"model\.max_len is"),
         (ModelConfig, {"n_trees": 2**20, "tree_depth": 20}, r"model\.n_trees 1048576 of model\.tree_depth 20"),
-        (PretrainConfig, {"peak_lr": 0.0}, r"train\.peak_lr is 0\.0; it must be positive"),
-        (DataConfig, {"seq_len": 2}, r"data\.seq_len is 2; it must be at least 3"),
+        (PretrainConfig, {"peak_lr": 0.0}, r"train\.peak_lr is 0\.0; it must be a finite number above 0"),
+        (DataConfig, {"seq_len": 2}, r"data\.seq_len is 2; it must be .* at least 3"),
         (TrainOptions, {"seed": -1}, r"--seed is -1; it must lie between 0 and 4294967295"),
         (TrainOptions, {"seed": 2**32}, r"--seed is 4294967296"),
         (TrainOptions, {"price": math.nan}, r"--price is nan; it must be a finite number"),

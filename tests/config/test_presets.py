@@ -219,7 +219,7 @@ def test_impossible_settings_are_refused():
         replace(load_preset("tiny"), data=replace(load_preset("tiny").data, seq_len=256))
     with pytest.raises(UserError, match="even head width"):
         ModelConfig(d_model=6, n_heads=2, positions="rotary")
-    with pytest.raises(UserError, match=r"leaf_leak is 2.*\[0, 1\]"):
+    with pytest.raises(UserError, match=r"leaf_leak is 2.*at most 1"):
         ModelConfig(leaf_leak=2.0)
     with pytest.raises(UserError, match="capacity_factor is 0"):
         ModelConfig(capacity_factor=0.0)

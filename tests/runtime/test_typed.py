@@ -54,7 +54,7 @@ def test_values_of_the_right_kind_are_read():
         ('{"name": "a", "scores": {"x": 1, "y": null}}', "here: scores.y is null; it must be a finite number."),
         ('{"name": "a", "inner": {"kinds": ["a", "c"]}}', 'here: inner.kinds[1] is "c"; it must be one of a, b.'),
         ('{"name": "a", "points": [[1]]}', "here: points[0] is [1]; it must be a list of x, y."),
-        ('{"name": "a", "model": {"n_layers": 0}}', "here: model.n_layers is 0; it must be at least 1."),
+        ('{"name": "a", "model": {"n_layers": 0}}', "here: model.n_layers is 0; it must be a whole number at least 1"),
         (
             '{"name": "a", "n": 1, "inner": {"m\\n": 2}, "parts": [{"o": 1}]}',
             "does not know: 'inner.m\\n', n, parts.o.",

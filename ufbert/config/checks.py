@@ -1,12 +1,27 @@
 """Checks of values that a file or a caller gives to a dataclass."""
 
+import operator
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from msgspec import Meta
+
 from ufbert.errors import UserError
+
+# Bounds of fields. A number that becomes an allocation or a loop has an upper one.
+Size = Annotated[int, Meta(ge=1, le=2**20)]
+SizeOrNone = Annotated[int, Meta(ge=0, le=2**20)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Meta(ge=0, lt=1)]
+MaskRate = Annotated[float, Meta(gt=0, lt=1)]
+
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+BOUNDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 
 MOST = 2**63 - 1
 """Largest whole number that a field may be."""
@@ -24,11 +39,14 @@ def check_kinds(cls: type, values: Mapping[str, Any], before: str) -> None:
             raise UserError(f"{before}{name} is {shown(values[name])}; it must be {words(hint)}.")
 
 
-_hints = cache(get_type_hints)
+_hints = cache(lambda cls: get_type_hints(cls, include_extras=True))
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = ((compare, getattr(inner[1], name, None)) for name, compare in BOUNDS.items())
+        return _fits(value, inner[0]) and all(bound is None or compare(value, bound) for compare, bound in bounds)
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin in (Union, UnionType):
@@ -40,9 +58,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is str:
         return isinstance(value, str) and "\0" not in value
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and _within(value, MOST)
+        return isinstance(value, Integral) and not isinstance(value, bool) and bool(-MOST <= value <= MOST)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and _within(value, LARGEST)
+        return isinstance(value, Real) and not isinstance(value, bool) and bool(-LARGEST <= value <= LARGEST)
     return isinstance(value, hint)
 
 
@@ -55,14 +73,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _within(value: Any, most: int | float) -> bool:
-    return bool(-most <= value <= most)
-
-
 def words(hint: Any) -> str:
     """Say in words what a type hint allows."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin is Annotated:  # a number with the bounds of a msgspec.Meta
+    if origin is Annotated and not isinstance(inner[1], Meta):  # a mark of the command line's
+        return words(inner[0])
+    if origin is Annotated:
         bounds = {"at least": inner[1].ge, "above": inner[1].gt, "at most": inner[1].le, "below": inner[1].lt}
         limits = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None)
         return f"{'a whole number' if inner[0] is int else words(inner[0])} {limits}".rstrip()
@@ -83,25 +99,3 @@ def words(hint: Any) -> str:
         Any: "a number in range",  # nothing else is refused
     }
     return plain.get(hint) or (f"a list of {', '.join(hint._fields)}" if hasattr(hint, "_fields") else "an object")
-
-
-def check_least(config: Any, group: str, least: int, *names: str) -> None:
-    """Raise UserError if a field of those names is less."""
-    for name in names:
-        if getattr(config, name) < least:
-            wanted = f"be at least {least}" if least else "not be negative"
-            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must {wanted}.")
-
-
-def check_most(config: Any, group: str, most: int, *names: str) -> None:
-    """Raise UserError if a field of those names is more. Numbers that become an allocation or a loop have a bound."""
-    for name in names:
-        if getattr(config, name) > most:
-            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must be at most {most:,}.")
-
-
-def check_share(config: Any, group: str, *names: str) -> None:
-    """Raise UserError if a field of those names lies outside [0, 1)."""
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise UserError(f"{group}.{name} is {getattr(config, name)}; it must lie in [0, 1).")

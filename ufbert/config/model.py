@@ -4,9 +4,11 @@ import os
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ufbert.config.checks import check_kinds, check_least, check_most, check_share
+from msgspec import Meta
+
+from ufbert.config.checks import NotNegative, Positive, Share, ShareBelowOne, Size, SizeOrNone, check_kinds
 from ufbert.errors import UserError
 
 MIXER_NAMES = ["attention", "fourier"]
@@ -34,15 +36,15 @@ class ModelConfig:
     Raises UserError from the constructor when two fields contradict each other.
     """
 
-    vocab_size: int = 32768
-    """Number of WordPiece tokens; a tokenizer trained by this package gets at most this many."""
-    max_len: int = 128
+    vocab_size: Annotated[int, Meta(ge=1, le=65536)] = 32768
+    """Number of WordPiece tokens; a tokenizer trained by this package gets at most this many. Rows are stored as 2-byte ids."""
+    max_len: Size = 128
     """Longest row, in tokens, that the model accepts."""
-    d_model: int = 768
+    d_model: Size = 768
     """Width of the residual stream."""
-    n_layers: int = 16
+    n_layers: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Number of blocks, each a token mixer and a feedforward."""
-    n_heads: int = 12
+    n_heads: Size = 12
     """Attention heads; `d_model` must be a multiple of it."""
     mixer: tuple[str, ...] = ("attention",)
     """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
@@ -50,13 +52,13 @@ class ModelConfig:
     feedforward: tuple[str, ...] = ("glu",)
     """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward), switch
     (experts) or one of your own (docs/layers.md); a shorter tuple is repeated from the bottom up."""
-    d_hidden: int = 1536
+    d_hidden: Size = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
     activation: ActivationName = "gelu"
     """Nonlinearity of dense feedforwards, GLU gates, leaves, experts and the masked-LM head."""
-    n_trees: int = 1
+    n_trees: Size = 1
     """K of a KxD tree layer: trees that run side by side and are summed."""
-    tree_depth: int = 11
+    tree_depth: Annotated[int, Meta(ge=0, le=20)] = 11
     """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
     above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
@@ -69,33 +71,33 @@ class ModelConfig:
     tree_init: Literal["normal", "uniform"] = "normal"
     """Start of a tree's weights: N(0, init_std) as the reference trains it, or the uniform start its code intends, whose
     output is about as large as a dense layer's: +-1/sqrt(d) for inputs, +-1/sqrt(K (D+1)) for outputs."""
-    tree_balance: float = 0.0
+    tree_balance: NotNegative = 0.0
     """Weight of a loss that asks every node (tree) or leaf (leaf_tree) to be used alike. The paper has none."""
-    leaf_width: int = 32
+    leaf_width: Size = 32
     """Neurons in each leaf of a leaf_tree."""
     leaf_training: Literal["soft", "hard"] = "soft"
     """Training of a leaf_tree: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
-    leaf_hardening: float = 0.0
+    leaf_hardening: NotNegative = 0.0
     """Weight of a leaf_tree's mean node entropy in the loss, which pushes soft decisions towards hard ones."""
-    leaf_hardening_ramp: float = 0.0
+    leaf_hardening_ramp: Share = 0.0
     """Share of the budget over which the hardening weight rises from zero; 0 has it in full from the start."""
-    leaf_temperature: float = 1.0
+    leaf_temperature: Positive = 1.0
     """Temperature of a leaf_tree's soft decisions at the end of the budget. It starts at 1 and falls geometrically, to
     make the mixture nearly hard by then; nodes can shrink their weights against it, so judge by the held-out loss."""
-    leaf_leak: float = 0.0
+    leaf_leak: Share = 0.0
     """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
-    master_leaf: int = 0
+    master_leaf: SizeOrNone = 0
     """Neurons of a leaf that every token uses beside its own (Charalampopoulos et al. 2024); 0 for none."""
-    n_experts: int = 8
+    n_experts: Size = 8
     """Experts of a switch layer."""
-    capacity_factor: float = 1.25
+    capacity_factor: Positive = 1.25
     """An expert takes at most this times tokens / experts in training; tokens beyond ride the residual. Inference drops
     none."""
-    router_balance: float = 0.01
+    router_balance: NotNegative = 0.01
     """Weight of a switch layer's balance loss."""
-    router_z: float = 0.001
+    router_z: NotNegative = 0.001
     """Weight of a switch layer's z-loss, which keeps router logits small."""
-    router_jitter: float = 0.01
+    router_jitter: NotNegative = 0.01
     """Training noise on a router's input: a factor drawn from 1 +- this."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each sublayer (crammed BERT) or after each residual sum (BERT)."""
@@ -105,7 +107,7 @@ class ModelConfig:
     """Biases in LayerNorms."""
     positions: Literal["scaled_sinusoid", "learned", "rotary"] = "scaled_sinusoid"
     """A fixed sinusoid times one learned scalar, a learned table, or rotated queries and keys (RoPE)."""
-    rotary_base: float = 10000.0
+    rotary_base: Positive = 10000.0
     """Base of the rotary wavelengths."""
     qk_norm: bool = False
     """RMS-normalise queries and keys, head by head, before they meet."""
@@ -113,9 +115,9 @@ class ModelConfig:
     """Implementation of jax.nn.dot_product_attention; auto lets jax choose."""
     fourier_norm: Literal["auto", "none", "ortho"] = "auto"
     """Scale of Fourier mixing: none as in FNet, ortho divides by sqrt(tokens x width). auto: none after post-norm."""
-    fixed_len: int = 0
+    fixed_len: Annotated[int, Meta(ge=0)] = 0
     """The one row length of a model with Fourier mixers, which mix padding in; 0 takes max_len."""
-    n_token_types: int = 0
+    n_token_types: SizeOrNone = 0
     """Rows of the token-type (segment) embedding of BERT; 0 for none."""
     use_bias: bool = False
     """Biases in attention, dense feedforwards and the masked-LM transform. Tree inputs and leaves always have one."""
@@ -134,47 +136,30 @@ class ModelConfig:
     masked-LM pretraining teaches the first token to gather a row, so a small model has that still to learn."""
     pooler: Literal["tanh", "transform"] = "tanh"
     """Layer between that and a classifier: BERT's dense + tanh, or ModernBERT's dense + activation + LayerNorm."""
-    pooler_width: int = 1024
+    pooler_width: Size = 1024
     """Width of that layer."""
-    pad_id: int = 0
+    pad_id: Annotated[int, Meta(ge=0)] = 0
     """Id of the padding token."""
-    norm_eps: float = 1e-12
+    norm_eps: NotNegative = 1e-12
     """Epsilon of every LayerNorm."""
-    init_std: float = 0.02
+    init_std: NotNegative = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     zero_init_out: bool = False
     """Start the last matrix of attention and of dense feedforwards at zero, so that pre-norm blocks with
     these start as the identity."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """Dropout while fine-tuning (embeddings, attention, sublayers, classifier). Pretraining uses none."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products. auto: float32 on a CPU, bfloat16 on an accelerator. Parameters stay float32."""
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "model.")
-        positive = ("vocab_size", "max_len", "d_model", "n_layers", "n_heads", "d_hidden", "n_trees", "pooler_width")
-        check_least(self, "model", 1, *positive, "leaf_width", "n_experts")
-        check_most(self, "model", 2**20, *positive, "leaf_width", "n_experts", "master_leaf", "n_token_types")
-        check_most(self, "model", 1024, "n_layers")
-        weights = ("tree_balance", "leaf_hardening", "router_balance", "router_z", "router_jitter", "master_leaf")
-        check_least(self, "model", 0, *weights, "fixed_len", "pad_id", "n_token_types", "norm_eps", "init_std")
-        for name in ("leaf_temperature", "capacity_factor", "rotary_base"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("leaf_leak", "leaf_hardening_ramp"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1].")
-        if self.vocab_size > 65536:
-            raise UserError(f"model.vocab_size is {self.vocab_size}; rows are stored as 2-byte ids, so at most 65536.")
         if self.d_model % self.n_heads:
             raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
-        if not 0 <= self.tree_depth <= 20:
-            raise UserError(f"model.tree_depth is {self.tree_depth}; it must lie between 0 and 20.")
         if self.n_trees * self.nodes_per_tree > 2**24:
             raise UserError(
                 f"model.n_trees {self.n_trees} of model.tree_depth {self.tree_depth} have more than 2^24 nodes."
             )
-        check_share(self, "model", "dropout")
         for name, kinds, known in (
             ("mixer", self.mixer, MIXER_NAMES),
             ("feedforward", self.feedforward, FEEDFORWARD_NAMES),

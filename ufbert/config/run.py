@@ -1,9 +1,11 @@
 """A preset: an architecture, the recipe that trains it, and the shape of its data. Imports no jax."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from ufbert.config.checks import check_kinds, check_least, check_most, check_share
+from msgspec import Meta
+
+from ufbert.config.checks import MaskRate, NotNegative, Positive, ShareBelowOne, Size, check_kinds
 from ufbert.config.model import ModelConfig
 from ufbert.errors import UserError
 
@@ -20,51 +22,51 @@ class PretrainConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for everything, or muon for attention and dense feedforward matrices and adamw for the rest."""
-    peak_lr: float = 1e-3
+    peak_lr: Positive = 1e-3
     """Highest learning rate. Muon's updates are scaled to the size of AdamW's, so one rate serves both."""
     schedule: Literal["triangle", "stable"] = "triangle"
     """Rate over its peak at the share x of the budget: crammed BERT's min(0.25 + x, 4 (1 - x)), or a warm-up, a plateau and a
     linear decay to zero."""
-    warmup: float = 0.02
+    warmup: ShareBelowOne = 0.02
     """Share of the budget that a stable schedule warms up over."""
-    decay: float = 0.45
+    decay: ShareBelowOne = 0.45
     """Share of the budget at its end over which a stable schedule decays."""
-    adam_b1: float = 0.9
+    adam_b1: ShareBelowOne = 0.9
     """AdamW's first-moment decay."""
-    adam_b2: float = 0.98
+    adam_b2: ShareBelowOne = 0.98
     """AdamW's second-moment decay."""
-    adam_eps: float = 1e-12
+    adam_eps: NotNegative = 1e-12
     """AdamW's epsilon."""
-    muon_momentum: float = 0.95
+    muon_momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
-    position_scale_lr: float = 1.0
+    position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
-    clip_norm: float = 0.5
+    clip_norm: Positive = 0.5
     """Largest global norm of a gradient; a longer one is scaled down to it."""
-    average_width: float = 0.0
+    average_width: Annotated[float, Meta(ge=0, lt=0.28)] = 0.0
     """Width of the average over past weights, as a share of all steps so far (standard deviation of the averaging profile,
     Karras et al. 2024); 0 for none. The model folder gets the average if its held-out loss is lower."""
-    mask_rate: tuple[float, ...] = (0.25,)
+    mask_rate: tuple[MaskRate, ...] = (0.25,)
     """Share of each row that is predicted: round(rate * seq_len) positions. Several rates are stages of equal length."""
-    eval_mask_rate: float = 0.25
+    eval_mask_rate: MaskRate = 0.25
     """The same in held-out evaluations: one rate for all recipes, so that their losses compare."""
-    batch_rows: int = 0
+    batch_rows: Annotated[int, Meta(ge=0, le=2**24)] = 0
     """Rows per update once the ramp is over; 0 takes min(8192, expected rows / 500), in whole micro-batches."""
-    micro_rows: int = 128
+    micro_rows: Size = 128
     """Rows per forward and backward pass; an update accumulates batch_rows / micro_rows of them."""
-    ramp_until: float = 0.6
+    ramp_until: NotNegative = 0.6
     """Share of the budget over which the batch grows from micro_rows to batch_rows."""
-    n_evals: int = 10
+    n_evals: Size = 10
     """Held-out evaluations in a run, evenly spread over the budget; the last one is at its end."""
-    n_checkpoints: int = 10
+    n_checkpoints: Size = 10
     """Checkpoints in a run, evenly spread, at least."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: Positive = 15.0
     """Minutes of budget between checkpoints, at most."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Size = 2
     """Newest checkpoints to keep, besides the one with the lowest held-out loss."""
-    max_skipped: int = 20
+    max_skipped: Size = 20
     """Steps in a row that may be skipped because a loss or gradient is not finite. After this many in a row, the run goes
     back to its last good checkpoint."""
     shard_params: bool = False
@@ -72,23 +74,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "train.")
-        check_least(self, "train", 1, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
-        check_most(self, "train", 2**20, "micro_rows", "n_evals", "n_checkpoints", "keep_checkpoints", "max_skipped")
-        check_most(self, "train", 2**24, "batch_rows")
-        check_least(self, "train", 0, "position_scale_lr", "batch_rows", "weight_decay", "adam_eps", "ramp_until")
-        check_share(self, "train", "adam_b1", "adam_b2", "muon_momentum")
-        for name in ("peak_lr", "clip_norm", "checkpoint_minutes"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be positive.")
-        for name, rates in (("mask_rate", self.mask_rate), ("eval_mask_rate", (self.eval_mask_rate,))):
-            for rate in rates:
-                if not 0.0 < rate < 1.0:
-                    raise UserError(f"train.{name} is {rate}; it must lie between 0 and 1.")
         if not self.mask_rate:
             raise UserError("train.mask_rate is empty; give at least one rate.")
-        for name in ("warmup", "decay", "average_width"):
-            if not 0.0 <= getattr(self, name) < (0.28 if name == "average_width" else 1.0):
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be a share below 1 (averages: 0.28).")
         if self.batch_rows % self.micro_rows:
             raise UserError(
                 f"train.batch_rows {self.batch_rows} is not a multiple of train.micro_rows {self.micro_rows}."
@@ -99,32 +86,32 @@ class PretrainConfig:
 class DataConfig:
     """The way from text to rows."""
 
-    seq_len: int = 128
+    seq_len: Annotated[int, Meta(ge=3, le=2**20)] = 128
     """Tokens in a packed row."""
     document_attention: bool = True
     """Keep packed documents from attending to each other: their segment ids are recomputed from the [CLS] ids with which
     documents begin. Crammed BERT lets them attend; docs/results/pretraining.md has what it costs."""
-    short_len: int = 32
+    short_len: Size = 32
     """Tokens in a piece while rows are cut into pieces (see short_until); seq_len must be a multiple of it."""
-    short_until: float = 0.0
+    short_until: NotNegative = 0.0
     """Share of the budget during which rows are cut into pieces, each a row of its own. Attention learns to find a
     token's neighbours far sooner among 32 positions than among 128, and keeps it afterwards."""
-    eval_rows: int = 256
+    eval_rows: Size = 256
     """Held-out rows that each evaluation reads, spread evenly over the held-out text."""
-    max_tokens: int = 0
+    max_tokens: Annotated[int, Meta(ge=0, le=10**12)] = 0
     """Stop reading the corpus after this many tokens, counted once duplicates are gone and the worst documents are not; 0 takes
     the tokens that the budget is planned to see, rounded up, from 20 million to 2 billion."""
-    tokenizer_chars: int = 100_000_000
+    tokenizer_chars: Annotated[int, Meta(ge=1, le=10**12)] = 100_000_000
     """Characters of the corpus that the tokenizer is trained on."""
-    filter_worst: float = 0.05
+    filter_worst: ShareBelowOne = 0.05
     """Leave out this share of the documents, those with most tokens per character; 0 keeps all."""
     drop_exact: bool = True
     """Leave out documents that have occurred before, case and blanks aside."""
     drop_near: bool = True
     """Leave out documents that nearly equal one of the last near_window documents kept."""
-    near_window: int = 1_000_000
+    near_window: Annotated[int, Meta(ge=1, le=100_000_000)] = 1_000_000
     """Documents to remember for that, at about 400 bytes each."""
-    near_threshold: float = 0.8
+    near_threshold: Annotated[float, Meta(gt=0, le=1)] = 0.8
     """Two documents are nearly equal from this share of common runs of five tokens (Jaccard similarity)."""
     order: Literal["shuffled", "quality"] = "shuffled"
     """Order of rows: new and random in every pass, or the same in every pass, best documents (fewest tokens per character)
@@ -132,15 +119,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "data.")
-        check_least(self, "data", 1, "short_len", "eval_rows", "tokenizer_chars", "near_window")
-        check_least(self, "data", 3, "seq_len")  # [CLS], a piece and [SEP]
-        check_least(self, "data", 0, "max_tokens", "short_until")
-        check_most(self, "data", 2**20, "seq_len", "short_len", "eval_rows")
-        check_most(self, "data", 100_000_000, "near_window")
-        check_most(self, "data", 10**12, "tokenizer_chars", "max_tokens")
-        check_share(self, "data", "filter_worst")
-        if not 0.0 < self.near_threshold <= 1.0:
-            raise UserError(f"data.near_threshold is {self.near_threshold}; it must lie in (0, 1].")
         if self.short_until > 0 and self.seq_len % self.short_len:
             raise UserError(f"data.seq_len {self.seq_len} is not a multiple of data.short_len {self.short_len}.")
 

@@ -1,9 +1,12 @@
 """The options of `ufbert bench`, one class a benchmark."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from ufbert.config import Scale
+from ufbert.config.checks import Positive, Seed, Size, SizeOrNone, check_kinds
 from ufbert.errors import UserError
 from ufbert.options.train import RunOptions
 
@@ -21,13 +24,6 @@ Variant = Literal["masked", "gather", "native", "dense"]
 """The trees computed otherwise, or a dense layer in their place."""
 
 
-def require_positive(options: object, *names: str) -> None:
-    """Raise UserError unless the integers of these names are at least 1."""
-    for name in names:
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} is {getattr(options, name)}; it must be at least 1.")
-
-
 @dataclass(frozen=True)
 class BenchOptions:
     """Options of every benchmark."""
@@ -37,36 +33,30 @@ class BenchOptions:
     transformers, or onnxruntime, onnx and sympy."""
     peer_script: str = ""
     """Script to run instead of the packaged peer; `ufbert/bench/worker.py` describes what it must answer."""
-    blocks: int = 9
+    blocks: Size = 9
     """Rounds of blocks."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random: weights, inputs, masking."""
     json: str = ""
     """File that gets everything measured, as JSON."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; it must lie between 0 and 4294967295.")
-        require_positive(self, "blocks")
+        check_kinds(type(self), vars(self), "")
 
 
 @dataclass(frozen=True)
 class ForwardOptions(BenchOptions):
     """Options of the benchmarks of a forward pass."""
 
-    threads: int = 0
+    threads: SizeOrNone = 0
     """Threads of every process; 0 takes all cores."""
-    seconds_a_block: float = 0.3
+    seconds_a_block: Positive = 0.3
     """Approximate length of a block; never less than a call."""
     plot: str = ""
     """File that gets a picture (.svg or .png). By default it lies next to the JSON file, if that is written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads < 0:
-            raise UserError(f"threads is {self.threads}; it must not be negative.")
-        if not 0 < self.seconds_a_block < 1e6:
-            raise UserError("seconds_a_block must be above 0.")
         if self.plot and not self.plot.endswith((".svg", ".png")):
             raise UserError(f"plot is {self.plot!r}; its name must end in .svg or .png.")
 
@@ -91,18 +81,14 @@ class BenchTrainOptions(RunOptions, BenchOptions):
     """Preset name (see `ufbert presets`) or the path of a preset file."""
     scale: Scale = "mini"
     """tiny 2x128, mini 4x256, small 4x512, base the preset's own size; auto takes tiny."""
-    rows: int = 32
+    rows: Size = 32
     """Rows of a step, in one micro-batch, on every side."""
-    checked: int = 5
+    checked: Size = 5
     """Steps whose losses must agree first."""
-    updates: int = 5
+    updates: Size = 5
     """Steps in a block."""
-    blocks: int = 12
+    blocks: Size = 12
     """Rounds of blocks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "rows", "checked", "updates")
 
 
 @dataclass(frozen=True)
@@ -115,17 +101,17 @@ class BenchLayerOptions(ForwardOptions):
     memory and the arithmetic of this machine allow.
     """
 
-    rows: tuple[int, ...] = (1, 8, 128, 1024, 4096)
+    rows: tuple[Size, ...] = (1, 8, 128, 1024, 4096)
     """Rows of a call; each number is a table."""
-    d_model: int = 768
+    d_model: Size = 768
     """Width."""
-    tree_depth: int = 11
+    tree_depth: Annotated[int, Meta(ge=0, le=20)] = 11
     """Depth of a tree, of 2^(depth + 1) - 1 neurons."""
-    n_trees: int = 1
+    n_trees: Size = 1
     """Parallel trees of a layer."""
-    dense: int = 4095
+    dense: Size = 4095
     """Neurons of the dense layers (BERT has 3072)."""
-    layers: int = 12
+    layers: Size = 12
     """Layers of the chain."""
     paths: tuple[LayerPath, ...] = ("gather", "native", "native-bf16", "native-int8")
     """Ours to time."""
@@ -140,13 +126,8 @@ class BenchLayerOptions(ForwardOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "d_model", "n_trees", "dense", "layers")
-        if not self.rows or min(self.rows) < 1:
-            raise UserError("rows are numbers from 1 on, at least one of them.")
-        if not self.paths:
-            raise UserError("paths are empty; name at least one of ours.")
-        if self.tree_depth < 0:
-            raise UserError(f"tree_depth is {self.tree_depth}; it must not be negative.")
+        if not self.rows or not self.paths:
+            raise UserError("Name at least one number of rows, and one path of ours.")
 
     @property
     def our_paths(self) -> tuple[str, ...]:
@@ -167,15 +148,15 @@ class BenchEncoderOptions(ForwardOptions):
 
     shapes: tuple[str, ...] = ("1x128", "8x128", "1x512")
     """BATCHxTOKENS of a call; each is a table."""
-    layers: int = 12
+    layers: Size = 12
     """Layers of every encoder."""
-    d_model: int = 768
+    d_model: Size = 768
     """Width; heads are 64 wide, a dense feedforward 4 x width."""
-    tree_depth: int = 11
+    tree_depth: Annotated[int, Meta(ge=1, le=20)] = 11
     """Depth of a tree, of 2^(depth + 1) - 1 neurons."""
-    vocab_size: int = 30522
+    vocab_size: Annotated[int, Meta(ge=100, le=65536)] = 30522
     """Tokens of the vocabulary."""
-    fourier_len: int = 128
+    fourier_len: Size = 128
     """The one length of the Fourier model, which is timed at shapes of that many tokens."""
     ours: tuple[OurEncoder, ...] = (
         "tree-float32", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8",
@@ -183,14 +164,11 @@ class BenchEncoderOptions(ForwardOptions):
     """Ours to time."""
     peers: tuple[EncoderPeer, ...] = ("onnxruntime", "onnxruntime-int8", "torch")
     """The others to time; without --peer-python, by this interpreter."""
-    seconds_a_block: float = 0.5
+    seconds_a_block: Positive = 0.5
     """Approximate length of a block; never less than a call."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "layers", "d_model", "tree_depth", "fourier_len")
-        if self.vocab_size < 100:
-            raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 100.")
         if self.d_model % 64 and self.d_model > 64:
             raise UserError(f"d_model is {self.d_model}; it must be a multiple of 64, the width of a head.")
         for shape in self.shapes:
