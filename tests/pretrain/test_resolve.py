@@ -52,6 +52,17 @@ def test_settings_are_checked_against_the_preset_they_are_given_over():
         resolved("--scale=tiny", "--model.d-model=101", "--budget=5steps")
 
 
+def test_a_scale_that_auto_would_not_take_for_another_preset_is_said():
+    """Losses of models of different size and vocabulary do not compare."""
+    slow = CPU._replace(speeds=lambda run: Speeds(1e11, 1e11, 1e10, overlap=False, source="a test"))
+    options, given = parse(TrainOptions, ["--budget=6h"], "train.py")
+    caution = resolve(options, given, parse_budget("6h"), slow).caution
+    assert caution.startswith("scale auto takes mini here; for bert_base, crammed_bert")
+    assert "it would take tiny; for fnet_ultrafast it would take small: give --scale to all runs whose" in caution
+    assert "for tiny" not in caution  # a model of another published size
+    assert resolved("--budget=6h", "--scale=mini").caution == resolved("--budget=5steps").caution == ""
+
+
 def test_an_open_scale_and_batch_follow_the_budget():
     assert resolved("--budget=5steps").scale == "tiny"
     hours = resolved("--budget=6h")
