@@ -26,10 +26,9 @@ def prepare(options: PrepareOptions, given: Given) -> Path:
     target = start_target(options.device)
     resolved = resolve(options, given, budget, target.platform)
     options, tokens = decided(options, resolved)
-    options = with_text(options, tokens)
     print(f"text for {options.config} at scale {options.scale} on {target.name}, {options.budget}")
     print(f"  scale: {resolved.reason}", flush=True)
-    data = prepare_rows(locate_rows(options), tokens)
+    data = prepare_rows(locate_rows(with_text(options, tokens)), tokens)
     size, root = sum(path.stat().st_size for path in data.folder.iterdir()), cache_folder(options.prepared)
     print(
         f"prepared  {data.folder} ({size / 1e9:,.3f} GB)\n"

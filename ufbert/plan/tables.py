@@ -72,7 +72,7 @@ def _preparation_note(facts: dict[str, Any]) -> str:
     """Say what preparing the text ahead takes and saves."""
     text = facts["preparation"]
     minutes, size, most = text["seconds"] / 60, text["bytes"] / 1e9, text["tokens"] / 1e6
-    saved = f", {minutes / 60 * facts['price']:,.2f} saved" if facts["price"] else ""
+    saved = f", up to {minutes / 60 * facts['price']:,.2f} saved" if facts["price"] else ""
     return (
         f"- text: `{text['command']}` on a cheap machine first: about {minutes:,.0f} min on a core (assumed) and "
         f"{size:,.2f} GB for at most {most:,.0f} M tokens{saved}"

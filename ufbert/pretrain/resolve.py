@@ -142,7 +142,8 @@ def resumed_options(given: Given, folder: Path) -> TrainOptions:
     for name, value in given.items():
         outer, _, inner = name.partition(".")
         before = getattr(getattr(stored, outer), inner) if inner else getattr(stored, outer)
-        if name not in FREE_ON_RESUME and before != value:
+        same = parse_budget(before) == parse_budget(value) if name == "budget" else before == value  # 1d is 24h
+        if name not in FREE_ON_RESUME and not same:
             raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={value}.")
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     return replace(stored, **{**free, "out": str(folder), "resume": True})
