@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each ope
 if not os.environ.get("UFBERT_CACHE"):  # shared by the workers, which inherit it
     os.environ["UFBERT_CACHE"] = tempfile.mkdtemp(prefix="ufbert-tests-")
     atexit.register(shutil.rmtree, os.environ["UFBERT_CACHE"], ignore_errors=True)
+os.environ["TRACKIO_DIR"] = os.path.join(os.environ["UFBERT_CACHE"], "trackio")
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # the many processes of the tests compile their modules once
     os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.environ["UFBERT_CACHE"], "bytecode")
 

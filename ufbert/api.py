@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
-from ufbert.options.train import TrainOptions
+from ufbert.options.train import PrepareOptions, TrainOptions
 
 if TYPE_CHECKING:
     from ufbert.hub.folder import ModelFolder
@@ -76,6 +76,17 @@ def pretrain(out: str | Path, budget: str, **options: Any) -> dict[str, Any]:
     from ufbert.pretrain.run import pretrain as work
 
     return _call(work, TrainOptions, {"out": out, "budget": budget, **options})
+
+
+def prepare(budget: str, **options: Any) -> Path:
+    """Prepare the text that `pretrain` with the same options will use, and return its folder.
+
+    `options` are those of `ufbert prepare` by name; `device` is the one that will train, such as `h100`. Raises UserError as
+    the command does.
+    """
+    from ufbert.plan.prepare import prepare as work
+
+    return _call(work, PrepareOptions, {"budget": budget, **options})
 
 
 def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTr
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
-from ufbert.options.train import PlanOptions, PresetsOptions, RunOptions, TrainOptions
+from ufbert.options.train import PlanOptions, PrepareOptions, PresetsOptions, RunOptions, TrainOptions
 from ufbert.runtime import console, crash, signals
 from ufbert.runtime.files import expand_home
 
@@ -50,6 +50,12 @@ VERBS = {
         "pretrain a model from raw text within a budget (also: python train.py)",
         layered=True,
         makes_folder=True,
+    ),
+    "prepare": Verb(
+        PrepareOptions,
+        "ufbert.plan.prepare:prepare",
+        "prepare the text of a training run ahead, on a cheap machine",
+        layered=True,
     ),
     "plan": Verb(
         PlanOptions,

@@ -218,8 +218,10 @@ def test_runs_that_diverge_do_not_count_and_a_task_without_others_leaves_no_mode
 
     monkeypatch.setattr(sweeping, "finetune_task", stub)
     args = ("--tasks=cola,sst2", "--seeds=0,1,2", f"--runs-at-once={at_once}")
+    last = f"--when-done=echo $UFBERT_EXIT_CODE $UFBERT_RUN >> {tmp_path / 'log'}"
     with pytest.raises(UserError, match=r"No run of cola kept a finite loss, .* no model .* lower rate \(--tune\.lr\)"):
-        finetune(options(run_folder, toy_glue, tmp_path / "out", *args))
+        finetune(options(run_folder, toy_glue, tmp_path / "out", *args, last))
+    assert (tmp_path / "log").read_text() == f"2 {tmp_path / 'out'}\n"  # a rented machine must stop all the same
     said = capsys.readouterr().out
     assert re.search(r"seed 2 at 0\.00\d+: the loss was not finite at update 7, so that this run does not", said)
     results = json.loads((tmp_path / "out" / "glue.json").read_text())

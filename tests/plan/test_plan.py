@@ -7,7 +7,7 @@ import pytest
 
 from ufbert import nn
 from ufbert.cli import call
-from ufbert.config.presets import load_preset, scaled
+from ufbert.config.presets import load_preset, preset_names, scaled
 from ufbert.cost.devices import DEVICES, device_of_kind, find_device
 from ufbert.cost.flops import routing_flops_per_token, train_bytes_per_token, train_flops_per_token
 from ufbert.cost.parts import PartSpeeds, local_speeds
@@ -17,6 +17,7 @@ from ufbert.plan import check as plan_check
 from ufbert.plan.check import Check
 from ufbert.plan.counts import RunCounts, StepCount, count_run, count_step, planned_model, real_update
 from ufbert.plan.estimate import Times, plan_run
+from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import Budget, parse_budget
 
 
@@ -194,6 +195,11 @@ def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path
     assert "128 (configured)" in shown
     assert facts["check"] is None
     assert facts["money"] == 48
+    assert (
+        "`ufbert prepare --config=crammed_bert --scale=base --model.n-layers=2 --device=h100 --budget=24h` on a cheap"
+        in shown
+    )
+    assert f"{facts['preparation']['seconds'] / 3600 * 2:,.2f} saved" in shown
     assert facts["backend"] == {"compiled_here": False, "dtype": "bfloat16", "trees": "gather"}
     assert facts["state_bytes"] == pytest.approx(state, rel=0.01)
     sizes = [facts["memory"][str(rows)] for rows in (32, 64, 128, 256, 512)]
@@ -202,11 +208,26 @@ def test_the_full_size_plan_of_an_accelerator_prints_its_memory(capsys, tmp_path
     assert 0.05 < facts["model_flops_utilisation"] < 0.5
 
 
+@pytest.mark.parametrize("device", ["cpu", "h100", "tpu-v5e"])
+def test_presets_and_plan_count_the_same_arithmetic(device, capsys):
+    call("presets", [f"--device={device}"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    target = start_target(device)
+    for name in preset_names():
+        run = load_preset(name)
+        run = planned_model(run, dtype=target.dtype, trees=target.trees(run))
+        train, data = replace(run.train, batch_rows=128, micro_rows=128), replace(run.data, short_until=0.0)
+        run = replace(run, train=train, data=data)
+        masked = run.model.tree_backend == "masked"
+        planned = plan_run(run, Budget(steps=1), made_up(), FAST, masked_trees=masked, compile_seconds=0.0)
+        assert f" {planned.flops_per_token / 1e6:,.1f} " in lines[name]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--device=a1000"], "did you mean a100?"),
-        (["--budget=1day"], "is not a budget"),
+        (["--budget=1day"], "is not a budget; write weeks, days"),
         (["--config=crammed_brt"], "did you mean crammed_bert?"),
         (["--price=-1"], "must not be negative"),
         (["--json=/nowhere/at/all.json"], "does not exist"),

@@ -31,6 +31,10 @@ from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, row
     [
         ("24h", Budget(seconds=86400.0)),
         ("90m", Budget(seconds=5400.0)),
+        ("1d", Budget(seconds=86400.0)),
+        ("1.5d", Budget(seconds=129600.0)),
+        ("1d12h", Budget(seconds=129600.0)),
+        ("1w2d3h4m5s", Budget(seconds=604800.0 + 2 * 86400 + 3 * 3600 + 4 * 60 + 5)),
         ("1.5h", Budget(seconds=5400.0)),
         ("300s", Budget(seconds=300.0)),
         ("200steps", Budget(steps=200)),
@@ -44,8 +48,8 @@ def test_budgets_parse(text, budget):
 @pytest.mark.parametrize(
     "text",
     [
-        "0", "abc", "", "0m", "0steps", "-5m", "5", "1.5steps", "5 m x", "5d", "1e30s", f"{10**30}s", f"{10**13}steps",
-        "9" * 5000 + "h", "nans", "x" * 3_000_000,
+        "0", "abc", "", "0m", "0steps", "-5m", "5", "1.5steps", "5 m x", "5y", "12h1d", "1d12", "d", "1d5steps", "0d0h",
+        "1e30s", f"{10**30}s", f"{10**13}steps", "9" * 5000 + "h", "nans", "x" * 3_000_000,
     ],
 )  # fmt: skip
 def test_other_budgets_are_refused(text):

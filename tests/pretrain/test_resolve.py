@@ -1,5 +1,8 @@
 """Options: preset < scale < recipe < what was given, for the command line and for Python alike."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from ufbert.cli import parse, split_verb
@@ -9,7 +12,9 @@ from ufbert.errors import UserError
 from ufbert.options.given import from_given, named_values, over
 from ufbert.options.train import PlanOptions, TrainOptions
 from ufbert.pretrain.budget import parse_budget
-from ufbert.pretrain.resolve import Platform, resolve, with_batch
+from ufbert.pretrain.resolve import Platform, resolve, resumed_options, with_batch
+
+BEFORE = Path(__file__).parent.parent / "fixtures" / "before_house"
 
 CPU = Platform(
     on_cpu=True,
@@ -50,6 +55,17 @@ def test_settings_are_checked_against_the_preset_they_are_given_over():
     assert resolved("--scale=tiny", "--model.d-model=100", "--budget=10m").run.model.d_model == 100
     with pytest.raises(UserError, match="is not a multiple of"):
         resolved("--scale=tiny", "--model.d-model=101", "--budget=5steps")
+
+
+def test_a_scale_that_auto_would_not_take_for_another_preset_is_said():
+    """Losses of models of different size and vocabulary do not compare."""
+    slow = CPU._replace(speeds=lambda run: Speeds(1e11, 1e11, 1e10, overlap=False, source="a test"))
+    options, given = parse(TrainOptions, ["--budget=6h"], "train.py")
+    caution = resolve(options, given, parse_budget("6h"), slow).caution
+    assert caution.startswith("scale auto takes mini here; for bert_base, crammed_bert")
+    assert "it would take tiny; for fnet_ultrafast it would take small: give --scale to all runs whose" in caution
+    assert "for tiny" not in caution  # a model of another published size
+    assert resolved("--budget=6h", "--scale=mini").caution == resolved("--budget=5steps").caution == ""
 
 
 def test_an_open_scale_and_batch_follow_the_budget():
@@ -107,6 +123,14 @@ def test_help_shows_the_values_of_the_preset_and_scale(capsys):
         or "tree" in text
     )
     assert "D of a KxD tree layer" in text
+
+
+def test_a_resumed_run_may_write_its_budget_another_way(tmp_path):
+    config = json.loads((BEFORE / "run" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"budget": "24h"}))
+    assert resumed_options({"budget": "1d"}, tmp_path).budget == "24h"
+    with pytest.raises(UserError, match="was started with budget=24h; it cannot be resumed with budget=2d"):
+        resumed_options({"budget": "2d"}, tmp_path)
 
 
 def test_an_unknown_verb_is_named_with_its_likeness():

@@ -132,7 +132,10 @@ def test_a_run_that_has_diverged_fails_and_leaves_no_model(corpus_file, tmp_path
     with pytest.raises(UserError, match=r"has diverged: its held-out loss at step 6 is nan, so no model is written"):
         call("train", ["--budget=6steps", *options, f"--when-done={last}"])
     assert log.read_text().endswith("status 2\n")  # a rented machine must stop all the same
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "ledger.jsonl", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "config.json", "ledger.jsonl", "metrics.jsonl", "report.html"
+    }  # fmt: skip
+    assert "has diverged" in (folder / "report.html").read_text()
     assert list((folder / "checkpoints").iterdir()) == []
     records = [strictly(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["heldout_loss"] for r in records if "heldout_loss" in r][-1] is None

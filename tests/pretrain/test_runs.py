@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,10 @@ from safetensors.numpy import load_file
 from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
+from ufbert.pretrain import run
+from ufbert.report import running_page
+from ufbert.report.run_report import write_report
+from ufbert.report.running_page import RunningPage
 from ufbert.runtime.metrics import read_records
 
 
@@ -40,6 +45,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
     assert rates[0] == pytest.approx(0.25 * max(rates), rel=0.01)
     assert rates[-1] == pytest.approx(4 / 80 * max(rates))
     report = (run_folder / "report.html").read_text()
+    assert summary["architecture"] in report[: report.index("</h1>")]
     assert "<svg" in report
     assert "dead subtrees" in report
     usage = [r["usage"] for r in read_records(run_folder / "metrics.jsonl") if "usage" in r]
@@ -49,10 +55,21 @@ def test_a_run_learns_and_leaves_what_it_promises(run_folder):
     assert not list(run_folder.glob(".*"))
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_does_not(run_folder, corpus_file, tmp_path):
-    args = [*RUN, f"--corpus=text:{corpus_file}"]
-    call("train", [*args, f"--out={tmp_path / 'again'}"])
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(run_folder, corpus_file, tmp_path, monkeypatch):
+    args, pages = [*RUN, f"--corpus=text:{corpus_file}"], []
+
+    def draw(folder):
+        pages.append(write_report(folder).read_text())
+
+    with monkeypatch.context() as patch:  # pages and trackers change no number
+        patch.setattr(running_page, "SHARE", float("inf"))
+        patch.setattr(run, "RunningPage", lambda folder: RunningPage(folder, draw))
+        call("train", [*args, f"--out={tmp_path / 'again'}", "--track=trackio,tensorboard"])
     assert losses(tmp_path / "again") == losses(run_folder)
+    steps = [int(step) for page in pages for step in re.findall(r"running, as of step (\d+)", page)]
+    assert len(steps) >= 4
+    assert steps == sorted(set(steps))
+    assert "running" not in (tmp_path / "again" / "report.html").read_text()
     call("train", [*args, f"--out={tmp_path / 'other'}", "--seed=1"])
     assert losses(tmp_path / "other") != losses(run_folder)
 
@@ -124,15 +141,19 @@ def test_kill_and_resume_ends_in_equal_bits(whole, corpus_file, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_so_and_resumes_in_equal_bits(whole, corpus_file, tmp_path, number):
-    cut = tmp_path / "cut"
-    process = start([*LONG, f"--corpus=text:{corpus_file}", f"--out={cut}"])
+    cut, log = tmp_path / "cut", tmp_path / "log"
+    last = f"--when-failed=echo $UFBERT_EXIT_CODE $UFBERT_RUN >> {log}"
+    process = start([*LONG, f"--corpus=text:{corpus_file}", f"--out={cut}", last])
     output = signal_when(process, lambda: len(losses(cut)) > 50, number)
+    assert log.read_text() == f"{128 + number} {cut}\n"
+    assert f"{number.name}: saved at step" in (cut / "report.html").read_text()
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
     assert f"{number.name}: saved at step" in output
     (step,) = {r["step"] for r in events(cut, "interrupted")}
     assert (cut / "checkpoints" / str(step)).is_dir()
-    finish(start(["--resume", f"--out={cut}"]))
+    finish(start(["--resume", f"--out={cut}", last]))
+    assert log.read_text().count("\n") == 1
     assert sum("loss" in record for record in read_records(cut / "metrics.jsonl")) == 200  # none was done twice
     assert losses(cut) == losses(whole)
     equal_weights(whole, cut)
@@ -243,34 +264,6 @@ def test_a_run_that_stays_broken_is_given_up_in_a_sentence(corpus_file, tmp_path
     assert found.returncode == 2
     assert "the run is given up at step" in found.stderr
     assert "Traceback" not in found.stderr
-
-
-def test_the_last_command_runs_once_after_everything_is_saved(corpus_file, tmp_path, capsys):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    last = f"ls {folder} {folder}/model >> {log}; echo status $UFBERT_EXIT_CODE >> {log}"
-    options = [f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL]
-    call("train", ["--budget=3steps", *options, f"--when-done={last}"])
-    said = log.read_text()
-    assert "model.safetensors" in said
-    assert "report.html" in said
-    assert "in_use.lock" not in said  # whatever it starts may have the folder
-    assert said.endswith("status 0\n")
-    resume = ["--resume", f"--out={folder}"]
-    with pytest.raises(UserError, match="is finished"):
-        call("train", [*resume, f"--when-done={last}"])
-    assert log.read_text() == said
-    (folder / "when_done.json").unlink()  # as if the machine had died just before
-    capsys.readouterr()
-    with pytest.raises(UserError, match="is finished"):  # the folder may be a stranger's: its command is named, not run
-        call("train", resume)
-    assert f"not run at the end: the stored --when-done {last!r}; give the option again" in capsys.readouterr().out
-    assert log.read_text() == said
-    assert not (folder / "when_done.json").exists()
-    call("train", [*resume, f"--when-done={last}"])
-    assert log.read_text() == said * 2
-    (folder / "when_done.json").unlink()
-    with pytest.raises(UserError, match="ended with status 3"):
-        call("train", [*resume, "--when-done=exit 3"])
 
 
 def test_hours_on_the_wall_are_an_absolute_stop(corpus_file, tmp_path, command):
@@ -391,24 +384,6 @@ def test_resume_refuses_other_settings_and_finished_runs(run_folder, command):
     found = command("train", "--resume", f"--out={run_folder}")
     assert found.returncode == 2
     assert "finished" in found.stderr
-
-
-def test_the_report_tells_events_environment_and_cost(run_folder, tmp_path):
-    from ufbert.report.run_report import write_report
-
-    folder = tmp_path / "run"
-    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("checkpoints", "model"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "price": 7200.0}))
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 9, "event": "resumed", "lost_seconds": 1.5, "start_seconds": 2.0}) + "\n")
-    spent = json.loads((folder / "summary.json").read_text())["spent_seconds"]
-    report = write_report(folder).read_text()
-    assert f"{2 * spent:,.2f} in all" in report
-    assert "lost seconds 1.5" in report
-    assert config["environment"]["jax"] in report
-    assert "MFLOP per token" in report
-    assert "gradient norm" in report
 
 
 @pytest.fixture

@@ -175,6 +175,14 @@ class ModelConfig:
         if self.fixed_len > self.max_len:
             raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
 
+    def architecture(self, backend: str = "") -> str:
+        """Describe the size and the parts for a reader: `2 layers x 128, tree 1x8 (native) feedforward`."""
+        mixers, kinds = (list(dict.fromkeys(layer[part] for layer in self.layers)) for part in (0, 1))
+        tree = f"tree {self.n_trees}x{self.tree_depth}{f' ({backend})' if backend else ''}"
+        names = [tree if kind == "tree" else kind for kind in kinds]
+        mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
+        return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward"
+
     @property
     def nodes_per_tree(self) -> int:
         """2^(D+1) - 1."""

@@ -48,13 +48,14 @@ def locate(
 ) -> Located:
     """Data that is ready for a corpus and its options, or else the corpus, opened. `prepared` is as for `cache_folder`.
 
-    A ready folder serves if its options are equal and its corpus has not changed since, or is gone. One that is damaged is
+    A ready folder serves if its options are equal and its corpus has not changed since, or is gone, or was called the same on
+    another machine and has never been here. One that is damaged is
     removed where the corpus is still there; one whose manifest makes no sense, or is of another version, is passed over with a
     word to `say`. Raises UserError if there is neither data nor corpus.
     """
     source, recipe, root = source_of(spec), Recipe.of(data, vocab_size, tokenizer), cache_folder(prepared)
     gone = source["files"] is None
-    for folder in _fitting(root, source, recipe, say):
+    for folder in _fitting(root, spec, source, recipe, say):
         try:
             found = open_prepared(folder)
         except UserError as error:
@@ -62,7 +63,9 @@ def locate(
             if not gone:
                 shutil.rmtree(folder, ignore_errors=True)
             continue
-        say(f"the corpus {spec} is gone; its prepared text is used: {folder}" if gone else f"prepared before: {folder}")
+        elsewhere = _from_elsewhere(spec, source, found.manifest)
+        where = "not here; text that was prepared elsewhere" if elsewhere else "gone; its prepared text"
+        say(f"the corpus {spec} is {where} is used: {folder}" if gone else f"prepared before: {folder}")
         return Located(found, None, folder, recipe, tokenizer)
     corpus, folder = open_corpus(spec), root / prepared_name(source, recipe)
     if folder.exists() and _manifest(folder, lambda _: None) is None:  # it would be in the way of its successor
@@ -105,13 +108,14 @@ def reopen(folder: str, fingerprint: str, say: Say) -> PreparedData | None:
     return data
 
 
-def _fitting(root: Path, source: Source, recipe: Recipe, say: Say) -> Iterator[Path]:
+def _fitting(root: Path, spec: str, source: Source, recipe: Recipe, say: Say) -> Iterator[Path]:
     """Folders under `root` that hold what the recipe would make of the source."""
     for path in sorted(root.glob("*/manifest.json")):
         manifest = _manifest(path.parent, say)
         if manifest is None or manifest.format_version != DATA_FORMAT:
             continue
-        if _same_source(source, manifest.source) and _same_rows(recipe, manifest):
+        same = _same_source(source, manifest.source) or _from_elsewhere(spec, source, manifest)
+        if same and _same_rows(recipe, manifest):
             yield path.parent
 
 
@@ -128,6 +132,18 @@ def _same_source(now: Source, then: Source) -> bool:
     """Equal in place, and in size and time unless the files cannot be seen any more."""
     known = ("files",) if now["files"] is None else ()
     return {k: v for k, v in now.items() if k not in known} == {k: v for k, v in then.items() if k not in known}
+
+
+def _from_elsewhere(spec: str, now: Source, manifest: Manifest) -> bool:
+    """Tell if text files that go by the same `--corpus` were read on another machine: neither these nor those are here."""
+    paths = manifest.source.get("paths")
+    return (
+        now["files"] is None
+        and manifest.corpus == spec
+        and isinstance(paths, list)
+        and paths != now["paths"]
+        and not any(Path(str(path)).exists() for path in paths)
+    )
 
 
 def _same_rows(recipe: Recipe, manifest: Manifest) -> bool:

@@ -1,6 +1,7 @@
 """`ufbert finetune`: from options to a sweep of tasks, all of whose inputs are checked before the first update."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ufbert.options.finetune import CUSTOM, FinetuneOptions
 from ufbert.options.given import Given
 from ufbert.runtime.claim import claimed, claimed_new, new_folder
 from ufbert.runtime.device import use_device
+from ufbert.runtime.last_command import last_commands
 
 
 def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
@@ -28,16 +30,21 @@ def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
     Raises UserError for wrong options, files or models, and if no run of a task kept a finite loss.
     """
     given_tune(options.tune, given)  # refuses a wrong value before anything is read
-    if not options.out:
-        inputs = _read_inputs(options, given)
-        path = Path(options.model)
-        name = path.resolve().parent.name if path.name == "model" else path.name  # a run's model folder is RUN/model
-        folder = new_folder(Path("runs"), f"glue-{name}")
-        with claimed_new(folder):
+    with ExitStack() as held:
+        if options.out:
+            folder = Path(options.out)
+            held.enter_context((claimed if options.resume else claimed_new)(folder))
+            inputs = _read_inputs(options, given)
+        else:
+            inputs = _read_inputs(options, given)
+            path = Path(options.model)
+            name = (
+                path.resolve().parent.name if path.name == "model" else path.name
+            )  # a run's model folder is RUN/model
+            folder = new_folder(Path("runs"), f"glue-{name}")
+            held.enter_context(claimed_new(folder))
+        with last_commands(options.last_commands, folder, held.close):
             return sweep(inputs, folder)
-    folder = Path(options.out)
-    with (claimed if options.resume else claimed_new)(folder):
-        return sweep(_read_inputs(options, given), folder)
 
 
 def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:

@@ -7,10 +7,11 @@ from tyro.conf import Positional
 
 from ufbert.config import Device, FinetuneConfig, ProtocolName
 from ufbert.errors import UserError
+from ufbert.options.ending import EndOptions
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
+class FinetuneOptions(EndOptions):
     """Fine-tune a model folder on GLUE tasks or on a custom task, score each on its dev set, and write tables, predictions
     and one model folder per task."""
 
@@ -106,7 +107,7 @@ class FinetuneOptions:
 CUSTOM = ("task_file", "train", "dev", "test", "text", "pair", "label")
 """Options that describe a custom task."""
 
-FREE_ON_RESUME = ("out", "resume", "device")
+FREE_ON_RESUME = ("out", "resume", "device", "when_done", "when_finished", "when_failed")
 """Options that do not change the scores, so that a resumed sweep may change them."""
 
 

@@ -1,9 +1,11 @@
-"""Options of `ufbert train`, `ufbert plan` and `ufbert presets`. Imports no jax."""
+"""Options of `ufbert train`, `ufbert prepare`, `ufbert plan` and `ufbert presets`. Imports no jax."""
 
 from dataclasses import dataclass, field, replace
 
 from ufbert.config import DataConfig, Device, ModelConfig, PretrainConfig, Recipe, RunConfig, Scale
-from ufbert.errors import UserError
+from ufbert.errors import UserError, near_miss
+from ufbert.options.ending import EndOptions
+from ufbert.runtime.metrics import TRACKERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,24 @@ def with_run[Options: RunOptions](options: Options, run: RunConfig) -> Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions):
-    """Pretrain a masked language model within a budget, from raw text to a model folder."""
+class TextOptions(RunOptions):
+    """A budget, and the text that it is spent on."""
 
     budget: str = "24h"
-    """Time or steps of the run: 24h, 90m, 300s or 200steps. Time covers compilation, the last evaluation and the save."""
+    """Time or steps of the run: 1d, 24h, 90m, 300s, 1d12h or 200steps. Time covers compilation, the last evaluation and the
+    save."""
     corpus: str = "auto"
     """demo, text:PATH[,PATH], hf:NAME[:CONFIG[:FIELD]]; auto takes the demo text for at most 40 passes, else a hub corpus."""
+    tokenizer: str = ""
+    """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
+    prepared: str = ""
+    """Folder that keeps prepared text for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(EndOptions, TextOptions):
+    """Pretrain a masked language model within a budget, from raw text to a model folder."""
+
     out: str = ""
     """Run folder; by default a new one under runs/."""
     resume: bool = False
@@ -54,21 +67,16 @@ class TrainOptions(RunOptions):
     distributed: str = ""
     """Train with several processes, on one machine or many that share their folders: auto (jax finds TPU pods, Slurm and
     Open MPI by itself) or HOST:PORT,INDEX,COUNT; give the same command to each, with --out."""
-    tokenizer: str = ""
-    """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
-    prepared: str = ""
-    """Folder that keeps prepared text for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
-    when_done: str = ""
-    """A shell command to run once when training has ended and all is saved (`sudo shutdown -h now`): well, with 0 in
-    $UFBERT_EXIT_CODE, or with an error, and its exit code there; not after a signal. Give it again with --resume: a command
-    that a run folder names is never run."""
     max_hours_wall: float = 0.0
     """A second, absolute stop: hours by the calendar since the run was first started, preparation and pauses included;
     0 for none."""
     price: float = 0.0
     """Price of an hour of this machine, in any currency, for the report."""
+    track: str = ""
+    """Trackers that get the metrics, too, comma-separated: tensorboard (files in tensorboard/ of the run folder), trackio (a
+    dashboard on this machine, without an account: `trackio show --project ufbert`). Each needs the extra of its name."""
     tensorboard: bool = False
-    """Also write TensorBoard files, to tensorboard/ of the run folder (needs the `tensorboard` extra)."""
+    """The same as --track tensorboard."""
     reference: str = ""
     """A finished run folder; a run that falls far behind its curve is warned about. By default the packaged curve of the
     preset, where there is one."""
@@ -81,12 +89,33 @@ class TrainOptions(RunOptions):
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a finite number, 0 or more."
                 )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(f"--track {name}: there is no such tracker; {near_miss(name, TRACKERS)}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers by name, each once."""
+        names = [name.strip() for name in self.track.split(",") if name.strip()]
+        return tuple(dict.fromkeys([*names, *(["tensorboard"] if self.tensorboard else [])]))
 
 
 FREE_ON_RESUME = (
-    "out", "resume", "device", "distributed", "prepared", "when_done", "max_hours_wall", "price", "tensorboard", "reference",
+    "out", "resume", "device", "distributed", "prepared", "when_done", "when_finished", "when_failed", "max_hours_wall",
+    "price", "track", "tensorboard", "reference",
 )  # fmt: skip
 """Options that say nothing about the numbers, so a resumed run may change them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(TextOptions):
+    """Prepare the text of a training run ahead, on a cheap machine: read, clean and tokenise the corpus and pack its rows. Give
+    the options that `train` will get, and in --device what it will run on; `train` then starts its clock at once."""
+
+    device: str = "auto"
+    """The device that will train, h100, h100-pcie, h200, a100, a100-40gb, rtx4090, a6000, 2080ti, tpu-v5e or cpu (a machine
+    like this one), which decides what --scale auto takes and how much text the budget reads; auto is what this machine has. For
+    any other, give --scale and --data.max-tokens to both commands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +124,7 @@ class PlanOptions(RunOptions):
     money. The training step is compiled, not run; for the device in this machine, a short run then checks the prediction."""
 
     budget: str = "24h"
-    """24h, 90m, 300s or 200steps."""
+    """1d, 24h, 90m, 300s, 1d12h or 200steps."""
     device: str = "auto"
     """h100, h100-pcie, h200, a100, a100-40gb, rtx4090, a6000, 2080ti, tpu-v5e, cpu (this machine's), or auto: what there is."""
     price: float = 0.0
@@ -115,5 +144,8 @@ class PlanOptions(RunOptions):
 @dataclass(frozen=True)
 class PresetsOptions:
     """List the presets: parameters as a masked language model, encoder FLOPs for one token of a row in training (forward
-    and backward, masked-LM head included) and in inference (forward, only what a token uses), feedforward neurons used of
-    those there in a layer, and what the preset is."""
+    and backward, masked-LM head included, by the tree backend of the device, as `ufbert plan` counts them) and in inference
+    (forward, only what a token uses), feedforward neurons used of those there in a layer, and what the preset is."""
+
+    device: str = "auto"
+    """The device whose tree backend counts: a name that `ufbert plan --device` takes, or auto, what there is."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert.config import RunConfig, TreeBackend
+from ufbert.cost.flops import train_flops_per_token
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
@@ -138,6 +139,11 @@ def planned_model(run: RunConfig, *, dtype: str, trees: TreeBackend) -> RunConfi
     dtype = dtype if run.model.dtype == "auto" else run.model.dtype
     trees = trees if run.model.tree_backend == "auto" else run.model.tree_backend
     return replace(run, model=replace(run.model, dtype=dtype, tree_backend=trees))
+
+
+def planned_flops(run: RunConfig) -> float:
+    """Count the operations of training, per token of a packed row, by the tree backend that `planned_model` has decided."""
+    return train_flops_per_token(run, masked_trees=run.model.tree_backend == "masked")
 
 
 def _state_shapes(run: RunConfig) -> Any:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ufbert.config import RunConfig
 from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
 from ufbert.cost.speeds import Speeds
-from ufbert.plan.counts import RunCounts
+from ufbert.plan.counts import RunCounts, planned_flops
 from ufbert.pretrain.budget import Budget, guessed_save_seconds
 from ufbert.pretrain.schedules import n_checkpoints, rows_per_step
 
@@ -92,7 +92,7 @@ def plan_run(
         tokens=rows * data.seq_len,
         tokens_per_second=rows * data.seq_len / max(seconds, 1e-9),
         rows_per_update=rows / max(updates, 1e-9),
-        flops_per_token=train_flops_per_token(run, masked_trees=masked_trees),
+        flops_per_token=planned_flops(run),
         counted_flops_per_token=count.flops / tokens,
         bytes_per_token=count.bytes / tokens,
         bound=_bound(speeds, micro[data.seq_len], count.bytes),

@@ -10,6 +10,7 @@ from ufbert.options.train import PlanOptions, with_run
 from ufbert.plan.check import check_run
 from ufbert.plan.counts import count_run, planned_model
 from ufbert.plan.estimate import ACCELERATOR_COMPILE_SECONDS, plan_run
+from ufbert.plan.prepare import plan_preparation
 from ufbert.plan.tables import plan_facts, show_plan
 from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import parse_budget
@@ -25,10 +26,14 @@ def plan(options: PlanOptions, given: Given) -> None:
         raise UserError(f"--json {options.json}: that folder does not exist.")
     target = start_target(options.device)
     resolved = resolve(options, given, budget, target.platform)
+    preparation = plan_preparation(options, given, resolved)
     options = replace(with_run(options, resolved.run), scale=resolved.scale)
     run = planned_model(resolved.run, dtype=target.dtype, trees=target.trees(resolved.run))
-    print(f"{options.config} at scale {options.scale} on {target.name}, {options.budget}")
+    model = run.model.architecture(run.model.tree_backend)
+    print(f"{options.config} at scale {options.scale} ({model}) on {target.name}, {options.budget}")
     print(f"  scale: {resolved.reason}", flush=True)
+    if resolved.caution:
+        print(f"  {resolved.caution}", flush=True)
 
     live = LiveLine(every=5.0)
     counts, check = count_run(run, live.show), None
@@ -48,7 +53,7 @@ def plan(options: PlanOptions, given: Given) -> None:
     run = with_batch(run, resolved.scale, tokens)
     estimate = plan_run(run, budget, counts, speeds, **backend)
     live.say("")
-    facts = plan_facts(options, run, budget, target, counts, speeds, estimate, check)
+    facts = plan_facts(options, run, budget, target, counts, speeds, estimate, preparation, check)
     show_plan(facts)
     if options.json:
         write_json(Path(options.json), facts)

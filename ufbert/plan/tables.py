@@ -11,13 +11,14 @@ from ufbert.options.train import PlanOptions
 from ufbert.plan.check import Check
 from ufbert.plan.counts import RunCounts
 from ufbert.plan.estimate import RunPlan, micro_batch_sizes
+from ufbert.plan.prepare import Preparation
 from ufbert.plan.target import Target
 from ufbert.pretrain.budget import Budget
 
 
 def plan_facts(
     options: PlanOptions, run: RunConfig, budget: Budget, target: Target, counts: RunCounts, speeds: Speeds, plan: RunPlan,
-    check: Check | None,
+    preparation: Preparation, check: Check | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
     hours = (budget.seconds or plan.seconds.total) / 3600
@@ -25,6 +26,7 @@ def plan_facts(
     return {
         "config": options.config,
         "scale": options.scale,
+        "architecture": run.model.architecture(),
         "device": target.name,
         "budget": options.budget,
         "backend": {"compiled_here": target.local, "dtype": run.model.dtype, "trees": run.model.tree_backend},
@@ -41,7 +43,9 @@ def plan_facts(
         "usable_memory": target.memory,
         "state_bytes": counts.state_bytes,
         "hours": hours,
+        "price": options.price or None,
         "money": hours * options.price if options.price else None,
+        "preparation": preparation._asdict(),
         "check": check and {**check._asdict(), "ratio": check.ratio, "within_25_percent": check.holds},
     }
 
@@ -54,6 +58,7 @@ def show_plan(facts: dict[str, Any]) -> None:
     console.print(_table("memory while training", _memory_rows(facts), "rows of a micro-batch"))
     for note in _notes(facts):
         console.print(f"- {note}")
+    console.print(_preparation_note(facts), soft_wrap=True)
     if facts["check"]:
         check = facts["check"]
         verdict = "agrees" if check["within_25_percent"] else "does NOT agree"
@@ -61,6 +66,17 @@ def show_plan(facts: dict[str, Any]) -> None:
             f"check on this machine: {check['predicted']:,.0f} tokens/s predicted, {check['measured']:,.0f} measured "
             f"({check['updates']} updates of {check['rows']} rows): ratio {check['ratio']:.2f}, {verdict} within 25 %"
         )
+
+
+def _preparation_note(facts: dict[str, Any]) -> str:
+    """Say what preparing the text ahead takes and saves."""
+    text = facts["preparation"]
+    minutes, size, most = text["seconds"] / 60, text["bytes"] / 1e9, text["tokens"] / 1e6
+    saved = f", up to {minutes / 60 * facts['price']:,.2f} saved" if facts["price"] else ""
+    return (
+        f"- text: `{text['command']}` on a cheap machine first: about {minutes:,.0f} min on a core (assumed) and "
+        f"{size:,.2f} GB for at most {most:,.0f} M tokens{saved}"
+    )
 
 
 def _table(title: str, rows: list[tuple[str, str, str]], first: str = "") -> Table:

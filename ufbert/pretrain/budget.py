@@ -25,7 +25,8 @@ from ufbert.errors import UserError
 from ufbert.runtime import console, distributed
 from ufbert.runtime.typed import read_lines
 
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+_NUMBER = r"(\d+(?:\.\d+)?)"
 MOST_SECONDS, MOST_STEPS = 1e9, 1e12
 """Largest budgets."""
 
@@ -39,21 +40,29 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse `24h`, `90m`, `300s` or `200steps`. Raises UserError for anything else, and for a budget of nothing."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|m|s|steps?)", text.strip())
-    if match is None:
+    """Parse `1d`, `24h`, `90m`, `300s`, `1d12h` (units from the largest down, of w, d, h, m, s) or `200steps`.
+
+    Raises UserError for anything else, and for a budget of nothing.
+    """
+    steps = re.fullmatch(rf"{_NUMBER}steps?", text.strip())
+    times = re.fullmatch("".join(rf"(?:{_NUMBER}{unit})?" for unit in _UNITS), text.strip())
+    if steps is not None:
+        amount = float(steps[1])
+    elif times is not None and any(times.groups()):
+        amount = sum(float(n or 0) * unit for n, unit in zip(times.groups(), _UNITS.values(), strict=True))
+    else:
         raise UserError(
-            f"{shown(text)} is not a budget; write hours, minutes, seconds or updates: 24h, 90m, 300s, 200steps."
+            f"{shown(text)} is not a budget; write weeks, days, hours, minutes, seconds or updates: 1w, 1d, 24h, 90m, 300s, "
+            "1d12h, 200steps."
         )
-    amount, unit = float(match[1]), match[2]
-    if amount * _UNITS.get(unit, 0.0) > MOST_SECONDS or amount > MOST_STEPS:
+    if amount > (MOST_SECONDS if steps is None else MOST_STEPS):
         raise UserError(
             f"A budget of {shown(text)} is too large; it may have {MOST_SECONDS:.0e} s or {MOST_STEPS:.0e} steps."
         )
     if amount <= 0:
         raise UserError(f"A budget of {text} trains nothing; give it at least a second or a step.")
-    if unit in _UNITS:
-        return Budget(seconds=amount * _UNITS[unit])
+    if steps is None:
+        return Budget(seconds=amount)
     if amount != int(amount):
         raise UserError(f"{text!r} is not a whole number of steps.")
     return Budget(steps=int(amount))

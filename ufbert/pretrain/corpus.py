@@ -7,7 +7,7 @@ from ufbert.data.cache import Located, finish, locate
 from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.prepared import PreparedData
 from ufbert.hub.vocabulary import read_for_training
-from ufbert.options.train import TrainOptions
+from ufbert.options.train import TextOptions, TrainOptions
 from ufbert.runtime.console import LiveLine
 
 MAX_DEMO_PASSES = 40
@@ -16,7 +16,7 @@ MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
 plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
 
 
-def choose_corpus(options: TrainOptions, tokens_planned: float) -> str:
+def choose_corpus(options: TextOptions, tokens_planned: float) -> str:
     if options.corpus != "auto":
         return options.corpus
     passes = tokens_planned / DEMO_TOKENS
@@ -40,7 +40,13 @@ def corpus_bound(tokens_planned: float) -> int:
     return min(bound, MAX_CORPUS_TOKENS)
 
 
-def locate_rows(options: TrainOptions, vocab_size: int = 0) -> Located:
+def with_text[Options: TextOptions](options: Options, tokens_planned: float) -> Options:
+    """Return `options` with the corpus, and how much of it is read, decided."""
+    bound = options.data.max_tokens or corpus_bound(tokens_planned)
+    return replace(options, corpus=choose_corpus(options, tokens_planned), data=replace(options.data, max_tokens=bound))
+
+
+def locate_rows(options: TextOptions, vocab_size: int = 0) -> Located:
     """The prepared data, or the corpus to prepare. Raises UserError if there is neither.
 
     `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.

@@ -4,7 +4,7 @@ Order of a session, all of it on the clock:
 1. Restore the newest good checkpoint, or initialise.
 2. Evaluate, which compiles the evaluation; the first step compiles the step.
 3. Until the clock is done or a signal comes, dispatch step n, then read the numbers of step n - 1. Evaluate and checkpoint when
-   their share of the budget comes.
+   their share of the budget comes, and draw the page.
 4. Evaluate for the last time.
 5. Write the model, the last checkpoint and the summary.
 """
@@ -68,6 +68,8 @@ class RunContext:
     """A curve to hold the run to."""
     open_writer: Callable[[int | None], Writer] = lambda _: Writer(())
     """Opens the metrics, dropping what came after the given step."""
+    refresh_page: Callable[[float, Callable[[str], None]], Any] = lambda fraction, say: None
+    """Draws the run's page at a share of the budget, unless that would cost too much."""
 
 
 @dataclass
@@ -166,6 +168,7 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
                 saves_done = int(fraction * n_saves)
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
                     _checkpoint(session)
+            session.context.refresh_page(fraction, session.reporter.live.say)
             last = time.monotonic()
 
         # Evaluations and saves have taken time, and said what the end will take: ask the clock again.
@@ -352,4 +355,5 @@ def _summary(session: _Session, loss: float, averaged: float | None) -> Summary:
         device=str(jax.devices()[0].device_kind),
         devices=len(session.layout.devices),
         processes=jax.process_count(),
+        architecture=run.model.architecture(),
     )

@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from ufbert import nn
 from ufbert.config import PretrainConfig, RunConfig, Scale, TreeBackend
-from ufbert.config.presets import load_preset, scaled, with_recipe
+from ufbert.config.presets import load_preset, preset_names, scaled, with_recipe
+from ufbert.cost.devices import device_of_kind
 from ufbert.cost.parts import local_speeds
-from ufbert.cost.scale import choose_scale
+from ufbert.cost.scale import ScaleChoice, choose_scale
 from ufbert.cost.speeds import Speeds
 from ufbert.errors import UserError
 from ufbert.options.given import Given, over
-from ufbert.options.train import FREE_ON_RESUME, RunOptions, TrainOptions, with_run
-from ufbert.pretrain.budget import Budget
+from ufbert.options.train import FREE_ON_RESUME, PlanOptions, RunOptions, TextOptions, TrainOptions, with_run
+from ufbert.pretrain.budget import Budget, parse_budget
 from ufbert.pretrain.schedules import final_batch_rows
 from ufbert.runtime.run_folder import read_run
 
@@ -37,7 +40,9 @@ class Platform(NamedTuple):
 def local_platform(name: str) -> Platform:
     """Return the device that jax runs on; `name` is its platform: cpu, gpu or tpu."""
     on_cpu = name == "cpu"
-    return Platform(on_cpu, not on_cpu, local_speeds, lambda run: nn.tree_backend(run.model, run.micro_tokens))
+    peaks = device_of_kind(jax.devices()[0].device_kind)
+    bfloat16 = peaks.dtype == "bfloat16" if peaks else not on_cpu
+    return Platform(on_cpu, bfloat16, local_speeds, lambda run: nn.tree_backend(run.model, run.micro_tokens))
 
 
 class Resolved(NamedTuple):
@@ -49,6 +54,8 @@ class Resolved(NamedTuple):
     """Why this scale."""
     tokens: float | None
     """Tokens that the budget is expected to buy; None where it counts steps."""
+    caution: str = ""
+    """A sentence on presets for which `auto` would take another scale."""
 
 
 def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platform) -> Resolved:
@@ -57,7 +64,7 @@ def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platfor
     Raises UserError for an unknown preset, and for a combination that contradicts itself.
     """
     preset = load_preset(options.config)
-    scale, reason, tokens = options.scale, "as asked", None
+    scale, reason, tokens, caution = options.scale, "as asked", None, ""
     if budget.steps is not None:
         if scale == "auto":
             scale = "tiny" if platform.on_cpu else "base"
@@ -65,17 +72,34 @@ def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platfor
     else:
         assert budget.seconds is not None
         backend = {name: value for name, value in given.items() if name == "model.tree_backend"}
-        choice = choose_scale(
-            preset,
-            scale,
-            budget.seconds,
-            platform.speeds(scaled(preset, TIMED_SCALE)),
-            trees=platform.trees(over(preset, backend)),
-            bfloat16=platform.bfloat16,
-        )
+        speeds, seconds = platform.speeds(scaled(preset, TIMED_SCALE)), budget.seconds
+
+        def choice_for(preset: RunConfig, scale: Scale) -> ScaleChoice:
+            trees = platform.trees(over(preset, backend))
+            return choose_scale(preset, scale, seconds, speeds, trees=trees, bfloat16=platform.bfloat16)
+
+        choice = choice_for(preset, scale)
+        if scale == "auto":
+            caution = _caution(preset, choice.scale, lambda other: choice_for(other, "auto").scale)
         scale, reason, tokens = choice.scale, choice.reason, choice.tokens
     run = over(with_recipe(scaled(preset, scale), options.recipe, scale), given)
-    return Resolved(run, scale, reason, tokens)
+    return Resolved(run, scale, reason, tokens, caution)
+
+
+def _caution(preset: RunConfig, scale: Scale, choice: Callable[[RunConfig], Scale]) -> str:
+    """Return a sentence that names the presets of the same size for which `auto` would take another scale than `scale`.
+
+    It rests on the speeds that were measured for `preset`.
+    """
+    others: dict[Scale, list[str]] = {}
+    for name in preset_names():
+        other = load_preset(name)
+        if other.model.d_model == preset.model.d_model and (theirs := choice(other)) != scale:
+            others.setdefault(theirs, []).append(name)
+    if not others:
+        return ""
+    choices = "; ".join(f"for {', '.join(names)} it would take {theirs}" for theirs, names in others.items())
+    return f"scale auto takes {scale} here; {choices}: give --scale to all runs whose losses you want to compare"
 
 
 def with_batch(run: RunConfig, scale: Scale, tokens: float | None) -> RunConfig:
@@ -89,6 +113,15 @@ def with_batch(run: RunConfig, scale: Scale, tokens: float | None) -> RunConfig:
     rows = tokens / run.data.seq_len if tokens is not None else (8192.0 * 500 if scale == "base" else 0.0)
     train: PretrainConfig = replace(run.train, batch_rows=final_batch_rows(rows, run.train.micro_rows))
     return replace(run, train=train)
+
+
+def decided[Options: TextOptions | PlanOptions](options: Options, resolved: Resolved) -> tuple[Options, float]:
+    """Return the options of a resolved run, and the tokens that it is planned to see."""
+    run = with_batch(resolved.run, resolved.scale, resolved.tokens)
+    tokens = resolved.tokens
+    if tokens is None:
+        tokens = float((parse_budget(options.budget).steps or 0) * run.train.batch_rows * run.data.seq_len)
+    return replace(with_run(options, run), scale=resolved.scale), tokens
 
 
 def stored_options(folder: Path) -> TrainOptions:
@@ -109,7 +142,8 @@ def resumed_options(given: Given, folder: Path) -> TrainOptions:
     for name, value in given.items():
         outer, _, inner = name.partition(".")
         before = getattr(getattr(stored, outer), inner) if inner else getattr(stored, outer)
-        if name not in FREE_ON_RESUME and before != value:
+        same = parse_budget(before) == parse_budget(value) if name == "budget" else before == value  # 1d is 24h
+        if name not in FREE_ON_RESUME and not same:
             raise UserError(f"{folder} was started with {name}={before}; it cannot be resumed with {name}={value}.")
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     return replace(stored, **{**free, "out": str(folder), "resume": True})

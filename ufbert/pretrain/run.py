@@ -3,14 +3,12 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform as host
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,31 @@ from ufbert import nn
 from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
-from ufbert.errors import Interrupted, UserError
+from ufbert.errors import UserError
 from ufbert.options.given import Given
-from ufbert.options.train import TrainOptions, with_run
+from ufbert.options.train import TrainOptions
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
-from ufbert.pretrain.corpus import choose_corpus, corpus_bound, fit_vocabulary, locate_rows, prepare_rows
+from ufbert.pretrain.corpus import fit_vocabulary, locate_rows, prepare_rows, with_text
 from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
-from ufbert.pretrain.resolve import Resolved, local_platform, resolve, resumed_options, stored_options, with_batch
+from ufbert.pretrain.resolve import decided, local_platform, resolve, resumed_options, stored_options
 from ufbert.report.run_report import write_report
+from ufbert.report.running_page import RunningPage
 from ufbert.runtime import STARTED, distributed
 from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
 from ufbert.runtime.device import use_device
-from ufbert.runtime.metrics import JsonlWriter, Sink, Spent, TensorBoardWriter, Writer
+from ufbert.runtime.last_command import last_commands
+from ufbert.runtime.metrics import (
+    JsonlWriter,
+    Sink,
+    Spent,
+    TensorBoardWriter,
+    TrackioWriter,
+    Writer,
+    check_trackers,
+)
 from ufbert.runtime.run_folder import (
+    COMMANDS,
     CONFIG_FILE,
     SUMMARY_FILE,
     WHEN_DONE_FILE,
@@ -43,6 +52,7 @@ from ufbert.runtime.run_folder import (
     write_run,
     write_when_done,
 )
+from ufbert.runtime.signals import WATCHER
 from ufbert.runtime.typed import read_lines
 
 
@@ -53,6 +63,7 @@ def pretrain(options: TrainOptions, given: Given, started: float = STARTED) -> d
     resumed pays from there. Raises UserError for what cannot be trained, and Interrupted when a signal has stopped the run.
     """
     parse_budget(options.budget)
+    check_trackers(options.trackers)
     if options.reference:
         reference_from_run(Path(options.reference))
     if options.resume and not options.out:
@@ -77,7 +88,7 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
             held.enter_context(claimed_new(folder))
         platform = platform or use_device(named.device)
         resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
-        options, tokens = _decided(named, resolved)
+        options, tokens = decided(named, resolved)
         if not named.out:
             if not Path("runs").exists():
                 held.callback(_remove_if_empty, Path("runs"))
@@ -85,6 +96,8 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
             held.enter_context(claimed_new(folder))
         print(_headline(options))
         print(f"  scale {options.scale}: {resolved.reason}")
+        if resolved.caution:
+            print(f"  {resolved.caution}")
         return _prepare_and_train(options, tokens, folder, started, held.close)
 
 
@@ -93,36 +106,26 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _decided(options: TrainOptions, resolved: Resolved) -> tuple[TrainOptions, float]:
-    """Return the options of a resolved run, and the tokens that it is planned to see."""
-    run = with_batch(resolved.run, resolved.scale, resolved.tokens)
-    tokens = resolved.tokens
-    if tokens is None:
-        tokens = float((parse_budget(options.budget).steps or 0) * run.train.batch_rows * run.data.seq_len)
-    return replace(with_run(options, run), scale=resolved.scale), tokens
-
-
 def _prepare_and_train(
     options: TrainOptions, tokens_planned: float, folder: Path, started: float, release: Callable[[], None]
 ) -> dict[str, Any]:
     """Prepare the text, start the clock and train, in a folder that this process has claimed until `release`."""
     started_at = time.time() - (time.monotonic() - started)
-    bound = options.data.max_tokens or corpus_bound(tokens_planned)
-    corpus = choose_corpus(options, tokens_planned)
-    options = replace(options, corpus=corpus, out=str(folder), data=replace(options.data, max_tokens=bound))
+    options = replace(with_text(options, tokens_planned), out=str(folder))
     located = locate_rows(options)
     write_run(folder, _run_file(options, started_at))
-    try:
-        data = prepare_rows(located, tokens_planned)
-    except UserError:
-        discard(folder)  # there is nothing in it to go on with
-        raise
-    options = fit_vocabulary(options, data)
-    write_run(folder, _run_file(options, started_at, data))
-    ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
-    distributed.together("prepared")
-    clock = _clock(options, ledger, None, started_at)
-    return _train(options, data, clock, ledger, peak, release)
+    with _ending(options, release):
+        try:
+            data = prepare_rows(located, tokens_planned)
+        except UserError:
+            discard(folder)  # there is nothing in it to go on with
+            raise
+        options = fit_vocabulary(options, data)
+        write_run(folder, _run_file(options, started_at, data))
+        ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
+        distributed.together("prepared")
+        clock = _clock(options, ledger, None, started_at)
+        return _train(options, data, clock, ledger, peak)
 
 
 def _follow(folder: Path, started: float) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def _follow(folder: Path, started: float) -> dict[str, Any]:
     distributed.together("prepared")
     options, ledger = replace(stored_options(folder), out=str(folder)), Ledger(folder / "ledger.jsonl")
     clock = _clock(options, ledger, started if ledger.sessions else None, read_run(folder).started_at)
-    return _train(options, data, clock, ledger, 0.0, lambda: None)
+    return _train(options, data, clock, ledger, 0.0)
 
 
 def _prepared(folder: Path) -> PreparedData | None:
@@ -150,6 +153,7 @@ def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
     A finished run only gets the report and the last command that a kill may have kept from it.
     """
     options = resumed_options(given, folder)
+    check_trackers(options.trackers)
     if options.distributed:
         use_device(options.device, options.distributed)
         if not distributed.is_main():
@@ -157,12 +161,13 @@ def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
     with ExitStack() as held:
         held.enter_context(claimed(folder))
         refuse_links(folder)
-        _name_unused_command(options, read_run(folder).when_done)
+        _name_unused_commands(options, read_run(folder))
         if (summary := _summary(folder)) is not None:
             return _finish_late(options, summary, held.close)
         if not options.distributed:
             use_device(options.device)
-        return _go_on(options, folder, started, held.close)
+        with _ending(options, held.close):
+            return _go_on(options, folder, started)
 
 
 def _summary(folder: Path) -> Summary | None:
@@ -179,16 +184,15 @@ def _summary(folder: Path) -> Summary | None:
 def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], None]) -> dict[str, Any]:
     """Write the report and run the last command of a finished run, if a kill has prevented them. Raises UserError if not."""
     folder = Path(options.out)
-    if not (folder / "report.html").is_file():
-        write_report(folder)
-    if options.when_done and not (folder / WHEN_DONE_FILE).is_file():
-        with _last_command(options, release):
+    write_report(folder)  # what a kill has left may be the page of a running run
+    if options.last_commands(0) and not (folder / WHEN_DONE_FILE).is_file():
+        with _ending(options, release):
             return summary.to_json()
     raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
 
 
-def _go_on(options: TrainOptions, folder: Path, started: float, release: Callable[[], None]) -> dict[str, Any]:
-    """Restore the text and the clock of a run and train on, in a folder that this process has claimed until `release`."""
+def _go_on(options: TrainOptions, folder: Path, started: float) -> dict[str, Any]:
+    """Restore the text and the clock of a run and train on, in a folder that this process has claimed."""
     ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
     print(_headline(options))
@@ -200,19 +204,17 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
                 f"The text prepared for {folder} is gone and {options.corpus} now gives other rows; start a new run."
             )
     options = fit_vocabulary(options, data)
-    kept = replace(options, when_done=options.when_done or before.when_done)
+    kept = replace(options, **{name: getattr(options, name) or getattr(before, name) for name in COMMANDS})
     write_run(folder, _run_file(kept, before.started_at, data))
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
     peak = device_peak()[0]
     distributed.together("prepared")
-    return _train(options, data, clock, ledger, peak, release)
+    return _train(options, data, clock, ledger, peak)
 
 
-def _train(
-    options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float, release: Callable[[], None]
-) -> dict[str, Any]:
+def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledger, peak: float) -> dict[str, Any]:
     folder = Path(options.out)
     context = RunContext(
         run=options.run,
@@ -224,27 +226,31 @@ def _train(
         identity=_identity(options, data),
         peak_flops=peak,
         reference=_reference(options),
-        open_writer=(lambda step: _open_writer(options, step)) if distributed.is_main() else lambda _: Writer(()),
     )
     if not distributed.is_main():
         return train(context).to_json()
+    page = RunningPage(folder)
+    context = replace(context, open_writer=lambda step: _open_writer(options, step), refresh_page=page.refresh)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
     print(f"the clock starts: {options.budget} for {passes}", flush=True)
-    with _last_command(options, release):
-        ledger.start(clock)
-        try:
-            summary = train(context)
-        finally:
-            ledger.close()
-        report = write_report(folder)
-        print(
-            f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
-            f"so the model gains {summary.gain_over_unigram:.3f}\n"
-            f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent"
-            f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
-            f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
-        )
-        return summary.to_json()
+    ledger.start(clock)
+    try:
+        summary = train(context)
+    except Exception as error:
+        with WATCHER.waiting(), suppress(UserError):
+            write_report(folder, str(error) or type(error).__name__)
+        raise
+    finally:
+        ledger.close()
+    report = write_report(folder)
+    print(
+        f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
+        f"so the model gains {summary.gain_over_unigram:.3f}\n"
+        f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent"
+        f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
+        f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
+    )
+    return summary.to_json()
 
 
 def _make_good(ledger: Ledger, folder: Path) -> None:
@@ -256,42 +262,20 @@ def _make_good(ledger: Ledger, folder: Path) -> None:
         ledger.charge(lost)
 
 
-def _name_unused_command(options: TrainOptions, stored: str) -> None:
-    """Print the last command that a run folder names. A folder may come from anywhere, so its command is never run."""
-    if stored and not options.when_done:
-        print(f"not run at the end: the stored --when-done {stored!r}; give the option again to have a command run")
+def _name_unused_commands(options: TrainOptions, stored: RunFile) -> None:
+    """Print the last commands that a run folder names. A folder may come from anywhere, so its commands are never run."""
+    for name in COMMANDS:
+        if getattr(stored, name) and not getattr(options, name):
+            command = f"--{name.replace('_', '-')} {getattr(stored, name)!r}"
+            print(f"not run at the end: the stored {command}; give the option again to have a command run")
 
 
-@contextmanager
-def _last_command(options: TrainOptions, release: Callable[[], None]) -> Generator[None]:
-    """Run the user's last command, once, when the block has ended, well or with an error, and not if it was interrupted.
-
-    The run folder is released first. Raises UserError if the run ended well and the command did not.
-    """
+def _ending(options: TrainOptions, release: Callable[[], None]) -> AbstractContextManager[None]:
+    """Run the user's last commands when the block has ended; of a run that has ended well, only once."""
     folder = Path(options.out)
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt, BrokenPipeError):
-        raise
-    except Exception as error:
-        release()
-        if options.when_done:
-            print(f"the run failed: {error}", file=sys.stderr, flush=True)
-            _run_command(options.when_done, 2 if isinstance(error, UserError | OSError) else 1)
-        raise
-    if not options.when_done:
-        return
-    write_when_done(folder, options.when_done, time.time())  # it may end this process
-    release()
-    code = _run_command(options.when_done, 0)
-    if code:
-        raise UserError(f"The run is saved in {folder}, but `{options.when_done}` ended with status {code}.")
-
-
-def _run_command(command: str, exit_code: int) -> int:
-    """Run a shell command that finds the status of the run in UFBERT_EXIT_CODE, and return its own."""
-    print(f"when done: {command}", flush=True)
-    return subprocess.run(command, shell=True, env={**os.environ, "UFBERT_EXIT_CODE": str(exit_code)}).returncode
+    return last_commands(
+        options.last_commands, folder, release, lambda commands: write_when_done(folder, commands, time.time())
+    )
 
 
 def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started_at: float) -> Clock:
@@ -328,8 +312,11 @@ def _reference(options: TrainOptions) -> Reference | None:
 def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer:
     folder = Path(options.out)
     sinks: list[Sink] = [JsonlWriter(folder / "metrics.jsonl", keep_through_step)]
-    if options.tensorboard:
+    if "tensorboard" in options.trackers:
         sinks.append(TensorBoardWriter(folder / "tensorboard"))
+    if "trackio" in options.trackers:
+        started = datetime.fromtimestamp(read_run(folder).started_at, UTC)  # tells apart folders of one name
+        sinks.append(TrackioWriter(f"{folder.name} {started:%Y-%m-%d %H:%M:%S}", keep_through_step is not None))
     return Writer(sinks)
 
 
@@ -339,17 +326,8 @@ def _stem(options: TrainOptions) -> str:
 
 def _headline(options: TrainOptions) -> str:
     model = options.model
-    mixers, kinds = (list(dict.fromkeys(layer[part] for layer in model.layers)) for part in (0, 1))
-    tree = (
-        f" {model.n_trees}x{model.tree_depth} ({nn.tree_backend(model, options.run.micro_tokens)})"
-        if "tree" in kinds
-        else ""
-    )
-    mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
-    return (
-        f"{options.config}: {model.n_layers} layers x {model.d_model}, {mixing}{'+'.join(kinds)}{tree} feedforward, "
-        f"{nn.count_params(model):,} parameters"
-    )
+    backend = nn.tree_backend(model, options.run.micro_tokens) if "tree" in model.feedforward else ""
+    return f"{options.config}: {model.architecture(backend)}, {nn.count_params(model):,} parameters"
 
 
 def _run_file(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> RunFile:

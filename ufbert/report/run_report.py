@@ -2,27 +2,33 @@
 
 import html
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ufbert.report.page import facts, grid, number, page, svg
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord
-from ufbert.runtime.run_folder import Summary, read_run, read_summary
+from ufbert.runtime.run_folder import SUMMARY_FILE, read_run, read_summary
 from ufbert.runtime.typed import read_lines
 
 
-def write_report(folder: Path) -> Path:
-    """Draw the curves of a run folder into `report.html` and return its path."""
-    config, summary, metrics = read_run(folder), read_summary(folder), folder / "metrics.jsonl"
+def write_report(folder: Path, ending: str = "") -> Path:
+    """Draw the curves of a run folder into `report.html`, whole or not at all, and return its path.
+
+    A run without a summary is running, or has ended with `ending`, a sentence. Raises UserError if the disk refuses.
+    """
+    config, metrics = read_run(folder), folder / "metrics.jsonl"
+    summary = read_summary(folder) if (folder / SUMMARY_FILE).exists() and not ending else None
     steps = [step for step in read_lines(metrics, StepRecord) if not step.skipped]
     evals = list(read_lines(metrics, EvaluationRecord))
     events = [r for r in read_lines(metrics, dict[str, str | float | None]) if "event" in r]
-    pictures = [_loss_picture(steps, evals, summary), _speed_picture(steps)] if steps else []
-    price, hours = config.price, summary.spent_seconds / 3600
-    bill = f"{hours:,.2f} hours of the budget at {price:,.2f} an hour, {hours * price:,.2f} in all"
-    cost = f"<p>Cost: {bill}.</p>" if price else ""
-    body = f"""{facts(_in_units(summary.to_json()))}
+    spent = max([summary.spent_seconds] if summary else [r.spent for r in (*steps[-1:], *evals[-1:])], default=0.0)
+    unigram = summary.unigram_loss if summary else None
+    pictures = [_loss_picture(steps, evals, unigram), _speed_picture(steps)] if steps else []
+    bill = f"{spent / 3600:,.2f} hours of the budget at {config.price:,.2f} an hour, {spent / 3600 * config.price:,.2f} in all"
+    cost = f"<p>Cost: {bill}.</p>" if config.price else ""
+    body = f"""{facts(_in_units(summary.to_json())) if summary else _standing(steps, evals, spent, ending)}
 {cost}
 {"".join(pictures)}
 {_events(events)}
@@ -31,8 +37,20 @@ def write_report(folder: Path) -> Path:
 <h2>Environment</h2>{facts(config.environment)}
 <h2>Configuration</h2><pre>{html.escape(to_json_text(asdict(config), indent=2))}</pre>"""
     path = folder / "report.html"
-    write_text(path, page(f"{config.config} at scale {config.scale}, {config.budget}", body))
+    title = f"{config.config} at scale {config.scale}, {config.budget}: {config.run.model.architecture()}"
+    write_text(path, page(title, body))
     return path
+
+
+def _standing(steps: list[StepRecord], evals: list[EvaluationRecord], spent: float, ending: str) -> str:
+    """Write the state of a run that has no summary (yet)."""
+    last = max((r.step for r in (*steps[-1:], *evals[-1:])), default=0)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    state = ending or f"running, as of step {last:,}"
+    values: dict[str, Any] = {"state": state, "drawn": now, "spent seconds": spent}
+    if evals:
+        values |= {"held-out loss": evals[-1].heldout_loss, "tokens": evals[-1].tokens}
+    return facts(values)
 
 
 def _in_units(summary: dict[str, Any]) -> dict[str, Any]:
@@ -100,13 +118,14 @@ def _thin(values: list[Any], most: int = 2000) -> list[Any]:
     return values[:: max(1, len(values) // most)]
 
 
-def _loss_picture(steps: list[StepRecord], evals: list[EvaluationRecord], summary: Summary) -> str:
+def _loss_picture(steps: list[StepRecord], evals: list[EvaluationRecord], unigram_loss: float | None) -> str:
     (axis,) = _axes(1)
     spent, smooth = [r.spent for r in steps], _smoothed([r.loss for r in steps])
     axis.plot(_thin(spent), _thin(smooth), color="tab:blue", lw=1, label="training (smoothed)")
     heldout = [r.heldout_loss for r in evals]
     axis.plot([r.spent for r in evals], heldout, "o-", color="tab:orange", label="held-out")
-    axis.axhline(summary.unigram_loss, color="gray", ls="--", lw=1, label="word frequency alone")
+    if unigram_loss is not None:
+        axis.axhline(unigram_loss, color="gray", ls="--", lw=1, label="word frequency alone")
     axis.set_ylabel("masked-LM loss, nats")
     axis.legend(frameon=False)
     return svg(axis.figure)

@@ -1,14 +1,17 @@
-"""Metrics of a run: a JSONL file always, TensorBoard on request."""
+"""Metrics of a run: a JSONL file always, TensorBoard and Trackio on request."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import importlib
+import io
+import os
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 from msgspec import Meta
 
-from ufbert.errors import UserError
+from ufbert.errors import UserError, first_line
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.typed import Count, read_lines
 
@@ -136,25 +139,85 @@ class JsonlWriter:
             self._file.close()
 
 
+TRACKERS = {"tensorboard": "tensorboardX", "trackio": "trackio"}
+"""The package of each tracker. Its extra has the tracker's name."""
+TRACKIO_PROJECT = "ufbert"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Import the packages of trackers. Raises UserError for one that is missing or broken."""
+    for name in names:
+        try:
+            importlib.import_module(TRACKERS[name])
+        except ImportError as error:
+            package, why = TRACKERS[name], first_line(error)
+            raise UserError(
+                f"--track {name} needs the package {package}: `uv sync --extra {name}` or `pip install {package}` ({why})."
+            ) from error
+
+
 class TensorBoardWriter:
-    """Writes every number to `folder` as a TensorBoard scalar over steps. Raises UserError if tensorboardX is missing."""
+    """Writes every number to `folder` as a TensorBoard scalar over steps."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "--tensorboard needs the package tensorboardX: `uv sync --extra tensorboard` or `pip install tensorboardX`."
-            ) from error
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        scope = "heldout" if "heldout_loss" in record else "train"
-        for name, value in _scalars(record):
-            self._writer.add_scalar(f"{scope}/{name}", value, record.get("step", 0))
+        for name, value in _scoped(record).items():
+            self._writer.add_scalar(name, value, record.get("step", 0))
 
     def close(self) -> None:
         self._writer.close()
+
+
+class TrackioWriter:
+    """Writes every number to Trackio's database on this machine, as a run of the project `ufbert` over steps.
+
+    A run of this `name` that is there goes on if `resumed`. Nothing leaves the machine: no Space, server, webhook or account
+    that the environment names is used, and nothing about the hardware is recorded.
+    """
+
+    def __init__(self, name: str, resumed: bool) -> None:
+        import trackio
+
+        resume = "allow" if resumed else "never"
+        with _no_network(), contextlib.redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                TRACKIO_PROJECT, name, resume=resume, embed=False, auto_log_gpu=False, auto_log_cpu=False
+            )
+
+    def write(self, record: Record) -> None:
+        if values := _scoped(record):
+            self._run.log(values, step=int(record.get("step", 0)))
+
+    def close(self) -> None:
+        import trackio
+
+        with _no_network(), contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()
+
+
+@contextlib.contextmanager
+def _no_network() -> Generator[None]:
+    """Hide from Trackio the places that it would send to, and keep it from asking the hub whose token this is."""
+    import huggingface_hub.constants as hub
+
+    places = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL", "TRACKIO_BUCKET_ID")
+    hidden = {name: os.environ.pop(name) for name in places if name in os.environ}
+    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+        os.environ.update(hidden)
+
+
+def _scoped(record: Record) -> dict[str, float]:
+    """Return the numbers of a record by names such as `train/loss`, without the step."""
+    scope = "heldout" if "heldout_loss" in record else "train"
+    return {f"{scope}/{name}": value for name, value in _scalars(record)}
 
 
 def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:

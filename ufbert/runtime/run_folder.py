@@ -14,6 +14,8 @@ from ufbert.runtime.typed import Count, decode, read_typed, read_whole
 FORMAT, FORMAT_VERSION = "ufbert-run", 1
 """A folder of a newer format is refused."""
 CONFIG_FILE, SUMMARY_FILE, WHEN_DONE_FILE = "config.json", "summary.json", "when_done.json"
+COMMANDS = ("when_done", "when_finished", "when_failed")
+"""Options that are commands to run at the end of a run."""
 
 Number = Annotated[float, Meta(ge=0, le=1e15)]
 """Seconds, money or a rate."""
@@ -55,8 +57,11 @@ class RunFile:
     tensorboard: bool = False
     reference: str = ""
     out: str = ""
+    track: str = ""
     when_done: str = ""
-    """The command that was to be run at the end. Folders are handed around, so it never is."""
+    """A command that was to be run at the end, as are the next two. Folders are handed around, so none ever is."""
+    when_finished: str = ""
+    when_failed: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     """Versions of Python and the libraries, and the machine."""
     format: str = FORMAT
@@ -64,8 +69,8 @@ class RunFile:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields that are options of `train`, by name, but for the command to run at the end."""
-        others = ("run", "started_at", "prepared_data", "environment", "format", "format_version", "when_done")
+        """The fields that are options of `train`, by name, but for the commands to run at the end."""
+        others = ("run", "started_at", "prepared_data", "environment", "format", "format_version", *COMMANDS)
         return {name: value for name, value in vars(self).items() if name not in others}
 
 
@@ -124,6 +129,8 @@ class Summary:
     device: str = ""
     devices: Count = 1
     processes: Count = 1
+    architecture: str = ""
+    """The model as it was trained, at its scale."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the values by name, without the losses of an average that there is none of."""
@@ -143,12 +150,13 @@ def read_summary(folder: Path) -> Summary:
 
 @dataclass(frozen=True)
 class WhenDone:
-    """when_done.json: the last command of a run has been started, and when (seconds since 1970)."""
+    """when_done.json: the last commands of a run are started, and when (seconds since 1970)."""
 
     command: str
+    """One a line."""
     at: float
 
 
 def write_when_done(folder: Path, command: str, at: float) -> None:
-    """Note that the last command of a run is started. Raises UserError if the disk refuses."""
+    """Note that the last commands of a run are started. Raises UserError if the disk refuses."""
     write_json(folder / WHEN_DONE_FILE, asdict(WhenDone(command, at)))

@@ -12,7 +12,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -39,6 +39,8 @@ class Watcher:
         """True while there is work that a stop must wait for until it is saved."""
         self.note: Callable[[int, Any], None] | None = None
         """Set by a run: records a request to stop instead of ending the process."""
+        self.at_end: Callable[[int], Any] | None = None
+        """Set by a run: called with the exit status before a process that a library holds up is ended."""
         self._reader: socket.socket | None = None
         self._writer: socket.socket | None = None
         self._first: int | None = None
@@ -60,6 +62,15 @@ class Watcher:
         """Forget a request to stop, because the work has ended by itself."""
         self._first = None
 
+    @contextlib.contextmanager
+    def waiting(self) -> Generator[None]:
+        """Let a stop wait while the block runs."""
+        before, self.unsaved = self.unsaved, True
+        try:
+            yield
+        finally:
+            self.unsaved = before
+
     def _listen(self, reader: socket.socket) -> None:
         waiting_since, console = time.monotonic(), _poll_of_pipe(1)
         while True:
@@ -74,6 +85,8 @@ class Watcher:
             if self._first is None or self.unsaved:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > GRACE:
+                if self.at_end is not None:
+                    self.at_end(128 + self._first)
                 leave(128 + self._first, f"{signal.Signals(self._first).name}: stopped, with nothing to save")
 
 
