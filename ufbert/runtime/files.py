@@ -127,7 +127,8 @@ def _lock(descriptor: int, options: int = 0) -> bool:
 def publish(scratch: Path, final: Path, replace: bool = False) -> None:
     """Rename a finished private folder to `final`, so that not even a power cut leaves a part of it there.
 
-    Its files become readable as the umask says, whatever the library that wrote them makes of that. An existing folder at `final` is replaced if `replace` says so. Otherwise it stays, as another process was first.
+    Its files become readable as the umask says, whatever the library that wrote them makes of that. An existing folder at
+    `final` is replaced if `replace` says so. Otherwise it stays, as another process was first.
     """
     asked = scratch.stat().st_mode & 0o666  # `private_folder` made it under the umask
     for path in scratch.iterdir():
