@@ -106,7 +106,11 @@ def _flaw(path: Path) -> str:
 
 def _make(folder: Path, key: str) -> Path:
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process that compiles the CPU kernels", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if path := _undamaged(folder, key):  # compiled by another process while this one waited for the lock
             return path
         damaged = sorted(folder.glob(f"{key}-*.so"))
@@ -128,8 +132,8 @@ def _make(folder: Path, key: str) -> Path:
 
 def _compile_visibly(target: Path, command: str) -> None:
     """Compile the kernels, and say on standard error how far that is."""
-    began, about = time.monotonic(), max(1, round(CPU_SECONDS / min(cores(), 4)))
-    line = f"compiling the CPU kernels, once on this machine (about {about} s)"
+    began, least = time.monotonic(), max(1, round(CPU_SECONDS / min(cores(), 4)))
+    line = f"compiling the CPU kernels, once on this machine ({least} s or more)"
     terminal = sys.stderr.isatty()
     print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
