@@ -10,8 +10,8 @@ from conftest import gradients_close
 
 from ufbert import nn
 from ufbert.config import ModelConfig
-from ufbert.hub import crammed
 from ufbert.hub.folder import flat_shapes, flatten, unflatten
+from ufbert.hub.foreign import crammed
 from ufbert.hub.layout import split_all, to_ours
 from ufbert.ops.losses import cross_entropy
 

@@ -53,7 +53,10 @@ def _model(config: RunConfig | ModelConfig) -> ModelConfig:
 
 
 def load(folder: str | Path) -> "ModelFolder":
-    """Load a model folder: its `.config`, `.params`, `.tokenizer` and, if fine-tuned, `.task`. Raises UserError."""
+    """Load a model folder, or `hf:OWNER/NAME` of the Hugging Face hub.
+
+    It has `.config`, `.params`, `.tokenizer` and, if fine-tuned, `.task`. Raises UserError.
+    """
     from ufbert.hub.folder import load_model
 
     return load_model(folder)

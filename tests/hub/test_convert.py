@@ -16,9 +16,9 @@ from ufbert.cli import call
 from ufbert.config import ModelConfig
 from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
-from ufbert.hub import crammed
 from ufbert.hub.convert import export_model, import_weights, read_checkpoint, with_tokenizer
 from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_model, save_model
+from ufbert.hub.foreign import crammed
 from ufbert.hub.formats import FORMATS, configuration
 from ufbert.hub.layout import expected_shapes
 from ufbert.hub.tokenizer_settings import TokenizerConfig

@@ -11,10 +11,10 @@ import pytest
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from ufbert.config.checks import check_kinds
 from ufbert.errors import UserError
-from ufbert.hub import crammed
 from ufbert.hub.convert import import_weights
 from ufbert.hub.fields import COMMON_USED, read_answers, read_fields, unread
 from ufbert.hub.folder import TaskInfo
+from ufbert.hub.foreign import crammed
 from ufbert.hub.formats import FORMATS, Format, configuration
 from ufbert.runtime.typed import convert
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ufbert.ops.native import build
+from ufbert.ops.native import build, compiler
 
 HERE = Path(__file__).parent
 
@@ -36,9 +36,10 @@ def main() -> int:
         program = given.program or Path(scratch) / "native_fuzz"
         if not given.program:
             source, library = str(HERE / "native_fuzz.cpp"), str(build.library())
-            link = [command, "-std=c++17", "-O2", f"-I{build.SOURCES}", source, library, "-pthread", "-o", str(program)]
+            headers = f"-I{compiler.SOURCES}"
+            link = [command, "-std=c++17", "-O2", headers, source, library, "-pthread", "-o", str(program)]
             subprocess.run(link, check=True)
-        for name in build.INSTRUCTION_SETS:
+        for name in compiler.INSTRUCTION_SETS:
             os.environ["UFBERT_ISA"] = name
             if not kernels.ufbert_isa():
                 print(f"{name}: this processor lacks it", flush=True)

@@ -12,7 +12,7 @@ import pytest
 
 from ufbert.ops import fff, leaf_fff, native
 from ufbert.ops.dense import ACTIVATIONS
-from ufbert.ops.native import build
+from ufbert.ops.native import build, compiler
 
 try:
     COMPILER = build.compiler()
@@ -48,7 +48,7 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def build_fuzzer(program: Path, *link: str) -> Path:
     """The fuzzer, with these libraries and flags."""
-    make = [COMPILER, "-std=c++17", "-O2", f"-I{build.SOURCES}", str(HERE / "native_fuzz.cpp"), *link, "-pthread"]
+    make = [COMPILER, "-std=c++17", "-O2", f"-I{compiler.SOURCES}", str(HERE / "native_fuzz.cpp"), *link, "-pthread"]
     made = subprocess.run([*make, "-o", str(program)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return program
@@ -93,7 +93,7 @@ def test_the_long_fuzzer_runs_every_instruction_set_by_itself(fuzzer):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == list(build.INSTRUCTION_SETS)
+    assert [line.split(":")[0] for line in lines] == list(compiler.INSTRUCTION_SETS)
     assert all("40 calls, 0 mismatches" in line or "this processor lacks it" in line for line in lines), lines
     assert "40 calls, 0 mismatches (seed 1, 1 instruction sets)" in lines[0]
 

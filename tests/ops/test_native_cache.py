@@ -1,18 +1,25 @@
-"""Compiling the native kernels, and what may be wrong with the compiler, the environment, and those in the cache."""
+"""Where the native kernels come from (a wheel, the cache, the compiler), and what may be wrong with each."""
 
+import fcntl
+import io
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import ZipFile
 
 import jax
 import jax.numpy as jnp
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 from ufbert.ops import native
-from ufbert.ops.native import build
+from ufbert.ops.native import build, compiler
 
 try:
     COMPILER = build.compiler()
@@ -50,20 +57,19 @@ def test_an_unknown_instruction_set_is_a_reason(monkeypatch):
 
 
 def test_no_compiler_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CXX", "nonexistent")
+    without_compiler(monkeypatch)
     monkeypatch.setenv("UFBERT_CACHE", str(tmp_path))
     assert "no C++ compiler" in reason()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_compiler_is_a_reason(monkeypatch, tmp_path):
-    compiler = tmp_path / "broken"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\necho "error: no" >&2; exit 1\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\necho "error: no" >&2; exit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("UFBERT_CACHE", str(tmp_path / "cache"))
-    assert reason().startswith(f"{compiler} does not compile ")
+    assert reason().startswith(f"{broken} does not compile ")
     assert [p.name for p in (tmp_path / "cache" / "native").iterdir()] == [".lock"]
 
 
@@ -74,24 +80,40 @@ def test_a_folder_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
 
 
 def test_two_processes_build_one_library(tmp_path):
-    compiler, log = tmp_path / "compiler", tmp_path / "log"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {COMPILER} "$@" -O0\n')
-    compiler.chmod(0o755)
+    logging, log = tmp_path / "logging", tmp_path / "log"
+    logging.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {COMPILER} "$@" -O0\n')
+    logging.chmod(0o755)
     cache = tmp_path / "cache"
     script = (
         "import jax.numpy as jnp; from ufbert.ops import native; one = jnp.ones((1, 1, 4)); "
         "print(native.tree_forward(one[0], one, one[0, :, :1], one, activation='relu')[0, 0])"
     )
-    env = {**os.environ, "PYTHONPATH": str(REPO), "CXX": str(compiler), "UFBERT_CACHE": str(cache)}
+    env = {**os.environ, "PYTHONPATH": str(REPO), "CXX": str(logging), "UFBERT_CACHE": str(cache)}
     command = [sys.executable, "-c", script]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in "ab"]
     said = [process.communicate() for process in both]
     assert [out.split() for out, _ in said] == [["5.0"], ["5.0"]], said
     assert sorted(p.suffix for p in (cache / "native").iterdir()) == ["", ".so"]
-    assert log.read_text().count("encoder.cpp -DUFBERT_ISA") == len(build.INSTRUCTION_SETS)
+    assert log.read_text().count("encoder.cpp -DUFBERT_ISA") == len(compiler.INSTRUCTION_SETS)
+
+
+def test_parts_are_linked_from_the_smallest_instruction_set_up(tmp_path):
+    # The linker keeps the first copy of what several parts have: it must run where the later ones do not.
+    (tmp_path / "log").write_text("")
+    (tmp_path / "compiler").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\n')
+    (tmp_path / "compiler").chmod(0o755)
+    build.compile_to(tmp_path / "kernels.so", str(tmp_path / "compiler"))
+    *_, link = (tmp_path / "log").read_text().splitlines()
+    parts = [Path(word).stem.split("-")[0] for word in link.split() if word.endswith(".o")]
+    assert list(dict.fromkeys(parts)) == ["bindings", *compiler.INSTRUCTION_SETS]
 
 
 # ---- the cache ----
+
+
+def without_compiler(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "nonexistent")
 
 
 class Copier:
@@ -169,13 +191,14 @@ def test_kernels_that_four_threads_find_spoilt_are_compiled_once(copier):
     assert copier.count() == 2
 
 
-def test_a_folder_made_under_a_loose_mask_is_closed_to_others(copier):
-    before = os.umask(0o000)
+@pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o755), (0o022, 0o755), (0o027, 0o750)])
+def test_kernels_have_the_mode_of_the_mask_but_are_written_by_nobody_else(mask, mode, copier):
+    before = os.umask(mask)
     try:
         path = build.library()
     finally:
         os.umask(before)
-    assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [0o755, 0o755]
+    assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [mode, mode]
     path.parent.chmod(0o777)
     assert build.library() == path
     assert path.parent.stat().st_mode & 0o777 == 0o755
@@ -217,3 +240,128 @@ def test_a_folder_of_another_user_is_left_for_one_beside_it(copier, monkeypatch)
     assert before.is_file()
     theirs.append(path.parent)
     assert reason().startswith(f"{before.parent} is another user's, or others may write there")
+
+
+def test_kernels_in_the_cache_need_no_compiler(copier, monkeypatch, capfd):
+    path = build.library()
+    without_compiler(monkeypatch)
+    capfd.readouterr()
+    assert build.library() == path
+    assert build.load().ufbert_isa()
+    assert capfd.readouterr().err == ""
+
+
+def test_spoilt_kernels_without_a_compiler_are_a_reason(copier, monkeypatch):
+    path = build.library()
+    flip(path)
+    without_compiler(monkeypatch)
+    assert reason().startswith(f"{path} is not as it was made, and there is no C++ compiler (")
+    assert path.exists()
+
+
+def test_kernels_of_another_source_or_c_library_are_not_taken(copier, monkeypatch):
+    paths = [build.library()]
+    monkeypatch.setattr(build.os, "confstr", lambda name: "glibc 2.99")
+    paths.append(build.library())
+    monkeypatch.setattr(compiler, "FLAGS", ("-O1",))
+    paths.append(build.library())
+    assert len(set(paths)) == copier.count() == 3
+
+
+def test_a_terminal_sees_how_far_compiling_is(copier, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    build.library()
+    progress, after, end = stream.getvalue().split("\n")
+    parts = 2 * len(compiler.INSTRUCTION_SETS)
+    begin = r"compiling the CPU kernels, once on this machine \(\d+ s or more\)"
+    lines = progress.split("\r")
+    assert [re.sub(begin, "", line) for line in lines] == [
+        "",
+        *(f": {n} of {parts} parts" for n in range(1, parts + 1)),
+    ]
+    assert max(map(len, lines)) < 80
+    assert (re.sub(r"\d+", "N", after), end) == ("the CPU kernels are compiled (N s)", "")
+
+
+def test_a_process_that_waits_for_another_says_so(copier, monkeypatch):
+    path, stream = build.library(), io.StringIO()
+    flip(path)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with (path.parent / ".lock").open("w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(build.library)
+        while not stream.getvalue() and not waiting.done():
+            time.sleep(0.01)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result() == path
+    assert stream.getvalue().startswith("waiting for another process that compiles the CPU kernels\n")
+
+
+# ---- a wheel ----
+
+
+def wheel(folder: Path) -> Path:
+    """A wheel of this checkout, built by its own hook with the compiler that the environment names."""
+    return Path(next(WheelBuilder(str(REPO)).build(directory=str(folder), versions=["standard"])))
+
+
+def shipped(path: Path, folder: Path) -> list[Path]:
+    """The compiled kernels in a wheel, unpacked."""
+    with ZipFile(path) as archive:
+        archive.extractall(folder)
+    return list(folder.rglob("*.so"))
+
+
+SHIPS = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="wheels carry kernels for Linux on x86-64 only"
+)
+
+
+@SHIPS
+def test_a_wheel_brings_kernels_that_need_no_compiler(copier, made, monkeypatch, tmp_path):
+    path = wheel(tmp_path / "dist")
+    assert re.search(r"-py3-none-manylinux_2_\d+_x86_64\.whl$", path.name)
+    [library] = shipped(path, tmp_path / "site")
+    assert library.read_bytes() == made.read_bytes()
+    monkeypatch.setattr(build, "SHIPPED", library.parent)
+    without_compiler(monkeypatch)
+    assert build.library() == library
+    assert build.load().ufbert_isa()
+    assert not copier.cache.exists()
+
+
+@SHIPS
+def test_a_wheel_s_kernels_that_are_spoilt_or_of_another_source_are_left(copier, monkeypatch, tmp_path, capfd):
+    [library] = shipped(wheel(tmp_path / "dist"), tmp_path / "site")
+    monkeypatch.setattr(build, "SHIPPED", library.parent)
+    capfd.readouterr()
+    library.rename(library.with_name(library.name.replace(build.source_key(), "0" * 20)))
+    assert build.library().parent == copier.cache / "native"
+    assert capfd.readouterr().err.startswith("compiling the CPU kernels, once on this machine (")
+    broken = library.with_name(f"kernels-{build.source_key()}-0.so")
+    broken.write_text("no library")
+    assert build.library().parent == copier.cache / "native"
+    assert capfd.readouterr().err == f"{broken} is not used: it is not as it was made\n"
+
+
+@pytest.mark.parametrize("without", ["a compiler", "one that works", "wanting them"])
+def test_a_wheel_without_compiled_kernels_is_for_every_platform(without, copier, monkeypatch, tmp_path):
+    if without == "a compiler":
+        without_compiler(monkeypatch)
+    elif without == "one that works":
+        copier.path.write_text("#!/bin/sh\nexit 1\n")
+    else:
+        monkeypatch.setenv("UFBERT_WHEEL_KERNELS", "0")
+    path = wheel(tmp_path / "dist")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert shipped(path, tmp_path / "site") == []
+    assert sum(file.suffix == ".cpp" for file in (tmp_path / "site").rglob("*")) == 3
+
+
+def test_an_editable_install_compiles_nothing(copier, tmp_path):
+    data = {}
+    WheelBuilder(str(REPO)).get_build_hooks(str(tmp_path))["custom"].initialize("editable", data)
+    assert data == {}
+    assert copier.count() == 0

@@ -43,7 +43,7 @@ def python(script: str) -> str:
 NEXT_TO_ZERO = """
 import os, jax, numpy as np
 from ufbert.ops import native
-from ufbert.ops.native import build
+from ufbert.ops.native import build, compiler
 
 def same(what, call, *args, rows=(0,)):
     answers = []
@@ -67,7 +67,7 @@ qkv = draw(1, 9, 3, 2, 20)
 qkv[:, :, 1:] *= np.float32(1e-38)
 leaves = draw(256, d, 4), draw(256, 4) * tiny, draw(256, 4, 9), draw(256, 9) * tiny
 few = np.full((1, 800), tiny)
-for isa in build.INSTRUCTION_SETS:
+for isa in compiler.INSTRUCTION_SETS:
     os.environ["UFBERT_ISA"] = isa
     if not native.instruction_set():
         continue

@@ -1,1 +1,1 @@
-"""Model folders, and the layouts of other libraries."""
+"""Model folders, their names on the Hugging Face hub, and the layouts of other libraries."""

@@ -13,6 +13,7 @@ from ufbert import nn
 from ufbert.config import ModelConfig
 from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
+from ufbert.hub.download import checkpoint_folder, other_place
 from ufbert.hub.fields import SIGMOID, Answers, read_answers, unread
 from ufbert.hub.folder import (
     SIZES,
@@ -59,7 +60,7 @@ def read_checkpoint(source: Path, config: str = "") -> tuple[dict[str, np.ndarra
     Raises UserError for a missing or damaged file, and for weights that are not safetensors.
     """
     if not source.exists():
-        raise UserError(f"There is no checkpoint at {source}.")
+        raise UserError(f"There is no checkpoint at {source}{other_place(source)}.")
     tensors, folder = read_all_tensors(source), source if source.is_dir() else source.parent
     path = Path(config) if config else folder / "config.json"
     return tensors, read_typed(path, dict[str, Any]) if config or path.is_file() else None, folder
@@ -248,7 +249,7 @@ def import_checkpoint(options: ImportOptions) -> None:
     Raises UserError for a checkpoint that the encoder does not express, and for an output that exists.
     """
     _refuse_existing(options.out)
-    tensors, values, folder = read_checkpoint(Path(options.source), options.config)
+    tensors, values, folder = read_checkpoint(checkpoint_folder(options.source), options.config)
     if is_state(set(tensors)):
         layer = from_state(tensors, options.source)
         save_layer(options.out, layer, options.activation)

@@ -19,6 +19,7 @@ from ufbert.config import ModelConfig
 from ufbert.config.checks import check_kinds
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
+from ufbert.hub.download import MODEL_FILES, model_folder, other_place
 from ufbert.hub.layout import Shapes, check_tensors
 from ufbert.hub.tensors import first_few, read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
@@ -114,16 +115,16 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
 
 
 def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
-    """Read a model folder, whole or not at all.
+    """Read a model folder, or one of the Hugging Face hub (`hf:OWNER/NAME`), whole or not at all.
 
     With `lazily`, parameters are read whenever they are asked for their numbers, and not kept: an engine that packs them never
     holds both. Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
     """
-    folder = Path(folder)
-    paths = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    folder = model_folder(folder)
+    paths = [folder / name for name in MODEL_FILES]
     config_path, weights_path, tokenizer_path = paths
     if not folder.is_dir():
-        raise UserError(f"There is no model folder at {folder}.")
+        raise UserError(f"There is no model folder at {folder}{other_place(folder)}.")
     for path in paths:
         if not path.is_file():
             nested = " (its model/ folder is one)" if (folder / "model" / "config.json").is_file() else ""

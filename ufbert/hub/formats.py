@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from ufbert.config import ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub import bert, crammed, modernbert
 from ufbert.hub.fields import Fields, read_fields, wrong_kind
+from ufbert.hub.foreign import bert, crammed, modernbert
 from ufbert.hub.layout import Layout, Tensors, without_wrappers
 from ufbert.hub.tensors import first_few
 

@@ -16,6 +16,7 @@ import numpy as np
 from ufbert.config import ActivationName
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
+from ufbert.hub.download import model_folder
 from ufbert.hub.layout import Tensors, check_tensors
 from ufbert.hub.tensors import check_floats, read_config, read_tensors, write_folder
 from ufbert.ops.leaf_fff import LeafTree
@@ -75,7 +76,8 @@ def save_layer(folder: str | Path, layer: LeafTree, activation: str) -> None:
 
 
 def load_layer(folder: str | Path) -> tuple[LeafTree, str]:
-    """Read a layer folder: weights for `ufbert.ops.leaf_fff`, and its nonlinearity. Raises UserError if it is damaged."""
-    folder = Path(folder)
+    """Read a layer folder, or one of the Hugging Face hub (`hf:OWNER/NAME`): weights for `ufbert.ops.leaf_fff`, and its
+    nonlinearity. Raises UserError if it is damaged."""
+    folder = model_folder(folder)
     activation = read_config(folder / "config.json", _Stored, FORMAT, VERSION, "a leaf-tree layer").activation
     return from_state(read_tensors(folder / "model.safetensors"), str(folder)), activation

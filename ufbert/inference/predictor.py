@@ -69,7 +69,7 @@ class Predictor:
         truncate: bool = False,
         device: Device = "auto",
     ) -> "Predictor":
-        """Read a model folder, one array at a time.
+        """Read a model folder, or `hf:OWNER/NAME` of the Hugging Face hub, one array at a time.
 
         `threads` limits the threads on a CPU. It and `device` count once in a process, before anything else uses jax.
         Compiled programs are kept in the user's cache. Raises UserError.

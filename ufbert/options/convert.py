@@ -14,7 +14,8 @@ class ImportOptions:
     UltraFastBERT; or a layer folder of a PyPI `fastfeedforward` state."""
 
     source: Annotated[str, Positional]
-    """Checkpoint folder, or a single .safetensors file (its config.json is then looked for beside it)."""
+    """Checkpoint folder, a single .safetensors file (its config.json is then looked for beside it), or hf:OWNER/NAME[@REVISION]
+    for one on the Hugging Face hub."""
     out: str
     """Folder to write."""
     config: str = ""
@@ -32,7 +33,7 @@ class ExportOptions:
     """Write a model folder in another library's layout, with its tokenizer."""
 
     folder: Annotated[str, Positional]
-    """Model folder, or a layer folder for fastfeedforward."""
+    """Model folder, or a layer folder for fastfeedforward; hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     to: Literal["hf", "ultrafastbert", "fastfeedforward", "onnx"]
     """hf: a BERT, FNet or ModernBERT that transformers loads without remote code. ultrafastbert: the layout of crammedBERT
     and UltraFastBERT. fastfeedforward: the state of that package. onnx: a graph of standard operators, trees included, for

@@ -16,7 +16,7 @@ class FinetuneOptions(EndOptions):
     and one model folder per task."""
 
     model: str
-    """Model folder to start from."""
+    """Model folder to start from, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     glue_source: str = "hf"
     """hf (the hub's GLUE) or hf:NAME (another hub name or a local folder), tfds:PATH (a prepared tensorflow_datasets folder),
     dir:PATH (official TSV files: PATH/SST-2/train.tsv, ...)."""
@@ -62,7 +62,8 @@ class FinetuneOptions(EndOptions):
     probe: bool = False
     """Leave the encoder as it is and train only the classifier, on features that are computed once."""
     teacher: str = ""
-    """A fine-tuned model folder, or a folder of them by task (a sweep's), whose scores are learnt along with the labels."""
+    """A fine-tuned model folder (also hf:OWNER/NAME), or a folder of them by task (a sweep's), whose scores are learnt along
+    with the labels."""
     device: Device = "auto"
     """cpu, gpu or tpu."""
     tune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -86,8 +88,8 @@ def private_folder(root: Path) -> Generator[Path]:
         _lock(gate)
         for folder in root.glob(f"{prefix}*.partial"):
             _remove_if_unlocked(folder)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=root))
-        scratch.chmod(0o755)
+        scratch = root / f"{prefix}{secrets.token_hex(8)}.partial"
+        scratch.mkdir()  # as the umask says; a folder of `tempfile` would be closed to others
         descriptor = os.open(scratch, os.O_RDONLY)
         _lock(descriptor)
     finally:
@@ -125,10 +127,16 @@ def _lock(descriptor: int, options: int = 0) -> bool:
 def publish(scratch: Path, final: Path, replace: bool = False) -> None:
     """Rename a finished private folder to `final`, so that not even a power cut leaves a part of it there.
 
-    An existing folder at `final` is replaced if `replace` says so. Otherwise it stays, as another process was first.
+    Its files become readable as the umask says, whatever the library that wrote them makes of that. An existing folder at
+    `final` is replaced if `replace` says so. Otherwise it stays, as another process was first.
     """
-    for path in (*scratch.iterdir(), scratch):
+    asked = scratch.stat().st_mode & 0o666  # `private_folder` made it under the umask
+    for path in scratch.iterdir():
+        mode = path.stat().st_mode
+        if asked & ~mode:
+            path.chmod(stat.S_IMODE(mode) | asked)
         _sync(path)
+    _sync(scratch)
     old = None
     if replace and final.exists():
         # If the process is killed between these two renames, the old folder is still on the disk.

@@ -1,8 +1,9 @@
 """C++ kernels for CPUs: tree layers and the rest of an encoder, called inside jitted functions through `jax.ffi`.
 
-`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; they are compiled on first use (`build`). One source
-serves AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other processor. The best that the
-processor supports is used, or the one that the environment variable UFBERT_ISA names (avx512bf16, avx512, avx2, plain).
+`kernels.h` says what they compute, `trees.cpp` and `encoder.cpp` how; a wheel brings them compiled, or they are compiled on
+first use (`build`). One source serves AVX-512 (with and without its instructions for bfloat16 and int8), AVX2 and any other
+processor. The best that the processor supports is used, or the one that the environment variable UFBERT_ISA names (avx512bf16,
+avx512, avx2, plain).
 Rows of a large batch are grouped by subtree and shared among this process's helper threads. A row's answer depends neither
 on the batch nor on the number of threads.
 
@@ -32,7 +33,7 @@ _library = functools.cache(load)
 
 @functools.cache
 def unavailable() -> str:
-    """Return why this process cannot use the kernels, or an empty string. Compiles them on first use."""
+    """Return why this process cannot use the kernels, or an empty string. Compiles them if nobody has."""
     if jax.default_backend() != "cpu":
         return f"they are for CPUs, and this process computes on a {jax.default_backend()}"
     try:

@@ -9,8 +9,8 @@ from typing import Any
 from ufbert.config import ModelConfig
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
-from ufbert.hub.bert import READ_CLASSES, activation_name, foreign_activation
 from ufbert.hub.fields import COMMON_FIXED, COMMON_IGNORED, COMMON_NAMES, COMMON_USED, Fields, class_suffix
+from ufbert.hub.foreign.bert import READ_CLASSES, activation_name, foreign_activation
 from ufbert.hub.layout import Layout, linear, norm, same, stacked_linears
 
 WORDS = "model.embeddings.tok_embeddings.weight"
