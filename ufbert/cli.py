@@ -108,7 +108,9 @@ def call(name: str, args: Sequence[str]) -> Any:
     verb = VERBS[name]
     options, given = parse(verb.options, args, f"ufbert {name}")
     module, function = verb.work.split(":")
-    work = getattr(importlib.import_module(module), function)
+    console.PROGRESS.on_stdout = verb.makes_folder
+    with console.phase("loading the libraries", stays=False):
+        work = getattr(importlib.import_module(module), function)
     return work(options, given) if verb.layered else work(options)
 
 

@@ -21,6 +21,7 @@ from ufbert.errors import UserError
 from ufbert.hub.layout import check_tensors
 from ufbert.hub.tensors import read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
+from ufbert.runtime.console import phase
 
 FORMAT_VERSION = 1
 """Version of `config.json` of a model folder; a folder of a newer format is refused."""
@@ -112,6 +113,7 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
     write_folder(folder, flat, {"config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": tokenizer})
 
 
+@phase("reading the model folder")
 def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     """Read a model folder, whole or not at all.
 

@@ -14,7 +14,7 @@ from ufbert.plan.tables import plan_facts, show_plan
 from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import parse_budget
 from ufbert.pretrain.resolve import resolve, with_batch
-from ufbert.runtime.console import LiveLine
+from ufbert.runtime.console import phase, say, show
 from ufbert.runtime.files import write_json
 
 
@@ -24,18 +24,20 @@ def plan(options: PlanOptions, given: Given) -> None:
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: that folder does not exist.")
     target = start_target(options.device)
-    resolved = resolve(options, given, budget, target.platform)
+    with phase("measuring this device"):
+        resolved = resolve(options, given, budget, target.platform)
     options = replace(with_run(options, resolved.run), scale=resolved.scale)
     run = planned_model(resolved.run, dtype=target.dtype, trees=target.trees(resolved.run))
-    print(f"{options.config} at scale {options.scale} on {target.name}, {options.budget}")
-    print(f"  scale: {resolved.reason}", flush=True)
+    say(f"{options.config} at scale {options.scale} on {target.name}, {options.budget}")
+    say(f"  scale: {resolved.reason}")
 
-    live = LiveLine(every=5.0)
-    counts, check = count_run(run, live.show), None
-    speeds = target.speeds(run)
+    with phase("compiling the training step"):
+        counts, check = count_run(run, show), None
+    with phase("measuring the parts of the model"):
+        speeds = target.speeds(run)
     if target.local and options.check:
-        live.show("training some updates on random rows, to check the prediction")
-        speeds, check = check_run(run, PartSpeeds(run) if target.on_cpu else None, speeds)
+        with phase("training some updates on random rows, to check the prediction"):
+            speeds, check = check_run(run, PartSpeeds(run) if target.on_cpu else None, speeds)
     backend = {
         "masked_trees": run.model.tree_backend == "masked",
         "compile_seconds": counts.compile_seconds if target.local else ACCELERATOR_COMPILE_SECONDS,
@@ -47,7 +49,7 @@ def plan(options: PlanOptions, given: Given) -> None:
         tokens = plan_run(one_micro_batch, budget, counts, speeds, **backend).tokens
     run = with_batch(run, resolved.scale, tokens)
     estimate = plan_run(run, budget, counts, speeds, **backend)
-    live.say("")
+    say("")
     facts = plan_facts(options, run, budget, target, counts, speeds, estimate, check)
     show_plan(facts)
     if options.json:

@@ -29,6 +29,7 @@ from ufbert.pretrain.resolve import Resolved, local_platform, resolve, resumed_o
 from ufbert.report.run_report import write_report
 from ufbert.runtime import STARTED, distributed
 from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
+from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
 from ufbert.runtime.metrics import JsonlWriter, Sink, Spent, TensorBoardWriter, Writer
 from ufbert.runtime.run_folder import (
@@ -76,15 +77,16 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
         if named.out:
             held.enter_context(claimed_new(folder))
         platform = platform or use_device(named.device)
-        resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
+        with phase("measuring this device"):
+            resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
         options, tokens = _decided(named, resolved)
         if not named.out:
             if not Path("runs").exists():
                 held.callback(_remove_if_empty, Path("runs"))
             folder = new_folder(Path("runs"), _stem(options))
             held.enter_context(claimed_new(folder))
-        print(_headline(options))
-        print(f"  scale {options.scale}: {resolved.reason}")
+        say(_headline(options))
+        say(f"  scale {options.scale}: {resolved.reason}")
         return _prepare_and_train(options, tokens, folder, started, held.close)
 
 
@@ -119,7 +121,8 @@ def _prepare_and_train(
         raise
     options = fit_vocabulary(options, data)
     write_run(folder, _run_file(options, started_at, data))
-    ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
+    with phase("measuring this device"):
+        ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     distributed.together("prepared")
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak, release)
@@ -191,7 +194,7 @@ def _go_on(options: TrainOptions, folder: Path, started: float, release: Callabl
     """Restore the text and the clock of a run and train on, in a folder that this process has claimed until `release`."""
     ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
-    print(_headline(options))
+    say(_headline(options))
     used, data = before.prepared_data, _prepared(folder)
     if data is None:
         data = prepare_rows(locate_rows(options, used.vocab_size if used else 0), 0.0)
@@ -229,19 +232,23 @@ def _train(
     if not distributed.is_main():
         return train(context).to_json()
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
-    print(f"the clock starts: {options.budget} for {passes}", flush=True)
+    say(f"the clock starts: {options.budget} for {passes}")
     with _last_command(options, release):
         ledger.start(clock)
         try:
             summary = train(context)
         finally:
             ledger.close()
-        report = write_report(folder)
-        print(
+        with phase("drawing the report"):
+            report = write_report(folder)
+        say(
             f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
             f"so the model gains {summary.gain_over_unigram:.3f}\n"
             f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent"
-            f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
+            f" of {options.budget}"
+        )
+        print(  # unbroken, to be copied
+            f"report {report}\nmodel  {folder / 'model'}\n"
             f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
         )
         return summary.to_json()
