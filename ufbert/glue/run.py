@@ -33,7 +33,8 @@ def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
         inputs = _read_inputs(options, given)
         path = Path(options.model)
         name = path.resolve().parent.name if path.name == "model" else path.name  # a run's model folder is RUN/model
-        folder = new_folder(Path("runs"), f"glue-{name}")
+        what = inputs.tasks[0].task.name if options.is_custom else "glue"
+        folder = new_folder(Path("runs"), f"{what}-{name}")
         with claimed_new(folder):
             return sweep(inputs, folder)
     folder = Path(options.out)

@@ -16,7 +16,7 @@ from ufbert.errors import UserError
 from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task
 from ufbert.glue.predictions import write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
-from ufbert.glue.report import points, write_glue_report
+from ufbert.glue.report import points, print_results, write_glue_report
 from ufbert.glue.results import GlueResults, Point, ProtocolResult, TaskResult, read_results, write_results
 from ufbert.glue.scores import averages, dev_metrics, dev_result
 from ufbert.glue.tasks import Examples, Task, TaskData
@@ -83,8 +83,9 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
     if results.tasks:
         files = ", ".join(str(folder / name) for name in ("glue.json", "glue.md", "report.html"))
         with phase("drawing the report"):
-            text = write_glue_report(folder, results)
-        print(f"\n{text}\nresults {files}; one model folder per task")
+            write_glue_report(folder, results)
+        print_results(results)
+        print(f"\nresults {files}; one model folder per task")
     if failed:
         raise UserError(
             f"No run of {'; '.join(failed)} kept a finite loss, so that no model of it was saved; take a lower rate "

@@ -69,18 +69,16 @@ class Progress:
             self._phases.append(phase)
         if stays and self._live is None:
             timer.start()
-        line = ""
         try:
             yield
-            if stays and (seconds := time.monotonic() - phase.began) >= SLOW:
-                line = f"{name}: {seconds:.1f} s" if seconds < 60.0 else f"{name}: {clock(seconds)}"
         finally:
             timer.cancel()
+            seconds = time.monotonic() - phase.began
+            line = f"{name}: {seconds:.1f} s" if seconds < 60.0 else f"{name}: {clock(seconds)}"
             with self._lock:
                 self._phases.remove(phase)
-                if not self._phases:
-                    line = self._close(line)
-        if line:
+                has_output = not self._phases and self._close(line)
+        if stays and seconds >= SLOW and not has_output:
             print(line, file=self._stream(), flush=True)
 
     def show(self, text: str) -> None:
@@ -126,16 +124,15 @@ class Progress:
             self._live.start()
             console.show_cursor(True)  # rich hides it, and a process that is killed would leave it hidden
 
-    def _close(self, line: str) -> str:
-        """Take the last line away. Returns `line`, or "" if a notebook's output has become it."""
+    def _close(self, line: str) -> bool:
+        """Take the terminal's last line away. If a notebook has an output, it becomes `line`, and the return value is true."""
         live, output = self._live, self._output
         self._live = self._output = None
         if live is not None:
             live.stop()
-        if output is None or not line:
-            return line
-        output.update(_rich_text(line))
-        return ""
+        if output is not None:
+            output.update(_rich_text(line))
+        return output is not None
 
     def _fitting(self, width: int) -> str:
         """Return as many whole words of the innermost phase's line as a terminal has room for."""
