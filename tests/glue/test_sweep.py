@@ -73,7 +73,7 @@ def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, co
     assert "protocol small with epochs 6, lr 0.004, 2 seed(s): 6 epochs, batch 16, learning rate 0.004" in said
     assert "[5/5] mnli-devsplit" in said
     assert told(screen) >= {
-        "reading the rows", "reading the model folder", "tokenizing the rows and starting the runs", "compiling the update",
+        "reading the rows", "reading the model folder", "tokenising the rows and starting the runs", "compiling the update",
         "scoring the rows of every split", "drawing the report",
     }  # fmt: skip
     assert "left in all" not in said  # that was to be rewritten

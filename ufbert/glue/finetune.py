@@ -115,7 +115,7 @@ def finetune_task(
     """
     if tune.pooling != "model":
         model = replace(model, config=replace(model.config, pooling=tune.pooling))
-    with phase("tokenizing the rows and starting the runs"):
+    with phase("tokenising the rows and starting the runs"):
         params = start_params(model, replace(model.config, dropout=tune.dropout), data.task, runs, from_scratch)
         job = _prepare(model, data, tune, runs, teacher, params["encoder"] if probe else None)
         state = start_state({"classifier": params["classifier"]} if probe else params, tune)

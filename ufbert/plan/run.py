@@ -24,8 +24,7 @@ def plan(options: PlanOptions, given: Given) -> None:
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: that folder does not exist.")
     target = start_target(options.device)
-    with phase("measuring this device"):
-        resolved = resolve(options, given, budget, target.platform)
+    resolved = resolve(options, given, budget, target.platform)
     options = replace(with_run(options, resolved.run), scale=resolved.scale)
     run = planned_model(resolved.run, dtype=target.dtype, trees=target.trees(resolved.run))
     say(f"{options.config} at scale {options.scale} on {target.name}, {options.budget}")
@@ -33,8 +32,7 @@ def plan(options: PlanOptions, given: Given) -> None:
 
     with phase("compiling the training step"):
         counts, check = count_run(run, show), None
-    with phase("measuring the parts of the model"):
-        speeds = target.speeds(run)
+    speeds = target.speeds(run)
     if target.local and options.check:
         with phase("training some updates on random rows, to check the prediction"):
             speeds, check = check_run(run, PartSpeeds(run) if target.on_cpu else None, speeds)

@@ -172,7 +172,8 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
             if due_save and not session.skipped_in_row:
                 saves_done = int(fraction * n_saves)
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
-                    _checkpoint(session)
+                    with phase("saving a checkpoint", stays=False):
+                        _checkpoint(session)
             last = time.monotonic()
 
         # Evaluations and saves have taken time, and said what the end will take: ask the clock again.
@@ -300,9 +301,10 @@ def _interruption(session: _Session) -> Interrupted:
     """Save after a signal, and return what to raise then."""
     received = session.stop_signal() or signal.SIGTERM
     session.signals.save_first()
-    session.checkpoints.wait()
-    if session.step not in session.checkpoints.steps():
-        _checkpoint(session, wait=True)
+    with phase("saving the last checkpoint"):
+        session.checkpoints.wait()
+        if session.step not in session.checkpoints.steps():
+            _checkpoint(session, wait=True)
     session.reporter.event(session.step, "interrupted", signal=received.name)
     return Interrupted(
         f"{received.name}: saved at step {session.step:,} after {session.context.clock.spent():.1f} s of the budget; go on "

@@ -77,8 +77,7 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
         if named.out:
             held.enter_context(claimed_new(folder))
         platform = platform or use_device(named.device)
-        with phase("measuring this device"):
-            resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
+        resolved = resolve(named, given, parse_budget(named.budget), local_platform(platform))
         options, tokens = _decided(named, resolved)
         if not named.out:
             if not Path("runs").exists():
@@ -121,8 +120,7 @@ def _prepare_and_train(
         raise
     options = fit_vocabulary(options, data)
     write_run(folder, _run_file(options, started_at, data))
-    with phase("measuring this device"):
-        ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
+    ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
     distributed.together("prepared")
     clock = _clock(options, ledger, None, started_at)
     return _train(options, data, clock, ledger, peak, release)

@@ -53,6 +53,8 @@ class Progress:
         self._output: Any = None
         """The handle of a notebook's output."""
         self._in_notebook = False
+        self._lost: BrokenPipeError | None = None
+        """Met by a thread, and kept for the main one."""
 
     @contextlib.contextmanager
     def phase(self, name: str, stays: bool = True) -> Generator[None]:
@@ -78,6 +80,8 @@ class Progress:
             with self._lock:
                 self._phases.remove(phase)
                 has_output = not self._phases and self._close(line)
+        if self._lost is not None:
+            raise self._lost
         if stays and seconds >= SLOW and not has_output:
             print(line, file=self._stream(), flush=True)
 
@@ -91,9 +95,12 @@ class Progress:
             self._log(phase, text)
 
     def _announce(self, phase: _Phase) -> None:
-        with self._lock:
-            if phase in self._phases and not phase.text:
-                self._log(phase, f"{phase.name} ...")
+        try:
+            with self._lock:
+                if phase in self._phases and not phase.text:
+                    self._log(phase, f"{phase.name} ...")
+        except BrokenPipeError as error:
+            self._lost = error
 
     def _log(self, phase: _Phase, text: str) -> None:
         phase.logged = time.monotonic()
@@ -109,12 +116,13 @@ class Progress:
 
     def _open(self) -> None:
         """Begin to show phases, in the way that the stream allows."""
-        if not self._stream().isatty() and "IPython" not in sys.modules:
+        stream, self._in_notebook = self._stream(), False
+        if stream is None or not (stream.isatty() or "IPython" in sys.modules):
             return
         import rich.console
         import rich.live
 
-        console = rich.console.Console(file=self._stream())
+        console = rich.console.Console(file=stream)
         self._in_notebook = console.is_jupyter
         if console.is_interactive and not self._in_notebook:
             self._live = rich.live.Live(
@@ -137,7 +145,7 @@ class Progress:
     def _fitting(self, width: int) -> str:
         """Return as many whole words of the innermost phase's line as a terminal has room for."""
         line = "".join(phase.line() for phase in self._phases[-1:])
-        return textwrap.fill(line, width - 1, max_lines=1, placeholder=" …")
+        return textwrap.fill(line, max(width - 1, 10), max_lines=1, placeholder=" …")
 
 
 def _rich_text(text: str) -> Any:
