@@ -36,8 +36,10 @@ from ufbert.runtime.run_folder import RunFile, Summary, WhenDone, read_run, read
 from ufbert.runtime.typed import read_lines, read_typed
 
 BEFORE = Path(__file__).parent / "fixtures" / "before_house"
-SECONDS, BYTES = 300, 2 * 2**30
+SECONDS, BYTES = 600, 2 * 2**30
 """Nets: for all inputs of a reader, on a busy machine; and for the memory that they may add."""
+CPU_SECONDS = 20
+"""Bound of one input, in seconds of this process on a processor: ten times what is promised, as slow machines run this too."""
 
 
 class Reader(NamedTuple):
@@ -246,9 +248,8 @@ def net():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_a_damaged_file_is_a_value_or_a_sentence_that_names_file_and_field(reader, tmp_path, net):
-    folder = tmp_path / "folder"
+def check(reader: Reader, folder: Path) -> None:
+    """Assert that every damaged file of a format is a value or a sentence, in little time and memory."""
     folder.mkdir()
     reader.make(folder)
     reader.read(folder)  # it was valid
@@ -271,8 +272,13 @@ def test_a_damaged_file_is_a_value_or_a_sentence_that_names_file_and_field(reade
         if problem := fault(reader, folder, "", path):
             faults.append(f"{label} {problem}")
     assert not faults, "\n".join([f"{len(faults)} of {reader.name}:", *faults[:20]])
-    assert slowest < 60
+    assert slowest < CPU_SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < BYTES
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+def test_a_damaged_file_is_a_value_or_a_sentence_that_names_file_and_field(reader, tmp_path, net):
+    check(reader, tmp_path / "folder")
 
 
 def test_there_are_two_thousand_inputs(tmp_path):

@@ -174,9 +174,11 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path, vocabulary):
     (tmp_path / "torch" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         read_checkpoint(tmp_path / "torch")
-    with pytest.raises(UserError, match="type 'gpt2'; this package imports Hugging Face BERT"):
+    with pytest.raises(UserError, match="model_type='gpt2'; this package imports Hugging Face BERT"):
         import_weights({}, {"model_type": "gpt2"}, "here")
-    with pytest.raises(UserError, match=r"describes a model of 108,891,648 weights, and its tensors are 1"):
+    with pytest.raises(
+        UserError, match=r"describes a model of 108,891,648 weights .hidden_size 768, .*, and its tensors are 1"
+    ):
         import_weights({"bert.x": np.zeros(1, np.float32)}, {"model_type": "bert"}, "here")
     tiny = {"model_type": "bert", "vocab_size": 5, "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 1}
     with pytest.raises(UserError, match=r"bert\.embeddings\.\w+\.weight is missing.* more"):

@@ -174,7 +174,7 @@ def test_classes_are_run_as_what_they_are_or_refused(folder, kind, with_file, wi
         if is_read:
             assert ids(find_tokenizer(made, "")) == LOWER
         else:
-            with pytest.raises(UserError, match=rf"is a {kind.removesuffix('Fast')}, which .*--tokenizer FILE"):
+            with pytest.raises(UserError, match=rf"is '{kind.removesuffix('Fast')}', which .*--tokenizer FILE"):
                 find_tokenizer(made, "")
         folder(tokenizer__json=state())
     assert ids(find_tokenizer(made, str(made / "tokenizer.json"))) == LOWER
@@ -213,7 +213,7 @@ def test_added_tokens_of_every_file_count(folder):
             folder(**{name: {}})
     with pytest.raises(UserError, match=r"added_tokens\.json: \[E1\] is \"x\"; it must be a whole number"):
         find_tokenizer(folder(added_tokens__json={"[E1]": "x"}), "")
-    with pytest.raises(UserError, match=r"gives the added token '\[E1\]' the id 99, and the tokenizers library 21"):
+    with pytest.raises(UserError, match=r"content is '\[E1\]' the id 99, and the tokenizers library 21"):
         find_tokenizer(folder(added_tokens__json={"[E1]": 99}), "")
 
 
@@ -253,7 +253,7 @@ def test_an_unknown_piece_that_no_vocabulary_has_is_one_sentence(folder):
 
 def test_a_folder_that_calls_a_special_token_by_two_names_is_refused(folder):
     made = folder(tokenizer__json=state(), tokenizer_config__json={"mask_token": "sees"})
-    with pytest.raises(UserError, match=r"calls the \[MASK\] token 'sees', and its tokenizer '\[MASK\]'"):
+    with pytest.raises(UserError, match=r"token 'sees' \(content of mask_token\), and its tokenizer '\[MASK\]'"):
         find_tokenizer(made, "")
 
 
@@ -337,11 +337,11 @@ def test_post_processors_of_another_shape_are_kept_but_for_training(folder, capf
             state(added_tokens=[{"id": "0", "content": "[PAD]"}]),
             r"added_tokens\[0\]\.id is '0'; it must be a whole number",
         ),
-        (state(added_tokens=[{**E1, "id": 99}]), r"added token '\[E1\]' the id 99, and the tokenizers library 21"),
+        (state(added_tokens=[{**E1, "id": 99}]), r"content is '\[E1\]' the id 99, and the tokenizers library 21"),
         (state(normalizer={"type": "Odd"}), "is not a readable tokenizer"),
         (
             state(model={"vocab": {**{p: i for i, p in enumerate(PIECES)}, "odd": THE}}),
-            "gives 2 pieces the id 5, of which",
+            "model.vocab gives several pieces the id 5, of which one is kept: ",
         ),
         (state(model={"vocab": {"a": "b"}}), r"model\.vocab"),
     ],

@@ -123,7 +123,7 @@ def test_types_that_numpy_lacks_are_a_sentence(kind, read, tmp_path):
     header = json.dumps({"a.weight": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(UserError, match=rf"a type that is not read: a\.weight \({kind}\)\. Convert"):
+    with pytest.raises(UserError, match=rf"a dtype that is not read: a\.weight \({kind}\)\. Convert"):
         read(path)
 
 

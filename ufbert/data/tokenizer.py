@@ -128,9 +128,12 @@ def made_fit(tokenizer: Tokenizer, where: str, names: Mapping[str, str] = Mappin
     own = special_names(tokenizer)
     for token, name in names.items():
         if own[token] != name:
+            is_cased = own[token] == name.lower()
+            key = f"{token[1:-1].lower()}_token"
+            why = " (content that is normalized, or not special, is lower-cased)" if is_cased else ""
             raise UserError(
-                f"The folder of {where} calls the {token} token {shown(name)}, and its tokenizer {shown(own[token])}; "
-                "make both say the same."
+                f"The folder of {where} calls the {token} token {shown(name)} (content of {key}), and its tokenizer "
+                f"{shown(own[token])}{why}; make both say the same."
             )
     marked = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     if unmarked := [name for name in own.values() if name not in marked]:

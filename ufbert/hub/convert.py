@@ -14,7 +14,17 @@ from ufbert.config import ModelConfig
 from ufbert.data.tokenizer import check_fits, special_ids
 from ufbert.errors import UserError
 from ufbert.hub.fields import SIGMOID, Answers, read_answers, unread
-from ufbert.hub.folder import ModelFolder, TaskInfo, flat_shapes, flatten, load_model, n_outputs, save_model, unflatten
+from ufbert.hub.folder import (
+    SIZES,
+    ModelFolder,
+    TaskInfo,
+    flat_shapes,
+    flatten,
+    load_model,
+    n_outputs,
+    save_model,
+    unflatten,
+)
 from ufbert.hub.formats import FORMATS, Format, class_name, configuration, format_of, heads_of
 from ufbert.hub.layout import BUFFERS, Layout, Named, Tensors, present_day, to_ours, to_theirs, with_tied
 from ufbert.hub.leaf_layer import from_state, is_state, load_layer, save_layer, to_state
@@ -87,13 +97,14 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
     wanted, stored = sum(map(math.prod, shapes.values())), sum(array.size for array in used.values())
     if wanted > 2 * stored + 2**20:  # before arrays of the shapes of the configuration are made
         raise UserError(
-            f"The config.json of {where} describes a model of {wanted:,} weights, and its tensors are {stored:,}; one of them "
-            "belongs to another checkpoint."
+            f"The config.json of {where} describes a model of {wanted:,} weights ({_sizes(found, config)}), and its tensors "
+            f"are {stored:,}; one of them belongs to another checkpoint."
         )
     _check_vocabulary(layout, used, config, where, named)
     if "masked_lm" in heads and values.get("tie_word_embeddings") is False:
         _check_decoder(layout, used, where)
-    flat = to_ours(layout, used, shapes, where, named.shown)
+    says = f"The config.json beside it says {_sizes(found, config)}."
+    flat = to_ours(layout, used, shapes, where, says, named.shown)
     bad = [named.shown(tensor) for tensor, array in used.items() if not np.isfinite(array).all()]
     if bad:
         raise UserError(f"{where} has weights that are no finite numbers: {first_few(bad)}. Take another checkpoint.")
@@ -107,6 +118,12 @@ def import_weights(tensors: Tensors, values: dict[str, Any], where: str, *, fixe
         notes.append(f"fields of config.json that no class of this format has, not read: {first_few(strange)}")
     skipped = sorted(named.shown(tensor) for tensor in unused)
     return Weights(found, config, heads, params, answers.labels, skipped, answers.independent, notes)
+
+
+def _sizes(found: Format, config: ModelConfig) -> str:
+    """Say the sizes of a model by the names that its format has for them."""
+    sizes = {their: getattr(config, our) for their, our in found.fields.names.items() if our in (*SIZES, "n_layers")}
+    return ", ".join(f"{their} {size}" for their, size in sizes.items())
 
 
 def _check_vocabulary(layout: Layout, used: Tensors, config: ModelConfig, where: str, named: Named) -> None:

@@ -227,9 +227,9 @@ def _class_names(values: Mapping[str, Any], count: int, where: str) -> tuple[str
             f"has {count} scores: 0 to {count - 1} are wanted. Mend it, or name another with --config."
         )
     ordered = [names[str(i)] for i in range(count)]
-    odd = next((name for name in ordered if type(name) not in (str, int)), None)
-    if odd is not None or None in ordered:
-        raise wrong_kind(where, field, odd, "the name of each class")
+    odd = next((i for i, name in enumerate(ordered) if type(name) not in (str, int)), None)
+    if odd is not None:
+        raise wrong_kind(where, f"{field}.{odd}", ordered[odd], "the name of a class")
     classes = tuple(str(name) for name in ordered)
     if len(set(classes)) < count:
         raise UserError(f"Two classes in {field} of the config.json of {where} have one name: {first_few(classes)}.")

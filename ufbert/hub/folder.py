@@ -4,6 +4,7 @@ Tensors are stored under their path in the parameter tree, joined by dots (`enco
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from ufbert.config import ModelConfig
 from ufbert.config.checks import check_kinds
 from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
-from ufbert.hub.layout import check_tensors
-from ufbert.hub.tensors import read_config, stored_tensors, write_folder
+from ufbert.hub.layout import Shapes, check_tensors
+from ufbert.hub.tensors import first_few, read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
 from ufbert.runtime.console import phase
 
@@ -135,14 +136,48 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     last = f"encoder.layer_{model.n_layers - 1:02d}."
     if not any(name.startswith(last) for name in tensors):
         raise UserError(f"{weights_path} has no {last}*, and {config_path} says model.n_layers={model.n_layers}.")
-    expected = flat_shapes(model, heads, n_outputs(heads, task))
-    check_tensors({name: array.shape for name, array in tensors.items()}, expected, str(weights_path))
+    expected, shapes = flat_shapes(model, heads, n_outputs(heads, task)), {name: t.shape for name, t in tensors.items()}
+    fields = first_few(deciding_fields(model, shapes, expected), 8)
+    check_tensors(shapes, expected, str(weights_path), f"{config_path.name} beside it says {fields}.")
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
     tokenizer = read_tokenizer(tokenizer_path)
     check_fits(tokenizer, model.vocab_size, str(folder))
     return ModelFolder(model, params, tokenizer, task)
+
+
+SIZES = (
+    "vocab_size", "max_len", "d_model", "d_hidden", "pooler_width", "n_trees", "leaf_width", "master_leaf", "n_experts",
+    "n_token_types",
+)  # fmt: skip
+"""Fields of ModelConfig that are lengths of arrays; `tree_depth` decides others."""
+SWITCHES = {
+    r"masked_lm\.bias": "head_bias", r"masked_lm\.(transform|norm)\.": "head_transform",
+    r"(masked_lm|pooler|classifier)\.": "heads", r".*embeddings\.types": "n_token_types",
+    r".*embeddings\.position": "positions", r".*embeddings\.projection": "embedding_projection",
+    r".*norm\.bias": "norm_bias", r".*embeddings\.norm": "embedding_norm", r".*(query|key)_norm\.": "qk_norm",
+    r".*final_norm\.": "final_norm", r".*mixer_norm\.": "first_norm", r".*leaf_tree\.master": "master_leaf",
+    r".*layer_\d+\..*\.bias": "use_bias", r".*layer_\d+\.(attention|fourier)\.": "mixer", r".*layer_\d+\.": "feedforward",
+}  # fmt: skip
+"""Beginnings of parameters' paths, and the field that decides whether there are such parameters; the first counts."""
+
+
+def deciding_fields(model: ModelConfig, stored: Shapes, expected: Shapes) -> list[str]:
+    """List the fields of a `config.json`, with their values, that say otherwise than the stored tensors."""
+    fields = []
+    depth = {2**model.tree_depth, 2**model.tree_depth - 1, model.nodes_per_tree}
+    for path, shape in {**expected, **stored}.items():
+        if path not in stored or path not in expected:
+            fields += [next((field for start, field in SWITCHES.items() if re.match(start, path)), "feedforward")]
+        elif path.startswith("classifier.out.") and shape[-1] != expected[path][-1]:
+            fields += ["task"]
+        for wanted, size in zip(expected.get(path, ()), stored.get(path, ()), strict=False):
+            if size != wanted:
+                fields += [field for field in SIZES if getattr(model, field) == wanted]
+                fields += ["tree_depth"] if wanted in depth and "tree." in path else []
+    known = {field: f"model.{field}={getattr(model, field)}" for field in vars(model)}
+    return [known.get(field, field) for field in dict.fromkeys(fields)]
 
 
 def flat_shapes(model: ModelConfig, heads: tuple[str, ...], outputs: int) -> dict[str, tuple[int, ...]]:

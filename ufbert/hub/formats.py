@@ -1,5 +1,6 @@
 """The formats of other libraries' checkpoints: of which one a checkpoint is, its heads and its configuration."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -117,7 +118,11 @@ def configuration(found: Format, values: dict[str, Any], heads: tuple[str, ...],
     try:
         return found.model_config(settings, heads)
     except UserError as error:
-        raise UserError(f"The config.json of {where} cannot be read as settings of this package: {error}") from error
+        theirs = {
+            f"model.{our}": their for their, our in {"num_attention_heads": "n_heads", **found.fields.names}.items()
+        }
+        text = re.sub(r"model\.\w+", lambda field: theirs.get(field[0], field[0]), str(error))
+        raise UserError(f"The config.json of {where} cannot be read as settings of this package: {text}") from error
 
 
 def class_name(values: dict[str, Any], where: str) -> str:
@@ -140,7 +145,7 @@ def format_of(values: dict[str, Any], name: str, tensors: Tensors, where: str) -
     if kind is not None:
         found = next((f for f in FORMATS if f.kind == kind), None)
         if found is None:
-            raise UserError(f"{where} holds a model of type {shown(kind)}; this package imports {known}.")
+            raise UserError(f"The config.json of {where} says model_type={shown(kind)}; this package imports {known}.")
         return found
     stored = {without_wrappers(tensor) for tensor in tensors}
     of_class = [f for f in FORMATS if name and _suffix(f, name) in {**f.classes, **f.other_classes}]

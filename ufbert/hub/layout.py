@@ -131,8 +131,13 @@ def expected_shapes(layout: Layout, ours: Shapes) -> dict[str, tuple[int, ...]]:
     return shapes | {name: np.shape(value) for name, value in layout.constants.items()}
 
 
-def check_tensors(found: Shapes, expected: Shapes, where: str, shown: Callable[[str], str] = lambda name: name) -> None:
-    """Raise UserError naming the first few missing, unexpected or misshapen tensors, by what `shown` makes of their names."""
+def check_tensors(
+    found: Shapes, expected: Shapes, where: str, says: str = "", shown: Callable[[str], str] = lambda name: name
+) -> None:
+    """Raise UserError naming the first few missing, unexpected or misshapen tensors, by what `shown` makes of their names.
+
+    `says` is a sentence about the configuration that follows.
+    """
     missing = [f"{shown(name)} is missing" for name in expected if name not in found]
     unexpected = [f"{shown(name)} is unexpected" for name in found if name not in expected]
     misshapen = [
@@ -142,11 +147,16 @@ def check_tensors(found: Shapes, expected: Shapes, where: str, shown: Callable[[
     ]
     problems = [first_few(names, 4) for names in (missing, unexpected, misshapen) if names]
     if problems:
-        raise UserError(f"{where} does not fit its configuration: {'; '.join(problems)}.")
+        raise UserError(f"{where} does not fit its configuration: {'; '.join(problems)}. {says}".rstrip())
 
 
 def to_ours(
-    layout: Layout, tensors: Tensors, ours: Shapes, where: str, shown: Callable[[str], str] = lambda name: name
+    layout: Layout,
+    tensors: Tensors,
+    ours: Shapes,
+    where: str,
+    says: str = "",
+    shown: Callable[[str], str] = lambda name: name,
 ) -> dict[str, np.ndarray]:
     """Make our parameters, flat by path, of a checkpoint's tensors.
 
@@ -155,7 +165,9 @@ def to_ours(
     expected = expected_shapes(layout, ours)
     copies = {name: source for name, source in layout.copies.items() if name in tensors}
     found = {name: tuple(array.shape) for name, array in tensors.items()}
-    check_tensors(found, {**expected, **{name: expected[source] for name, source in copies.items()}}, where, shown)
+    check_tensors(
+        found, {**expected, **{name: expected[source] for name, source in copies.items()}}, where, says, shown
+    )
     check_floats({rule.name: tensors[rule.name].dtype for rule in layout.rules}, where, shown)
     different = [shown(name) for name, source in copies.items() if not np.array_equal(tensors[name], tensors[source])]
     if different:

@@ -92,14 +92,14 @@ def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
     odd = [f"{name} ({entry.dtype[:100]})" for name, entry in tensors.items() if entry.dtype not in KINDS]
     if odd:
         raise UserError(
-            f"{path} holds tensors of a type that is not read: {first_few(odd)}. Convert them to F32, F16 or BF16 with the "
+            f"{path} holds tensors of a dtype that is not read: {first_few(odd)}. Convert them to F32, F16 or BF16 with the "
             "library that wrote them."
         )
     try:
         with safe_open(path, framework="numpy"):
             pass  # it has looked whether all is there
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]}.") from error
+        raise UserError(f"{path} is damaged or cut short: {str(error)[:200]} (data_offsets, shape).") from error
     return length, tensors
 
 

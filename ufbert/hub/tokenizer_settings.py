@@ -152,7 +152,7 @@ def check_read(settings: Settings, folder: Path) -> None:
         way_out += f" ({folder / 'tokenizer.json'} would be taken as it stands)"
     if kind and kind not in BERT_CLASSES and not (kind in FILE_CLASSES and has_file):
         why = "which only a tokenizer.json describes" if kind in FILE_CLASSES else "which is not read here"
-        raise UserError(f"The tokenizer of {folder} is a {kind[:100]}, {why}. {way_out}.")
+        raise UserError(f"The tokenizer_class of {folder} is {shown(kind)}, {why}. {way_out}.")
     for key, harmless in HARMLESS.items():
         value = settings.harmless.get(key, harmless[0])
         if not any(value == good and type(value) is type(good) for good in harmless):

@@ -59,7 +59,7 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Model:
-    type: Literal["WordPiece", "BPE", "WordLevel", "Unigram"] | None = None
+    type: Literal["WordPiece", "BPE", "WordLevel", "Unigram"] | msgspec.UnsetType = msgspec.UNSET
     vocab: dict[str, Id] | list[tuple[str, float]] = field(default_factory=dict)
     max_input_chars_per_word: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
     """Longest word that WordPiece cuts; the time that takes grows with the cube of its length."""
@@ -71,7 +71,7 @@ class _TokenizerFile:
     """The parts of a `tokenizer.json` that are looked at here; the library reads them all."""
 
     model: _Model
-    added_tokens: list[_Token] | None = None
+    added_tokens: list[_Token] = field(default_factory=list)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -146,7 +146,7 @@ def _parsed(path: Path) -> Tokenizer:
         raise UserError(f"{path} can make a text more than {MOST_GROWTH} times longer; take another tokenizer.")
     for character in "aA1 .\n" if '"Regex"' in json.dumps(state) else "":  # a pattern that explodes does so here
         tokenizer.encode(2000 * character + "!")
-    for token in known.added_tokens or ():
+    for token in known.added_tokens:
         _check_id(tokenizer, token.content, token.id, path)
     return tokenizer
 
@@ -180,16 +180,23 @@ def _growth(part: Any) -> int:
 
 def _check_parts(state: dict[str, Any], model: _Model, path: Path) -> None:
     """Raise UserError for a part that no known version of the library has, for it may change the tokens."""
-    fields = MODEL_FIELDS[model.type] if model.type else {name for names in MODEL_FIELDS.values() for name in names}
-    flags = {name for token in state.get("added_tokens") or () for name in token}
+    fields = (
+        MODEL_FIELDS[model.type]
+        if isinstance(model.type, str)
+        else {name for names in MODEL_FIELDS.values() for name in names}
+    )
+    flags = {name for token in state.get("added_tokens", ()) for name in token}
     odd = [name for name in state if name not in PARTS]
     odd += [f"model.{name}" for name in state["model"] if name not in fields]
     odd += [f"added_tokens.{name}" for name in sorted(flags) if name not in TOKEN_FIELDS]
     if odd:
         raise UserError(f"{path} has parts that are not known here: {first_few(odd)}. Remove them.")
     if isinstance(model.vocab, dict) and len(set(model.vocab.values())) < len(model.vocab):
-        number, times = Counter(model.vocab.values()).most_common(1)[0]
-        raise UserError(f"{path} gives {times} pieces the id {number}, of which the library keeps one. Mend it.")
+        number, _ = Counter(model.vocab.values()).most_common(1)[0]
+        pieces = first_few([piece for piece, id in model.vocab.items() if id == number])
+        raise UserError(
+            f"{path}: model.vocab gives several pieces the id {number}, of which one is kept: {pieces}. Mend it."
+        )
 
 
 def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> None:
@@ -197,8 +204,8 @@ def _check_id(tokenizer: Tokenizer, content: str, wanted: int, where: Path) -> N
     number = tokenizer.token_to_id(content)
     if number != wanted:
         raise UserError(
-            f"{where} gives the added token {shown(content)} the id {wanted}, and the tokenizers library {number}; "
-            "add it to the vocabulary itself."
+            f"{where} gives the added token whose content is {shown(content)} the id {wanted}, and the tokenizers library "
+            f"{number}; add it to the vocabulary itself."
         )
 
 
