@@ -60,7 +60,7 @@ VERBS = {
     "finetune": Verb(
         FinetuneOptions,
         "ufbert.glue.run:finetune",
-        "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
+        "fine-tune a model folder on GLUE or a task of your own (also: python finetune.py)",
         layered=True,
         makes_folder=True,
     ),
