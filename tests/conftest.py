@@ -111,13 +111,22 @@ def command():
 
 
 @pytest.fixture(scope="session")
-def run_folder(corpus_file, tmp_path_factory) -> Path:
-    """A finished small pretraining run."""
+def finished_run(corpus_file, tmp_path_factory) -> tuple[Path, str]:
+    """A finished small pretraining run, and what it has written to a terminal."""
+    from terminal import terminal
+
     from ufbert.cli import call
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    call("train", [*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"])
-    return folder
+    with terminal() as written:
+        call("train", [*RUN, f"--corpus=text:{corpus_file}", f"--out={folder}"])
+        return folder, written()
+
+
+@pytest.fixture(scope="session")
+def run_folder(finished_run) -> Path:
+    """A finished small pretraining run."""
+    return finished_run[0]
 
 
 FAMILIES = {

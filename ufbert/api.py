@@ -9,6 +9,7 @@ from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
 from ufbert.options.train import PrepareOptions, TrainOptions
+from ufbert.runtime import console
 
 if TYPE_CHECKING:
     from ufbert.hub.folder import ModelFolder
@@ -106,4 +107,8 @@ def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, *
 def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:
     """Call a verb's function with the options named. A path may be a Path."""
     given = named_values(cls, {name: str(value) if isinstance(value, Path) else value for name, value in named.items()})
-    return work(from_given(cls, given), given)
+    console.PROGRESS.on_stdout = True
+    try:
+        return work(from_given(cls, given), given)
+    finally:
+        console.PROGRESS.on_stdout = False

@@ -56,6 +56,7 @@ VERBS = {
         "ufbert.plan.prepare:prepare",
         "prepare the text of a training run ahead, on a cheap machine",
         layered=True,
+        makes_folder=True,
     ),
     "plan": Verb(
         PlanOptions,
@@ -66,7 +67,7 @@ VERBS = {
     "finetune": Verb(
         FinetuneOptions,
         "ufbert.glue.run:finetune",
-        "fine-tune a model folder on GLUE tasks (also: python finetune.py)",
+        "fine-tune a model folder on GLUE or a task of your own (also: python finetune.py)",
         layered=True,
         makes_folder=True,
     ),
@@ -114,7 +115,9 @@ def call(name: str, args: Sequence[str]) -> Any:
     verb = VERBS[name]
     options, given = parse(verb.options, args, f"ufbert {name}")
     module, function = verb.work.split(":")
-    work = getattr(importlib.import_module(module), function)
+    console.PROGRESS.on_stdout = verb.makes_folder
+    with console.phase("loading the libraries", stays=False):
+        work = getattr(importlib.import_module(module), function)
     return work(options, given) if verb.layered else work(options)
 
 

@@ -18,10 +18,12 @@ import pytest
 from conftest import REPO, SMALL
 
 from ufbert.config import DataConfig
+from ufbert.data import prepare as preparing
 from ufbert.data.cache import cache_folder, finish, locate, reopen
 from ufbert.data.corpora import Corpus
 from ufbert.data.prepare import Recipe, prepare
 from ufbert.data.prepared import DATA_FORMAT, open_prepared
+from ufbert.data.tokenizer import train_wordpiece
 from ufbert.errors import UserError
 from ufbert.runtime.files import private_folder, publish
 
@@ -313,17 +315,18 @@ def test_a_corpus_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, comman
     assert is_empty(tmp_path / "cache")
 
 
-def test_a_corpus_file_that_vanishes_during_preparation_is_one_sentence(text, tmp_path):
+def test_a_corpus_file_that_vanishes_during_preparation_is_one_sentence(text, tmp_path, monkeypatch):
     other = tmp_path / "other.txt"
     other.write_bytes(text.read_bytes())
     located = locate(f"text:{text},{other}", DATA, 300, None, str(tmp_path / "cache"), print)
 
-    def vanish(line):
-        if line.startswith("training a WordPiece tokenizer"):
-            other.unlink()
+    def vanish_first(*arguments):
+        other.unlink()
+        return train_wordpiece(*arguments)
 
+    monkeypatch.setattr(preparing, "train_wordpiece", vanish_first)
     with pytest.raises(UserError, match=r"Cannot read .*other\.txt: No such file or directory"):
-        finish(located, vanish, print)
+        finish(located, print, print)
     assert is_empty(tmp_path / "cache")
 
 

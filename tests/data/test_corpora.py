@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tracemalloc
 
+import huggingface_hub.utils
 import pytest
 from conftest import REPO
 
 from ufbert.data import text_files
-from ufbert.data.corpora import demo_path, open_corpus, source_of
+from ufbert.data.corpora import datasets_library, demo_path, open_corpus, source_of
 from ufbert.errors import UserError
 
 
@@ -294,3 +295,10 @@ def test_a_source_is_known_by_place_size_and_time(tmp_path):
     assert source_of(spec) != before
     path.unlink()
     assert source_of(spec) == {**before, "files": None}
+
+
+def test_the_libraries_show_no_bars_of_their_own(capfd):
+    datasets = datasets_library()
+    assert len(datasets.Dataset.from_dict({"text": ["a", "b"]}).map(lambda row: row)) == 2
+    assert huggingface_hub.utils.are_progress_bars_disabled()
+    assert capfd.readouterr() == ("", "")

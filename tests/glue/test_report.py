@@ -8,8 +8,9 @@ from conftest import REPO, write_sweep
 
 from ufbert.errors import UserError
 from ufbert.glue.compare import glue_table
-from ufbert.glue.report import glue_markdown, write_glue_report
-from ufbert.glue.results import read_results
+from ufbert.glue.report import glue_markdown, glue_page, print_results, shortfalls, write_glue_report
+from ufbert.glue.results import DevResult, GlueResults, ProtocolResult, TaskResult, read_results
+from ufbert.glue.scores import averages
 from ufbert.report.page import grid, markdown_grid
 
 
@@ -108,3 +109,74 @@ def test_a_sweep_of_an_earlier_version_is_read_and_compared():
     assert glue_markdown(results) == (folder / "glue.md").read_text()
     assert json.loads(json.dumps(results.to_json())) == json.loads((folder / "glue.json").read_text())
     assert glue_table([folder, folder]).count("+0.0 [+0.0, +0.0] ≈") == 3
+
+
+def own_results(metrics, label_names, dev_counts, majority, median):
+    """Results of a task of one's own with one dev split, one seed and these scores."""
+    classes = len(label_names)
+    confusion = {0: [[count, *[0] * (classes - 1)] for count in dev_counts]} if classes else {}
+    dev = DevResult(
+        rows=sum(dev_counts), official_rows=0, seeds={0: median}, median=median,
+        spread={name: (value, value) for name, value in median.items()}, majority=majority, confusion=confusion,
+    )  # fmt: skip
+    task = TaskResult(
+        folder="reviews", cut_of="", metrics=metrics, label_names=label_names, train_rows=9, skipped_rows=0, truncated_rows=0,
+        lr=1e-3, saved_seed=0, dev={"dev": dev}, curves={}, starts_from="model", seconds=1.0,
+    )  # fmt: skip
+    protocol = ProtocolResult("small", "2 epochs", "fine-tuned")
+    return GlueResults("runs/m/model", "a.csv", protocol, {}, {}, {"reviews": task}, averages({"reviews": task}))
+
+
+STARS = (("accuracy",), ("bad", "good"), [30, 70], {"accuracy": 0.7})
+SPAM = (("f1",), ("ham", "spam"), [60, 40], {"f1": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "median", "words"),
+    [
+        (STARS, 0.65, "accuracy 65.0 is worse than always answering good (70.0%)."),
+        (STARS, 0.7, "accuracy 70.0 is no better than always answering good (70.0%)."),
+        (STARS, 0.71, None),
+        (
+            (("accuracy",), ("a", "b", "c"), [40, 40, 20], {"accuracy": 0.4}),
+            0.3,
+            "always answering a or always b (40.0%).",
+        ),
+        (SPAM, 0.5, "f1 50.0 is worse than always answering spam (57.1)."),  # F1 counts spam, which is not the majority
+        (SPAM, 0.58, None),
+        ((("matthews",), ("a", "b"), [50, 50], {"matthews": 0.0}), 0.1, "is not to be told from chance"),
+        ((("matthews",), ("a", "b"), [50, 50], {"matthews": 0.0}), 0.3, None),
+        ((("pearson",), (), [100], {"pearson": 0.0}), 0.0, "texts can reach 20.0 on 100 rows."),
+        ((("pearson",), (), [100], {"pearson": 0.0}), -0.9, "is not to be told from chance"),
+        ((("spearman",), (), [100], {"spearman": 0.0}), 0.4, None),
+    ],
+)
+def test_what_no_knowledge_reaches_is_said_in_words(kind, median, words, capsys):
+    metrics, label_names, counts, majority = kind
+    results = own_results(metrics, label_names, counts, majority, dict.fromkeys(metrics, median))
+    if words is None:
+        assert shortfalls(results) == []
+        return
+    (text,) = shortfalls(results)
+    assert words in text
+    assert text in glue_markdown(results)
+    assert text in glue_page(results)
+    print_results(results)
+    printed = capsys.readouterr().out
+    assert text in " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_task_of_ones_own_has_its_name_and_none_of_glues_averages():
+    results = own_results(*STARS, median={"accuracy": 0.8})
+    for text in (glue_markdown(results), glue_page(results)):
+        assert "reviews: runs/m/model" in text
+        for words in ("GLUE", "nine numbers", "eight tasks", "official", "for want of", "Averages"):
+            assert words not in text
+
+
+def test_the_scores_of_a_whole_sweep_fit_a_terminal(sweep, capsys):
+    print_results(read_results(sweep))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert re.search(r"^MNLI mismatched +accuracy +\d", printed, re.MULTILINE)

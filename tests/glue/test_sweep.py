@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO
+from terminal import Screen, terminal, told
 
 from ufbert.cli import call
 from ufbert.errors import UserError
@@ -62,14 +63,22 @@ def options(run_folder, toy_glue, out, *more):
     return [f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", f"--out={out}", "--device=cpu", *more]
 
 
-def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, capsys, command):
+def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, command):
     out = tmp_path / "out"
-    found = finetune(options(run_folder, toy_glue, out, "--seeds=0,1", "--tune.lr=4e-3", "--tune.epochs=6"))
-    said = capsys.readouterr().out
+    with terminal() as written:
+        found = finetune(options(run_folder, toy_glue, out, "--seeds=0,1", "--tune.lr=4e-3", "--tune.epochs=6"))
+        screen = Screen(written())
+    said = " ".join(screen.lines)
     assert "left out: MRPC, QQP, MNLI, QNLI, WNLI" in said
     assert "protocol small with epochs 6, lr 0.004, 2 seed(s): 6 epochs, batch 16, learning rate 0.004" in said
     assert "[5/5] mnli-devsplit" in said
-    assert "left in all" in said
+    assert told(screen) >= {
+        "reading the rows", "reading the model folder", "tokenising the rows and starting the runs", "compiling the update",
+        "scoring the rows of every split", "drawing the report",
+    }  # fmt: skip
+    assert "left in all" not in said  # that was to be rewritten
+    assert all(line.startswith("results ") for line in screen.too_long.values())  # it holds paths
+    assert screen.lines[screen.row] == ""
     assert list(found["tasks"]) == ["cola", "sst2", "stsb", "rte", "mnli-devsplit"]
     assert json.loads((out / "glue.json").read_text()) == json.loads(json.dumps(found))
     sst2 = found["tasks"]["sst2"]

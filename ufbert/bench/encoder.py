@@ -25,6 +25,7 @@ from ufbert.errors import UserError
 from ufbert.ops import native
 from ufbert.options.bench import BenchEncoderOptions
 from ufbert.report.page import markdown_grid
+from ufbert.runtime.console import phase
 from ufbert.runtime.device import usable_threads, use_device
 
 PEER_SCRIPT = Path(__file__).parent / "encoder_peer.py"
@@ -68,11 +69,13 @@ def measure(options: BenchEncoderOptions) -> dict[str, Any]:
         checked = check_ours(ours, names, str(gate_shape)) | check_peers(folder, ours, peers, gate_shape)
         machine |= ours.ask("machine", "read")
         cases = [time_case(ours, peers, shape, options, machine) for shape in shapes]
-        starts = {name: ours.ask("load_time", "seconds", name=name) for name in names}
+        with phase("timing the start from a model folder"):
+            starts = {name: ours.ask("load_time", "seconds", name=name) for name in names}
     measured = {"facts": facts, "missing": missing, "checked": checked, "starts": starts, "shapes": cases}
     return header(options, machine, threads) | measured
 
 
+@phase("checking our encoders")
 def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[str, dict[str, float]]:
     """Return the gates' measurements by name. Raises UserError if an engine is wrong, or if tokens take few routes."""
     checked: dict[str, dict[str, float]] = {}
@@ -91,6 +94,7 @@ def check_ours(ours: WorkerProcess, names: Sequence[str], shape: str) -> dict[st
     return checked
 
 
+@phase("checking the peers")
 def check_peers(folder: Path, ours: WorkerProcess, peers: Sequence[Entry], shape: Shape) -> dict[str, dict[str, float]]:
     """Return how far the peers are from our dense BERT, by name. Raises UserError if a peer computes another model."""
     wanted = first_hidden(folder, Entry(ours, "dense-float32"), shape)
@@ -130,7 +134,8 @@ def time_case(
     for name, contestant in report["contestants"].items():
         contestant["tokens_per_second"], contestant["parts"] = tokens / contestant["call"]["median"], {}
         if name in names:
-            contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"]
+            with phase(f"timing the parts of {name}"):
+                contestant["parts"] = ours.ask("parts", "parts", name=name, shape=str(shape))["parts"]
     return {"shape": str(shape), "tokens": tokens, **report}
 
 

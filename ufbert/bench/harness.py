@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ufbert.errors import UserError
+from ufbert.runtime.console import phase
 
 PAUSE = 0.03
 """Seconds between blocks, in which the threads of the last block stop waiting actively for more work."""
@@ -113,7 +114,8 @@ def start_processes(
         command = [*program, str(job), name, str(threads), *(entries if name == "ufbert" else ())]
         try:
             process = running.enter_context(WorkerProcess(name, command, folder, environment))
-            process.wait_ready()
+            with phase(f"starting {name}"):
+                process.wait_ready()
             processes[name] = process
         except Missing as error:
             missing[name] = str(error).rstrip(".")
@@ -149,13 +151,14 @@ def time_rounds(
 ) -> tuple[Times, dict[str, dict[str, int]]]:
     """Time rounds of blocks that take about `seconds[work]` each; return the times and the calls of a block.
 
-    Prints `label` and how long it will take to stderr.
+    Shows `label` and how long it will take.
     """
-    trials = {e.name: {work: calls_for(e, work, wanted) for work, wanted in seconds.items()} for e in entries}
+    with phase(f"trying {label}"):
+        trials = {e.name: {work: calls_for(e, work, wanted) for work, wanted in seconds.items()} for e in entries}
     whole = blocks * sum(took + PAUSE for works in trials.values() for _, took in works.values())
-    print(f"timing {label}, about {whole:.0f} s", file=sys.stderr, flush=True)
     calls = {name: {work: n for work, (n, _) in works.items()} for name, works in trials.items()}
-    return alternate(entries, calls, blocks), calls
+    with phase(f"timing {label}, about {whole:.0f} s"):
+        return alternate(entries, calls, blocks), calls
 
 
 def calls_for(entry: Entry, work: str, seconds: float) -> tuple[int, float]:

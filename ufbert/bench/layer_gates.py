@@ -17,6 +17,7 @@ from ufbert.bench.layer_ours import as_stored, tree_layers
 from ufbert.bench.report import type_of
 from ufbert.errors import UserError
 from ufbert.options.bench import BenchLayerOptions
+from ufbert.runtime.console import phase
 
 MARGIN = 1e-5
 """A logit nearer to zero than this may turn either way in float32."""
@@ -29,6 +30,7 @@ LEAVES = 0.5
 """Share of a tree's leaves that rows must end in."""
 
 
+@phase("checking that all compute the same")
 def check_everything(
     folder: Path, options: BenchLayerOptions, ours: Sequence[Entry], peers: Sequence[Entry]
 ) -> dict[str, Any]:

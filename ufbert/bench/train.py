@@ -37,6 +37,7 @@ from ufbert.options.train import with_run
 from ufbert.pretrain.budget import Budget
 from ufbert.pretrain.resolve import local_platform, resolve
 from ufbert.pretrain.step import StepInputs, build_steps, mask_rows, state_of
+from ufbert.runtime.console import phase
 from ufbert.runtime.device import usable_threads, use_device
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import convert
@@ -131,7 +132,8 @@ def measure(options: BenchTrainOptions) -> dict[str, Any]:
             raise UserError(f"{next(iter(missing.values()))}.")
         entries, losses = [Entry(process, name) for name, process in processes.items()], {}
         for process, name in entries:
-            first = process.ask("time", "losses", name=name, work="step", first=0, calls=options.checked)
+            with phase(f"checking the first losses of {name}"):
+                first = process.ask("time", "losses", name=name, work="step", first=0, calls=options.checked)
             losses[name] = first["losses"]
         same = {name for name in programs if name not in runs or runs[name].model.feedforward == run.model.feedforward}
         differences = {
@@ -139,7 +141,8 @@ def measure(options: BenchTrainOptions) -> dict[str, Any]:
             for name in programs if name != "ufbert"
         }  # fmt: skip
         calls = {name: {"step": options.updates} for name in processes}
-        times = alternate(entries, calls, options.blocks, start=options.checked)
+        with phase(f"timing {options.blocks} blocks of {options.updates} updates"):
+            times = alternate(entries, calls, options.blocks, start=options.checked)
     seconds = {name: [options.updates * call for call in works["step"]] for name, works in times.items()}
     tokens = options.updates * options.rows * run.data.seq_len
     job = {name: getattr(options, name) for name in ("rows", "checked", "updates", "blocks", "seed")}

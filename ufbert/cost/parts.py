@@ -27,6 +27,7 @@ from ufbert.cost.speeds import (
 )
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer
 from ufbert.ops.losses import cross_entropy
+from ufbert.runtime.console import phase
 
 MAX_TOKENS = 4096
 """Parts are measured on at most this many tokens; more would take long and not run at another speed."""
@@ -84,6 +85,7 @@ class PartSpeeds:
         return Speeds(share * products, share * products, share * moved / taken, overlap=False, source=source)
 
 
+@phase("measuring this device")
 def local_speeds(run: RunConfig, seconds: float = 0.5) -> Speeds:
     """The speeds of the default device: of a CPU those of the parts of `run`, measured in about `seconds` beside compiling;
     of an accelerator those of the table, or of a large product and a large sum if it is not there."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ufbert.cost.devices import DevicePeaks, device_of_kind
+from ufbert.runtime.console import phase
 
 UTILISATION = 0.4
 """Assumed share of an accelerator's peak that matrix products reach in training. Crammed BERT ran 105 thousand tokens a
@@ -58,6 +59,7 @@ def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
     return Speeds(*speeds, overlap=True, source=source)
 
 
+@phase("measuring this device")
 def device_peak() -> tuple[float, str]:
     """Return the peak FLOP/s of the default device and its source. A model's FLOP/s over it is its utilisation (MFU).
 

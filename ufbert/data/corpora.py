@@ -175,9 +175,12 @@ def _text(spec: str, field: str, number: int, value: Any) -> str:
 
 @cache
 def datasets_library() -> Any:
-    """Import the library `datasets`, and make the interpreter wait for its threads when it exits."""
+    """Import the library `datasets` without its progress bars, and have the interpreter wait for its threads when it exits."""
     import datasets
+    import huggingface_hub.utils
 
+    datasets.disable_progress_bars()  # phases say what is under way, in one line
+    huggingface_hub.utils.disable_progress_bars()
     atexit.register(wait_for_arrow)
     return datasets
 

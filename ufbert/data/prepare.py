@@ -35,6 +35,7 @@ from ufbert.data.tokenizer import (
     vocabulary_size,
 )
 from ufbert.errors import UserError
+from ufbert.runtime.console import phase
 from ufbert.runtime.files import private_folder, publish
 
 HELDOUT_EVERY = 50
@@ -66,7 +67,7 @@ def prepare(
     """
     try:
         with private_folder(folder.parent) as scratch:
-            tokenizer = tokenizer or _train_tokenizer(corpus, recipe, progress)
+            tokenizer = tokenizer or _train_tokenizer(corpus, recipe)
             tokenizer.no_truncation()  # a caller's may truncate or pad
             tokenizer.no_padding()
             (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -88,9 +89,7 @@ def _check_unchanged(corpus: Corpus) -> None:
         raise UserError(f"The corpus {corpus.spec} changed while it was being read; start again when it is complete.")
 
 
-def _train_tokenizer(corpus: Corpus, recipe: Recipe, progress: Say) -> Tokenizer:
-    progress(f"training a WordPiece tokenizer of {recipe.vocab_size} tokens")
-
+def _train_tokenizer(corpus: Corpus, recipe: Recipe) -> Tokenizer:
     def sample() -> Iterator[str]:
         left = recipe.tokenizer_chars
         for batch in _batches(corpus.documents(), ExactFilter() if recipe.drop_exact else None):
@@ -100,7 +99,8 @@ def _train_tokenizer(corpus: Corpus, recipe: Recipe, progress: Say) -> Tokenizer
                 if left <= 0:
                     return
 
-    return train_wordpiece(sample(), recipe.vocab_size)
+    with phase(f"training a tokenizer of {recipe.vocab_size:,} word pieces"):
+        return train_wordpiece(sample(), recipe.vocab_size)
 
 
 class _Batch(NamedTuple):

@@ -173,9 +173,6 @@ def _lines(path: Path, meter: Meter) -> Iterator[str]:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-_WIDTH = 24
-
-
 class Progress:
     """The progress of a pass over a corpus, by bytes read, or by tokens if only `max_tokens` is known."""
 
@@ -194,11 +191,10 @@ class Progress:
     def line(self, documents: int, tokens: int) -> str:
         """Write the progress line after `documents` documents and `tokens` tokens."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        done = f"{documents:,} documents, {tokens / 1e6:,.1f} M tokens, {tokens / seconds / 1e3:,.0f} k tokens/s"
+        done = f"{tokens / 1e6:,.1f} M tokens  {tokens / seconds / 1e3:,.0f} k tokens/s  {documents:,} documents"
         share = self.share(tokens)
         if share is None:
-            return f"tokenising: {done}"
-        bar = "#" * round(share * _WIDTH)
-        left = f", {clock(seconds * (1 - share) / share)} left" if share > 0 else ""
+            return f"tokenising  {done}"
+        left = f"{clock(seconds * (1 - share) / share)} left  " if share > 0 else ""
         of = f" of {self._meter.total / 1e6:,.1f} MB" if self._meter is not None and self._meter.total else ""
-        return f"tokenising [{bar:.<{_WIDTH}}] {share:.0%}{of}: {done}{left}"
+        return f"{left}tokenising {share:.0%}{of}  {done}"

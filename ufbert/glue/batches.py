@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert import nn
 from ufbert.data.encode import Encoded, bucket
+from ufbert.runtime.console import show
 
 EVAL_ROWS = 64
 """Rows that are scored at once."""
@@ -101,4 +102,5 @@ def predict_rows(
         picks = np.resize(order[start : start + EVAL_ROWS], EVAL_ROWS)
         inputs = rows[picks] if isinstance(rows, np.ndarray) else TokenBatch(*map(jnp.asarray, rows.pad(picks)))
         scores.append(np.asarray(predict(params, inputs)))
+        show(f"scoring  {min(start + EVAL_ROWS, len(order)):,}/{len(order):,} rows")
     return np.concatenate(scores, axis=1)[:, : len(order)][:, np.argsort(order)]

@@ -14,6 +14,7 @@ from ufbert.glue.results import DevResult, GlueResults, read_results
 from ufbert.glue.tasks import TASKS
 from ufbert.options.finetune import GlueTableOptions
 from ufbert.report.page import markdown_grid
+from ufbert.runtime.console import phase
 from ufbert.runtime.files import write_text
 
 
@@ -84,6 +85,7 @@ class TableRow(NamedTuple):
         return [self.task, self.metric, self.rows, medians[0], *(cell for pair in pairs for cell in pair)]
 
 
+@phase("comparing the predictions")
 def glue_table(places: Sequence[Path]) -> str:
     """Compare sweeps with the first of them, as Markdown: their letters, warnings, the table, and how to read it.
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ufbert.glue.step import (
 )
 from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, TaskInfo, with_task
+from ufbert.runtime.console import phase
 
 Progress = Callable[[int, int, str], None]
 """Gets updates done, updates in all, and a text about the event."""
@@ -113,9 +115,10 @@ def finetune_task(
     """
     if tune.pooling != "model":
         model = replace(model, config=replace(model.config, pooling=tune.pooling))
-    params = start_params(model, replace(model.config, dropout=tune.dropout), data.task, runs, from_scratch)
-    job = _prepare(model, data, tune, runs, teacher, params["encoder"] if probe else None)
-    state = start_state({"classifier": params["classifier"]} if probe else params, tune)
+    with phase("tokenising the rows and starting the runs"):
+        params = start_params(model, replace(model.config, dropout=tune.dropout), data.task, runs, from_scratch)
+        job = _prepare(model, data, tune, runs, teacher, params["encoder"] if probe else None)
+        state = start_state({"classifier": params["classifier"]} if probe else params, tune)
     losses = np.zeros((0, len(runs)), np.float32)
     curves: list[list[Point]] = [[] for _ in runs]
     best, best_metric, stale_epochs = None, np.full(len(runs), -np.inf), 0
@@ -124,7 +127,8 @@ def finetune_task(
         losses = np.concatenate([losses, new_losses])
         if not np.isfinite(losses).all(axis=0).any():
             break  # every run has diverged
-        scores = job.scores(state.params, data.deciding_split)
+        with phase("scoring the dev rows", stays=False):
+            scores = job.scores(state.params, data.deciding_split)
         metrics = [split_metrics(data, data.deciding_split, of_run) for of_run in scores]
         for curve, loss, of_run in zip(curves, new_losses.mean(axis=0), metrics, strict=True):
             curve.append({"epoch": epoch + 1, "loss": float(loss), **of_run})
@@ -154,8 +158,9 @@ def _prepare(
     features, splits = None, {**encoded}
     if encoder is not None:
         shared = jax.tree.map(lambda leaf: leaf[0], encoder)  # the same for every run
-        features = cached_features(config, shared, rows)
-        splits = {name: cached_features(config, shared, split) for name, split in encoded.items()}
+        with phase("computing the features of all rows"):
+            features = cached_features(config, shared, rows)
+            splits = {name: cached_features(config, shared, split) for name, split in encoded.items()}
     training = TrainingRows(rows, features, ((labels - mean) / spread).astype(np.float32), taught)
     truncated = rows.truncated + sum(split.truncated for split in encoded.values())
     steps = finetune_steps(Setting(config=config, tune=tune, is_regression=data.task.is_regression))
@@ -166,6 +171,7 @@ def _encode(model: ModelFolder, examples: Examples, tune: FinetuneConfig) -> Enc
     return encode_texts(model.tokenizer, examples.texts, examples.pairs, model.config, tune.max_len)
 
 
+@phase("asking the teacher")
 def teacher_scores(teacher: ModelFolder, examples: Examples, tune: FinetuneConfig) -> Float[np.ndarray, "rows c"]:
     """Score rows with a fine-tuned model. Raises UserError if a score is not finite."""
     steps = finetune_steps(Setting(config=teacher.config, tune=tune))
@@ -205,7 +211,10 @@ def _train_epoch(
     batches = epoch_of_runs(job.training, tune.batch_rows, [run.seed for run in runs], epoch)
     for step, batch in enumerate(batches, epoch * updates):
         lr = peaks * np.float32(learning_rate(step, total, tune))
-        state, loss = job.steps.update(state, batch, keys, np.int32(step), lr)
+        shapes = job.data.task.n_outputs, batch.teacher is None, *map(jnp.shape, jax.tree.leaves(batch.inputs))
+        with nullcontext() if shapes in job.steps.compiled else phase("compiling the update"):
+            state, loss = job.steps.update(state, batch, keys, np.int32(step), lr)
+        job.steps.compiled.add(shapes)
         losses.append(loss)
         progress(step + 1, total, f"epoch {epoch + 1}/{tune.epochs}")
     return state, np.stack([np.asarray(loss) for loss in losses])  # read at the epoch's end, so that updates are queued
@@ -215,7 +224,8 @@ def _outcomes(
     job: _Job, model: ModelFolder, params: Any, curves: list[list[Point]], losses: Float[np.ndarray, "updates r"]
 ) -> list[Tuned | Diverged]:
     """Score all splits with the weights that are kept, and tell the runs that diverged from those that did not."""
-    scores = {split: job.scores(params, split) for split in job.splits}
+    with phase("scoring the rows of every split"):
+        scores = {split: job.scores(params, split) for split in job.splits}
     outcomes: list[Tuned | Diverged] = []
     for i, run in enumerate(job.runs):
         trace = Trace(curves[i], losses[:, i], {split: of[i] for split, of in scores.items()}, job.truncated)

@@ -1,12 +1,20 @@
-"""`glue.md` and `report.html` of a GLUE sweep: scores, learning curves, confusion tables, and how it all came about."""
+"""`glue.md` and `report.html` of a sweep: scores, learning curves, confusion tables, and how it all came about."""
 
 import html
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ufbert.glue.results import Average, DevResult, GlueResults, Point, TaskResult
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from ufbert.glue.metrics import METRICS
+from ufbert.glue.results import DevResult, GlueResults, Point, TaskResult
+from ufbert.glue.tasks import TASKS
 from ufbert.report.page import facts, grid, markdown_grid, page, svg
 from ufbert.runtime.files import write_text
 
@@ -19,9 +27,81 @@ def write_glue_report(folder: Path, results: GlueResults) -> str:
     return text
 
 
+def print_results(results: GlueResults) -> None:
+    """Print what a terminal of 80 columns has room for: the scores over all seeds, what they fall short of, the averages."""
+    console, table = rich.console.Console(highlight=False), rich.table.Table(box=None, pad_edge=False)
+    head, rows = _score_grid(results)
+    kept = [0, 1, 2, 3, len(head) - 2, len(head) - 1]  # all but the seeds'
+    for i in kept:
+        table.add_column(head[i], justify="right" if 2 <= i < len(head) - 1 else "left")
+    for row in rows:
+        table.add_row(*(rich.text.Text(row[i]) for i in kept))
+    averages = [a for a in results.averages.values() if a.value is not None] if is_official(results) else []
+    texts = [*shortfalls(results), *(f"{a.name}: {points(a.value or 0.0)}. {a.sentence}" for a in averages)]
+    console.print(rich.console.Group("", table, *map(rich.text.Text, texts)))
+
+
 def points(score: float, sign: Literal["", "+"] = "") -> str:
     """Format a score times 100, with one decimal, and with `sign` a plus before it if it is not negative."""
     return f"{round(100 * score, 1) + 0.0:{sign}.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def is_official(results: GlueResults) -> bool:
+    """Tell if a sweep is one of GLUE's tasks, or of parts of them, and not of a task of one's own."""
+    return not results.tasks or any(name in TASKS or task.cut_of for name, task in results.tasks.items())
+
+
+def heading(results: GlueResults) -> str:
+    """Name what a sweep was fine-tuned on, and the model: `GLUE: runs/mine/model`, `reviews: runs/mine/model`."""
+    own = ", ".join(task.folder for task in results.tasks.values())
+    return f"{'GLUE' if is_official(results) else own}: {results.model}"
+
+
+def shortfalls(results: GlueResults) -> list[str]:
+    """Say of each dev split and metric that a model without any knowledge would have got as far; [] if there is none."""
+    texts = []
+    for task, split, dev in _devs(results):
+        for metric in task.metrics:
+            if words := _shortfall(task, dev, metric):
+                texts.append(f"{task.title(split)}: {metric} {points(dev.median[metric])} is {words}.")
+    return texts
+
+
+def _shortfall(task: TaskResult, dev: DevResult, metric: str) -> str:
+    """Compare a median with what takes no knowledge: one answer to all rows, or for correlations answers by chance."""
+    median, rows = dev.median[metric], dev.rows
+    if metric not in ("accuracy", "f1"):
+        chance = 2 / math.sqrt(max(rows, 1))  # two standard deviations of the correlation of independent vectors
+        if median >= chance:
+            return ""
+        return f"not to be told from chance: answers that ignore the texts can reach {points(chance)} on {rows:,} rows"
+    baseline, answer = dev.majority[metric], " or always ".join(_majority_classes(task, dev)) or "alike"
+    counts = _class_counts(dev)
+    if (
+        metric == "f1" and len(counts) == 2
+    ):  # it counts class 1, so that always answering that is what takes no knowledge
+        labels = np.repeat(np.arange(2), counts)
+        baseline, answer = METRICS["f1"](np.ones(len(labels), int), labels), task.label_names[1]
+    if median > baseline:
+        return ""
+    unit = f"{points(baseline)}%" if metric == "accuracy" else points(baseline)
+    return f"{'worse' if median < baseline else 'no better'} than always answering {answer} ({unit})"
+
+
+def _class_counts(dev: DevResult) -> list[int]:
+    """Count the dev rows of each true class; [] if no confusion table was kept."""
+    return [sum(counts) for counts in next(iter(dev.confusion.values()), [])]
+
+
+def _majority_classes(task: TaskResult, dev: DevResult) -> list[str]:
+    """Name the class, or the classes, whose constant answer scores as `dev.majority` says."""
+    counts = _class_counts(dev)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return [
+        name
+        for number, name in enumerate(task.label_names if len(labels) else ())
+        if all(abs(METRICS[m](np.full(len(labels), number), labels) - dev.majority[m]) < 1e-9 for m in task.metrics)
+    ]
 
 
 def _devs(results: GlueResults) -> Iterator[tuple[TaskResult, str, DevResult]]:
@@ -48,7 +128,7 @@ def _dev_rows(task: TaskResult, dev: DevResult) -> str:
         return f"{dev.rows:,}, a part of the task"
     if dev.rows == dev.official_rows:
         return f"{dev.rows:,}, official"
-    return f"{dev.rows:,} of {dev.official_rows:,}" if dev.official_rows else f"{dev.rows:,}, not GLUE's"
+    return f"{dev.rows:,} of {dev.official_rows:,}" if dev.official_rows else f"{dev.rows:,}"
 
 
 def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
@@ -64,34 +144,38 @@ def _training_grid(results: GlueResults) -> tuple[list[str], list[list[str]]]:
     return [*head, "seed kept"], rows
 
 
-def _averages(averages: dict[str, Average]) -> list[tuple[str, str]]:
-    """Return each average's name, and its value or the missing tasks, with a sentence that defines it."""
+def _averages(results: GlueResults) -> list[tuple[str, str]]:
+    """Return each average's name, and its value or the missing tasks, with a sentence that defines it; [] without GLUE."""
     texts = []
-    for average in averages.values():
+    for average in results.averages.values() if is_official(results) else ():
         missing = f"not computed for want of {', '.join(average.missing)}"
         value = missing if average.value is None else points(average.value)
         texts.append((average.name, f"{value}. {average.sentence}"))
     return texts
 
 
-_KEY = (
-    "Scores are times 100. Median, lowest and highest are over seeds; majority is the score of always giving the training "
-    "rows' most frequent answer. Only rows marked official are the whole dev set that papers score."
-)
+def _key(results: GlueResults) -> str:
+    """Say how to read the table of scores."""
+    key = (
+        "Scores are times 100. Median, lowest and highest are over seeds; majority is the score of always giving the "
+        "training rows' most frequent answer."
+    )
+    official = " Only rows marked official are the whole dev set that papers score."
+    return key + official if is_official(results) else key
 
 
 def glue_markdown(results: GlueResults) -> str:
     """Write the tables of a sweep as Markdown."""
     head, rows = _score_grid(results)
-    return "\n\n".join(
-        [
-            f"# GLUE: {results.model}",
-            f"Protocol: {results.protocol}\n\nRows from {results.source}. {_KEY}",
-            markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
-            "\n".join(f"- **{name}**: {text}" for name, text in _averages(results.averages)),
-            markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",
-        ]
-    )
+    parts = [
+        f"# {heading(results)}",
+        f"Protocol: {results.protocol}\n\nRows from {results.source}. {_key(results)}",
+        markdown_grid(head, rows, numbers=range(2, len(head) - 1)),
+        "\n".join(f"- **{text}**" for text in shortfalls(results)),
+        "\n".join(f"- **{name}**: {text}" for name, text in _averages(results)),
+        markdown_grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)) + "\n",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def glue_page(results: GlueResults) -> str:
@@ -105,9 +189,10 @@ def glue_page(results: GlueResults) -> str:
         f"{html.escape(results.protocol.text)}</p>",
         *pictures,
         grid(head, rows, numbers=range(2, len(head) - 1)),
-        f'<p class="note">{_KEY} Rows from {html.escape(results.source)}.</p>',
-        "<h2>Averages</h2>",
-        *(f"<p><b>{html.escape(name)}</b>: {html.escape(text)}</p>" for name, text in _averages(results.averages)),
+        *(f"<p><b>{html.escape(text)}</b></p>" for text in shortfalls(results)),
+        f'<p class="note">{_key(results)} Rows from {html.escape(results.source)}.</p>',
+        *(["<h2>Averages</h2>"] if is_official(results) else []),
+        *(f"<p><b>{html.escape(name)}</b>: {html.escape(text)}</p>" for name, text in _averages(results)),
         "<h2>Training</h2>",
         grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)),
         *(["<h2>Learning curves</h2>", *curves] if curves else []),
@@ -115,7 +200,7 @@ def glue_page(results: GlueResults) -> str:
         f"<h2>Environment</h2>{facts(results.environment)}",
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(results.options, indent=2))}</pre>",
     ]
-    return page(f"GLUE: {results.model}", "\n".join(body))
+    return page(heading(results), "\n".join(body))
 
 
 def _overview(results: GlueResults) -> str:

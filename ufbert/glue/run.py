@@ -19,6 +19,7 @@ from ufbert.hub.folder import load_model
 from ufbert.options.finetune import CUSTOM, FinetuneOptions
 from ufbert.options.given import Given
 from ufbert.runtime.claim import claimed, claimed_new, new_folder
+from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
 from ufbert.runtime.last_command import last_commands
 
@@ -41,7 +42,8 @@ def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
             name = (
                 path.resolve().parent.name if path.name == "model" else path.name
             )  # a run's model folder is RUN/model
-            folder = new_folder(Path("runs"), f"glue-{name}")
+            kind = inputs.tasks[0].task.name if options.is_custom else "glue"
+            folder = new_folder(Path("runs"), f"{kind}-{name}")
             held.enter_context(claimed_new(folder))
         with last_commands(options.last_commands, folder, held.close):
             return sweep(inputs, folder)
@@ -64,10 +66,11 @@ def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
         if math.ceil(len(data.train.texts) / tune.batch_rows) * tune.epochs >= 2**31:
             raise UserError(f"{tune.epochs:,} epochs of {data.task.folder} are 2^31 updates or more (--tune.epochs).")
     if skipped_tasks:
-        print(f"not in {options.glue_source}, left out: {', '.join(skipped_tasks)}")
+        say(f"not in {options.glue_source}, left out: {', '.join(skipped_tasks)}")
     return SweepInputs(replace(options, tune=tune), protocol, model, tasks)
 
 
+@phase("reading the rows")
 def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
     """Return the names of official tasks that the source lacks, and the rows of the tasks to run."""
     if options.is_custom:
@@ -75,7 +78,7 @@ def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
         described = {name: getattr(options, name) for name in CUSTOM if name != "task_file"}
         path = options.task_file
         custom = read_task_file(Path(path)) if path else CustomTask(**described, regression=regression)
-        return [], [read_custom(custom, options.skip_bad_rows, print)]
+        return [], [read_custom(custom, options.skip_bad_rows, say)]
     source = open_source(options.glue_source, options.skip_bad_rows)
     chosen, skipped = choose_tasks(source, options.tasks)
     if options.protocol == "mnli-first":

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ class FinetuneSteps(NamedTuple):
     """(state, batches, keys (r,), step, lr (r,)) -> (state, mean losses). The state is donated."""
     predict: Callable[..., Float[Array, "r b c"]]
     """(params, one batch for all runs) -> the classifier's scores, without dropout."""
+    compiled: set[tuple[Any, ...]]
+    """The shapes that `update` has met, for which it need not be compiled again."""
 
 
 def learning_rate(step: int, total: int, config: FinetuneConfig) -> float:
@@ -63,7 +65,7 @@ def finetune_steps(setting: Setting) -> FinetuneSteps:
     """Return the jitted functions of a setting, made once."""
     update = jax.vmap(partial(_update, setting), in_axes=(0, 0, 0, None, 0))
     predict = jax.vmap(lambda params, inputs: classifier_scores(setting, params, inputs, None)[0], in_axes=(0, None))
-    return FinetuneSteps(jax.jit(update, donate_argnums=0), jax.jit(predict))
+    return FinetuneSteps(jax.jit(update, donate_argnums=0), jax.jit(predict), set())
 
 
 def _update(

@@ -16,13 +16,13 @@ from ufbert.errors import UserError
 from ufbert.glue.finetune import Diverged, Run, Trace, Tuned, finetune_task
 from ufbert.glue.predictions import write_predictions, write_submission
 from ufbert.glue.protocols import Protocol
-from ufbert.glue.report import points, write_glue_report
+from ufbert.glue.report import points, print_results, write_glue_report
 from ufbert.glue.results import GlueResults, Point, ProtocolResult, TaskResult, read_results, write_results
 from ufbert.glue.scores import averages, dev_metrics, dev_result
 from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, load_model, save_model
 from ufbert.options.finetune import FREE_ON_RESUME, FinetuneOptions
-from ufbert.runtime.console import LiveLine, clock
+from ufbert.runtime.console import clock, phase, say, show
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import Count, read_typed
 
@@ -45,7 +45,7 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
     options, protocol, model, tasks = inputs
     results = _start_results(inputs, folder)
     teachers = {data.task.name: _teacher(options.teacher, data.task) for data in tasks} if options.teacher else {}
-    print(f"protocol {protocol.name}: {protocol.text(model.config)}")
+    say(f"protocol {protocol.name}: {protocol.text(model.config)}")
     progress = SweepProgress(tasks, protocol)
     mnli = next((data.task.name for data in tasks if "mnli" in (data.task.name, data.task.cut_of)), "")
     failed: list[str] = []
@@ -65,7 +65,8 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
             progress.skip()
             continue
         start = model if starts_from == "model" else load_model(folder / mnli)
-        tuned = _run_all(inputs, start, data, runs, teachers.get(task.name), folder, progress)
+        with phase(f"fine-tuning on {task.name}", stays=False):
+            tuned = _run_all(inputs, start, data, runs, teachers.get(task.name), folder, progress)
         if not tuned:
             failed.append(task.name)
             continue
@@ -81,7 +82,10 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
         shutil.rmtree(folder / "partial", ignore_errors=True)
     if results.tasks:
         files = ", ".join(str(folder / name) for name in ("glue.json", "glue.md", "report.html"))
-        print(f"\n{write_glue_report(folder, results)}\nresults {files}; one model folder per task")
+        with phase("drawing the report"):
+            write_glue_report(folder, results)
+        print_results(results)
+        print(f"\nresults {files}; one model folder per task")
     if failed:
         raise UserError(
             f"No run of {'; '.join(failed)} kept a finite loss, so that no model of it was saved; take a lower rate "
@@ -146,8 +150,7 @@ def _run_all(
             continue
 
         def show(step: int, total: int, event: str, number: int = number, group: list[Run] = group) -> None:
-            left = progress.left((number + step / total) / len(groups))
-            progress.say(f"{event}, update {step:,}/{total:,}; {left} left in all", group, stays=False)
+            progress.show(f"{event}  update {step:,}/{total:,}", (number + step / total) / len(groups), group)
 
         new = finetune_task(
             start, data, inputs.protocol.tune, group, from_scratch=options.from_scratch, probe=options.probe,
@@ -254,7 +257,7 @@ class SweepProgress:
     """The lines that a sweep prints. They estimate the time left by the expected work of each task."""
 
     def __init__(self, tasks: list[TaskData], protocol: Protocol) -> None:
-        self._names, self._live = [data.task.name for data in tasks], LiveLine(every=10.0)
+        self._names = [data.task.name for data in tasks]
         self._work, self._began = [_work(data, protocol) for data in tasks], time.monotonic()
         self.current = 0
         """Number of the task at work."""
@@ -263,16 +266,19 @@ class SweepProgress:
         """Expect no work for the current task."""
         self._work[self.current] = 0.0
 
-    def say(self, text: str, runs: Sequence[Run] = (), *, stays: bool = True) -> None:
-        """Print a line about the current task, or about some of its runs; one that does not stay is rewritten in place."""
-        where = f"[{self.current + 1}/{len(self._names)}] {self._names[self.current]}"
-        line = f"{where}, {_describe_runs(runs)}: {text}" if runs else f"{where}: {text}"
-        self._live.say(line) if stays else self._live.show(line)
+    def say(self, text: str, runs: Sequence[Run] = ()) -> None:
+        """Print a line about the current task, or about some of its runs."""
+        say(f"{self._where}, {_describe_runs(runs)}: {text}" if runs else f"{self._where}: {text}")
 
-    def left(self, share: float) -> str:
-        """Return the time left when this share of the current task is done."""
+    def show(self, text: str, share: float, runs: Sequence[Run]) -> None:
+        """Show the time left in all, and a text about some runs of the current task, of which this share is done."""
         done = sum(self._work[: self.current]) + share * self._work[self.current]
-        return clock((time.monotonic() - self._began) * (sum(self._work) - done) / max(done, 1e-9))
+        left = clock((time.monotonic() - self._began) * (sum(self._work) - done) / max(done, 1e-9))
+        show(f"{left} left in all  {self._where}  {text}  {_describe_runs(runs)}")
+
+    @property
+    def _where(self) -> str:
+        return f"[{self.current + 1}/{len(self._names)}] {self._names[self.current]}"
 
 
 def _work(data: TaskData, protocol: Protocol) -> float:

@@ -34,6 +34,7 @@ from ufbert.hub.tensors import first_few, read_all_tensors, write_folder
 from ufbert.hub.vocabulary import find_tokenizer, tokenizer_files
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.options.convert import ExportOptions, ImportOptions
+from ufbert.runtime.console import phase
 from ufbert.runtime.typed import read_typed
 
 
@@ -243,6 +244,7 @@ def _write(model: ModelFolder, found: Format, layout: Layout, values: dict[str, 
     return f"{found.label} ({', '.join(values['architectures'])})"
 
 
+@phase("importing the checkpoint", stays=False)
 def import_checkpoint(options: ImportOptions) -> None:
     """Write a model folder, or a layer folder, of another library's checkpoint: `ufbert import`.
 
@@ -271,6 +273,7 @@ def import_checkpoint(options: ImportOptions) -> None:
     )
 
 
+@phase("exporting the model", stays=False)
 def export_folder(options: ExportOptions) -> None:
     """Write a model folder in another library's layout: `ufbert export`.
 

@@ -23,6 +23,7 @@ from ufbert.hub.download import MODEL_FILES, model_folder, other_place
 from ufbert.hub.layout import Shapes, check_tensors
 from ufbert.hub.tensors import first_few, read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
+from ufbert.runtime.console import phase
 
 FORMAT_VERSION = 1
 """Version of `config.json` of a model folder; a folder of a newer format is refused."""
@@ -114,6 +115,7 @@ def save_model(folder: str | Path, model: ModelFolder) -> None:
     write_folder(folder, flat, {"config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": tokenizer})
 
 
+@phase("reading the model folder")
 def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     """Read a model folder, or one of the Hugging Face hub (`hf:OWNER/NAME`), whole or not at all.
 

@@ -11,6 +11,7 @@ from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import parse_budget
 from ufbert.pretrain.corpus import corpus_bound, locate_rows, prepare_rows, with_text
 from ufbert.pretrain.resolve import Resolved, decided, resolve
+from ufbert.runtime.console import say
 
 TOKENS_PER_CORE_SECOND = 300_000.0
 """Assumed speed of preparation, tokenizer and cleaning included: 11.7 M tokens of English (59 MB, a vocabulary of 32,768) took
@@ -26,8 +27,8 @@ def prepare(options: PrepareOptions, given: Given) -> Path:
     target = start_target(options.device)
     resolved = resolve(options, given, budget, target.platform)
     options, tokens = decided(options, resolved)
-    print(f"text for {options.config} at scale {options.scale} on {target.name}, {options.budget}")
-    print(f"  scale: {resolved.reason}", flush=True)
+    say(f"text for {options.config} at scale {options.scale} on {target.name}, {options.budget}")
+    say(f"  scale: {resolved.reason}")
     data = prepare_rows(locate_rows(with_text(options, tokens)), tokens)
     size, root = sum(path.stat().st_size for path in data.folder.iterdir()), cache_folder(options.prepared)
     print(

@@ -15,7 +15,7 @@ from ufbert.plan.tables import plan_facts, show_plan
 from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import parse_budget
 from ufbert.pretrain.resolve import resolve, with_batch
-from ufbert.runtime.console import LiveLine
+from ufbert.runtime.console import phase, say, show
 from ufbert.runtime.files import write_json
 
 
@@ -30,17 +30,17 @@ def plan(options: PlanOptions, given: Given) -> None:
     options = replace(with_run(options, resolved.run), scale=resolved.scale)
     run = planned_model(resolved.run, dtype=target.dtype, trees=target.trees(resolved.run))
     model = run.model.architecture(run.model.tree_backend)
-    print(f"{options.config} at scale {options.scale} ({model}) on {target.name}, {options.budget}")
-    print(f"  scale: {resolved.reason}", flush=True)
+    say(f"{options.config} at scale {options.scale} ({model}) on {target.name}, {options.budget}")
+    say(f"  scale: {resolved.reason}")
     if resolved.caution:
-        print(f"  {resolved.caution}", flush=True)
+        say(f"  {resolved.caution}")
 
-    live = LiveLine(every=5.0)
-    counts, check = count_run(run, live.show), None
+    with phase("compiling the training step"):
+        counts, check = count_run(run, show), None
     speeds = target.speeds(run)
     if target.local and options.check:
-        live.show("training some updates on random rows, to check the prediction")
-        speeds, check = check_run(run, PartSpeeds(run) if target.on_cpu else None, speeds)
+        with phase("training some updates on random rows, to check the prediction"):
+            speeds, check = check_run(run, PartSpeeds(run) if target.on_cpu else None, speeds)
     backend = {
         "masked_trees": run.model.tree_backend == "masked",
         "compile_seconds": counts.compile_seconds if target.local else ACCELERATOR_COMPILE_SECONDS,
@@ -52,7 +52,7 @@ def plan(options: PlanOptions, given: Given) -> None:
         tokens = plan_run(one_micro_batch, budget, counts, speeds, **backend).tokens
     run = with_batch(run, resolved.scale, tokens)
     estimate = plan_run(run, budget, counts, speeds, **backend)
-    live.say("")
+    say("")
     facts = plan_facts(options, run, budget, target, counts, speeds, estimate, preparation, check)
     show_plan(facts)
     if options.json:

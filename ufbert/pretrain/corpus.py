@@ -8,7 +8,7 @@ from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.prepared import PreparedData
 from ufbert.hub.vocabulary import read_for_training
 from ufbert.options.train import TextOptions, TrainOptions
-from ufbert.runtime.console import LiveLine
+from ufbert.runtime.console import phase, say, show
 
 MAX_DEMO_PASSES = 40
 MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
@@ -21,14 +21,14 @@ def choose_corpus(options: TextOptions, tokens_planned: float) -> str:
         return options.corpus
     passes = tokens_planned / DEMO_TOKENS
     if demo_path() is not None and passes <= MAX_DEMO_PASSES:
-        print(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
+        say(f"corpus demo: about {passes:.1f} passes planned over the packaged Wikipedia text")
         return "demo"
     why = (
         f"{passes:.0f} passes over the packaged text would be planned, more than {MAX_DEMO_PASSES}"
         if demo_path() is not None
         else "the packaged text is not installed"
     )
-    print(f"corpus {HUB_CORPUS}: {why}")
+    say(f"corpus {HUB_CORPUS}: {why}")
     return HUB_CORPUS
 
 
@@ -54,22 +54,26 @@ def locate_rows(options: TextOptions, vocab_size: int = 0) -> Located:
     given = None
     if options.tokenizer:
         given = read_for_training(options.tokenizer)
-    return locate(options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, print)
+    with phase("looking for the text and checking it"):
+        return locate(
+            options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, say
+        )
 
 
 def prepare_rows(located: Located, tokens_planned: float) -> PreparedData:
-    began, live = time.monotonic(), LiveLine(every=5.0)
-    data = finish(located, live.show, live.say)
+    began = time.monotonic()
+    with phase("preparing the text", stays=False):
+        data = finish(located, show, say)
     seconds = time.monotonic() - began
     facts = data.manifest
-    live.say(
+    say(
         f"corpus and tokenizer ready in {seconds:.1f} s (not charged): {facts.documents:,} documents, "
         f"{facts.train_rows:,} training and {facts.heldout_rows:,} held-out rows of {facts.seq_len} tokens, "
         f"{facts.vocab_size:,} word pieces; licence: {facts.licence}"
     )
-    live.say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
+    say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
     if tokens_planned:
-        live.say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
+        say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
     return data
 
 

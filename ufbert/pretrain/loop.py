@@ -12,6 +12,7 @@ Order of a session, all of it on the clock:
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -38,7 +39,7 @@ from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_p
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
 from ufbert.runtime import distributed
-from ufbert.runtime.console import LiveLine
+from ufbert.runtime.console import phase, say
 from ufbert.runtime.memory import memory_bytes
 from ufbert.runtime.metrics import Resumed, StepRecord, Writer
 from ufbert.runtime.run_folder import Summary, write_summary
@@ -109,16 +110,19 @@ def train(context: RunContext) -> Summary:
     Continues from `checkpoints/` of the run folder if there are any. Raises UserError if no checkpoint is good, the disk
     fails, or the numbers do not stay finite; Interrupted once all is saved after SIGTERM or SIGINT.
     """
-    run, clock, live, layout = context.run, context.clock, LiveLine(), Layout(context.run)
+    run, clock, layout = context.run, context.clock, Layout(context.run)
     key = jax.random.key(context.seed)
-    steps, heldout = build_steps(run, special_ids(context.data.tokenizer), layout), heldout_of(run, context.data)
+    steps = build_steps(run, special_ids(context.data.tokenizer), layout)
+    with phase("counting the words of the text"):
+        heldout = heldout_of(run, context.data)
     checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
-    restored = checkpoints.restore(state_shapes(run, layout), live.say)
-    state = init_state(run, key, layout) if restored is None else restored.state
+    with phase("making or restoring the weights"):
+        restored = checkpoints.restore(state_shapes(run, layout), say)
+        state = init_state(run, key, layout) if restored is None else restored.state
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
     metrics = context.open_writer(int(state.step) if context.restarts else None)
-    reporter = Reporter(run, clock, metrics, live, context.reference, context.peak_flops * len(layout.devices))
+    reporter = Reporter(run, clock, metrics, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
         session = _Session(context, layout, steps, heldout, checkpoints, signals, reporter, costs, state)
         try:
@@ -126,7 +130,8 @@ def train(context: RunContext) -> Summary:
                 reporter.resumption(session.step, restored.spent, len(layout.devices))
             if not clock.done(session.step):
                 began = time.monotonic()
-                evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
+                with phase("compiling the evaluation"):
+                    evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
                 compile_seconds = time.monotonic() - began
                 _evaluate(session, record=restored is None)
                 # The first step compiles, which costs about twice what compiling the evaluation did. If that much is not
@@ -134,7 +139,8 @@ def train(context: RunContext) -> Summary:
                 clock.reserve(costs.reserve() + 2.0 * compile_seconds)
                 if not session.is_over(session.step):
                     clock.reserve(costs.reserve())
-                    _take_steps(session, key)
+                    with phase("training"):
+                        _take_steps(session, key)
             if session.stop_signal() is not None:
                 raise _interruption(session)
             return _finish(session)
@@ -154,6 +160,7 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
     evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_saves)
     in_flight: tuple[StepRecord, StepMetrics] | None = None
     last, speed = time.monotonic(), 0.0
+    compiled: set[tuple[int, bool]] = set()
     while not session.is_over(step):
         fraction = clock.fraction(step)
         due_eval = fraction < 1.0 and int(fraction * cfg.n_evals) > evals_done
@@ -167,8 +174,10 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
             if due_save and not session.skipped_in_row:
                 saves_done = int(fraction * n_saves)
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
-                    _checkpoint(session)
-            session.context.refresh_page(fraction, session.reporter.live.say)
+                    with phase("saving a checkpoint", stays=False):
+                        _checkpoint(session)
+            with phase("drawing the page", stays=False):
+                session.context.refresh_page(fraction, say)
             last = time.monotonic()
 
         # Evaluations and saves have taken time, and said what the end will take: ask the clock again.
@@ -183,7 +192,10 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
             jnp.int32(len(picks)),
         )
         session.signals.save_first()
-        metrics = _dispatch(session, step, picks, length, jax.random.fold_in(key, step + 1), inputs)
+        is_whole = len(picks) == cfg.micro_rows
+        with nullcontext() if (length, is_whole) in compiled else phase("compiling the training step"):
+            metrics = _dispatch(session, step, picks, length, jax.random.fold_in(key, step + 1), inputs)
+        compiled.add((length, is_whole))
         if metrics is None:
             break
         step, position = step + 1, position + len(picks)
@@ -235,14 +247,14 @@ def _settle(session: _Session, in_flight: tuple[StepRecord, StepMetrics] | None)
     applied = session.reporter.step(*in_flight)
     session.skipped_in_row = 0 if applied else session.skipped_in_row + 1
     if session.skipped_in_row == 1:
-        session.reporter.live.say(f"step {in_flight[0].step:,}: loss or gradient is not finite; the update is skipped")
+        say(f"step {in_flight[0].step:,}: loss or gradient is not finite; the update is skipped")
     if session.skipped_in_row >= session.context.run.train.max_skipped:
         _roll_back(session)
 
 
 def _roll_back(session: _Session) -> None:
     """Take the weights of the last good checkpoint, and go on with the text that comes next."""
-    run, layout, live = session.context.run, session.layout, session.reporter.live
+    run, layout = session.context.run, session.layout
     session.rollbacks, session.skipped_in_row = session.rollbacks + 1, 0
     why = f"{run.train.max_skipped} updates in a row were not finite"
     if session.rollbacks > MAX_ROLLBACKS:
@@ -250,17 +262,20 @@ def _roll_back(session: _Session) -> None:
             f"{why}, for the {session.rollbacks}th time; the run is given up at step {session.step}. Lower --train.peak-lr or "
             "look at the text; the checkpoints are kept."
         )
-    now, restored = session.state, session.checkpoints.restore(state_shapes(run, layout), live.say)
+    now, restored = session.state, session.checkpoints.restore(state_shapes(run, layout), say)
     key, to_step = jax.random.key(session.context.seed), 0 if restored is None else restored.step
     state = init_state(run, key, layout) if restored is None else restored.state
     session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
-    live.say(f"step {session.step:,}: {why}; the weights go back to those of step {to_step:,}")
+    say(f"step {session.step:,}: {why}; the weights go back to those of step {to_step:,}")
     session.reporter.event(session.step, "rolled back", to_step=to_step)
 
 
 def _held_out(session: _Session, params: nn.Params) -> Evaluation:
     """Evaluate parameters. If a signal comes during it, save and raise Interrupted."""
-    result = evaluate(session.steps, params, session.heldout, session.layout, lambda: session.stop_signal() is not None)
+    with phase("evaluating", stays=False):
+        result = evaluate(
+            session.steps, params, session.heldout, session.layout, lambda: session.stop_signal() is not None
+        )
     if result is None:
         raise _interruption(session)
     return result
@@ -290,9 +305,10 @@ def _interruption(session: _Session) -> Interrupted:
     """Save after a signal, and return what to raise then."""
     received = session.stop_signal() or signal.SIGTERM
     session.signals.save_first()
-    session.checkpoints.wait()
-    if session.step not in session.checkpoints.steps():
-        _checkpoint(session, wait=True)
+    with phase("saving the last checkpoint"):
+        session.checkpoints.wait()
+        if session.step not in session.checkpoints.steps():
+            _checkpoint(session, wait=True)
     session.reporter.event(session.step, "interrupted", signal=received.name)
     return Interrupted(
         f"{received.name}: saved at step {session.step:,} after {session.context.clock.spent():.1f} s of the budget; go on "
@@ -315,13 +331,14 @@ def _finish(session: _Session) -> Summary:
             f"The run has diverged: its held-out loss at step {session.step:,} is {loss}, so no model is written. Start a new "
             f"one with a lower --train.peak-lr, or go on from its last checkpoint with `train --resume --out={folder}`."
         )
-    params = distributed.whole(params)
-    if distributed.is_main():
-        save_model(folder / "model", ModelFolder(context.run.model, params, context.data.tokenizer))
-    session.checkpoints.wait()
-    if session.step not in session.checkpoints.steps():
-        _checkpoint(session)
-    session.checkpoints.wait()
+    with phase("saving the model and the last checkpoint"):
+        params = distributed.whole(params)
+        if distributed.is_main():
+            save_model(folder / "model", ModelFolder(context.run.model, params, context.data.tokenizer))
+        session.checkpoints.wait()
+        if session.step not in session.checkpoints.steps():
+            _checkpoint(session)
+        session.checkpoints.wait()
     summary = _summary(session, loss, averaged)
     if distributed.is_main():
         write_summary(folder, summary)

@@ -10,7 +10,7 @@ from ufbert.pretrain.budget import Clock
 from ufbert.pretrain.evaluation import Evaluation
 from ufbert.pretrain.reference import Point, Reference, no_reference_complaint
 from ufbert.pretrain.step import StepMetrics, TrainState
-from ufbert.runtime.console import LiveLine
+from ufbert.runtime.console import say, show
 from ufbert.runtime.memory import memory_bytes
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord, Writer
 
@@ -22,7 +22,6 @@ class Reporter:
     run: RunConfig
     clock: Clock
     metrics: Writer
-    live: LiveLine
     reference: Reference | None
     """A curve to hold the run to."""
     peak_flops: float
@@ -48,7 +47,7 @@ class Reporter:
             skipped=None if applied else True,
         )
         self._write(record)
-        self.live.show(
+        show(
             f"{self.clock.left(record.step)}  step {record.step:,}  {speed:,.0f} tokens/s  "
             f"loss {record.loss:.3f}  lr {record.lr:.2e}"
         )
@@ -65,21 +64,21 @@ class Reporter:
                 round(self.clock.spent(), 3), usage,
             )
         )  # fmt: skip
-        self.live.say(
+        say(
             f"step {step:,}: held-out loss {result.loss:.3f} nats ({gain:+.3f} below word frequency), "
             f"accuracy {result.accuracy:.1%}"
         )
         complaint = no_reference_complaint(now) if self.reference is None else self.reference.complaint(now)
         if complaint is not None and not self.has_complained:
             self.has_complained = True
-            self.live.say(f"warning: {complaint}")
+            say(f"warning: {complaint}")
             self.event(step, "off track", why=complaint)
 
     def resumption(self, step: int, spent_at_save: float, devices: int) -> None:
         """Report what an interruption cost: work after the checkpoint, redone or dropped, and the start-up."""
         lost = max(0.0, self.clock.spent_before - spent_at_save)
         start = self.clock.spent() - self.clock.spent_before
-        self.live.say(
+        say(
             f"resumed from the checkpoint of step {step:,}; {self.clock.left(step)}; the restart cost {lost:.1f} s of work "
             f"after that checkpoint and {start:.1f} s of start-up so far"
         )

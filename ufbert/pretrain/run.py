@@ -28,6 +28,7 @@ from ufbert.report.run_report import write_report
 from ufbert.report.running_page import RunningPage
 from ufbert.runtime import STARTED, distributed
 from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refuse_links, refuse_taken
+from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
 from ufbert.runtime.last_command import last_commands
 from ufbert.runtime.metrics import (
@@ -94,10 +95,10 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
                 held.callback(_remove_if_empty, Path("runs"))
             folder = new_folder(Path("runs"), _stem(options))
             held.enter_context(claimed_new(folder))
-        print(_headline(options))
-        print(f"  scale {options.scale}: {resolved.reason}")
+        say(_headline(options))
+        say(f"  scale {options.scale}: {resolved.reason}")
         if resolved.caution:
-            print(f"  {resolved.caution}")
+            say(f"  {resolved.caution}")
         return _prepare_and_train(options, tokens, folder, started, held.close)
 
 
@@ -195,7 +196,7 @@ def _go_on(options: TrainOptions, folder: Path, started: float) -> dict[str, Any
     """Restore the text and the clock of a run and train on, in a folder that this process has claimed."""
     ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
-    print(_headline(options))
+    say(_headline(options))
     used, data = before.prepared_data, _prepared(folder)
     if data is None:
         data = prepare_rows(locate_rows(options, used.vocab_size if used else 0), 0.0)
@@ -232,7 +233,7 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
     page = RunningPage(folder)
     context = replace(context, open_writer=lambda step: _open_writer(options, step), refresh_page=page.refresh)
     passes = f"{data.manifest.train_rows:,} rows, {data.manifest.train_rows * data.manifest.seq_len / 1e6:.2f} M tokens"
-    print(f"the clock starts: {options.budget} for {passes}", flush=True)
+    say(f"the clock starts: {options.budget} for {passes}")
     ledger.start(clock)
     try:
         summary = train(context)
@@ -242,12 +243,15 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         raise
     finally:
         ledger.close()
-    report = write_report(folder)
-    print(
+    with phase("drawing the report"):
+        report = write_report(folder)
+    say(
         f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
         f"so the model gains {summary.gain_over_unigram:.3f}\n"
-        f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent"
-        f" of {options.budget}\nreport {report}\nmodel  {folder / 'model'}\n"
+        f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent of {options.budget}"
+    )
+    print(  # unbroken, to be copied
+        f"report {report}\nmodel  {folder / 'model'}\n"
         f'try    ufbert fill-mask --model {folder / "model"} "Paris is the [MASK] of France."'
     )
     return summary.to_json()

@@ -9,6 +9,7 @@ import jax
 
 from ufbert.config import Device
 from ufbert.errors import UserError, first_line
+from ufbert.runtime.console import phase
 from ufbert.runtime.distributed import join
 from ufbert.runtime.files import user_cache
 from ufbert.runtime.memory import keep_freed_memory
@@ -63,7 +64,8 @@ def use_device(device: Device, distributed: str = "", threads: int = 0) -> str:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
-        platform = jax.default_backend()
+        with phase("starting jax on the device"):
+            platform = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
         # jax raises an AssertionError without words if it knows the platform and has no device of it.
         why = first_line(error) if str(error) else "it finds no such device"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ufbert.errors import UserError, first_line
+from ufbert.runtime.console import phase
 
 
 def join(where: str) -> None:
@@ -79,6 +80,7 @@ def together(name: str) -> None:
     from jax.experimental import multihost_utils
 
     try:
-        multihost_utils.sync_global_devices(name)
+        with phase("waiting for the other processes"):
+            multihost_utils.sync_global_devices(name)
     except Exception as error:  # jaxlib raises many kinds for a lost process
         raise UserError(f"Another process of this run ended before all were ready ({name}).") from error

@@ -213,6 +213,7 @@ def _newest(folder: Path) -> Any:
         return None
     import tensorflow_datasets as tfds
 
+    tfds.disable_progress_bar()
     newest = max(versions, key=lambda path: [int(part) if part.isdecimal() else -1 for part in path.name.split(".")])
     try:
         return tfds.builder_from_directory(newest)

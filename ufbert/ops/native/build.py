@@ -5,7 +5,6 @@ import fcntl
 import os
 import stat
 import sys
-import time
 from pathlib import Path
 
 from ufbert.ops.native.compiler import (
@@ -18,6 +17,7 @@ from ufbert.ops.native.compiler import (
     cores,
     source_key,
 )
+from ufbert.runtime.console import phase, show
 from ufbert.runtime.files import private_folder, user_cache
 
 SHIPPED = SOURCES
@@ -109,8 +109,8 @@ def _make(folder: Path, key: str) -> Path:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("waiting for another process that compiles the CPU kernels", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with phase("waiting for another process that compiles the CPU kernels"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         if path := _undamaged(folder, key):  # compiled by another process while this one waited for the lock
             return path
         damaged = sorted(folder.glob(f"{key}-*.so"))
@@ -131,22 +131,11 @@ def _make(folder: Path, key: str) -> Path:
 
 
 def _compile_visibly(target: Path, command: str) -> None:
-    """Compile the kernels, and say on standard error how far that is."""
-    began, least = time.monotonic(), max(1, round(CPU_SECONDS / min(cores(), 4)))
-    line = f"compiling the CPU kernels, once on this machine ({least} s or more)"
-    terminal = sys.stderr.isatty()
-    print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-
-    def show(done: int, parts: int) -> None:
-        if terminal:
-            print(f"\r{line}: {done} of {parts} parts", end="", file=sys.stderr, flush=True)
-
-    try:
-        compile_to(target, command, progress=show)
-    finally:
-        if terminal:
-            print(file=sys.stderr, flush=True)
-    print(f"the CPU kernels are compiled ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+    """Compile the kernels, and show how far that is."""
+    least = max(1, round(CPU_SECONDS / min(cores(), 4)))
+    with phase("compiling the CPU kernels, once on this machine"):
+        told = f"compiling the CPU kernels, once on this machine ({least} s or more)"
+        compile_to(target, command, progress=lambda done, parts: show(f"{told}: {done} of {parts} parts"))
 
 
 def load() -> ctypes.CDLL:
