@@ -262,9 +262,8 @@ def test_after_warming_up_no_length_and_no_number_of_texts_compiles_anything(
         pytest.skip("without kernels nothing is packed; where there is a compiler, test_native.py fails then")
     predictor = Predictor(model, dtype, mode=mode, truncate=True)
     predictor.warm_up()
-    n_heads, pools = 3 * 4, 0 if predictor.engine.in_one_row else 2
     assert predictor.engine._hidden._cache_size() == programs
-    assert len(compiled) >= programs * (1 + pools) + n_heads
+    assert len(compiled) >= programs
     compiled.clear()
     texts = [" ".join(["the"] * n) for n in range(1, 50)]
     assert {len(ids) for ids in encode_texts(model.tokenizer, texts, None, model.config).ids} >= set(range(3, 41))

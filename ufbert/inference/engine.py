@@ -9,7 +9,7 @@ few shapes of rows (`batches.py`), whatever is asked of its hidden states, and a
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -75,9 +75,7 @@ class Engine:
         self._hidden = jax.jit(self._encode)
         self._pool = jax.jit(self._pool_rows, static_argnames="pooling")
         self._routing = jax.jit(self._route)
-        self._heads = {name: jax.jit(partial(_compute_head, name, self.config)) for name in params if name != "encoder"}
-        if "classifier" in params:  # its pooler serves where the folder has no other
-            self._heads.setdefault("pooler", jax.jit(partial(_compute_head, "classifier pooler", self.config)))
+        self._heads = _heads(self.params, self.config)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
         """Compute the hidden states of each text."""
@@ -114,10 +112,9 @@ class Engine:
         """Compute a head (`classifier`, `pooler` or `masked_lm`) on vectors."""
         most, outputs = HEAD_ROWS[-1], []
         for part in (vectors[at : at + most] for at in range(0, len(vectors), most)):
-            n = next(rows for rows in HEAD_ROWS if rows >= len(part))
-            outputs.append(
-                np.asarray(self._heads[name](self.params, np.pad(part, ((0, n - len(part)), (0, 0)))))[: len(part)]
-            )
+            filled = np.zeros((next(n for n in HEAD_ROWS if n >= len(part)), vectors.shape[1]), np.float32)
+            filled[: len(part)] = part
+            outputs.append(np.asarray(self._heads[name](filled))[: len(part)])
         return np.concatenate(outputs)
 
     @property
@@ -202,9 +199,12 @@ class Engine:
         ]
 
 
-def _compute_head(name: str, config: ModelConfig, params: Any, vectors: Float[Array, "n d"]) -> Float[Array, "n c"]:
-    if name == "masked_lm":
-        return nn.masked_lm_logits(params, config, vectors)
-    if name == "classifier":
-        return nn.classify(params, config, vectors)
-    return nn.apply_pooler(params["classifier"] if name == "classifier pooler" else params, config, vectors)
+def _heads(params: nn.Params, config: ModelConfig) -> dict[str, Callable[[Float[np.ndarray, "n d"]], Array]]:
+    """Return the function of each head that the parameters have, from vectors to its outputs."""
+    functions = {"masked_lm": nn.masked_lm_logits, "classifier": nn.classify, "pooler": nn.apply_pooler}
+    parts = {name: {name: params[name]} for name in functions if name in params}
+    if "masked_lm" in parts:
+        parts["masked_lm"]["encoder"] = {"embeddings": {"tokens": params["encoder"]["embeddings"]["tokens"]}}
+    if "classifier" in parts:
+        parts.setdefault("pooler", {"pooler": params["classifier"]["pooler"]})
+    return {name: partial(jax.jit(functions[name], static_argnums=1), part, config) for name, part in parts.items()}

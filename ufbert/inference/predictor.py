@@ -323,10 +323,8 @@ class Predictor:
         pairs = None if named.pairs is None else [named.pairs[i] for i in answers.open]
         rows = encode_texts(self.tokenizer, [named.texts[i] for i in answers.open], pairs, self.config)
         if rows.truncated and not self.truncate:
-            limit = rows.max_len
-            rows = picked(
-                rows, answers.refuse(lambda n, i: self._length_fault(named, i) if len(rows.ids[n]) == limit else "")
-            )
+            kept = answers.refuse(lambda n, i: self._length_fault(named, i) if len(rows.ids[n]) == rows.max_len else "")
+            rows = picked(rows, kept)
         rows = picked(rows, answers.refuse(lambda n, i: check(asked.texts[i], rows.ids[n])))
         arrays = compute(rows) if answers.open else []
         finite = answers.refuse(lambda n, _: "" if np.isfinite(arrays[n]).all() else NOT_FINITE)
@@ -334,10 +332,8 @@ class Predictor:
 
     def _length_fault(self, named: Questions, i: int) -> str:
         """Return why a text or pair that fills a row is too long, or an empty string if it just fits."""
-        limit, n = (
-            self.config.only_len or self.config.max_len,
-            len(uncut_ids(self.tokenizer, named.texts[i], named.pair(i))),
-        )
+        limit = self.config.only_len or self.config.max_len
+        n = len(uncut_ids(self.tokenizer, named.texts[i], named.pair(i)))
         if n <= limit:
             return ""
         return f"has more than the {limit} word pieces that this model reads ({n}); shorten it, or have it cut (--truncate)"
