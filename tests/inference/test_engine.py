@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -278,14 +279,18 @@ def test_after_warming_up_no_length_and_no_number_of_texts_compiles_anything(
     assert compiled == []
 
 
-def test_warming_up_for_short_texts_leaves_out_longer_ones(made):
-    cases = {("crammed", "latency", 20): 5, ("crammed", "throughput", 20): 5, ("fourier", "throughput", 80): 2}
-    for (kind, mode, most), programs in cases.items():
-        predictor = Predictor(made(kind), mode=mode)
-        predictor.warm_up(most)
-        assert predictor.engine._hidden._cache_size() == programs
-    with pytest.raises(UserError, match="warm_up is -1"):
-        predictor.warm_up(-1)
+def test_warming_up_for_short_texts_leaves_out_longer_ones(made, monkeypatch):
+    def shapes(kind: str, mode: Literal["latency", "throughput"], most: int) -> list[tuple[int, ...]]:
+        return [batch.ids.shape for batch in Engine(made(kind), mode=mode)._shapes(most)]
+
+    if not native.unavailable():
+        for mode in ("latency", "throughput"):
+            assert shapes("crammed", mode, 18) == [(1, 4), (1, 8), (1, 12), (1, 16), (1, 20)]
+    assert shapes("fourier", "throughput", 80) == [(1, 40), (2, 40)]
+    assert shapes("fourier", "throughput", 10) == [(1, 40)]
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
+    assert shapes("crammed", "throughput", 18) == [(1, 8), (2, 8), (1, 16), (1, 24)]
+    assert shapes("crammed", "latency", 18) == [(1, 8), (1, 16), (1, 24)]
 
 
 @pytest.mark.parametrize("kind", ["rotary", "tree", "switch", "hybrid"])

@@ -10,6 +10,7 @@ import pytest
 from ufbert import nn
 from ufbert.errors import UserError
 from ufbert.hub.folder import GLUE_PAIRS, TaskInfo, load_model, save_model
+from ufbert.inference.engine import Engine
 from ufbert.inference.predictor import Answer, Predictor
 from ufbert.inference.questions import BadText, Failure
 
@@ -170,8 +171,12 @@ def test_a_folder_says_if_its_task_is_on_pairs_and_older_ones_of_glue_are_known(
         assert load_model(tmp_path / "model").task == replace(task, pairs=after)
 
 
-def test_warming_up_is_asked_for_on_loading(made, tmp_path):
+def test_warming_up_is_asked_for_on_loading(made, tmp_path, monkeypatch):
     save_model(tmp_path / "model", made("no", "yes"))
-    for warm_up, programs in ((False, 0), (8, 2), (True, 10)):
-        predictor = Predictor.load(tmp_path / "model", mode="latency", warm_up=warm_up)
-        assert predictor.engine._hidden._cache_size() == programs
+    asked = []
+    monkeypatch.setattr(Engine, "warm_up", lambda self, most: asked.append(most))
+    for warm_up in (False, 0, 128, True):
+        Predictor.load(tmp_path / "model", warm_up=warm_up)
+    assert asked == [128, 0]
+    with pytest.raises(UserError, match="warm_up is -1"):
+        Predictor.load(tmp_path / "model", warm_up=-1)

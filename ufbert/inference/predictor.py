@@ -93,7 +93,7 @@ class Predictor:
         """
         use_device(device, threads=threads)
         predictor = cls(load_model(folder, lazily=True), dtype, exact_routing, mode, truncate)
-        if warm_up is not False:
+        if warm_up:
             predictor.warm_up(0 if warm_up is True else warm_up)
         return predictor
 
