@@ -92,7 +92,7 @@ class Engine:
                 results[i] = hidden[0] if pooling == "first" else hidden.mean(axis=0)
             return results
         for picks, batch in self.batches(rows):
-            hidden = self._hidden(self.params, batch[:4])
+            hidden = self._hidden(self.params, batch[:4])  # stays on the device
             results[picks] = self._pool(hidden, batch.segment_ids != 0, pooling=pooling)
         return results
 
@@ -171,7 +171,7 @@ class Engine:
             f"layer_{i:02d}" for i, (_, kind) in enumerate(self.config.layers) if kind == "tree" and self.is_packed
         ]
         exact = {name: jnp.asarray(model.params["encoder"][name]["tree"]["w_in"]) for name in trees}
-        return self._routing(self.params, exact, batch) if trees else []
+        return self._routing(self.params, exact, batch[:4]) if trees else []
 
     def batches(self, rows: Encoded) -> "list[tuple[list[int], Batch]]":
         """Arrange texts in batches, each with the indices of its texts."""
@@ -192,8 +192,8 @@ class Engine:
         return nn.pool(replace(self.config, pooling=pooling), hidden, real)
 
     def _route(self, params: Any, exact: dict[str, Array], batch: Any) -> list[packed.TreeRouting]:
-        encoder, segments = params["encoder"], batch.segment_ids
-        _, inputs = packed.forward(encoder, self.config, *batch[:4])
+        encoder, segments = params["encoder"], batch[1]
+        _, inputs = packed.forward(encoder, self.config, *batch)
         return [
             packed.tree_routing(encoder[name]["tree"], inputs[name], w_in, segments) for name, w_in in exact.items()
         ]
