@@ -110,7 +110,7 @@ plt.show()
 # %%
 from ufbert.inference.predictor import Predictor
 
-for guess in Predictor.load(work / "run" / "model").fill_mask([question])[0][0]:
+for guess in Predictor.load(work / "run" / "model").fill_mask(question)[0]:
     print(f"{guess.probability:6.1%}  {guess.token}")
 
 # %% [markdown]
@@ -148,4 +148,4 @@ results = ufbert.finetune(
 )
 
 # %%
-print(Predictor.load(work / "tuned" / "sst2").classify(["a good film"])[0])
+print(Predictor.load(work / "tuned" / "sst2").classify("a good film"))

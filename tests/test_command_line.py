@@ -155,11 +155,11 @@ def test_predict_answers_a_file_line_by_line(command, tmp_path, run_folder):
     lines.write_bytes(b"caf\xe9\n")
     assert "lines.txt, line 1: not UTF-8" in sentence(command("predict", model, f"--lines={lines}"))
     lines.write_text("a\tb\na\n")
-    assert "lines.txt, line 2: 1 texts parted by tabs, where 2, as in line 1, are wanted" in sentence(
+    assert "lines.txt, line 2: 1 text, where 2, as in line 1, are wanted" in sentence(
         command("predict", model, f"--lines={lines}")
     )
     lines.write_text("a\n\nb\n")
-    assert "lines.txt, line 2: a text is empty" in sentence(command("predict", model, f"--lines={lines}"))
+    assert "lines.txt, line 2: the text is empty" in sentence(command("predict", model, f"--lines={lines}"))
 
 
 def test_presets_and_help(command):

@@ -100,10 +100,12 @@ def test_scores_are_those_of_the_saved_model_and_every_row_counts(model, pooling
     from ufbert.inference.predictor import Predictor
 
     predictor = Predictor(found.model)
+    assert predictor.task is not None
+    assert predictor.task.pairs is True
     rows = data.dev["dev"]
     for i in (0, 5):
-        answer = float(predictor.classify([rows.texts[i]], [rows.pairs[i]])[0].label)
-        assert answer == pytest.approx(found.trace.scores["dev"][i, 0], abs=0.006)
+        answer = predictor.classify(rows.texts[i], rows.pairs[i])
+        assert answer == pytest.approx(found.trace.scores["dev"][i, 0], abs=0.001)
 
 
 def test_a_run_that_diverges_is_told_from_one_that_does_not(model):

@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ufbert import nn
-from ufbert.data.encode import encode_texts
+from ufbert.data.encode import bucket, encode_texts
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, save_model
-from ufbert.inference import engine
-from ufbert.inference.engine import Engine, fill, size_for
+from ufbert.inference.batches import fill, fill_rows, size_for, sizes_to
+from ufbert.inference.engine import AT_ONCE, Engine
 from ufbert.inference.packed import PACKED_LAYERS, pack
 from ufbert.inference.predictor import Predictor, changed_routes
 from ufbert.ops import fff, native
@@ -203,25 +204,108 @@ def test_groups_hold_every_text_once_and_few_gaps(lengths, most):
 
 
 @given(st.integers(1, 10**6))
-def test_sizes_waste_an_eighth_at_most(count):
+def test_sizes_are_few_and_waste_three_tokens_or_a_fifth(count):
     size = size_for(count)
-    assert count <= size < count + max(1, count / 8)
+    assert 0 <= size - count <= max(3, size / 5)
     assert size_for(size) == size
+    assert len(list(sizes_to(512))) == 24
+    assert len(list(sizes_to(AT_ONCE))) == 32
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(0, 400))
+def test_groups_of_rows_hold_every_text_once_in_powers_of_two(lengths, most):
+    groups = fill_rows(lengths, most, 60)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group).bit_count() == 1
+        assert len(group) == 1 or len(group) * bucket(max(lengths[i] for i in group), 60) <= most
 
 
 def test_ten_thousand_texts_waste_little():
     lengths = np.random.default_rng(0).integers(1, 513, 10000).tolist()
-    groups = fill(lengths, engine.AT_ONCE)
+    groups = fill(lengths, AT_ONCE)
     assert sum(lengths) / sum(size_for(sum(lengths[i] for i in group)) for group in groups) > 0.98
 
 
-@needs_kernels
-def test_any_number_of_texts_needs_few_programs(made):
-    model = made("crammed")
-    rows = [encode_texts(model.tokenizer, n * ["the cat"], None, model.config) for n in range(1, 17)]
-    batches = [batch for some in rows for _, batch in Engine(model).batches(some)]
-    assert {len(batch.starts) for batch in batches} == {1, 2, 4, 8, 16}
-    assert len(batches) == 16
+EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compiled():
+    """A list that grows by an entry for whatever jax compiles."""
+    events = []
+
+    def listen(name: str, seconds: float, **facts) -> None:
+        if name == EVENT:
+            events.append(facts)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mode", "kernels", "programs"),
+    [
+        ("bert", "float32", "latency", True, 10),  # 4, 8, ..., 32, 40, 48
+        ("tree", "int8", "throughput", True, 32),
+        ("fourier", "bfloat16", "throughput", True, 6),  # 1, 2, 4, ..., 32 rows of 40 tokens
+        ("crammed", "float32", "latency", False, 5),  # rows of 8, 16, 24, 32 and 48 tokens
+    ],
+)
+def test_after_warming_up_no_length_and_no_number_of_texts_compiles_anything(
+    made, kind, dtype, mode, kernels, programs, compiled, monkeypatch
+):
+    model = made(kind, d_model=16, n_layers=1)
+    if not kernels:
+        monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
+    elif native.unavailable():
+        pytest.skip("without kernels nothing is packed; where there is a compiler, test_native.py fails then")
+    predictor = Predictor(model, dtype, mode=mode, truncate=True)
+    predictor.warm_up()
+    assert predictor.engine._hidden._cache_size() == programs
+    assert len(compiled) >= programs
+    compiled.clear()
+    texts = [" ".join(["the"] * n) for n in range(1, 50)]
+    assert {len(ids) for ids in encode_texts(model.tokenizer, texts, None, model.config).ids} >= set(range(3, 41))
+    for text in texts:
+        predictor.classify(text)
+    for count in (3, 130):
+        many = (8 * texts)[:count]
+        predictor.classify(many)
+        for pooled in (None, "mean", "cls", "pooler"):
+            predictor.encode(many, pooled)
+        predictor.fill_mask([f"[MASK] {text}" for text in many])
+    assert compiled == []
+
+
+def test_warming_up_for_short_texts_leaves_out_longer_ones(made, monkeypatch):
+    def shapes(kind: str, mode: Literal["latency", "throughput"], most: int) -> list[tuple[int, ...]]:
+        return [batch.ids.shape for batch in Engine(made(kind), mode=mode)._shapes(most)]
+
+    if not native.unavailable():
+        for mode in ("latency", "throughput"):
+            assert shapes("crammed", mode, 18) == [(1, 4), (1, 8), (1, 12), (1, 16), (1, 20)]
+    assert shapes("fourier", "throughput", 80) == [(1, 40), (2, 40)]
+    assert shapes("fourier", "throughput", 10) == [(1, 40)]
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler in this test")
+    assert shapes("crammed", "throughput", 18) == [(1, 8), (2, 8), (1, 16), (1, 24)]
+    assert shapes("crammed", "latency", 18) == [(1, 8), (1, 16), (1, 24)]
+
+
+@pytest.mark.parametrize("kind", ["rotary", "tree", "switch", "hybrid"])
+def test_padding_changes_nothing(made, kind):
+    """A text is computed as in a row without padding, or of the one length that the model reads."""
+    model = made(kind)
+    config = replace(model.config, tree_backend="gather")
+    rows = encode_texts(model.tokenizer, [" ".join(WORDS[:7])], None, config)
+    n = len(rows.ids[0])
+    ids, segments, types = map(jnp.asarray, rows.pad([0], config.only_len or n))
+    wanted = np.asarray(encode(model.params, config, ids, segments, type_ids=types)[0])[0, :n]
+    engine = Engine(model, mode="latency")
+    ((_, batch),) = engine.batches(rows)
+    assert batch.ids.shape[1] > n
+    np.testing.assert_allclose(engine.hidden(rows)[0], wanted, atol=1e-4)
 
 
 def test_eight_threads_get_serial_answers(made):
@@ -260,8 +344,8 @@ def test_eight_threads_share_a_tokenizer(made):
 def test_bad_requests_get_a_sentence(made):
     predictor = Predictor(made("crammed"))
     for text, message in (
-        ("  ", "Text 2 is empty."),
-        (" ".join(9 * WORDS), "1 of 2 texts have more than the 48 word pieces that this model reads"),
+        ("  ", "Text 2, '  ', is empty."),
+        (" ".join(9 * WORDS), r"Text 2, '.*\.\.\.', has more than the 48 word pieces that this model reads \(\d+\)"),
         ("caf\udce9", "Text 2, 'caf.*', is not valid Unicode"),
     ):
         for ask in (predictor.encode, predictor.classify):
@@ -278,17 +362,12 @@ def test_a_model_that_computes_no_finite_numbers_gets_a_sentence(made):
     model = made("crammed")
     broken = {**model.params["classifier"]["out"], "bias": np.array([np.nan, 0.0], np.float32)}
     wrecked = replace(model, params={**model.params, "classifier": {**model.params["classifier"], "out": broken}})
-    with pytest.raises(UserError, match="computes of the text 'one' is no finite number: its weights have diverged"):
+    with pytest.raises(
+        UserError, match="Text 1, 'one', is given no finite number by this model, whose weights have diverged"
+    ):
         Predictor(wrecked).classify(["one"])
     norm = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), model.params["encoder"]["final_norm"])
     wrecked = replace(model, params={**model.params, "encoder": {**model.params["encoder"], "final_norm": norm}})
     for ask in (lambda one: one.encode(["one"]), lambda one: one.fill_mask(["one [MASK]"])):
-        with pytest.raises(UserError, match="is no finite number"):
+        with pytest.raises(UserError, match="is given no finite number"):
             ask(Predictor(wrecked))
-
-
-def test_warming_up_compiles_what_is_asked_for(made):
-    one = Predictor(made("crammed"), mode="latency").engine
-    one.warm_up([3, 4, 30], one.scores)
-    assert one._scores._cache_size() == 3
-    assert one._hidden._cache_size() == 0

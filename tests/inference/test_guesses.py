@@ -57,7 +57,8 @@ def test_the_reason_why_a_mask_is_lost_is_told():
         predictor.fill_mask(["abc abc abc abc [MASK]"])
     tokenizer.add_special_tokens([AddedToken("[MASK]", single_word=True)])
     with pytest.raises(
-        UserError, match=r"does not find the \[MASK\] of 'x\[MASK\]y' as a token; write blanks around it"
+        UserError,
+        match=r"'x\[MASK\]y', has a \[MASK\] that the model's tokenizer does not find as a token; write blanks",
     ):
         predictor.fill_mask(["x[MASK]y"])
 

@@ -84,7 +84,7 @@ def encode_texts(
     return Encoded(ids, types, limit, config.only_len, config.pad_id, sum(bool(row.overflowing) for row in encodings))
 
 
-def uncut_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokenise a text without cutting it."""
+def uncut_ids(tokenizer: Tokenizer, text: str, pair: str | None = None) -> list[int]:
+    """Tokenise a text or a pair without cutting it."""
     with _tokenizer_lock, library_errors("A text"):
-        return tokenizer.encode(text).ids
+        return tokenizer.encode(text, pair).ids

@@ -65,16 +65,17 @@ def text_documents(paths: Iterable[Path], meter: Meter) -> Iterator[str]:
             yield "\n".join(paragraphs)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, *, keep_bad: bool = False) -> list[str]:
     """Read the lines of a UTF-8 file, cut at newlines only, without line ends and byte order mark.
 
-    Raises UserError if it cannot be read, is not UTF-8 or does not look like lines.
+    With `keep_bad`, a byte that is not UTF-8 becomes a lone surrogate. Raises UserError if the file cannot be read or does not
+    look like lines, and without `keep_bad` if it is not UTF-8.
     """
     try:
         data = path.read_bytes()
         if fault := first_line_fault(data[: data.find(b"\n") + 1] or data):
             raise UserError(f"{path} {fault}.")
-        lines = data.decode("utf-8-sig").split("\n")
+        lines = data.decode("utf-8-sig", "surrogateescape" if keep_bad else "strict").split("\n")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -253,5 +253,5 @@ def _tuned_model(
     task, out = job.data.task, params["classifier"]["out"]
     out = {"kernel": out["kernel"] * job.spread, "bias": out["bias"] * job.spread + job.mean}
     base = replace(model, params={"encoder": params.get("encoder", model.params["encoder"])})
-    info = TaskInfo(task.name, task.label_names, metrics[job.data.deciding_split])
+    info = TaskInfo(task.name, task.label_names, metrics[job.data.deciding_split], pairs=len(task.text) == 2)
     return with_task(base, {**params["classifier"], "out": out}, info)

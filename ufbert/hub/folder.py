@@ -25,6 +25,10 @@ from ufbert.hub.tensors import first_few, read_config, stored_tensors, write_fol
 from ufbert.hub.vocabulary import read_tokenizer
 from ufbert.runtime.console import phase
 
+GLUE_PAIRS = {"cola": False, "sst2": False} | dict.fromkeys(
+    ("mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"), True
+)
+"""`TaskInfo.pairs` of GLUE's tasks, for folders that were written before it was."""
 FORMAT_VERSION = 1
 """Version of `config.json` of a model folder; a folder of a newer format is refused."""
 
@@ -41,6 +45,8 @@ class TaskInfo:
     """Dev metrics of the weights in this folder."""
     independent: bool = False
     """True if each score is a probability of its own, by a sigmoid: of labels that do not exclude each other, or one score."""
+    pairs: bool | None = None
+    """True if the task is on pairs of texts, False if it is on single texts; None if the folder does not say."""
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "task.")
@@ -133,6 +139,8 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
             raise UserError(f"{folder} is not a model folder: it has no {path.name}{nested}.")
     stored = read_config(config_path, _Stored, "ufbert", FORMAT_VERSION, "a model folder of this package")
     model, heads, task = stored.model, stored.heads, stored.task
+    if task is not None and task.pairs is None:
+        task = replace(task, pairs=GLUE_PAIRS.get(task.name))
     tensors = stored_tensors(weights_path)  # shapes are compared before numbers are read
     last = f"encoder.layer_{model.n_layers - 1:02d}."
     if not any(name.startswith(last) for name in tensors):

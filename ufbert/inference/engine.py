@@ -1,50 +1,41 @@
 """The inference engine: on a CPU weights are packed once (`packed.py`), and hardly any padding is computed.
 
 Texts lie one after the other in a single row, and attention keeps to each (`ufbert.ops.native.attention`), so that none is
-padded to the length of another. The row itself is padded to one of a few sizes, since XLA compiles a program for each.
-Models with Fourier mixers, which read one length only, and machines without the kernels get one text a row instead.
+padded to the length of another. Models with Fourier mixers, which read one length only, and machines without the kernels get
+one text a row instead.
+
+XLA compiles a program for each shape, which takes as long as hundreds of answers. So the encoder is one program for each of a
+few shapes of rows (`batches.py`), whatever is asked of its hidden states, and a head is another for each of `HEAD_ROWS`.
 """
 
-import bisect
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ufbert import nn
-from ufbert.data.encode import Encoded
+from ufbert.config import ModelConfig
+from ufbert.data.encode import Encoded, bucket
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
 from ufbert.inference import packed
+from ufbert.inference.batches import Batch, fill, fill_rows, one_row, row_each, sizes_to
 from ufbert.inference.packed import Dtype
 from ufbert.ops import native
 from ufbert.runtime.memory import give_back_freed_memory
 
 AT_ONCE = 2048
 """Tokens that the throughput mode computes together."""
+HEAD_ROWS = (1, 4, 16, 64)
+"""Vectors that a head computes together, filled up with zeros."""
 
-
-def size_for(count: int) -> int:
-    """Return the smallest of 1, 2, ..., 16, 18, ..., 32, 36, ... that is at least `count`: at most an eighth is padding."""
-    step = max(1, 1 << max(0, (count - 1).bit_length() - 4))
-    return -(-count // step) * step
-
-
-class Batch(NamedTuple):
-    """Texts in rows."""
-
-    ids: Int[np.ndarray, "b t"]
-    segment_ids: Int[np.ndarray, "b t"]
-    """The number of each token's text in its row, from 1; 0 on padding."""
-    position_ids: Int[np.ndarray, "b t"]
-    type_ids: Int[np.ndarray, "b t"]
-    starts: Int[np.ndarray, " n"]
-    """Index of each text's first token, counted through all rows; n is padded."""
+Pooling = Literal["first", "mean"]
 
 
 class Engine:
@@ -82,45 +73,97 @@ class Engine:
         self.in_one_row = self.is_packed and not self.config.only_len
         self.at_once = AT_ONCE if mode == "throughput" else 0
         self._hidden = jax.jit(self._encode)
-        self._scores = jax.jit(self._classify)
-        self._logits = jax.jit(self._predict)
+        self._pool = jax.jit(self._pool_rows, static_argnames="pooling")
         self._routing = jax.jit(self._route)
+        self._heads = _heads(self.params, self.config)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
         """Compute the hidden states of each text."""
         results: list[Any] = [None] * len(rows.ids)
+        for i, hidden in self._each(rows):
+            results[i] = hidden.copy()
+        return results
+
+    def pooled(self, rows: Encoded, pooling: Pooling) -> Float[np.ndarray, "n d"]:
+        """Compute a vector of each text: the first token's hidden state, or the mean over all its tokens."""
+        results: Any = np.zeros((len(rows.ids), self.config.d_model), np.float32)
+        if self.in_one_row:
+            for i, hidden in self._each(rows):
+                results[i] = hidden[0] if pooling == "first" else hidden.mean(axis=0)
+            return results
         for picks, batch in self.batches(rows):
-            hidden = np.asarray(self._hidden(self.params, batch)).reshape(-1, self.config.d_model)
-            for i, start in zip(picks, batch.starts, strict=False):
-                results[i] = hidden[start : start + len(rows.ids[i])].copy()
+            hidden = self._hidden(self.params, batch[:4])  # stays on the device
+            results[picks] = self._pool(hidden, batch.segment_ids != 0, pooling=pooling)
         return results
 
     def scores(self, rows: Encoded) -> Float[np.ndarray, "n c"]:
         """Compute the classifier scores of each text."""
-        results: list[Any] = [None] * len(rows.ids)
-        for picks, batch in self.batches(rows):
-            for i, scores in zip(picks, np.asarray(self._scores(self.params, batch)), strict=False):
-                results[i] = scores
-        return np.stack(results)
+        return self.head("classifier", self.pooled(rows, self.config.pooling))
 
     def logits(self, rows: Encoded, positions: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "k v"]]:
         """Compute the masked-LM logits of each text at its positions."""
         results: list[Any] = [None] * len(rows.ids)
-        for picks, batch in self.batches(rows):
-            tokens = [batch.starts[n] + p for n, i in enumerate(picks) for p in positions[i]]
-            padded = np.zeros(size_for(max(1, len(tokens))), np.int32)
-            padded[: len(tokens)] = tokens
-            logits = np.asarray(self._logits(self.params, batch, padded))
-            ends = np.cumsum([0, *(len(positions[i]) for i in picks)])
-            for n, i in enumerate(picks):
-                results[i] = logits[ends[n] : ends[n + 1]]
-        return results
+        for i, hidden in self._each(rows):
+            results[i] = hidden[list(positions[i])]
+        logits = self.head("masked_lm", np.concatenate(results))
+        return np.split(logits, np.cumsum([len(of_text) for of_text in positions])[:-1])
 
-    def warm_up(self, lengths: Sequence[int], ask: Callable[[Encoded], Any]) -> None:
-        """Compile what a method (`hidden`, `scores`, `logits`) needs for texts of these lengths."""
-        for length in lengths:
-            ids = [[self.config.pad_id] * length]
-            ask(Encoded(ids, [[0] * length], self.config.max_len, self.config.only_len, self.config.pad_id, 0))
+    def head(self, name: str, vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n c"]:
+        """Compute a head (`classifier`, `pooler` or `masked_lm`) on vectors."""
+        most, outputs = HEAD_ROWS[-1], []
+        for part in (vectors[at : at + most] for at in range(0, len(vectors), most)):
+            filled = np.zeros((next(n for n in HEAD_ROWS if n >= len(part)), vectors.shape[1]), np.float32)
+            filled[: len(part)] = part
+            outputs.append(np.asarray(self._heads[name](filled))[: len(part)])
+        return np.concatenate(outputs)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads that it can compute."""
+        return tuple(self._heads)
+
+    def warm_up(self, most: int = 0) -> None:
+        """Compile the programs that texts of at most `most` tokens together ask for; 0 takes all that any texts ask for."""
+        for batch in self._shapes(most):
+            hidden = self._hidden(self.params, batch[:4])
+            for pooling in () if self.in_one_row else ("first", "mean"):
+                self._pool(hidden, batch.segment_ids != 0, pooling=pooling)
+            jax.block_until_ready(hidden)
+        for name in self._heads:
+            for n in HEAD_ROWS:
+                self.head(name, np.zeros((n, self.config.d_model), np.float32))
+
+    def _shapes(self, most: int) -> Iterator[Batch]:
+        """Yield a batch of each shape that texts of at most `most` tokens together can have; 0 for any texts."""
+        cfg = self.config
+        limit = max(self.at_once, cfg.max_len)
+        most = min(most, limit) or limit
+        if self.in_one_row:
+            for size in sizes_to(most):
+                lengths = [min(cfg.max_len, size - at) for at in range(0, size, cfg.max_len)]
+                yield one_row(self._dummies(lengths), range(len(lengths)))
+            return
+        longest = cfg.only_len or min(most, cfg.max_len)
+        for t in sorted({cfg.only_len or bucket(length, cfg.max_len) for length in range(1, longest + 1)}):
+            n = 1
+            while n == 1 or n * t <= min(most, self.at_once):
+                yield row_each(self._dummies([t] * n), range(n))
+                n *= 2
+
+    def _dummies(self, lengths: Sequence[int]) -> Encoded:
+        cfg = self.config
+        ids, types = [[cfg.pad_id] * n for n in lengths], [[0] * n for n in lengths]
+        return Encoded(ids, types, cfg.max_len, cfg.only_len, cfg.pad_id, 0)
+
+    def _each(self, rows: Encoded) -> "Iterator[tuple[int, Float[np.ndarray, 'tokens d']]]":
+        """Compute the hidden states of the texts, and yield them with the text's index, in any order.
+
+        What it yields is a view of a whole batch.
+        """
+        for picks, batch in self.batches(rows):
+            tokens = np.asarray(self._hidden(self.params, batch[:4])).reshape(-1, self.config.d_model)
+            for i, start in zip(picks, batch.starts, strict=True):
+                yield i, tokens[start : start + len(rows.ids[i])]
 
     def routing(self, model: ModelFolder, batch: Batch) -> list[packed.TreeRouting]:
         """Report the routing decisions of each tree layer, given the model that was packed; nothing if none was."""
@@ -128,80 +171,40 @@ class Engine:
             f"layer_{i:02d}" for i, (_, kind) in enumerate(self.config.layers) if kind == "tree" and self.is_packed
         ]
         exact = {name: jnp.asarray(model.params["encoder"][name]["tree"]["w_in"]) for name in trees}
-        return self._routing(self.params, exact, batch) if trees else []
+        return self._routing(self.params, exact, batch[:4]) if trees else []
 
     def batches(self, rows: Encoded) -> "list[tuple[list[int], Batch]]":
         """Arrange texts in batches, each with the indices of its texts."""
         lengths = [self.config.only_len or len(ids) for ids in rows.ids]
-        groups = fill(lengths, self.at_once)
         if self.in_one_row:
-            return [(picks, self.one_row(rows, picks)) for picks in groups]
-        return [(picks, self.row_each(rows, picks)) for picks in groups]
-
-    def one_row(self, rows: Encoded, picks: list[int]) -> Batch:
-        """Put texts one after the other into a single row."""
-        lengths = np.array([len(rows.ids[i]) for i in picks])
-        # Room for a power of two texts: it costs next to nothing, and each number of texts would need a program of its own.
-        size, n = size_for(int(lengths.sum())), 1 << (len(picks) - 1).bit_length()
-        ids, segments, types = (np.full((1, size), value, np.int32) for value in (rows.pad_id, 0, 0))
-        positions, starts = np.zeros((1, size), np.int32), np.zeros(n, np.int32)
-        starts[: len(picks)] = np.cumsum(lengths) - lengths
-        for number, i in enumerate(picks):
-            tokens = slice(starts[number], starts[number] + lengths[number])
-            ids[0, tokens], types[0, tokens] = rows.ids[i], rows.type_ids[i]
-            positions[0, tokens], segments[0, tokens] = np.arange(lengths[number]), number + 1
-        return Batch(ids, segments, positions, types, starts)
-
-    def row_each(self, rows: Encoded, picks: list[int]) -> Batch:
-        """Put each text into a row of its own, and repeat the first text to fill up the rows."""
-        n = size_for(len(picks))
-        padded = rows.pad([*picks, *[picks[0]] * (n - len(picks))])
-        t = padded.ids.shape[1]
-        positions = np.broadcast_to(np.arange(t, dtype=np.int32), padded.ids.shape)
-        starts = np.arange(n, dtype=np.int32) * t
-        return Batch(padded.ids, padded.segment_ids, positions, padded.type_ids, starts)
+            return [(picks, one_row(rows, picks)) for picks in fill(lengths, self.at_once)]
+        return [(picks, row_each(rows, picks)) for picks in fill_rows(lengths, self.at_once, rows.max_len)]
 
     def _encode(self, params: Any, batch: Any) -> Float[Array, "b t d"]:
-        ids, segments, positions, types = batch[:4]
+        ids, segments, positions, types = batch
         if self.is_packed:
             return packed.forward(params["encoder"], self.config, ids, segments, positions, types)[0]
         return nn.encode(params, self.config, ids, segments, positions, type_ids=types)[0]
 
-    def _classify(self, params: Any, batch: Any) -> Float[Array, "n c"]:
-        hidden = self._encode(params, batch)
-        if self.in_one_row:
-            numbers, segments = jnp.arange(1, len(batch.starts) + 1), batch.segment_ids
-            pool = jax.vmap(lambda number, start: nn.pool(self.config, hidden, segments == number, start)[0])
-            pooled = pool(numbers, batch.starts)
-        else:
-            pooled = nn.pool(self.config, hidden, batch.segment_ids != 0)
-        return nn.classify(params, self.config, pooled)
+    def _pool_rows(
+        self, hidden: Float[Array, "b t d"], real: Bool[Array, "b t"], pooling: Pooling
+    ) -> Float[Array, "b d"]:
+        return nn.pool(replace(self.config, pooling=pooling), hidden, real)
 
     def _route(self, params: Any, exact: dict[str, Array], batch: Any) -> list[packed.TreeRouting]:
-        encoder, segments = params["encoder"], batch.segment_ids
-        _, inputs = packed.forward(encoder, self.config, *batch[:4])
+        encoder, segments = params["encoder"], batch[1]
+        _, inputs = packed.forward(encoder, self.config, *batch)
         return [
             packed.tree_routing(encoder[name]["tree"], inputs[name], w_in, segments) for name, w_in in exact.items()
         ]
 
-    def _predict(self, params: Any, batch: Any, positions: Any) -> Float[Array, "k v"]:
-        tokens = self._encode(params, batch).reshape(-1, self.config.d_model)
-        return nn.masked_lm_logits(params, self.config, tokens[positions])
 
-
-def fill(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Group the indices of texts, at most `most` tokens a group; a longer text, or any if `most` is 0, is a group by itself.
-
-    A group takes the longest text left that still fits, again and again, so that few tokens are missing to `most`.
-    """
-    if not most:
-        return [[i] for i in range(len(lengths))]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    sizes, groups = [lengths[i] for i in order], []
-    while order:
-        group, room = [order.pop()], most - sizes.pop()
-        while (at := bisect.bisect_right(sizes, room)) > 0:
-            room -= sizes.pop(at - 1)
-            group.append(order.pop(at - 1))
-        groups.append(group)
-    return groups
+def _heads(params: nn.Params, config: ModelConfig) -> dict[str, Callable[[Float[np.ndarray, "n d"]], Array]]:
+    """Return the function of each head that the parameters have, from vectors to its outputs."""
+    functions = {"masked_lm": nn.masked_lm_logits, "classifier": nn.classify, "pooler": nn.apply_pooler}
+    parts = {name: {name: params[name]} for name in functions if name in params}
+    if "masked_lm" in parts:
+        parts["masked_lm"]["encoder"] = {"embeddings": {"tokens": params["encoder"]["embeddings"]["tokens"]}}
+    if "classifier" in parts:
+        parts.setdefault("pooler", {"pooler": params["classifier"]["pooler"]})
+    return {name: partial(jax.jit(functions[name], static_argnums=1), part, config) for name, part in parts.items()}

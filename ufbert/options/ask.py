@@ -49,11 +49,28 @@ class FillMaskOptions(AskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(AskOptions):
-    """Print the label of a text, or of a pair of texts, and its probability; or those of a file's lines. Labels that do not
+    """Print a line for each text, or pair of texts: its label and the label's probability, or a value. Labels that do not
     exclude each other are all printed."""
 
     texts: Annotated[tuple[str, ...], Positional] = ()
-    """One text, or two for a task on pairs."""
+    """Texts; two by two for a model that was fine-tuned on pairs."""
     lines: str = ""
-    """UTF-8 file with a text on each line (two, with a tab between them, for a task on pairs), each of which gets a line:
-    label, tab, probability. Only newlines end a line."""
+    """UTF-8 file with a text on each line (two, with a tab between them, for pairs), each of which gets a line: label, tab,
+    probability. Only newlines end a line."""
+    pairs: bool = False
+    """Take texts in pairs, for a model folder that does not say if its task is on pairs (those imported from other
+    libraries). A folder that says so needs no option."""
+    top: int = 1
+    """Labels to print for each text, the likeliest first; 0 prints all."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """For a text that is empty, too long or not UTF-8: stop with nothing printed, or skip it. A skipped text gets an empty
+    line and is named on stderr, and the exit status is 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.texts and self.lines:
+            raise UserError("Give texts or --lines, not both.")
+        if not self.texts and not self.lines:
+            raise UserError("Give at least one text, or --lines FILE.")
+        if not 0 <= self.top < 2**31:
+            raise UserError(f"--top is {self.top}; it must lie between 0 and 2^31 - 1.")
