@@ -11,6 +11,7 @@ from ufbert.hub.folder import ModelFolder, load_model
 from ufbert.inference.predictor import Answer, Predictor, changed_routes
 from ufbert.inference.questions import BadText, Failure, text_fault
 from ufbert.options.ask import AskOptions, FillMaskOptions, PredictOptions
+from ufbert.runtime.console import phase
 from ufbert.runtime.device import use_device
 
 NAMED = 20
@@ -31,8 +32,12 @@ class Item(NamedTuple):
 def fill_mask(options: FillMaskOptions) -> None:
     """Print the likeliest word pieces for each [MASK] of a text. Raises UserError if there is none."""
     use_device(options.device, threads=options.threads)
-    predictor = _predictor(options, load_model(options.model, lazily=True), [options.text])
-    for number, guesses in enumerate(predictor.fill_mask(options.text, options.top), start=1):
+    model = load_model(options.model, lazily=True)
+    with phase("packing the weights"):
+        predictor = _predictor(options, model, [options.text])
+    with phase("answering"):
+        masks = predictor.fill_mask(options.text, options.top)
+    for number, guesses in enumerate(masks, start=1):
         print(f"mask {number}")
         for guess in guesses:
             print(f"  {guess.probability:7.2%}  {guess.token}")
@@ -55,8 +60,10 @@ def predict(options: PredictOptions) -> None:
     if bad and options.on_error == "stop":
         raise UserError(f"{bad[0].place}: {bad[0].fault}.")
     good = [item for item in items if not item.fault]
-    predictor = _predictor(options, model, [item.texts[0] for item in good])
-    answers = iter(_answers(options, predictor, good))
+    with phase("packing the weights"):
+        predictor = _predictor(options, model, [item.texts[0] for item in good])
+    with phase(f"answering {len(good):,} texts"):
+        answers = iter(_answers(options, predictor, good))
     n_failed = 0
     for item in items:
         answer = item.fault or next(answers)
