@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import httpx2
-import huggingface_hub
+import huggingface_hub.utils
 import numpy as np
 import pytest
 from conftest import REPO
@@ -70,6 +70,7 @@ def test_a_hub_name_stands_for_a_folder(model, cache, tmp_path, capsys):
     export_folder(ExportOptions("hf:me/ours", "hf", str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "vocab.txt").is_file()
     assert "getting" not in capsys.readouterr().err  # nothing is got
+    assert huggingface_hub.utils.are_progress_bars_disabled()
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(model, cache, family, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ufbert.errors import UserError, first_line
+from ufbert.runtime.console import phase
 from ufbert.runtime.typed import read_typed
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -65,9 +66,10 @@ def checkpoint_folder(place: str) -> Path:
 
 def _download(place: str, files: Sequence[str], commit: str = "") -> Path:
     """Download some of the files of a hub name, at `commit` if that is known. Raises UserError if they cannot be had."""
-    import huggingface_hub
+    import huggingface_hub.utils
     from huggingface_hub import constants
 
+    huggingface_hub.utils.disable_progress_bars()  # a phase says what is under way, in one line
     match = _NAME.fullmatch(place)
     if not match or ".." in place:
         raise UserError(f"{place[:120]!r} names no model of the Hugging Face hub; write hf:OWNER/NAME[@REVISION].")
@@ -75,11 +77,11 @@ def _download(place: str, files: Sequence[str], commit: str = "") -> Path:
     if not constants.HF_HUB_OFFLINE and not commit:
         print(f"getting {place} from the Hugging Face hub", file=sys.stderr, flush=True)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
+        with phase(f"finding the files of {place}"):
+            folder = huggingface_hub.snapshot_download(
                 name, revision=commit or revision, allow_patterns=list(files), ignore_patterns=["*/*"]
             )
-        )
+        return Path(folder)
     except Exception as error:  # of the many kinds of the libraries below, and of a full disk
         raise UserError(f"{place} cannot be had from the Hugging Face hub: {_why(name, revision, error)}.") from error
 

@@ -28,6 +28,7 @@ from ufbert.inference import packed
 from ufbert.inference.batches import Batch, fill, fill_rows, one_row, row_each, sizes_to
 from ufbert.inference.packed import Dtype
 from ufbert.ops import native
+from ufbert.runtime.console import phase
 from ufbert.runtime.memory import give_back_freed_memory
 
 AT_ONCE = 2048
@@ -122,6 +123,7 @@ class Engine:
         """Names of the heads that it can compute."""
         return tuple(self._heads)
 
+    @phase("compiling the programs")
     def warm_up(self, most: int = 0) -> None:
         """Compile the programs that texts of at most `most` tokens together ask for; 0 takes all that any texts ask for."""
         for batch in self._shapes(most):
