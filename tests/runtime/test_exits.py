@@ -54,7 +54,7 @@ def process(body: str, **options) -> subprocess.Popen[str]:
     """A process that runs `body` as if it were the command line's work."""
     script = (
         "import os, signal, sys, threading, time\nfrom ufbert import cli\nfrom ufbert.runtime import signals\n"
-        "signals.GRACE = 0.5\n"
+        "signals.GRACE, signals.ECHO = 0.5, 0.1\n"
         f"def work(args):\n{body}\n"
         "    return 0\ncli.main = work\ncli.run(['train'])"
     )
@@ -82,6 +82,42 @@ def test_the_second_signal_ends_work_that_hears_of_none():
     os.kill(started.pid, signal.SIGTERM)
     assert started.communicate(timeout=NET)[1] == "SIGTERM: ended at once\n"
     assert started.returncode == 128 + signal.SIGTERM
+
+
+def test_one_request_that_arrives_twice_is_one_request():
+    """A launcher like `uv run`, and a service manager, send a process of theirs the signal that it got already."""
+    body = "    signals.ECHO = 60.0\n    with signals.StopSignals() as stops:\n        stops.save_first()\n"
+    body += "        print('ready', flush=True)\n        sys.stdin.readline()\n        print(stops.asked.name)\n"
+    started = process(body, stdin=subprocess.PIPE)
+    started.stdout.readline()
+    os.kill(started.pid, signal.SIGTERM)
+    assert started.stdout.readline() == "SIGTERM: saving; once more ends it at once\n"
+    os.kill(started.pid, signal.SIGTERM)
+    os.kill(started.pid, signal.SIGINT)
+    assert started.communicate("\n", timeout=NET) == ("SIGTERM\n", "")
+    assert started.returncode == 0
+
+
+def test_an_echo_does_not_disturb_what_the_first_request_has_begun():
+    body = "    signals.ECHO = 60.0\n    print('ready', flush=True)\n    try:\n        sys.stdin.readline()\n"
+    body += "    finally:\n        print('cleaning', flush=True)\n        time.sleep(0.3)\n        print('clean')\n"
+    started = process(body, stdin=subprocess.PIPE)
+    started.stdout.readline()
+    os.kill(started.pid, signal.SIGTERM)
+    assert started.stdout.readline() == "cleaning\n"
+    os.kill(started.pid, signal.SIGTERM)
+    said, complaint = started.communicate(timeout=NET)
+    assert said == "clean\n"
+    assert complaint.count("raise Stopped(number)") == 1
+
+
+def test_a_program_of_ones_own_hears_the_second_signal_itself(monkeypatch):
+    monkeypatch.setattr(signals, "ECHO", 0.0)
+    with StopSignals() as stops:
+        signal.raise_signal(signal.SIGINT)
+        assert stops.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_work_with_nothing_to_save_is_ended_where_it_does_not_end():

@@ -4,6 +4,7 @@ Only the command line installs these handlers; a program that calls the package 
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -19,6 +20,9 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 """Signals that ask the process to stop."""
 HURRYING = (signal.SIGTERM, signal.SIGINT)
 """Those that end the process at once if they follow another. SIGHUP does not: a terminal that closes may send it twice."""
+ECHO = 1.0
+"""Seconds after a request in which another is taken for the same: a launcher (`uv run`) passes on the signal that the terminal
+or a service manager has sent to both."""
 GRACE = 5.0
 """Seconds that a stop with nothing to save, or the interpreter's exit, may take."""
 
@@ -44,6 +48,13 @@ class Watcher:
         self._reader: socket.socket | None = None
         self._writer: socket.socket | None = None
         self._first: int | None = None
+        self._first_at = 0.0
+        self.heard = -math.inf
+        """Time at which a handler heard of a request last."""
+
+    def is_echo(self) -> bool:
+        """True if a signal that comes now belongs to a request that a handler has heard of."""
+        return time.monotonic() - self.heard <= ECHO
 
     def start(self) -> None:
         """Handle the signals in `STOPPING` from now on, except SIGHUP if it is ignored (nohup)."""
@@ -60,7 +71,7 @@ class Watcher:
 
     def forget(self) -> None:
         """Forget a request to stop, because the work has ended by itself."""
-        self._first = None
+        self._first, self.heard = None, -math.inf
 
     @contextlib.contextmanager
     def waiting(self) -> Generator[None]:
@@ -78,10 +89,10 @@ class Watcher:
                 self.note(signal.SIGPIPE, None)  # a run prints so seldom that it would notice late
                 console = None
             for number in reader.recv(64) if select.select([reader], [], [], 0.2)[0] else b"":
-                if number in HURRYING and self._first is not None:
+                if number in STOPPING and self._first is None:
+                    self._first, self._first_at = number, time.monotonic()
+                elif number in HURRYING and time.monotonic() - self._first_at > ECHO:
                     leave(128 + number, f"{signal.Signals(number).name}: ended at once")
-                if number in STOPPING:
-                    self._first = self._first or number
             if self._first is None or self.unsaved:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > GRACE:
@@ -104,7 +115,9 @@ def _poll_of_pipe(number: int) -> Any:
 
 
 def _stop(number: int, frame: Any) -> None:
-    raise Stopped(number)
+    if not WATCHER.is_echo():
+        WATCHER.heard = time.monotonic()
+        raise Stopped(number)
 
 
 def _restore_handlers() -> None:
@@ -142,8 +155,9 @@ def leave_soon(code: int) -> None:
 class StopSignals:
     """While entered, records the first signal of `STOPPING` in `asked` instead of ending the process.
 
-    A second SIGTERM or SIGINT ends the process. A standard output that nobody reads any more counts as SIGPIPE. SIGHUP stays
-    ignored if it was (nohup). Outside the main thread Python allows no handlers, and no signal is recorded.
+    A second SIGTERM or SIGINT, more than `ECHO` seconds later, ends the process. A standard output that nobody reads any more
+    counts as SIGPIPE. SIGHUP stays ignored if it was (nohup). Outside the main thread Python allows no handlers, and no signal
+    is recorded.
     """
 
     def __init__(self) -> None:
@@ -173,13 +187,11 @@ class StopSignals:
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked is not None:
+            if number in HURRYING and not WATCHER.is_echo():
+                signal.signal(number, self._before[signal.Signals(number)])
+                signal.raise_signal(number)
             return
-        self.asked = signal.Signals(number)
-        # The watcher calls this from its own thread for a closed pipe, and only the main thread may set handlers.
-        if threading.current_thread() is threading.main_thread():
-            for known in HURRYING:
-                if known in self._before:
-                    signal.signal(known, self._before[known])
+        self.asked, WATCHER.heard = signal.Signals(number), time.monotonic()
         # The console may be gone, or in the middle of a line.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             print(f"{self.asked.name}: saving; once more ends it at once", flush=True)
