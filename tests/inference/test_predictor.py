@@ -105,7 +105,8 @@ def test_a_bad_text_is_named_and_the_others_are_answered(predictor):
     reasons = [
         "is empty",
         "",
-        "has more than the 48 word pieces that this model reads (62); shorten it, or have it cut (--truncate)",
+        "has more than the 48 word pieces that this model reads (62); shorten it, or have it cut "
+        "(--truncate; truncate=True in Python)",
         "is not valid Unicode (was its file UTF-8?)",
         "",
     ]

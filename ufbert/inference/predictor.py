@@ -336,7 +336,8 @@ class Predictor:
         n = len(uncut_ids(self.tokenizer, named.texts[i], named.pair(i)))
         if n <= limit:
             return ""
-        return f"has more than the {limit} word pieces that this model reads ({n}); shorten it, or have it cut (--truncate)"
+        way_out = "shorten it, or have it cut (--truncate; truncate=True in Python)"
+        return f"has more than the {limit} word pieces that this model reads ({n}); {way_out}"
 
 
 def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> float:

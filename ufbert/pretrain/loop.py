@@ -174,8 +174,7 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
             if due_save and not session.skipped_in_row:
                 saves_done = int(fraction * n_saves)
                 if isfinite(session.heldout_loss):  # else there is nothing to go back to
-                    with phase("saving a checkpoint", stays=False):
-                        _checkpoint(session)
+                    _checkpoint(session)
             with phase("drawing the page", stays=False):
                 session.context.refresh_page(fraction, say)
             last = time.monotonic()
@@ -185,12 +184,8 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
         fraction = clock.fraction(step)
         picks = order.take(position, rows_per_step(cfg, fraction))
         length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
-        inputs = StepInputs(
-            jnp.float32(cfg.peak_lr * lr_share(cfg, fraction)),
-            jnp.float32(fraction),
-            jnp.float32(mask_rate(cfg, fraction)),
-            jnp.int32(len(picks)),
-        )
+        lr, rate = cfg.peak_lr * lr_share(cfg, fraction), mask_rate(cfg, fraction)
+        inputs = StepInputs(jnp.float32(lr), jnp.float32(fraction), jnp.float32(rate), jnp.int32(len(picks)))
         session.signals.save_first()
         is_whole = len(picks) == cfg.micro_rows
         with nullcontext() if (length, is_whole) in compiled else phase("compiling the training step"):
@@ -208,7 +203,7 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
             speed = len(picks) * run.data.seq_len / max(now - last, 1e-9)
         last = now
         record = StepRecord(
-            step=step, lr=float(inputs.lr), mask_rate=mask_rate(cfg, fraction), rows=len(picks), length=length,
+            step=step, lr=float(inputs.lr), mask_rate=rate, rows=len(picks), length=length,
             fraction=fraction, tokens=position * run.data.seq_len, tokens_per_second=speed,
         )  # fmt: skip
         in_flight = record, metrics
@@ -291,6 +286,7 @@ def _evaluate(session: _Session, record: bool = True) -> None:
         session.reporter.evaluation(session.state, result, session.heldout.unigram_loss)
 
 
+@phase("saving a checkpoint", stays=False)
 def _checkpoint(session: _Session, wait: bool = False) -> None:
     """Start to save the state. The session's first time, and if asked, wait for it, which measures what a save takes."""
     seconds, first = session.checkpoints.wait(), not session.costs.knows_saves
