@@ -99,7 +99,8 @@ def test_one_request_that_arrives_twice_is_one_request():
 
 
 def test_an_echo_does_not_disturb_what_the_first_request_has_begun():
-    body = "    signals.ECHO = 60.0\n    print('ready', flush=True)\n    try:\n        sys.stdin.readline()\n"
+    body = "    signals.ECHO, signals.WATCHER.unsaved = 60.0, True\n"
+    body += "    try:\n        print('ready', flush=True)\n        sys.stdin.readline()\n"
     body += "    finally:\n        print('cleaning', flush=True)\n        time.sleep(0.3)\n        print('clean')\n"
     started = process(body, stdin=subprocess.PIPE)
     started.stdout.readline()
