@@ -96,7 +96,7 @@ def test_ends_of_a_gap_that_lie_too_close_give_no_share_but_the_difference(tmp_p
 
 
 def test_curves_are_compared_at_equal_tokens_between_evaluations_only(tmp_path):
-    curve = [results.Point(0.0, 0.0, 9.0), results.Point(100.0, 1.0, 4.0), results.Point(400.0, 2.0, 2.0)]
+    curve = [results.Point(*values, 0.1) for values in ((0.0, 0.0, 9.0), (100.0, 1.0, 4.0), (400.0, 2.0, 2.0))]
     assert results.loss_at(curve, 200.0) == pytest.approx(3.0)  # half-way in the logarithm
     assert results.loss_at(curve, 401.0) is None
     fill(tmp_path, trees=(3.0, 4.0))

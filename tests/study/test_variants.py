@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from ufbert import cli
 from ufbert.config.presets import load_preset, scaled
 from ufbert.errors import UserError
 from ufbert.options.study import StudyOptions
+from ufbert.options.train import TrainOptions
 from ufbert.pretrain.resolve import Platform
 from ufbert.study.variants import (
     cell_words,
@@ -163,10 +165,15 @@ def test_variants_with_other_held_out_rows_or_masks_do_not_compare(other):
     refuse_unequal([first, decide(OPTIONS, "c", {**BASE, "data.short_until": 0.0, "model.n_trees": 2}, PLATFORM)])
 
 
-def test_the_words_of_a_cell_name_every_decision():
-    variant = decide(OPTIONS, "a", {**BASE, "model.feedforward": ("glu", "tree")}, PLATFORM)
+def test_the_words_of_a_cell_name_every_decision_and_train_reads_them_back():
+    asked = {**BASE, "model.feedforward": ("glu", "tree"), "data.document_attention": False}
+    variant = decide(OPTIONS, "a", asked, PLATFORM)
     words = cell_words(OPTIONS, variant, 20_000_000, 0.25, 7)
     assert words == [
-        "--config=tiny", "--scale=mini", "--model.feedforward", "glu", "tree", "--train.batch-rows=32",
+        "--config=tiny", "--scale=mini", "--model.feedforward", "glu", "tree", "--data.no-document-attention",
+        "--train.batch-rows=32",
         "--data.max-tokens=20000000", "--train.peak-lr=0.25", "--corpus=demo", "--budget=10steps", "--seed=7",
     ]  # fmt: skip
+    _, given = cli.parse(TrainOptions, words, "ufbert train")
+    decisions = {"train.batch_rows": 32, "data.max_tokens": 20_000_000, "train.peak_lr": 0.25, "corpus": "demo"}
+    assert given == {**asked, **decisions, "budget": "10steps", "seed": 7}

@@ -37,7 +37,7 @@ from ufbert.study.report import write_results
 from ufbert.study.variants import Variant, cell_words
 
 PROGRAM = (sys.executable, "-m", "ufbert")
-POLL = 0.2
+POLL = 1.0
 """Seconds between two looks at the children."""
 PATIENCE = 60.0
 """Seconds to wait for a cell that a process of an earlier session, cut off from its study, still saves."""

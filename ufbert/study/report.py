@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ufbert.report.page import facts, grid, markdown_grid, page, svg
@@ -37,7 +38,7 @@ def write_results(folder: Path, study: StudyFile) -> Results:
 def show_results(results: Results) -> None:
     """Print the table, no wider than a terminal of 80 columns, and the notes."""
     console = Console(highlight=False, soft_wrap=False)
-    table = Table(title=_title(results.study), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=escape(_title(results.study)), title_justify="left", box=None, pad_edge=False)
     columns: dict[str, Callable[[Row], str]] = {
         "variant": lambda row: row.variant + ("" if row.rate is None else f" @{row.rate:g}"),
         "loss": lambda row: _spread(row.loss, ".3f"),

@@ -40,6 +40,8 @@ class Point(NamedTuple):
     tokens: float
     seconds: float
     loss: float
+    accuracy: float
+    """Share of the masked tokens that are guessed."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _row(
 def evaluations(place: Path) -> list[Point]:
     """Read the held-out evaluations of a cell's run, in order; of repeated ones, after a resume, the last."""
     by_tokens = {e.tokens: e for e in read_lines(place / "run" / "metrics.jsonl", EvaluationRecord)}
-    return [Point(float(e.tokens), e.spent, e.heldout_loss) for _, e in sorted(by_tokens.items())]
+    return [Point(float(e.tokens), e.spent, e.heldout_loss, e.heldout_accuracy) for _, e in sorted(by_tokens.items())]
 
 
 def loss_at(curve: Sequence[Point], tokens: float) -> float | None:
