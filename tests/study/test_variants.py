@@ -6,6 +6,7 @@ import pytest
 
 from ufbert import cli
 from ufbert.config.presets import load_preset, scaled
+from ufbert.cost.speeds import Speeds
 from ufbert.errors import UserError
 from ufbert.options.study import StudyOptions
 from ufbert.options.train import TrainOptions
@@ -13,6 +14,7 @@ from ufbert.pretrain.resolve import Platform
 from ufbert.study.variants import (
     cell_words,
     decide,
+    expected_seconds,
     parse_variant,
     read_variants,
     refuse_unequal,
@@ -146,6 +148,18 @@ def test_every_variant_takes_the_fewest_updates_that_read_the_tokens():
         steps = steps_for(ramped, 2e6)
         assert tokens_in(ramped, steps) >= 2e6 > tokens_in(ramped, steps - 1)
     assert tokens_in(run, 1) == 32 * 128
+
+
+def test_equal_time_takes_the_batch_of_the_speed_expected_and_keeps_it_ever_after():
+    speeds = Speeds(1e12, 1e12, 1e12, overlap=True, source="a test")
+    measured = Platform(True, False, lambda run: speeds, lambda run: "gather")
+    options = StudyOptions(out="s", budget="20m")
+    first = decide(options, "a", BASE, measured)
+    assert (first.budget, first.tokens > 1e8) == ("20m", True)
+    assert first.run.train.batch_rows > 32
+    again = decide(options, "a", BASE, PLATFORM, batch_rows=first.run.train.batch_rows)  # asks for no speed
+    assert again.run == first.run
+    assert expected_seconds(first, measured) == pytest.approx(1200.0)
 
 
 def test_a_study_needs_a_scale_and_refuses_what_contradicts_itself():

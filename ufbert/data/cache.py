@@ -141,7 +141,7 @@ def _same_source(now: Source, then: Source) -> bool:
     if {k: v for k, v in now.items() if k not in apart} != {k: v for k, v in then.items() if k not in apart}:
         return False
     ours, theirs = now.get("heldout"), then.get("heldout")
-    return ours == theirs or (bool(ours and theirs) and _same_source(ours, theirs))
+    return ours == theirs or (isinstance(ours, dict) and isinstance(theirs, dict) and _same_source(ours, theirs))
 
 
 def _from_elsewhere(spec: str, now: Source, manifest: Manifest) -> bool:

@@ -3,7 +3,7 @@
 Pass 1 reads the documents once. It drops exact duplicates, tokenises the rest on all cores while the next ones are read,
 drops near duplicates, and appends what is left to a file of ids. Pass 2 knows every document's tokens per character. It
 drops the worst share, holds out every 50th of the remaining documents (up to a million tokens; the last rows if they are too
-few), and packs the others into shards, in the order of the corpus or best first.
+few; none if the held-out text is one of its own), and packs the others into shards, in the order of the corpus or best first.
 
 Resident memory, apart from Python and the tokenizer: 8 to 24 bytes for each document read (exact duplicates), 390 MB for a
 window of a million documents (near duplicates), and up to 60 bytes for each document kept (order). Disk: twice the finished
@@ -211,9 +211,8 @@ def _write_rows(
     near = NearFilter(recipe.near_window, recipe.near_threshold) if recipe.near_window else None
     tokenizer.encode_special_tokens = True  # a "[MASK]" in the text is text
     try:
-        if (
-            corpus.heldout is not None
-        ):  # read first, so that the filters know its documents and drop them from the corpus
+        if corpus.heldout is not None:
+            # Read first, so that the filters know its documents and drop them from the corpus.
             _collect(corpus.heldout, tokenizer, held, 0, progress, exact, near)
         tally, exhausted = _collect(corpus, tokenizer, store, recipe.max_tokens, progress, exact, near)
         spans, characters = store.finish()
