@@ -164,6 +164,7 @@ def _pictures(rows: Sequence[Row]) -> str:
     by_seconds.set_xlabel("seconds of the budget")
     by_neurons.set_xlabel("feedforward neurons that a token uses")
     by_neurons.set_xscale("log")
+    by_neurons.margins(0.15)
     for axis in figure.axes:
         axis.set_ylabel("held-out loss, nats")
     by_tokens.legend(frameon=False)

@@ -200,9 +200,10 @@ def _gap(
     width = spread_of([start[seed] - end[seed] for seed in seeds])
     error = (width.deviation or 0.0) / sqrt(width.n)
     if width.mean < max(SMALLEST_GAP, 2.0 * error):
+        errors = "" if width.deviation is None else f" and two standard errors ({2.0 * error:.4f})"
         return {}, [
             f"{ends} is {width.mean:+.4f} nats ({_seeds(width)}), too little for shares of it to mean anything: at least "
-            f"{SMALLEST_GAP} and two standard errors ({2.0 * error:.4f}) are wanted"
+            f"{SMALLEST_GAP}{errors} are wanted"
         ]
     note = f"gap closed = (D(k) - loss) / (D(k) - D(all)), D(k) {study.gap_from}, D(all) {study.gap_to}, "
     return {seed: (start[seed], end[seed]) for seed in seeds}, [f"{note}{width.mean:.4f} nats apart ({_seeds(width)})"]
