@@ -34,6 +34,8 @@ from ufbert.runtime import claim
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord
 from ufbert.runtime.run_folder import RunFile, Summary, WhenDone, read_run, read_summary, write_when_done
 from ufbert.runtime.typed import read_lines, read_typed
+from ufbert.study.cells import CellFile, StudyFile, read_cell, read_study
+from ufbert.study.variants import VariantsFile, read_variants
 
 BEFORE = Path(__file__).parent / "fixtures" / "before_house"
 SECONDS, BYTES = 600, 2 * 2**30
@@ -81,6 +83,22 @@ TASK = {
     "name": "mine", "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv", "text": "a", "pair": "b", "label": "c",
     "labels": ["no", "yes"], "label_names": ["No", "Yes"], "metrics": ["accuracy"], "regression": None,
 }  # fmt: skip
+
+STUDY = {
+    "corpus": "demo", "heldout": "", "tokenizer": "", "budget": "5m", "tokens": 0.0, "max_tokens": 20000000,
+    "variants": {"trees": {"asked": ["--scale=mini"], "batch_rows": 32}}, "seeds": [0, 1], "rates": [0.003],
+    "baseline": "trees", "gap_from": "", "gap_to": "trees", "fingerprint": "ab", "format_version": 1,
+}  # fmt: skip
+CELL = {
+    "variant": "trees", "rate": 0.003, "seed": 0, "words": ["--scale=mini"], "failed": "", "sessions": [{
+        "command": "ufbert train", "commit": "0123", "cpu": "AMD EPYC", "cores": 2, "at_once": 1, "began": 1.5,
+        "load_before": 0.5, "load_after": 0.5, "seconds": 3.5, "other_work": 0.1, "exit_code": 0,
+    }],
+}  # fmt: skip
+VARIANTS = {
+    "base": {"scale": "mini", "train.peak_lr": 0.003},
+    "variants": {"trees": {"model": {"feedforward": ["tree"], "tree_depth": 3}, "train.weight_decay": 0.1}},
+}
 
 READERS = [
     Reader("run", "config.json", stored("run"), read_run, RunFile),
@@ -136,6 +154,14 @@ READERS = [
     Reader(
         "run of a sweep", "trace.json", written("trace.json", {"curve": [{"epoch": 1, "loss": 0.5}], "truncated": 3}),
         lambda folder: read_typed(folder / "trace.json", sweep._Stored), sweep._Stored,
+    ),
+    Reader(
+        "study", "study.json", written("study.json", STUDY), read_study, StudyFile,
+    ),
+    Reader("cell", "cell.json", written("cell.json", CELL), read_cell, CellFile),
+    Reader(
+        "variants", "variants.json", written("variants.json", VARIANTS),
+        lambda folder: read_variants(folder / "variants.json"), VariantsFile,
     ),
     Reader(
         "task file", "task.json", written("task.json", TASK), lambda folder: read_task_file(folder / "task.json"),

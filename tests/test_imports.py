@@ -23,6 +23,9 @@ BELOW = {
     "plan": {"config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain"},
     "glue": {"config", "errors", "runtime", "options", "ops", "nn", "data", "hub", "report"},
     "inference": {"config", "errors", "runtime", "options", "ops", "nn", "data", "hub"},
+    "study": {
+        "config", "errors", "runtime", "options", "cost", "report", "pretrain", "bench",
+    },
     "bench": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
     },

@@ -25,6 +25,7 @@ from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTr
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
+from ufbert.options.study import StudyOptions
 from ufbert.options.train import PlanOptions, PrepareOptions, PresetsOptions, RunOptions, TrainOptions
 from ufbert.runtime import console, crash, signals
 from ufbert.runtime.files import expand_home
@@ -63,6 +64,13 @@ VERBS = {
         "ufbert.plan.run:plan",
         "say what a budget buys on a device: tokens, updates, memory, time, money",
         layered=True,
+    ),
+    "study": Verb(
+        StudyOptions,
+        "ufbert.study.run:study",
+        "compare variants of a pretraining run under one protocol, over seeds and learning rates",
+        layered=True,
+        makes_folder=True,
     ),
     "finetune": Verb(
         FinetuneOptions,

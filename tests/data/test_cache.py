@@ -401,3 +401,28 @@ def test_a_run_goes_on_with_its_own_rows_or_not_at_all(text, tmp_path, command):
     assert found.returncode == 2
     assert "now gives other rows; start a new run" in found.stderr
     assert moved.is_dir()
+
+
+def test_a_held_out_text_is_a_part_of_what_makes_prepared_text_equal(text, tmp_path):
+    held, root = tmp_path / "held.txt", tmp_path / "cache"
+    words = ["fox", "sea", "sees", "likes", "the", "rome", "london", "old", "in", "bird"]
+    held.write_text("\n\n".join(" ".join(random.Random(n).choices(words, k=30)) for n in range(20)))
+
+    def found(heldout: str) -> tuple[bool, str]:
+        located = locate(f"text:{text}", DATA, 300, None, str(root), lambda line: None, heldout)
+        finish(located, lambda line: None, lambda line: None)
+        return located.ready is not None, located.folder.name
+
+    plain, own = found(""), found(f"text:{held}")
+    assert (plain[0], own[0]) == (False, False)
+    assert plain[1] != own[1]
+    assert found("") == (True, plain[1])
+    assert found(f"text:{held}") == (True, own[1])
+    held.write_text(held.read_text() + "\n\nAnother one.\n")
+    changed = found(f"text:{held}")
+    assert not changed[0]
+    held.unlink()
+    text.unlink()
+    assert found(f"text:{held}")[0]
+    with pytest.raises(UserError, match="does not exist"):
+        found(f"text:{tmp_path / 'other.txt'}")

@@ -286,3 +286,21 @@ def test_memory_grows_by_bytes_a_document_not_with_the_text(tmp_path):
     assert many - few > 8e6
     assert kept > 70_000
     assert high - low < 60_000 * 60 / 2**20 + 20
+
+
+def test_a_held_out_text_of_its_own_is_never_trained_on(tmp_path):
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(60)]
+    documents = [" ".join(rng.choices(words, k=100)) for _ in range(120)]
+    shared, near = documents[100], f"{documents[101]} {words[0]}"
+    held = texts(*documents[100:])
+    data = made(texts(*documents[:100], shared, near)._replace(heldout=held), tmp_path / "p", CLEAN)
+    assert data.manifest.removed[EXACT]["documents"] == 1
+    assert data.manifest.removed[NEAR]["documents"] == 1
+    assert stream(data.heldout) == ids_of(data, documents[100:])[: len(stream(data.heldout))]
+    assert len(stream(data.heldout)) > 20 * 100
+    left = 100 - data.manifest.removed[WORST]["documents"]
+    assert data.manifest.documents == left
+    assert stream(data.train).count(special_ids(data.tokenizer).cls) == left  # none of the 100 is held out
+    with pytest.raises(UserError, match="held-out text is too short for a row"):
+        made(texts(*documents[:100])._replace(heldout=texts("a b")), tmp_path / "q", CLEAN)

@@ -44,16 +44,23 @@ class Located(NamedTuple):
 
 
 def locate(
-    spec: str, data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, prepared: str, say: Say
+    spec: str,
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    prepared: str,
+    say: Say,
+    heldout: str = "",
 ) -> Located:
-    """Data that is ready for a corpus and its options, or else the corpus, opened. `prepared` is as for `cache_folder`.
+    """Data that is ready for a corpus and its options, or else the corpus, opened. `prepared` is as for `cache_folder`, and
+    `heldout` names a held-out text of its own.
 
     A ready folder serves if its options are equal and its corpus has not changed since, or is gone, or was called the same on
     another machine and has never been here. One that is damaged is
     removed where the corpus is still there; one whose manifest makes no sense, or is of another version, is passed over with a
     word to `say`. Raises UserError if there is neither data nor corpus.
     """
-    source, recipe, root = source_of(spec), Recipe.of(data, vocab_size, tokenizer), cache_folder(prepared)
+    source, recipe, root = source_of(spec, heldout), Recipe.of(data, vocab_size, tokenizer), cache_folder(prepared)
     gone = source["files"] is None
     for folder in _fitting(root, spec, source, recipe, say):
         try:
@@ -67,7 +74,7 @@ def locate(
         where = "not here; text that was prepared elsewhere" if elsewhere else "gone; its prepared text"
         say(f"the corpus {spec} is {where} is used: {folder}" if gone else f"prepared before: {folder}")
         return Located(found, None, folder, recipe, tokenizer)
-    corpus, folder = open_corpus(spec), root / prepared_name(source, recipe)
+    corpus, folder = open_corpus(spec, heldout), root / prepared_name(source, recipe)
     if folder.exists() and _manifest(folder, lambda _: None) is None:  # it would be in the way of its successor
         try:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
@@ -129,9 +136,12 @@ def _manifest(folder: Path, say: Say) -> Manifest | None:
 
 
 def _same_source(now: Source, then: Source) -> bool:
-    """Equal in place, and in size and time unless the files cannot be seen any more."""
-    known = ("files",) if now["files"] is None else ()
-    return {k: v for k, v in now.items() if k not in known} == {k: v for k, v in then.items() if k not in known}
+    """Equal in place, and in size and time unless the files cannot be seen any more. So is the held-out text."""
+    apart = ("files", "heldout") if now["files"] is None else ("heldout",)
+    if {k: v for k, v in now.items() if k not in apart} != {k: v for k, v in then.items() if k not in apart}:
+        return False
+    ours, theirs = now.get("heldout"), then.get("heldout")
+    return ours == theirs or (isinstance(ours, dict) and isinstance(theirs, dict) and _same_source(ours, theirs))
 
 
 def _from_elsewhere(spec: str, now: Source, manifest: Manifest) -> bool:
@@ -140,10 +150,16 @@ def _from_elsewhere(spec: str, now: Source, manifest: Manifest) -> bool:
     return (
         now["files"] is None
         and manifest.corpus == spec
+        and _heldout_name(now) == _heldout_name(manifest.source)
         and isinstance(paths, list)
         and paths != now["paths"]
         and not any(Path(str(path)).exists() for path in paths)
     )
+
+
+def _heldout_name(source: Source) -> str:
+    heldout = source.get("heldout")
+    return str(heldout.get("spec")) if isinstance(heldout, dict) else ""
 
 
 def _same_rows(recipe: Recipe, manifest: Manifest) -> bool:

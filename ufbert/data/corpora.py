@@ -47,10 +47,17 @@ class Corpus(NamedTuple):
     """Its identity when it was opened."""
     meter: Meter | None = None
     """Progress of the current pass, if it can be known."""
+    heldout: "Corpus | None" = None
+    """The held-out text, if it is one of its own."""
 
 
-def open_corpus(spec: str) -> Corpus:
-    """Open the corpus that `spec` names. Raises UserError, before any document is read, if it is not available."""
+def open_corpus(spec: str, heldout: str = "") -> Corpus:
+    """Open the corpus that `spec` names, and the held-out text if that is one of its own.
+
+    Raises UserError, before any document is read, if one is not available.
+    """
+    if heldout:
+        return open_corpus(spec)._replace(source=source_of(spec, heldout), heldout=open_corpus(heldout))
     source = source_of(spec)
     if source["kind"] == "demo":
         path = demo_path()
@@ -71,12 +78,14 @@ def open_corpus(spec: str) -> Corpus:
     return Corpus(spec, "see the dataset's card", reader, source)
 
 
-def source_of(spec: str) -> Source:
+def source_of(spec: str, heldout: str = "") -> Source:
     """Identify a corpus as it is now, without opening it. Raises UserError if `spec` is not the name of a corpus.
 
     Text files are identified by absolute path, size and modification time, the demo text by its package's version, and a hub
-    dataset by its name.
+    dataset by its name. A `heldout` text of its own is identified in the same way, and by its name.
     """
+    if heldout:
+        return {**source_of(spec), "heldout": {"spec": heldout, **source_of(heldout)}}
     kind, _, rest = spec.partition(":")
     if spec == "demo":
         path = demo_path()

@@ -3,7 +3,7 @@
 Pass 1 reads the documents once. It drops exact duplicates, tokenises the rest on all cores while the next ones are read,
 drops near duplicates, and appends what is left to a file of ids. Pass 2 knows every document's tokens per character. It
 drops the worst share, holds out every 50th of the remaining documents (up to a million tokens; the last rows if they are too
-few), and packs the others into shards, in the order of the corpus or best first.
+few; none if the held-out text is one of its own), and packs the others into shards, in the order of the corpus or best first.
 
 Resident memory, apart from Python and the tokenizer: 8 to 24 bytes for each document read (exact duplicates), 390 MB for a
 window of a million documents (near duplicates), and up to 60 bytes for each document kept (order). Disk: twice the finished
@@ -87,6 +87,8 @@ def _check_unchanged(corpus: Corpus) -> None:
     now = source_of(corpus.spec)["files"] if corpus.source else None
     if now is not None and now != corpus.source["files"]:
         raise UserError(f"The corpus {corpus.spec} changed while it was being read; start again when it is complete.")
+    if corpus.heldout is not None:
+        _check_unchanged(corpus.heldout)
 
 
 def _train_tokenizer(corpus: Corpus, recipe: Recipe) -> Tokenizer:
@@ -143,13 +145,20 @@ def _encoded(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Iterator[tuple[
 
 
 def _collect(
-    corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, store: DocumentStore, progress: Say
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    store: DocumentStore,
+    most: int,
+    progress: Say,
+    exact: ExactFilter | None,
+    near: NearFilter | None,
 ) -> tuple[Tally, bool]:
-    """Run pass 1, which fills the store. Returns the counts, and true if the corpus was read to its end."""
+    """Run pass 1, which fills the store with about `most` tokens (0: with all).
+
+    Returns the counts, and true if the corpus was read to its end.
+    """  # fmt: skip
     special = special_ids(tokenizer)
-    tally, bar = Tally(), Progress(corpus.meter, recipe.max_tokens)
-    exact = ExactFilter() if recipe.drop_exact else None
-    near = NearFilter(recipe.near_window, recipe.near_threshold) if recipe.near_window else None
+    tally, bar = Tally(), Progress(corpus.meter, most)
     tally.removed = {EXACT: Removal()} if exact else {}
     tally.removed |= {NEAR: Removal()} if near else {}
     for batch, encodings in _encoded(_batches(corpus.documents(), exact), tokenizer):
@@ -171,7 +180,7 @@ def _collect(
             ids, lengths, characters = ids[np.repeat(kept, lengths)], lengths[kept], characters[kept]
         store.append(_wrapped(ids, lengths, special), lengths + 2, characters)
         progress(bar.line(tally.documents, store.tokens))
-        if recipe.max_tokens and store.tokens >= recipe.max_tokens:
+        if most and store.tokens >= most:
             return tally, False
     return tally, True
 
@@ -197,10 +206,15 @@ def _write_rows(
             "Take a smaller one."
         )
     path = folder / "documents.ids"
-    store = DocumentStore(path)
+    store, held = DocumentStore(path), DocumentStore(folder / "heldout.ids")
+    exact = ExactFilter() if recipe.drop_exact else None
+    near = NearFilter(recipe.near_window, recipe.near_threshold) if recipe.near_window else None
     tokenizer.encode_special_tokens = True  # a "[MASK]" in the text is text
     try:
-        tally, exhausted = _collect(corpus, tokenizer, recipe, store, progress)
+        if corpus.heldout is not None:
+            # Read first, so that the filters know its documents and drop them from the corpus.
+            _collect(corpus.heldout, tokenizer, held, 0, progress, exact, near)
+        tally, exhausted = _collect(corpus, tokenizer, store, recipe.max_tokens, progress, exact, near)
         spans, characters = store.finish()
         bad = worst(spans.lengths - 2, characters, recipe.filter_worst)  # without [CLS] and [SEP]
         if recipe.filter_worst:
@@ -212,15 +226,15 @@ def _write_rows(
         if tokens < 2 * recipe.seq_len:
             fault = "has too little text" if tally.documents else "is empty, or has too little text"
             raise UserError(f"The corpus {corpus.spec} {fault} for two rows of {recipe.seq_len} tokens.")
-        train, heldout = _split(kept, characters, recipe)
-        shards = [
-            _pack(store, part, folder, name, recipe.seq_len, progress)
-            for name, part in (("train", train), ("heldout", heldout))
-        ]
+        train, heldout = _split(kept, characters, recipe, held if corpus.heldout else None)
+        parts = [_pack(store, train, folder, "train", recipe.seq_len, progress)]
+        parts.append(_pack(held if corpus.heldout else store, heldout, folder, "heldout", recipe.seq_len, progress))
     finally:
         tokenizer.encode_special_tokens = False
         store.close()
+        held.close()
     path.unlink()
+    (folder / "heldout.ids").unlink()
     return Manifest(
         format_version=DATA_FORMAT,
         corpus=corpus.spec,
@@ -238,15 +252,23 @@ def _write_rows(
         vocab_size=vocabulary_size(tokenizer),
         unknown_share=tally.unknown / max(1, tally.sampled),
         tokenizer_sha256=fingerprint(tokenizer),
-        train=shards[0],
-        heldout=shards[1],
+        train=parts[0],
+        heldout=parts[1],
     )
 
 
-def _split(kept: Spans, characters: np.ndarray, recipe: Recipe) -> tuple[Spans, Spans]:
-    """Split the documents into training and held-out text, and order the training text."""
+def _split(kept: Spans, characters: np.ndarray, recipe: Recipe, own: DocumentStore | None) -> tuple[Spans, Spans]:
+    """Split the documents into training and held-out text, and order the training text.
+
+    The held-out text is that of `own`, where it is one of its own. Raises UserError if that is too short for a row.
+    """
     # The split comes before the order, so that the held-out text is neither the best nor the worst.
     quality = tokens_per_character(kept.lengths - 2, characters)
+    if own is not None:
+        spans, _ = own.finish()
+        if spans.tokens < recipe.seq_len:
+            raise UserError(f"The held-out text is too short for a row of {recipe.seq_len} tokens.")
+        return _ordered(kept, quality, recipe), spans.cut(min(spans.tokens, HELDOUT_TOKENS))[0]
     held = np.arange(1, len(kept.lengths) + 1) % HELDOUT_EVERY == 0
     before = np.cumsum(np.where(held, kept.lengths, 0)) - kept.lengths  # held-out tokens before each held-out document
     held &= before < HELDOUT_TOKENS
@@ -257,9 +279,12 @@ def _split(kept: Spans, characters: np.ndarray, recipe: Recipe) -> tuple[Spans, 
         rows = kept.tokens // recipe.seq_len
         train, heldout = kept.cut((rows - max(1, rows // HELDOUT_EVERY)) * recipe.seq_len)
         quality = tokens_per_character(kept.lengths - 2, characters)[: len(train.lengths)]
-    if recipe.order == "quality":
-        train = train.pick(np.argsort(quality, kind="stable"))
-    return train, heldout
+    return _ordered(train, quality, recipe), heldout
+
+
+def _ordered(train: Spans, quality: np.ndarray, recipe: Recipe) -> Spans:
+    """Put the training text into the order that the recipe asks for; `quality`: tokens per character of each document."""
+    return train.pick(np.argsort(quality, kind="stable")) if recipe.order == "quality" else train
 
 
 def _pack(store: DocumentStore, spans: Spans, folder: Path, name: str, seq_len: int, progress: Say) -> list[Shard]:

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 from ufbert.config import Device, FinetuneConfig, ProtocolName
 from ufbert.errors import UserError
 from ufbert.options.ending import EndOptions
+from ufbert.options.given import seeds_of
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,7 @@ class FinetuneOptions(EndOptions):
     @property
     def seed_list(self) -> tuple[int, ...]:
         """The seeds as numbers; () for the protocol's. Raises UserError if they are no seeds."""
-        try:
-            seeds = tuple(int(part) for part in self.seeds.split(",")) if self.seeds else ()
-        except ValueError as error:
-            raise UserError(f"--seeds {self.seeds[:60]!r} is not a list of whole numbers.") from error
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"--seeds {self.seeds[:60]} names a seed twice.")
-        if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
-            raise UserError(f"--seeds names {wrong[0]}; a seed must lie between 0 and 4294967295.")
-        return seeds
+        return seeds_of(self.seeds)
 
 
 CUSTOM = ("task_file", "train", "dev", "test", "text", "pair", "label")

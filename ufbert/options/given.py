@@ -61,3 +61,31 @@ def over(config: RunConfig, given: Given) -> RunConfig:
         if changes:
             parts[part] = replace(getattr(config, part), **changes)
     return replace(config, **parts)
+
+
+def argument_words(given: Given) -> list[str]:
+    """Write named values as the words of a command line, which `cli.parse` reads back."""
+    words: list[str] = []
+    for name, value in given.items():
+        outer, _, inner = name.replace("_", "-").rpartition(".")
+        flag = f"--{outer}.{inner}" if outer else f"--{inner}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"{flag.removesuffix(inner)}no-{inner}")
+        elif isinstance(value, tuple | list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Return the seeds that `--seeds` lists, separated by commas; () for "". Raises UserError if they are no seeds."""
+    try:
+        seeds = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UserError(f"--seeds {text[:60]!r} is not a list of whole numbers.") from error
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text[:60]} names a seed twice.")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seeds names {wrong[0]}; a seed must lie between 0 and 4294967295.")
+    return seeds

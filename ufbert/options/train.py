@@ -46,6 +46,10 @@ class TextOptions(RunOptions):
     save."""
     corpus: str = "auto"
     """demo, text:PATH[,PATH], hf:NAME[:CONFIG[:FIELD]]; auto takes the demo text for at most 40 passes, else a hub corpus."""
+    heldout: str = ""
+    """A held-out text of its own, named as a corpus is; a million tokens of it are used. What equals or nearly equals one of
+    its documents is left out of the corpus, as --data.drop-exact and --data.drop-near say. By default every 50th document of
+    the corpus is held out."""
     tokenizer: str = ""
     """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
     prepared: str = ""

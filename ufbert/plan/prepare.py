@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ufbert.data.cache import cache_folder
-from ufbert.options.given import Given, option_names
+from ufbert.options.given import Given, argument_words, option_names
 from ufbert.options.train import PlanOptions, PrepareOptions
 from ufbert.plan.target import start_target
 from ufbert.pretrain.budget import parse_budget
@@ -56,17 +56,6 @@ def plan_preparation(options: PlanOptions, given: Given, resolved: Resolved) -> 
     _, tokens = decided(options, resolved)
     bound = resolved.run.data.max_tokens or corpus_bound(tokens)
     known = option_names(PrepareOptions)
-    flags = [_flag(name, value) for name, value in given.items() if name in known]
-    command = " ".join(["ufbert prepare", *flags])
+    words = argument_words({name: value for name, value in given.items() if name in known})
+    command = shlex.join(["ufbert", "prepare", *words])
     return Preparation(command, bound, bound / TOKENS_PER_CORE_SECOND, 2.0 * bound)
-
-
-def _flag(name: str, value: object) -> str:
-    """Write an option and its value as a command line has them."""
-    outer, _, inner = name.replace("_", "-").rpartition(".")
-    prefix = f"--{outer}." if outer else "--"
-    if isinstance(value, bool):
-        return f"{prefix}{'' if value else 'no-'}{inner}"
-    if isinstance(value, tuple):
-        return " ".join([f"{prefix}{inner}", *map(str, value)])
-    return f"{prefix}{inner}={shlex.quote(str(value))}"

@@ -56,7 +56,13 @@ def locate_rows(options: TextOptions, vocab_size: int = 0) -> Located:
         given = read_for_training(options.tokenizer)
     with phase("looking for the text and checking it"):
         return locate(
-            options.corpus, options.data, vocab_size or options.model.vocab_size, given, options.prepared, say
+            options.corpus,
+            options.data,
+            vocab_size or options.model.vocab_size,
+            given,
+            options.prepared,
+            say,
+            options.heldout,
         )
 
 

@@ -50,6 +50,7 @@ class RunFile:
     recipe: Recipe = "crammed"
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     device: Device = "auto"
+    heldout: str = ""
     tokenizer: str = ""
     prepared: str = ""
     max_hours_wall: Number = 0.0

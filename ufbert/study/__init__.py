@@ -1,0 +1,1 @@
+"""Studies: variants of a pretraining run compared under one protocol, cell by cell."""
