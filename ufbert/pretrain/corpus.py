@@ -8,6 +8,7 @@ from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.prepared import PreparedData
 from ufbert.hub.vocabulary import read_for_training
 from ufbert.options.train import TextOptions, TrainOptions
+from ufbert.pretrain.start import start_tokenizer
 from ufbert.runtime.console import phase, say, show
 
 MAX_DEMO_PASSES = 40
@@ -52,7 +53,9 @@ def locate_rows(options: TextOptions, vocab_size: int = 0) -> Located:
     `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
     """
     given = None
-    if options.tokenizer:
+    if options.init_from:
+        given = start_tokenizer(options.init_from, options.tokenizer)
+    elif options.tokenizer:
         given = read_for_training(options.tokenizer)
     with phase("looking for the text and checking it"):
         return locate(
@@ -78,7 +81,8 @@ def prepare_rows(located: Located, tokens_planned: float) -> PreparedData:
 
 
 def fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
-    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number."""
-    if data.manifest.vocab_size == options.model.vocab_size:
+    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number. A model to start from
+    keeps its embeddings, which may be more than its tokenizer has pieces."""
+    if options.init_from or data.manifest.vocab_size == options.model.vocab_size:
         return options
     return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))
