@@ -12,6 +12,8 @@ from ufbert.pretrain.start import start_tokenizer
 from ufbert.runtime.console import phase, say, show
 
 MAX_DEMO_PASSES = 40
+FEW_ROWS = 4
+"""Fewer held-out rows than this say next to nothing."""
 MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
 """Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
 plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
@@ -76,7 +78,13 @@ def prepare_rows(located: Located, tokens_planned: float) -> PreparedData:
     )
     say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
     if tokens_planned:
-        say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
+        passes = tokens_planned / (facts.train_rows * facts.seq_len)
+        say(f"planned passes over the text: {passes:.1f}")
+        faults = [f"a model learns by heart what it sees {passes:,.0f} times"] if passes > MAX_DEMO_PASSES else []
+        if facts.heldout_rows < FEW_ROWS:
+            faults.append(f"the held-out loss rests on {facts.heldout_rows} row(s)")
+        if faults:
+            say(f"caution: the text is short: {', and '.join(faults)}; give a longer --corpus")
     return data
 
 
