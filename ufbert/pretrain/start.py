@@ -22,8 +22,8 @@ from ufbert.options.given import Given, over
 from ufbert.options.train import StartOptions
 
 LR_SHARE = 0.25
-"""Peak learning rate of a run that starts from a model, over that of a run of its recipe from random weights. It was chosen and
-not measured: a new optimizer's first updates have full size, however small the gradient, and would undo what was learnt."""
+"""Peak learning rate of a run that starts from a model, over that of a run of its recipe from random weights. A cautious
+choice: a new optimizer's first updates have full size, however small the gradient. docs/training.md has what was measured."""
 
 FREE = {
     "dropout", "dtype", "tree_backend", "attention_impl", "pooling", "pooler", "pooler_width", "tree_balance",
