@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub.utils
+import jax
 import numpy as np
 import pytest
 from conftest import REPO
@@ -19,6 +20,10 @@ from ufbert.hub.download import checkpoint_folder, model_folder
 from ufbert.hub.folder import flatten, load_model, save_model
 from ufbert.inference.predictor import Predictor
 from ufbert.options.convert import ExportOptions, ImportOptions
+from ufbert.options.train import TrainOptions
+from ufbert.pretrain.budget import parse_budget
+from ufbert.pretrain.corpus import locate_rows
+from ufbert.pretrain.resolve import local_platform, resolve
 
 COMMIT, EARLIER = "a" * 40, "b" * 40
 
@@ -71,6 +76,27 @@ def test_a_hub_name_stands_for_a_folder(model, cache, tmp_path, capsys):
     assert (tmp_path / "exported" / "vocab.txt").is_file()
     assert "getting" not in capsys.readouterr().err  # nothing is got
     assert huggingface_hub.utils.are_progress_bars_disabled()
+
+
+def test_a_run_starts_from_a_hub_name_that_is_looked_up_once(model, corpus_file, tmp_path, monkeypatch):
+    from ufbert.pretrain import start
+
+    start.local_folder.cache_clear()
+    asked, download = [], huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **options: asked.append(args) or download(*args, **options)
+    )
+    options = TrainOptions(
+        init_from="hf:me/ours", budget="5steps", corpus=f"text:{corpus_file}", prepared=str(tmp_path)
+    )
+    run = resolve(options, {}, parse_budget("5steps"), local_platform("cpu")).run
+    assert run.model == model.config
+    assert locate_rows(options).tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    params = start.start_params("hf:me/ours", start.start_sha256("hf:me/ours"), run.model, jax.random.key(0))
+    assert all(np.array_equal(array, flatten(model.params)[path]) for path, array in flatten(params).items())
+    assert len(asked) == 2  # the configuration, and all
+    with pytest.raises(UserError, match="is a checkpoint of another library; `ufbert import hf:me/theirs"):
+        start.read_start("hf:me/theirs")
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(model, cache, family, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ufbert.config import DataConfig
 from ufbert.config.presets import load_preset
 from ufbert.cost.flops import forward_flops_per_token, train_flops_per_token
 from ufbert.cost.scale import TOKENS_PER_WEIGHT, choose_scale
@@ -52,6 +53,25 @@ def test_auto_corpus_is_the_demo_text_for_few_passes_and_the_hub_for_many(monkey
     assert run_corpus.choose_corpus(TrainOptions(), 41 * 1.2e6) == HUB_CORPUS
     monkeypatch.setattr(run_corpus, "demo_path", lambda: None)
     assert run_corpus.choose_corpus(TrainOptions(), 1e6) == HUB_CORPUS
+
+
+def test_a_corpus_of_ten_lines_is_refused_or_cautioned_about(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("The cat sees the dog in the old garden of the king.\n" * 10)
+    found = []
+    for length in (96, 16):
+        data = DataConfig(seq_len=length)
+        options = TrainOptions(corpus=f"text:{tmp_path / 'a.txt'}", prepared=str(tmp_path / "prepared"), data=data)
+        found.append(run_corpus.locate_rows(options))
+    with pytest.raises(UserError, match="has too little text for two rows of 96 tokens"):
+        run_corpus.prepare_rows(found[0], 1e6)
+    rows = run_corpus.prepare_rows(found[1], 1e6).manifest.train_rows
+    said = capsys.readouterr().out
+    assert (
+        f"a model learns by heart what it sees {1e6 / rows / 16:,.0f} times, and the held-out loss rests on 1 row"
+        in said
+    )
+    run_corpus.prepare_rows(found[1], 16.0)
+    assert "by heart" not in capsys.readouterr().out
 
 
 def test_the_next_run_of_a_like_plan_reads_the_corpus_as_far():

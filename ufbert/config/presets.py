@@ -1,5 +1,6 @@
 """Find presets by name, and shrink them to a scale that a device and a budget can train."""
 
+import math
 import runpy
 import traceback
 from dataclasses import replace
@@ -73,6 +74,12 @@ SIZES = {
 MODERN_LR = {"tiny": 7e-3, "mini": 5e-3, "small": 3e-3, "base": 2e-3}
 """Peak learning rate of the modern recipe. `mini` is the best of two in twelve-minute runs; in three-minute runs 1e-2 was the
 best of four. The others are guesses from it."""
+
+
+def nearest_scale(d_model: int) -> Scale:
+    """Return the scale whose width is nearest by ratio; `base` is taken for 768."""
+    widths: dict[Scale, int] = {"tiny": 128, "mini": 256, "small": 512, "base": 768}
+    return min(widths, key=lambda scale: abs(math.log(d_model / widths[scale])))
 
 
 def deepest_tree(n_trees: int, max_nodes: int) -> int:

@@ -3,6 +3,7 @@
 Tensors are stored under their path in the parameter tree, joined by dots (`encoder.layer_00.tree.w_in`), in float32.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -154,6 +155,18 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     tokenizer = read_tokenizer(tokenizer_path)
     check_fits(tokenizer, model.vocab_size, str(folder))
     return ModelFolder(model, params, tokenizer, task)
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash the files of a model folder. Raises UserError if one cannot be read."""
+    digests = hashlib.sha256()
+    for name in MODEL_FILES:
+        try:
+            with (folder / name).open("rb") as file:
+                digests.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"Cannot read {folder / name}: {error.strerror or error}.") from error
+    return digests.hexdigest()
 
 
 SIZES = (

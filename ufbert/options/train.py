@@ -38,7 +38,22 @@ def with_run[Options: RunOptions](options: Options, run: RunConfig) -> Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(RunOptions):
+class StartOptions(RunOptions):
+    """A preset to start from, or a model."""
+
+    init_from: str = ""
+    """Model folder, or hf:OWNER/NAME of the Hugging Face hub, to start from instead of random weights. Architecture and
+    tokenizer are the model's, so --config, --scale and --model options that contradict it are refused; the peak learning rate
+    is a quarter of the recipe's unless --train.peak-lr gives it."""
+
+    @property
+    def origin(self) -> str:
+        """The model or the preset that the run starts from, as the options name it."""
+        return self.init_from or self.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(StartOptions):
     """A budget, and the text that it is spent on."""
 
     budget: str = "24h"
@@ -51,7 +66,8 @@ class TextOptions(RunOptions):
     its documents is left out of the corpus, as --data.drop-exact and --data.drop-near say. By default every 50th document of
     the corpus is held out."""
     tokenizer: str = ""
-    """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one."""
+    """A tokenizer.json, or a vocab.txt of BERT's, to use instead of training one. With --init-from it must have the model's
+    vocabulary."""
     prepared: str = ""
     """Folder that keeps prepared text for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
 
@@ -123,7 +139,7 @@ class PrepareOptions(TextOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(RunOptions):
+class PlanOptions(StartOptions):
     """Say what a training budget buys on a device: updates, tokens, memory at each batch size, where the time goes, and the
     money. The training step is compiled, not run; for the device in this machine, a short run then checks the prediction."""
 

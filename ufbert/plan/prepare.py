@@ -27,7 +27,7 @@ def prepare(options: PrepareOptions, given: Given) -> Path:
     target = start_target(options.device)
     resolved = resolve(options, given, budget, target.platform)
     options, tokens = decided(options, resolved)
-    say(f"text for {options.config} at scale {options.scale} on {target.name}, {options.budget}")
+    say(f"text for {options.origin} at scale {options.scale} on {target.name}, {options.budget}")
     say(f"  scale: {resolved.reason}")
     data = prepare_rows(locate_rows(with_text(options, tokens)), tokens)
     size, root = sum(path.stat().st_size for path in data.folder.iterdir()), cache_folder(options.prepared)

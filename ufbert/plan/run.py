@@ -30,8 +30,10 @@ def plan(options: PlanOptions, given: Given) -> None:
     options = replace(with_run(options, resolved.run), scale=resolved.scale)
     run = planned_model(resolved.run, dtype=target.dtype, trees=target.trees(resolved.run))
     model = run.model.architecture(run.model.tree_backend)
-    say(f"{options.config} at scale {options.scale} ({model}) on {target.name}, {options.budget}")
+    say(f"{options.origin} at scale {options.scale} ({model}) on {target.name}, {options.budget}")
     say(f"  scale: {resolved.reason}")
+    if resolved.start:
+        say(f"  {resolved.start}")
     if resolved.caution:
         say(f"  {resolved.caution}")
 

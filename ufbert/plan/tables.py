@@ -24,7 +24,7 @@ def plan_facts(
     hours = (budget.seconds or plan.seconds.total) / 3600
     peak = target.peaks.products(run.model.dtype) if target.peaks else speeds.products / CPU_UTILISATION
     return {
-        "config": options.config,
+        "config": options.origin,
         "scale": options.scale,
         "architecture": run.model.architecture(),
         "device": target.name,

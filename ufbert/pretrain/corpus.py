@@ -8,9 +8,12 @@ from ufbert.data.corpora import DEMO_TOKENS, HUB_CORPUS, demo_path
 from ufbert.data.prepared import PreparedData
 from ufbert.hub.vocabulary import read_for_training
 from ufbert.options.train import TextOptions, TrainOptions
+from ufbert.pretrain.start import start_tokenizer
 from ufbert.runtime.console import phase, say, show
 
 MAX_DEMO_PASSES = 40
+FEW_ROWS = 4
+"""Fewer held-out rows than this say next to nothing."""
 MIN_CORPUS_TOKENS, MAX_CORPUS_TOKENS = 20_000_000, 2_000_000_000
 """Unless `data.max_tokens` says otherwise, a corpus is read as far as the budget is planned to see, within these bounds. The
 plan rests on a measured speed, so it is rounded up, to the first times a power of two, for the next run to ask for the same."""
@@ -52,7 +55,9 @@ def locate_rows(options: TextOptions, vocab_size: int = 0) -> Located:
     `vocab_size` is what the tokenizer was asked to have, where the options already hold what it has.
     """
     given = None
-    if options.tokenizer:
+    if options.init_from:
+        given = start_tokenizer(options.init_from, options.tokenizer)
+    elif options.tokenizer:
         given = read_for_training(options.tokenizer)
     with phase("looking for the text and checking it"):
         return locate(
@@ -79,12 +84,19 @@ def prepare_rows(located: Located, tokens_planned: float) -> PreparedData:
     )
     say(f"[UNK] stands for {facts.unknown_share:.2%} of the text's characters")
     if tokens_planned:
-        say(f"planned passes over the text: {tokens_planned / (facts.train_rows * facts.seq_len):.1f}")
+        passes = tokens_planned / (facts.train_rows * facts.seq_len)
+        say(f"planned passes over the text: {passes:.1f}")
+        faults = [f"a model learns by heart what it sees {passes:,.0f} times"] if passes > MAX_DEMO_PASSES else []
+        if facts.heldout_rows < FEW_ROWS:
+            faults.append(f"the held-out loss rests on {facts.heldout_rows} row(s)")
+        if faults:
+            say(f"caution: the text is short: {', and '.join(faults)}; give a longer --corpus")
     return data
 
 
 def fit_vocabulary(options: TrainOptions, data: PreparedData) -> TrainOptions:
-    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number."""
-    if data.manifest.vocab_size == options.model.vocab_size:
+    """A small corpus may give fewer word pieces than asked for; a given tokenizer has its own number. A model to start from
+    keeps its embeddings, which may be more than its tokenizer has pieces."""
+    if options.init_from or data.manifest.vocab_size == options.model.vocab_size:
         return options
     return replace(options, model=replace(options.model, vocab_size=data.manifest.vocab_size))

@@ -1,8 +1,9 @@
 """The pretraining loop: the order of events from the start of the clock to the summary.
 
 Order of a session, all of it on the clock:
-1. Restore the newest good checkpoint, or initialise.
-2. Evaluate, which compiles the evaluation; the first step compiles the step.
+1. Restore the newest good checkpoint, or initialise: from random numbers, or from a model.
+2. Evaluate, which compiles the evaluation; the first step compiles the step. A model that the run starts from is saved as the
+   first checkpoint.
 3. Until the clock is done or a signal comes, dispatch step n, then read the numbers of step n - 1. Evaluate and checkpoint when
    their share of the budget comes, and draw the page.
 4. Evaluate for the last time.
@@ -41,7 +42,7 @@ from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, bui
 from ufbert.runtime import distributed
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.memory import memory_bytes
-from ufbert.runtime.metrics import Resumed, StepRecord, Writer
+from ufbert.runtime.metrics import EvaluationRecord, Resumed, StepRecord, Writer
 from ufbert.runtime.run_folder import Summary, write_summary
 from ufbert.runtime.signals import StopSignals
 from ufbert.runtime.typed import read_lines
@@ -67,6 +68,10 @@ class RunContext:
     """FLOP/s of a device at best, for the utilisation; 0 if unknown."""
     reference: Reference | None = None
     """A curve to hold the run to."""
+    started_from: str | None = None
+    """The model folder that the run starts from, and its hash."""
+    start: Callable[[jax.Array], Any] = lambda key: None
+    """Reads the parameters that the run starts from; None to draw them. What the model lacks is drawn by the key."""
     open_writer: Callable[[int | None], Writer] = lambda _: Writer(())
     """Opens the metrics, dropping what came after the given step."""
     refresh_page: Callable[[float, Callable[[str], None]], Any] = lambda fraction, say: None
@@ -118,7 +123,7 @@ def train(context: RunContext) -> Summary:
     checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
     with phase("making or restoring the weights"):
         restored = checkpoints.restore(state_shapes(run, layout), say)
-        state = init_state(run, key, layout) if restored is None else restored.state
+        state = init_state(run, key, layout, context.start(key)) if restored is None else restored.state
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     costs = EndCosts(guessed_save_seconds(size), evaluations=1 if state.average is None else 2)
     metrics = context.open_writer(int(state.step) if context.restarts else None)
@@ -134,6 +139,8 @@ def train(context: RunContext) -> Summary:
                     evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
                 compile_seconds = time.monotonic() - began
                 _evaluate(session, record=restored is None)
+                if restored is None and context.started_from is not None:
+                    _checkpoint(session)  # the folder may be gone when the run goes on
                 # The first step compiles, which costs about twice what compiling the evaluation did. If that much is not
                 # left, as after a late resume, it must not begin. The schedule knows nothing of it.
                 clock.reserve(costs.reserve() + 2.0 * compile_seconds)
@@ -259,7 +266,8 @@ def _roll_back(session: _Session) -> None:
         )
     now, restored = session.state, session.checkpoints.restore(state_shapes(run, layout), say)
     key, to_step = jax.random.key(session.context.seed), 0 if restored is None else restored.step
-    state = init_state(run, key, layout) if restored is None else restored.state
+    first = session.context.start(key) if restored is None else None
+    state = init_state(run, key, layout, first) if restored is None else restored.state
     session.state = state._replace(step=now.step, rows_seen=now.rows_seen, skipped=now.skipped)
     say(f"step {session.step:,}: {why}; the weights go back to those of step {to_step:,}")
     session.reporter.event(session.step, "rolled back", to_step=to_step)
@@ -344,7 +352,11 @@ def _finish(session: _Session) -> Summary:
 def _summary(session: _Session, loss: float, averaged: float | None) -> Summary:
     """Sum up a run: `loss` is that of the weights that were written, `averaged` that of the average if there is one."""
     context, run, rows = session.context, session.context.run, int(session.state.rows_seen)
-    resumed = list(read_lines(context.folder / "metrics.jsonl", Resumed))
+    metrics = context.folder / "metrics.jsonl"
+    resumed = list(read_lines(metrics, Resumed))
+    first = (
+        next((r for r in read_lines(metrics, EvaluationRecord) if r.step == 0), None) if context.started_from else None
+    )
     return Summary(
         heldout_loss=loss,
         unigram_loss=session.heldout.unigram_loss,
@@ -369,4 +381,6 @@ def _summary(session: _Session, loss: float, averaged: float | None) -> Summary:
         devices=len(session.layout.devices),
         processes=jax.process_count(),
         architecture=run.model.architecture(),
+        started_from=context.started_from,
+        started_heldout_loss=None if first is None else first.heldout_loss,
     )

@@ -1,4 +1,7 @@
-"""Every open choice of a run decided: preset < scale < recipe < what was given. Training, planning and benchmarks share it."""
+"""Every open choice of a run decided: preset < scale < recipe < what was given. Training, planning and benchmarks share it.
+
+A run that starts from a model has its architecture in place of the preset's, and the recipe at the scale nearest in width.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +19,18 @@ from ufbert.cost.scale import ScaleChoice, choose_scale
 from ufbert.cost.speeds import Speeds
 from ufbert.errors import UserError
 from ufbert.options.given import Given, over
-from ufbert.options.train import FREE_ON_RESUME, PlanOptions, RunOptions, TextOptions, TrainOptions, with_run
+from ufbert.options.train import (
+    FREE_ON_RESUME,
+    PlanOptions,
+    RunOptions,
+    StartOptions,
+    TextOptions,
+    TrainOptions,
+    with_run,
+)
 from ufbert.pretrain.budget import Budget, parse_budget
 from ufbert.pretrain.schedules import final_batch_rows
+from ufbert.pretrain.start import LR_SHARE, parts_line, read_start, started_run
 from ufbert.runtime.run_folder import read_run
 
 TIMED_SCALE: Scale = "mini"
@@ -56,6 +68,8 @@ class Resolved(NamedTuple):
     """Tokens that the budget is expected to buy; None where it counts steps."""
     caution: str = ""
     """A sentence on presets for which `auto` would take another scale."""
+    start: str = ""
+    """What the run keeps of the model that it starts from."""
 
 
 def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platform) -> Resolved:
@@ -63,6 +77,8 @@ def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platfor
 
     Raises UserError for an unknown preset, and for a combination that contradicts itself.
     """
+    if isinstance(options, StartOptions) and options.init_from:
+        return _resolve_start(options, given, budget, platform)
     preset = load_preset(options.config)
     scale, reason, tokens, caution = options.scale, "as asked", None, ""
     if budget.steps is not None:
@@ -84,6 +100,19 @@ def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platfor
         scale, reason, tokens = choice.scale, choice.reason, choice.tokens
     run = over(with_recipe(scaled(preset, scale), options.recipe, scale), given)
     return Resolved(run, scale, reason, tokens, caution)
+
+
+def _resolve_start(options: StartOptions, given: Given, budget: Budget, platform: Platform) -> Resolved:
+    """Decide a run that starts from a model folder. Raises UserError if that cannot be read, or an option contradicts it."""
+    model = read_start(options.init_from)
+    run, scale = started_run(options, model, given)
+    rate = "" if "train.peak_lr" in given else f" at {LR_SHARE:g} of its peak learning rate, {run.train.peak_lr:g}"
+    reason, tokens = f"the nearest in width, for the training alone{rate}", None
+    if budget.seconds is not None:
+        trees, speeds = platform.trees(run), platform.speeds(run)
+        choice = choose_scale(run, "base", budget.seconds, speeds, trees=trees, bfloat16=platform.bfloat16)
+        reason, tokens = f"{reason}; {choice.reason}", choice.tokens
+    return Resolved(run, scale, reason, tokens, start=parts_line(options, model, run))
 
 
 def _caution(preset: RunConfig, scale: Scale, choice: Callable[[RunConfig], Scale]) -> str:
@@ -121,7 +150,8 @@ def decided[Options: TextOptions | PlanOptions](options: Options, resolved: Reso
     tokens = resolved.tokens
     if tokens is None:
         tokens = float((parse_budget(options.budget).steps or 0) * run.train.batch_rows * run.data.seq_len)
-    return replace(with_run(options, run), scale=resolved.scale), tokens
+    config = "" if options.init_from else options.config
+    return replace(with_run(options, run), scale=resolved.scale, config=config), tokens
 
 
 def stored_options(folder: Path) -> TrainOptions:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ufbert.pretrain.corpus import fit_vocabulary, locate_rows, prepare_rows, wi
 from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
 from ufbert.pretrain.resolve import decided, local_platform, resolve, resumed_options, stored_options
+from ufbert.pretrain.start import start_params, start_sha256
 from ufbert.report.run_report import write_report
 from ufbert.report.running_page import RunningPage
 from ufbert.runtime import STARTED, distributed
@@ -96,6 +98,8 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
             folder = new_folder(Path("runs"), _stem(options))
             held.enter_context(claimed_new(folder))
         say(_headline(options))
+        if resolved.start:
+            say(f"  {resolved.start}")
         say(f"  scale {options.scale}: {resolved.reason}")
         if resolved.caution:
             say(f"  {resolved.caution}")
@@ -114,7 +118,8 @@ def _prepare_and_train(
     started_at = time.time() - (time.monotonic() - started)
     options = replace(with_text(options, tokens_planned), out=str(folder))
     located = locate_rows(options)
-    write_run(folder, _run_file(options, started_at))
+    init_sha256 = start_sha256(options.init_from) if options.init_from else ""
+    write_run(folder, _run_file(options, started_at, init_sha256))
     with _ending(options, release):
         try:
             data = prepare_rows(located, tokens_planned)
@@ -122,7 +127,7 @@ def _prepare_and_train(
             discard(folder)  # there is nothing in it to go on with
             raise
         options = fit_vocabulary(options, data)
-        write_run(folder, _run_file(options, started_at, data))
+        write_run(folder, _run_file(options, started_at, init_sha256, data))
         ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
         distributed.together("prepared")
         clock = _clock(options, ledger, None, started_at)
@@ -206,7 +211,7 @@ def _go_on(options: TrainOptions, folder: Path, started: float) -> dict[str, Any
             )
     options = fit_vocabulary(options, data)
     kept = replace(options, **{name: getattr(options, name) or getattr(before, name) for name in COMMANDS})
-    write_run(folder, _run_file(kept, before.started_at, data))
+    write_run(folder, _run_file(kept, before.started_at, before.init_sha256, data))
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
@@ -228,6 +233,11 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         peak_flops=peak,
         reference=_reference(options),
     )
+    if options.init_from:
+        sha256, started_from = read_run(folder).init_sha256, read_run(folder).started_from
+        start = partial(start_params, options.init_from, sha256, options.model)
+        identity = {**context.identity, "start": sha256}
+        context = replace(context, started_from=started_from, start=start, identity=identity)
     if not distributed.is_main():
         return train(context).to_json()
     page = RunningPage(folder)
@@ -247,7 +257,8 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
         report = write_report(folder)
     say(
         f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "
-        f"so the model gains {summary.gain_over_unigram:.3f}\n"
+        f"so the model gains {summary.gain_over_unigram:.3f}"
+        f"{_over_start(summary)}\n"
         f"{summary.steps:,} updates, {summary.passes:.1f} passes, {summary.spent_seconds:.1f} s spent of {options.budget}"
     )
     print(  # unbroken, to be copied
@@ -310,7 +321,7 @@ def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
 def _reference(options: TrainOptions) -> Reference | None:
     if options.reference:
         return reference_from_run(Path(options.reference))
-    return packaged_reference(options.config, options.scale, options.recipe)
+    return None if options.init_from else packaged_reference(options.config, options.scale, options.recipe)
 
 
 def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer:
@@ -325,16 +336,27 @@ def _open_writer(options: TrainOptions, keep_through_step: int | None) -> Writer
 
 
 def _stem(options: TrainOptions) -> str:
+    if options.init_from:
+        path = Path(options.init_from.replace(":", "-"))
+        name = path.absolute().parent.name if path.name == "model" else path.name  # a run's model folder is RUN/model
+        return f"{name}-on-{options.budget}"
     return f"{Path(options.config).stem}-{options.scale}-{options.budget}"
+
+
+def _over_start(summary: Summary) -> str:
+    """Continue the last line of a run that started from a model with that model's loss."""
+    if summary.started_heldout_loss is None:
+        return ""
+    return f"; the model that it started from gives {summary.started_heldout_loss:.3f}"
 
 
 def _headline(options: TrainOptions) -> str:
     model = options.model
     backend = nn.tree_backend(model, options.run.micro_tokens) if "tree" in model.feedforward else ""
-    return f"{options.config}: {model.architecture(backend)}, {nn.count_params(model):,} parameters"
+    return f"{options.origin}: {model.architecture(backend)}, {nn.count_params(model):,} parameters"
 
 
-def _run_file(options: TrainOptions, started_at: float, data: PreparedData | None = None) -> RunFile:
+def _run_file(options: TrainOptions, started_at: float, init_sha256: str, data: PreparedData | None = None) -> RunFile:
     others = ("model", "train", "data", "resume", "distributed")
     values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in others}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
@@ -347,5 +369,6 @@ def _run_file(options: TrainOptions, started_at: float, data: PreparedData | Non
         run=options.run,
         started_at=started_at,
         prepared_data=used,
+        init_sha256=init_sha256,
         environment={"python": host.python_version(), "machine": host.platform(), **versions},
     )

@@ -187,12 +187,13 @@ def mask_rows(
     )
 
 
-def init_state(run: RunConfig, key: Key[Array, ""], layout: Layout | None = None) -> TrainState:
-    """Draw parameters, and make the state of a run that starts from them; in its places if `layout` is given."""
-    params = nn.init(run.model, key)
+def init_state(run: RunConfig, key: Key[Array, ""], layout: Layout | None = None, params: Any = None) -> TrainState:
+    """Draw parameters if none are given, and make the state of a run that starts from them; in its places if `layout` is."""
+    if params is None:
+        params = nn.init(run.model, key)
     if layout is None:
         return state_of(run, params)
-    if jax.process_count() > 1:  # each has drawn the same numbers
+    if jax.process_count() > 1:  # each has drawn or read the same numbers
         params = jax.tree.map(np.asarray, params)
     places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(run, layout))
     return jax.jit(partial(state_of, run), out_shardings=places)(params)

@@ -9,7 +9,7 @@ from typing import Any
 from ufbert.report.page import facts, grid, number, page, svg
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord
-from ufbert.runtime.run_folder import SUMMARY_FILE, read_run, read_summary
+from ufbert.runtime.run_folder import SUMMARY_FILE, RunFile, read_run, read_summary
 from ufbert.runtime.typed import read_lines
 
 
@@ -28,7 +28,7 @@ def write_report(folder: Path, ending: str = "") -> Path:
     pictures = [_loss_picture(steps, evals, unigram), _speed_picture(steps)] if steps else []
     bill = f"{spent / 3600:,.2f} hours of the budget at {config.price:,.2f} an hour, {spent / 3600 * config.price:,.2f} in all"
     cost = f"<p>Cost: {bill}.</p>" if config.price else ""
-    body = f"""{facts(_in_units(summary.to_json())) if summary else _standing(steps, evals, spent, ending)}
+    body = f"""{facts(_in_units(summary.to_json())) if summary else _standing(config, steps, evals, spent, ending)}
 {cost}
 {"".join(pictures)}
 {_events(events)}
@@ -37,17 +37,22 @@ def write_report(folder: Path, ending: str = "") -> Path:
 <h2>Environment</h2>{facts(config.environment)}
 <h2>Configuration</h2><pre>{html.escape(to_json_text(asdict(config), indent=2))}</pre>"""
     path = folder / "report.html"
-    title = f"{config.config} at scale {config.scale}, {config.budget}: {config.run.model.architecture()}"
+    origin = f"from {config.init_from}" if config.init_from else f"{config.config} at scale {config.scale}"
+    title = f"{origin}, {config.budget}: {config.run.model.architecture()}"
     write_text(path, page(title, body))
     return path
 
 
-def _standing(steps: list[StepRecord], evals: list[EvaluationRecord], spent: float, ending: str) -> str:
+def _standing(
+    config: RunFile, steps: list[StepRecord], evals: list[EvaluationRecord], spent: float, ending: str
+) -> str:
     """Write the state of a run that has no summary (yet)."""
     last = max((r.step for r in (*steps[-1:], *evals[-1:])), default=0)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     state = ending or f"running, as of step {last:,}"
     values: dict[str, Any] = {"state": state, "drawn": now, "spent seconds": spent}
+    if config.started_from:
+        values |= {"started from": config.started_from}
     if evals:
         values |= {"held-out loss": evals[-1].heldout_loss, "tokens": evals[-1].tokens}
     return facts(values)

@@ -47,6 +47,9 @@ class RunFile:
     """Seconds since 1970."""
     prepared_data: PreparedText | None = None
     """None before the rows are there."""
+    init_from: str = ""
+    """The model folder that it starts from, and the hash of its files."""
+    init_sha256: str = ""
     recipe: Recipe = "crammed"
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     device: Device = "auto"
@@ -71,8 +74,15 @@ class RunFile:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that are options of `train`, by name, but for the commands to run at the end."""
-        others = ("run", "started_at", "prepared_data", "environment", "format", "format_version", *COMMANDS)
+        others = (
+            "run", "started_at", "prepared_data", "init_sha256", "environment", "format", "format_version", *COMMANDS,
+        )  # fmt: skip
         return {name: value for name, value in vars(self).items() if name not in others}
+
+    @property
+    def started_from(self) -> str | None:
+        """The model that the run starts from, for a reader; None if it starts from random weights."""
+        return f"{self.init_from}, sha256 {self.init_sha256}" if self.init_from else None
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,13 @@ class Summary:
     processes: Count = 1
     architecture: str = ""
     """The model as it was trained, at its scale."""
+    started_from: str | None = None
+    """The model folder that it started from, and `started_heldout_loss` that model's own loss; None for random weights."""
+    started_heldout_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values by name, without the losses of an average that there is none of."""
-        optional = ("averaged_heldout_loss", "last_heldout_loss")
+        """Return the values by name, without those of an average or of a model to start from that there is none of."""
+        optional = ("averaged_heldout_loss", "last_heldout_loss", "started_from", "started_heldout_loss")
         return {name: value for name, value in vars(self).items() if value is not None or name not in optional}
 
 
