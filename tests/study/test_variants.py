@@ -1,6 +1,7 @@
 """Variants are read to the letter: what is no option, has no right value or cannot be compared is refused, by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,11 +9,13 @@ from ufbert import cli
 from ufbert.config.presets import load_preset, scaled
 from ufbert.cost.speeds import Speeds
 from ufbert.errors import UserError
+from ufbert.hub.folder import load_model
 from ufbert.options.study import StudyOptions
 from ufbert.options.train import TrainOptions
 from ufbert.pretrain.resolve import Platform
 from ufbert.study.variants import (
     cell_words,
+    checked,
     decide,
     expected_seconds,
     parse_variant,
@@ -191,3 +194,18 @@ def test_the_words_of_a_cell_name_every_decision_and_train_reads_them_back():
     _, given = cli.parse(TrainOptions, words, "ufbert train")
     decisions = {"train.batch_rows": 32, "data.max_tokens": 20_000_000, "train.peak_lr": 0.25, "corpus": "demo"}
     assert given == {**asked, **decisions, "budget": "10steps", "seed": 7}
+
+
+def test_a_study_may_start_from_a_model(run_folder):
+    options = replace(OPTIONS, init_from=str(run_folder / "model"))
+    asked = variants_of(replace(options, variants=("a", "b: --train.peak-lr=1e-4")), {"init_from": options.init_from})
+    variants = [decide(options, name, own, PLATFORM) for name, own in asked.items()]
+    refuse_unequal(variants)
+    config = load_model(run_folder / "model", lazily=True).config
+    assert [variant.run.model for variant in variants] == [config, config]
+    assert variants[0].run.train.peak_lr != variants[1].run.train.peak_lr == 1e-4
+    words = cell_words(options, variants[1], 1000, None, 0)
+    _, given = cli.parse(TrainOptions, words, "train")
+    assert given["init_from"] == options.init_from
+    with pytest.raises(UserError, match="variant a: init_from is the study's"):
+        checked({"init_from": "x"}, "variant a")

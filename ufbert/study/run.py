@@ -101,7 +101,7 @@ def _prepare_text(options: StudyOptions, protocol: StudyFile, first: Variant) ->
     data = replace(first.run.data, max_tokens=protocol.max_tokens)
     text = TextOptions(
         model=first.run.model, train=first.run.train, data=data, corpus=protocol.corpus, heldout=protocol.heldout,
-        tokenizer=protocol.tokenizer, prepared=options.prepared,
+        tokenizer=protocol.tokenizer, prepared=options.prepared, init_from=options.init_from,
     )  # fmt: skip
     fingerprint = prepare_rows(locate_rows(text), first.tokens).manifest.fingerprint
     if protocol.fingerprint not in ("", fingerprint):

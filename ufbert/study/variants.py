@@ -16,7 +16,7 @@ from ufbert.config.checks import check_kinds, shown, words
 from ufbert.errors import UserError, near_miss
 from ufbert.options.given import Given, argument_words, from_given, named_values, option_names
 from ufbert.options.study import StudyOptions
-from ufbert.options.train import RunOptions, TrainOptions
+from ufbert.options.train import RunOptions, StartOptions, TrainOptions
 from ufbert.pretrain.budget import Budget, parse_budget
 from ufbert.pretrain.resolve import Platform, resolve, with_batch
 from ufbert.pretrain.schedules import rows_per_step
@@ -126,7 +126,7 @@ def variants_of(options: StudyOptions, given: Given) -> dict[str, Given]:
 
     Raises UserError for a wrong or repeated name, for no variant at all, and for a baseline or gap of no variant's name.
     """
-    shared = {name: value for name, value in given.items() if name in option_names(RunOptions)}
+    shared = {name: value for name, value in given.items() if name in option_names(StartOptions)}
     named = read_variants(Path(options.file)) if options.file else {}
     for text in options.variants:
         name, own = parse_variant(text)
@@ -154,7 +154,7 @@ def decide(options: StudyOptions, name: str, asked: Given, platform: Platform, b
     """
     try:
         own = from_given(TrainOptions, {k: v for k, v in asked.items() if k in option_names(TrainOptions)})
-        if own.scale == "auto":
+        if own.scale == "auto" and not own.init_from:
             raise UserError("a study needs a --scale of its own, the same for all: tiny, mini, small or base.")
         budget = parse_budget(options.budget) if options.budget else None
         is_time = budget is not None and budget.seconds is not None and not batch_rows
@@ -163,7 +163,7 @@ def decide(options: StudyOptions, name: str, asked: Given, platform: Platform, b
         run = resolved.run
         if batch_rows:
             run = replace(run, train=replace(run.train, batch_rows=batch_rows))
-        run = with_batch(run, own.scale, tokens)
+        run = with_batch(run, resolved.scale, tokens)
     except UserError as error:
         raise UserError(f"variant {name}: {error}") from error
     if options.tokens:
