@@ -29,6 +29,9 @@ ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
 TreeBackend = Literal["masked", "gather", "native"]
 
 
+NgramKey = Literal["around", "before", "after", "trigram"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One encoder. A BERT, a crammed BERT, an UltraFastBERT, an FNet and a Switch encoder are settings of these fields.
@@ -119,6 +122,17 @@ class ModelConfig:
     """The one row length of a model with Fourier mixers, which mix padding in; 0 takes max_len."""
     n_token_types: SizeOrNone = 0
     """Rows of the token-type (segment) embedding of BERT; 0 for none."""
+    ngram_rows: SizeOrNone = 0
+    """Rows of each hashed table of n-grams, whose vectors tell a token its neighbours at the cost of a look-up; 0 for no tables
+    (docs/layers.md)."""
+    ngram_keys: tuple[NgramKey, ...] = ("around", "before", "after")
+    """The tables, by the ids that pick a row: around (left and right neighbour), before (left neighbour, token), after (token,
+    right neighbour), trigram (all three)."""
+    ngram_width: SizeOrNone = 0
+    """Width of a table's rows; 0 for `d_model`. Narrower rows are joined, and a linear layer widens them."""
+    ngram_layer: Annotated[int, Meta(ge=0, le=1023)] = 0
+    """Place where the tables' vectors enter: 0 adds them to the embeddings before their norm, i to the residual stream that
+    block i, counted from 0, reads."""
     use_bias: bool = False
     """Biases in attention, dense feedforwards and the masked-LM transform. Tree inputs and leaves always have one."""
     embedding_norm: bool = True
@@ -168,6 +182,7 @@ class ModelConfig:
             if not 1 <= len(kinds) <= self.n_layers:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
             _check_known(name, kinds, known)
+        self._check_ngrams()
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
             raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
         if self.pad_id >= self.vocab_size:
@@ -175,13 +190,26 @@ class ModelConfig:
         if self.fixed_len > self.max_len:
             raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
 
+    def _check_ngrams(self) -> None:
+        """Raise UserError if the fields of the hashed tables contradict each other."""
+        object.__setattr__(self, "ngram_keys", tuple(self.ngram_keys))
+        if len(set(self.ngram_keys)) < max(1, len(self.ngram_keys)):
+            raise UserError(
+                f"model.ngram_keys {' '.join(self.ngram_keys)!r} must name at least one table, and none twice."
+            )
+        if self.ngram_rows and self.ngram_layer >= self.n_layers:
+            raise UserError(
+                f"model.ngram_layer is {self.ngram_layer}, and the blocks of the model are numbered 0 to {self.n_layers - 1}."
+            )
+
     def architecture(self, backend: str = "") -> str:
         """Describe the size and the parts for a reader: `2 layers x 128, tree 1x8 (native) feedforward`."""
         mixers, kinds = (list(dict.fromkeys(layer[part] for layer in self.layers)) for part in (0, 1))
         tree = f"tree {self.n_trees}x{self.tree_depth}{f' ({backend})' if backend else ''}"
         names = [tree if kind == "tree" else kind for kind in kinds]
         mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
-        return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward"
+        tables = f", {len(self.ngram_keys)} n-gram tables of {self.ngram_rows:,} rows" if self.ngram_rows else ""
+        return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}"
 
     @property
     def nodes_per_tree(self) -> int:

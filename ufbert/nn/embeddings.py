@@ -12,7 +12,7 @@ from ufbert.ops.mixing import sinusoid
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and token-type embeddings, normalised and projected if the config says so."""
+    """Sum of token, position and token-type embeddings and what is `added`, normalised and projected if the config says so."""
 
     config: ModelConfig
 
@@ -23,6 +23,7 @@ class Embeddings(nn.Module):
         position_ids: Int[Array, "#b t"],
         type_ids: Int[Array, "b t"],
         key: Key[Array, ""] | None,
+        added: Float[Array, "b t d"] | None = None,
     ) -> Float[Array, "b t d"]:
         cfg = self.config
         normal = nn.initializers.normal(cfg.init_std)
@@ -36,6 +37,8 @@ class Embeddings(nn.Module):
             x = x + scale[0] * sinusoid(cfg.max_len, cfg.d_model)[position_ids]
         if cfg.n_token_types:
             x = x + self.param("types", normal, (cfg.n_token_types, cfg.d_model))[type_ids]
+        if added is not None:
+            x = x + added
         if cfg.embedding_norm:
             x = layer_norm(cfg, "norm")(x)
         if cfg.embedding_projection:

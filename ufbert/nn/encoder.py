@@ -9,6 +9,7 @@ from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.nn.embeddings import Embeddings
 from ufbert.nn.layers import Aux, Context, layer_norm
+from ufbert.nn.ngrams import Ngrams, Rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
 from ufbert.ops.mixing import attention_mask
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
     Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
     token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
     need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
-    which of their parts are used.
+    which of their parts are used. `ngrams` are the rows of hashed tables that the tokens read, if they were looked up before.
 
     Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
@@ -67,6 +68,7 @@ class Encoder(nn.Module):
         type_ids: Int[Array, "b t"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
         statistics: bool = False,
+        ngrams: Rows | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
@@ -82,10 +84,14 @@ class Encoder(nn.Module):
         context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
-        x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])
+        near = Ngrams(cfg, name="ngrams")(ids, segment_ids, ngrams) if cfg.ngram_rows else None
+        added = None if cfg.ngram_layer else near
+        x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0], added)
         aux: dict[str, Aux] = {}
         for i, (mixer, feedforward) in enumerate(cfg.layers):
             name = f"layer_{i:02d}"
+            if near is not None and 0 < i == cfg.ngram_layer:
+                x = x + near
             block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
             x, aux[name] = block(x, context, keys[i + 1])
         if cfg.final_norm:

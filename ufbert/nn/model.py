@@ -13,6 +13,7 @@ from ufbert.config import ModelConfig
 from ufbert.nn.encoder import Encoder
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
 from ufbert.nn.layers import Aux
+from ufbert.nn.ngrams import Rows
 
 Params = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
     # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
         config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
-        tree_backend="gather",
+        tree_backend="gather", ngram_layer=0,
     )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def _init_encoder(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnames="config")
 def _init_layer(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    return _init_encoder(config, key)["layer_00"]
+    return _init_encoder(replace(config, ngram_rows=0), key)["layer_00"]
 
 
 @partial(jax.jit, static_argnames=("config", "heads"))
@@ -78,10 +79,11 @@ def encode(
     type_ids: Int[Array, "b t"] | None = None,
     progress: Float[Array, ""] | float = 1.0,
     statistics: bool = False,
+    ngrams: Rows | None = None,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
-    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics}
+    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "ngrams": ngrams}
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 

@@ -34,9 +34,10 @@ def group(path: tuple[Any, ...]) -> Group:
 
 
 def decays(path: tuple[Any, ...]) -> bool:
-    """Tell whether weight decay applies to the parameter at a path: to all but norms and biases."""
+    """Tell whether weight decay applies to the parameter at a path: to all but norms, biases and the rows of hashed tables, of
+    which a rare one would decay while no text needs it."""
     names = _names(path)
-    return not (names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
+    return not (names[1:-1] == ["ngrams"] or names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
 
 
 def groups(params: Params) -> Any:
