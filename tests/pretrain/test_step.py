@@ -14,6 +14,7 @@ from conftest import REPO
 from ufbert.config import ModelConfig, PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
+from ufbert.nn.ngrams import split_tables
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
@@ -21,6 +22,7 @@ SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 MODEL = ModelConfig(vocab_size=120, max_len=32, d_model=32, n_layers=2, n_heads=2, d_hidden=32, pooler_width=16)
 DATA = replace(RunConfig().data, seq_len=32)
 RUN = RunConfig(MODEL, PretrainConfig(batch_rows=8, micro_rows=8, average_width=0.1), DATA)
+TABLES = replace(RUN, model=replace(MODEL, ngram_rows=40))
 INPUTS = StepInputs(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(8))
 
 
@@ -28,10 +30,10 @@ def rows(n=8, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(5, 120, (n, 32)), jnp.int32).at[:, 0].set(2)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("base", "optimizer"), [(RUN, "adamw"), (RUN, "muon"), (TABLES, "muon")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts(optimizer, bad):
-    run = replace(RUN, train=replace(RUN.train, optimizer=optimizer))
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts(base, optimizer, bad):
+    run = replace(base, train=replace(base.train, optimizer=optimizer))
     steps, state = build_steps(run, SPECIAL), init_state(run, jax.random.key(0))
     before = jax.tree.map(np.array, state)
     total = steps.add_gradient(state.params, rows(), jax.random.key(1), INPUTS, None)
@@ -45,14 +47,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts(optimizer,
     good, metrics = steps.apply_gradient(after, total, INPUTS)
     assert metrics.applied
     assert int(good.skipped) == 1
-    jax.tree.map(
-        np.testing.assert_array_equal, good.average, good.params
-    )  # the first applied update starts the average
+    # The first applied update starts the average, which has no tables.
+    jax.tree.map(np.testing.assert_array_equal, good.average, split_tables(good.params)[0])
 
 
-def test_micro_batches_add_up_to_the_batch():
-    steps = build_steps(RUN, SPECIAL)
-    params = init_state(RUN, jax.random.key(0)).params
+@pytest.mark.parametrize("run", [RUN, TABLES], ids=["plain", "tables"])
+def test_micro_batches_add_up_to_the_batch(run):
+    steps = build_steps(run, SPECIAL)
+    params = init_state(run, jax.random.key(0)).params
     batch = [rows(4, seed) for seed in (1, 2)]
     keys = [jax.random.key(seed) for seed in (3, 4)]
     total = None
@@ -74,12 +76,12 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
-from test_step import INPUTS, RUN, SPECIAL, rows
+from test_step import INPUTS, SPECIAL, TABLES, rows
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import build_steps, init_state
 found = []
 for devices, shard in ((1, False), (8, False), (8, True)):
-    run = replace(RUN, train=replace(RUN.train, shard_params=shard))
+    run = replace(TABLES, train=replace(TABLES.train, shard_params=shard))
     layout, key = Layout(run, jax.devices()[:devices]), jax.random.key(0)
     steps, state, losses = build_steps(run, SPECIAL, layout), init_state(run, key, layout), []
     for i in range(20):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import dense
-from ufbert.ops.ngrams import ngram_rows
+from ufbert.ops.ngrams import NGRAMS, ngram_rows
 
 Rows = dict[str, Float[Array, "b t w"]]
 """Rows of the tables that the tokens of a batch read, by the table's name."""
@@ -55,3 +55,21 @@ def gather_rows(
 ) -> Rows:
     """Look up the rows of the tables that every token reads."""
     return {key: tables[key][rows] for key, rows in table_rows(config, ids, segment_ids).items()}
+
+
+def split_tables(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Take the tables out of a model's parameters, or of a tree of like shape: (the others, the tables by their names)."""
+    encoder = params.get("encoder", {})
+    if "ngrams" not in encoder:
+        return params, {}
+    tables: dict[str, Any] = {key: encoder["ngrams"][key] for key in NGRAMS if key in encoder["ngrams"]}
+    rest = {key: part for key, part in encoder["ngrams"].items() if key not in tables}
+    return {**params, "encoder": {**encoder, "ngrams": rest}}, tables
+
+
+def join_tables(params: Mapping[str, Any], tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put tables back into the tree that they were taken out of."""
+    if not tables:
+        return params
+    encoder = params["encoder"]
+    return {**params, "encoder": {**encoder, "ngrams": {**encoder["ngrams"], **tables}}}

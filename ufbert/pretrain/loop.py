@@ -39,6 +39,7 @@ from ufbert.pretrain.reporter import Reporter
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
+from ufbert.pretrain.tables import averaged_params
 from ufbert.runtime import distributed
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.memory import memory_bytes
@@ -327,9 +328,10 @@ def _finish(session: _Session) -> Summary:
     _evaluate(session)
     params, loss, averaged = session.state.params, session.heldout_loss, None
     if session.state.average is not None:
-        averaged = _held_out(session, session.state.average).loss
+        average = averaged_params(params, session.state.average)
+        averaged = _held_out(session, average).loss
         if averaged < loss or not isfinite(loss):
-            params, loss = session.state.average, averaged
+            params, loss = average, averaged
     if not isfinite(loss):
         raise UserError(
             f"The run has diverged: its held-out loss at step {session.step:,} is {loss}, so no model is written. Start a new "

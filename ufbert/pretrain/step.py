@@ -14,10 +14,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ufbert import nn
 from ufbert.config import PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
+from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
 from ufbert.ops.losses import Sums, cross_entropy
 from ufbert.ops.masking import Masked, mask_tokens
+from ufbert.ops.row_updates import spread
 from ufbert.pretrain.optim import apply_update, averaged, averaging_power, make_optimizer
 from ufbert.pretrain.sharding import Layout
+from ufbert.pretrain.tables import TablesState, all_finite, row_gradient
+from ufbert.pretrain.tables import start as start_tables
+from ufbert.pretrain.tables import update as update_tables
+
+ROW_LR = 4.0
 
 
 class StepInputs(NamedTuple):
@@ -37,7 +44,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     average: Any
-    """Average of past weights, shaped like `params`; None where none is kept."""
+    """Average of past weights, shaped like `params` without hashed tables; None where none is kept."""
     step: Int[Array, ""]
     """Steps done, skipped ones included."""
     rows_seen: Int[Array, ""]
@@ -92,7 +99,7 @@ def train_step(
     inputs: StepInputs,
 ) -> tuple[TrainState, StepMetrics]:
     """Take an optimizer step from one micro-batch: gradient and update in one program."""
-    total = add_gradient(run, special, state.params, rows, key, inputs, None)
+    total = gradient(run, special, state.params, rows, key, inputs)
     return apply_gradient(run.train, layout, state, total, inputs)
 
 
@@ -105,15 +112,38 @@ def add_gradient(
     inputs: StepInputs,
     total: tuple[Any, Sums] | None,
 ) -> tuple[Any, Sums]:
-    """Compute a micro-batch's gradient and loss, sums over masked tokens, and add them to the `total` before, if any."""
+    """Compute a micro-batch's gradient and loss, sums over masked tokens, and add them to the `total` before, if any.
 
-    def loss(params: Any) -> tuple[Float[Array, ""], Sums]:
-        sums, _ = masked_lm_sums(run, special, params, rows, key, inputs)
+    The gradients of hashed tables are arrays of whole tables then, for micro-batches may be many.
+    """
+    grads, sums = gradient(run, special, params, rows, key, inputs)
+    grads, of_tables = split_tables(grads)
+    tables = split_tables(params)[1]
+    if total is None:
+        onto = jax.tree.map(jnp.zeros_like, tables)
+    else:
+        before, onto = split_tables(total[0])
+        grads, sums = jax.tree.map(jnp.add, (before, total[1]), (grads, sums))
+    return join_tables(grads, {name: spread(of_tables[name], onto[name]) for name in of_tables}), sums
+
+
+def gradient(
+    run: RunConfig, special: SpecialIds, params: Any, rows: Int[Array, "b t"], key: Key[Array, ""], inputs: StepInputs
+) -> tuple[Any, Sums]:
+    """Compute a micro-batch's gradient and loss, sums over masked tokens. Of a hashed table it is a `RowGradient`."""
+    params, tables = split_tables(params)
+    masked, segments = masked_rows(run, special, rows, key, inputs)
+    read = table_rows(run.model, masked.ids, segments) if tables else {}
+
+    def loss(params: Any, gathered: Any) -> tuple[Float[Array, ""], Sums]:
+        sums, _ = masked_lm_sums(run, special, params, rows, key, inputs, gathered or None)
         return sums.loss + sums.extra, sums
 
+    gathered = {name: tables[name][at] for name, at in read.items()}
     # The gradient is taken here, and nowhere else in pretraining.
-    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return (grads, sums) if total is None else jax.tree.map(jnp.add, total, (grads, sums))
+    (_, sums), (grads, of_rows) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, gathered)
+    of_tables = {name: row_gradient(at, of_rows[name]) for name, at in read.items()}
+    return join_tables(grads, of_tables), sums
 
 
 def apply_gradient(
@@ -121,10 +151,18 @@ def apply_gradient(
 ) -> tuple[TrainState, StepMetrics]:
     """Take an optimizer step along the mean gradient. If it or the loss is not finite, only the counts move on."""
     grads, sums = total
+    grads, of_tables = split_tables(grads)
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0), grads)
     norm = optax.tree.norm(grads)
-    applied = jnp.isfinite(norm) & jnp.isfinite(sums.loss + sums.extra)
-    new = jax.lax.cond(applied, lambda: _updated(train, state, grads, inputs.lr), lambda: state)
+    applied = jnp.isfinite(norm) & jnp.isfinite(sums.loss + sums.extra) & all_finite(of_tables)
+    params, tables = split_tables(state.params)
+    opt_state, squares = state.opt_state if tables else (state.opt_state, {})
+    others = state._replace(params=params, opt_state=opt_state)
+    new = jax.lax.cond(applied, lambda: _updated(train, others, grads, inputs.lr), lambda: others)
+    if tables:
+        share = 1.0 / jnp.maximum(sums.count, 1.0)
+        tables, squares = update_tables(tables, squares, of_tables, share, inputs.lr * ROW_LR, applied)
+        new = new._replace(params=join_tables(new.params, tables), opt_state=TablesState(new.opt_state, squares))
     new = new._replace(
         step=state.step + 1, rows_seen=state.rows_seen + inputs.taken, skipped=state.skipped + (1 - applied)
     )
@@ -147,24 +185,35 @@ def masked_lm_sums(
     rows: Int[Array, "b t"],
     key: Key[Array, ""],
     inputs: StepInputs | None = None,
+    ngrams: Rows | None = None,
 ) -> tuple[Sums, dict[str, nn.Aux]]:
     """Compute the masked-LM loss of packed rows, in nats, as sums. Logits are computed at the masked positions only.
 
     With `inputs`, layers behave as in training (without dropout: pretraining has none). Without, as in inference: hard,
-    nothing dropped, no noise; and they count what they use.
+    nothing dropped, no noise; and they count what they use. `ngrams` are the rows of hashed tables, if they were looked up.
     """
-    masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
-    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
+    masked, segments = masked_rows(run, special, rows, key, inputs)
     model = replace(run.model, dropout=0.0)
     if inputs is None:
-        hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True)
+        hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True, ngrams=ngrams)
     else:
         noise, progress = jax.random.fold_in(key, 1), inputs.progress
-        hidden, aux = nn.encode(params, model, masked.ids, segments, key=noise, deterministic=False, progress=progress)
+        hidden, aux = nn.encode(
+            params, model, masked.ids, segments, key=noise, deterministic=False, progress=progress, ngrams=ngrams
+        )
     picked = jnp.take_along_axis(hidden, masked.positions[..., None], axis=1)
     logits = nn.masked_lm_logits(params, run.model, picked)
     sums = cross_entropy(logits, masked.labels, masked.weights)
     return sums._replace(extra=nn.aux_loss(aux) * sums.count), aux
+
+
+def masked_rows(
+    run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"], key: Key[Array, ""], inputs: StepInputs | None
+) -> tuple[Masked, Int[Array, "b t"] | None]:
+    """Mask rows as `mask_rows` does, and number the documents of each; None if documents attend to each other."""
+    masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
+    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
+    return masked, segments
 
 
 def mask_rows(
@@ -201,9 +250,11 @@ def init_state(run: RunConfig, key: Key[Array, ""], layout: Layout | None = None
 
 def state_of(run: RunConfig, params: Any) -> TrainState:
     """Make the state of a run that starts from these parameters."""
-    average = jax.tree.map(jnp.zeros_like, params) if run.train.average_width else None
+    others, tables = split_tables(params)
+    average = jax.tree.map(jnp.zeros_like, others) if run.train.average_width else None
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, make_optimizer(run.train).init(params), average, zero, zero + 0, zero + 0)
+    opt_state = start_tables(make_optimizer(run.train).init(others), tables)
+    return TrainState(params, opt_state, average, zero, zero + 0, zero + 0)
 
 
 def state_shapes(run: RunConfig, layout: Layout) -> TrainState:
