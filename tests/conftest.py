@@ -143,6 +143,8 @@ FAMILIES = {
     "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
     "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
     "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
+    "ngrams": {"ngram_rows": 61},
+    "narrow ngrams": {"ngram_rows": 61, "ngram_keys": ("trigram", "after"), "ngram_width": 8, "ngram_layer": 1},
     "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
 }  # fmt: skip
 """Fields of small models that have every kind of part between them."""
@@ -154,6 +156,7 @@ def family(run_folder):
     from ufbert import nn
     from ufbert.config import ModelConfig
     from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+    from ufbert.nn.ngrams import split_tables
 
     tokenizer = load_model(run_folder / "model").tokenizer
     base = ModelConfig(
@@ -164,6 +167,9 @@ def family(run_folder):
     def make(name: str, *heads: str, **changes) -> ModelFolder:
         config = dataclasses.replace(base, **{**FAMILIES[name], **changes})
         params = nn.init(config, jax.random.key(0), ("masked_lm",) if "masked_lm" in heads else ())
+        for i, table in enumerate(split_tables(params)[1]):  # they start at zero
+            shape = params["encoder"]["ngrams"][table].shape
+            params["encoder"]["ngrams"][table] = 0.2 * jax.random.normal(jax.random.key(2 + i), shape)
         task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
         if task:
             params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)

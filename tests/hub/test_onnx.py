@@ -100,3 +100,10 @@ def test_the_command_writes_a_folder_and_refuses_what_it_cannot(run_folder, tmp_
     with pytest.raises(UserError, match="and an ONNX file at most 2"):
         onnx_export.export_onnx(load_model(run_folder / "model"), tmp_path / "big")
     assert not (tmp_path / "big").exists()
+
+
+def test_hashed_tables_are_looked_up_and_not_multiplied(family):
+    made = onnx_export.build(family("ngrams"))
+    tables = {one.name for one in made.graph.initializer if list(one.dims) == [61, 32]}
+    assert len(tables) == 3
+    assert {node.op_type for node in made.graph.node if tables & set(node.input)} == {"Gather"}

@@ -105,7 +105,7 @@ def test_scores_and_guesses_are_those_of_each_text_alone(made, pooling):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["bert", "crammed", "tree"])
+@pytest.mark.parametrize("kind", ["bert", "crammed", "tree", "ngrams"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrow_weights_are_near_and_not_equal(made, kind, dtype):
     model = made(kind)
@@ -138,6 +138,18 @@ def test_narrow_trees_turn_by_their_rounded_weights(made, dtype):
         assert 0 < np.abs(native.restore(used["w_out"]) - tree["w_out"]).max() < 0.02
         nodes[exact] = fff.path_nodes(rows, w_in, used["bias"])[0]
     assert np.any(nodes[True] != nodes[False])
+
+
+@needs_kernels
+def test_rows_of_hashed_tables_are_kept_in_the_narrow_type(made):
+    model = made("ngrams")
+    for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        tables = pack(model.params["encoder"], model.config, dtype)["ngrams"]
+        assert tables.keys() == {"around", "before", "after"}
+        for name, table in tables.items():
+            assert sum(leaf.nbytes for leaf in jax.tree.leaves(table)) <= 61 * (32 * size + 4)
+            exact = model.params["encoder"]["ngrams"][name]
+            np.testing.assert_allclose(native.restore(table), exact, atol=0.0 if dtype == "float32" else 6e-3)
 
 
 @needs_kernels

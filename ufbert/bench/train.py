@@ -53,7 +53,7 @@ DOCUMENT_LEN = 32
 """Mean length of the random documents, in tokens."""
 PEER_MODEL: dict[str, Any] = {
     "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
-    "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "use_bias": False,
+    "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "ngram_rows": 0, "use_bias": False,
     "embedding_norm": True, "embedding_projection": False, "final_norm": True, "head_transform": False, "head_bias": False,
 }  # fmt: skip
 """The model that the PyTorch peer knows besides its feedforwards `dense` and `tree`; sizes are free."""

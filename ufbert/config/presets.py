@@ -120,6 +120,8 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             pooling="mean",
             tree_depth=_scaled_depth(model, n_trees, 4 * size.d_model),
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
+            ngram_width=model.ngram_width and max(1, model.ngram_width * size.d_model // model.d_model),
+            ngram_layer=model.ngram_layer * size.n_layers // model.n_layers,
             init_std=round(size.d_model**-0.5, 4),
         ),
         data=config.data if model.only_len else replace(config.data, short_until=0.25),

@@ -43,6 +43,9 @@ class PretrainConfig:
     """Decoupled weight decay, on everything but norms and biases."""
     position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
+    ngram_lr: NotNegative = 4.0
+    """Learning rate of hashed tables, over that of everything else. Whatever the optimizer, their rows take steps of AdaGrad
+    when they are read, and are neither clipped nor averaged."""
     clip_norm: Positive = 0.5
     """Largest global norm of a gradient; a longer one is scaled down to it."""
     average_width: Annotated[float, Meta(ge=0, lt=0.28)] = 0.0

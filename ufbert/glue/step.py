@@ -21,7 +21,12 @@ from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded
 from ufbert.glue.batches import Batches, TokenBatch, predict_rows
+from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
 from ufbert.ops.losses import cross_entropy, distillation, squared_error
+from ufbert.ops.row_updates import TablesState, row_gradient, start_tables, update_tables
+
+NGRAM_LR = 1.0
+"""Learning rate of hashed tables, over that of everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,8 @@ class State(NamedTuple):
     """Parameters and optimizer state of every run."""
 
     params: nn.Params
-    opt_state: optax.OptState
+    opt_state: Any
+    """Of the optimizer; with hashed tables a `TablesState`."""
 
 
 class FinetuneSteps(NamedTuple):
@@ -71,15 +77,29 @@ def finetune_steps(setting: Setting) -> FinetuneSteps:
 def _update(
     setting: Setting, state: State, batch: Batches, key: Key[Array, ""], step: Int[Array, ""], lr: Float[Array, ""]
 ) -> tuple[State, Float[Array, ""]]:
-    """Update one run with one batch; return its new state and the mean loss."""
-    loss, grads = jax.value_and_grad(_loss)(state.params, setting, batch, jax.random.fold_in(key, step))
-    direction, opt_state = _optimizer(setting.tune).update(grads, state.opt_state, state.params)
-    return State(jax.tree.map(lambda p, u: p - lr * u, state.params, direction), opt_state), loss
+    """Update one run with one batch; return its new state and the mean loss. Of hashed tables the rows that it reads change."""
+    params, tables = split_tables(state.params)
+    opt_state, squares = state.opt_state if tables else (state.opt_state, {})
+    inputs: Any = batch.inputs
+    read = table_rows(setting.config, inputs.ids, inputs.segment_ids) if tables else {}
+    gathered = {name: tables[name][rows] for name, rows in read.items()}
+    gradient = jax.value_and_grad(_loss, argnums=(0, 1))
+    loss, (grads, of_rows) = gradient(params, gathered, setting, batch, jax.random.fold_in(key, step))
+    direction, opt_state = _optimizer(setting.tune).update(grads, opt_state, params)
+    params: Any = jax.tree.map(lambda p, u: p - lr * u, params, direction)
+    if tables:
+        of_tables = {name: row_gradient(rows, of_rows[name]) for name, rows in read.items()}
+        tables, squares = update_tables(tables, squares, of_tables, lr * NGRAM_LR)
+        opt_state = TablesState(opt_state, squares)
+    return State(join_tables(params, tables), opt_state), loss
 
 
-def _loss(params: nn.Params, setting: Setting, batch: Batches, key: Key[Array, ""]) -> Float[Array, ""]:
-    """Return the mean loss of a batch: of labels in nats or squared units, mixed with the teacher's, plus the layers' own."""
-    scores, layers_loss = classifier_scores(setting, params, batch.inputs, key)
+def _loss(params: nn.Params, rows: Rows, setting: Setting, batch: Batches, key: Key[Array, ""]) -> Float[Array, ""]:
+    """Return the mean loss of a batch: of labels in nats or squared units, mixed with the teacher's, plus the layers' own.
+
+    `rows` are those of hashed tables that the batch reads.
+    """
+    scores, layers_loss = classifier_scores(setting, params, batch.inputs, key, rows or None)
     if setting.is_regression:
         sums = squared_error(scores[:, 0], batch.targets, batch.weights)
     else:
@@ -96,15 +116,22 @@ def _loss(params: nn.Params, setting: Setting, batch: Batches, key: Key[Array, "
 
 
 def classifier_scores(
-    setting: Setting, params: nn.Params, inputs: TokenBatch | Float[Array, "b d"], key: Key[Array, ""] | None
+    setting: Setting,
+    params: nn.Params,
+    inputs: TokenBatch | Float[Array, "b d"],
+    key: Key[Array, ""] | None,
+    ngrams: Rows | None = None,
 ) -> tuple[Float[Array, "b c"], Float[Array, ""] | float]:
-    """Return the scores of a batch, or of a probe's features, and the losses of the layers; dropout if `key` is given."""
+    """Return the scores of a batch, or of a probe's features, and the losses of the layers; dropout if `key` is given.
+
+    `ngrams` are the rows of hashed tables, if they were looked up before.
+    """
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
     if not isinstance(inputs, TokenBatch):
         return nn.classify(params, setting.config, inputs, head_key), 0.0
     hidden, aux = nn.encode(
         params, setting.config, inputs.ids, inputs.segment_ids, key=encoder_key, deterministic=key is None,
-        type_ids=inputs.type_ids,
+        type_ids=inputs.type_ids, ngrams=ngrams,
     )  # fmt: skip
     pooled = nn.pool(setting.config, hidden, inputs.segment_ids != 0)
     return nn.classify(params, setting.config, pooled, head_key), nn.aux_loss(aux)
@@ -122,7 +149,12 @@ def cached_features(config: ModelConfig, encoder: nn.Params, rows: Encoded) -> F
 
 def start_state(params: nn.Params, tune: FinetuneConfig) -> State:
     """Return the state of runs whose parameters are stacked along a first axis."""
-    return State(params, jax.vmap(_optimizer(tune).init)(params))
+
+    def opt_state(params: nn.Params) -> Any:
+        others, tables = split_tables(params)
+        return start_tables(_optimizer(tune).init(others), tables)
+
+    return State(params, jax.vmap(opt_state)(params))
 
 
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:

@@ -213,6 +213,8 @@ def _differences(ours: ModelConfig, back: ModelConfig, heads: tuple[str, ...]) -
         name, before, after = field.name, getattr(ours, field.name), getattr(back, field.name)
         if name in UNEXPRESSED or name.startswith(("leaf_", "router_", "capacity")) or (name in special - relevant):
             continue
+        if name.startswith("ngram_") and not ours.ngram_rows:
+            continue
         if name in ("mixer", "feedforward", "fixed_len"):
             before, after = (ours.layers, back.layers) if name != "fixed_len" else (ours.only_len, back.only_len)
         if before != after:

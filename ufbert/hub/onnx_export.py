@@ -18,7 +18,7 @@ from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder
 from ufbert.hub.tensors import write_folder
 from ufbert.nn import Params
-from ufbert.nn.onnx_rules import Graph
+from ufbert.nn.onnx_rules import Graph, ngrams
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, OnnxRule
 from ufbert.ops.mixing import sinusoid
 
@@ -100,6 +100,10 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
         x = g.add("Add", x, first(float(part["position_scale"][0]) * np.asarray(sinusoid(cfg.max_len, cfg.d_model))))
     if cfg.n_token_types:
         x = g.add("Add", x, g.add("Gather", g.constant(part["types"]), "token_type_ids"))
+    near = ngrams(g.at("ngrams/"), cfg, params["ngrams"]) if cfg.ngram_rows else ""
+    g.at("embeddings/")
+    if near and not cfg.ngram_layer:
+        x = g.add("Add", x, near)
     if cfg.embedding_norm:
         x = g.norm(x, part["norm"], cfg.norm_eps)
     if cfg.embedding_projection:
@@ -113,6 +117,8 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
     for i, (mixer, feedforward) in enumerate(cfg.layers):
         layer = params[f"layer_{i:02d}"]
         g.at(f"layer_{i:02d}/")
+        if near and 0 < i == cfg.ngram_layer:
+            x = g.add("Add", x, near)
         mix, feed = _rule("mixer", mixer, MIXERS), _rule("feedforward", feedforward, FEEDFORWARDS)
         for name, rule, norm in ((mixer, mix, "mixer_norm"), (feedforward, feed, "feedforward_norm")):
             is_normed = norm in layer  # not before the first mixer of some models

@@ -5,7 +5,7 @@ of the parameters that it was made from, with three differences:
 
 - the `kernel` of a linear layer is a `native.Packed`;
 - attention has one linear layer `qkv` in place of `query`, `key` and `value`;
-- `w_in` and `w_out` of a tree may be bfloat16, or `native.Quantized`.
+- `w_in` and `w_out` of a tree, and hashed tables, may be bfloat16, or `native.Quantized`.
 
 `PACKED_LAYERS` has two functions for each kind of mixer and feedforward: one packs a layer, the other computes it. Kinds
 that are not there keep their weights, and are computed by their training modules.
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import Context
+from ufbert.nn.ngrams import table_rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops import fff, leaf_fff, native
 from ufbert.ops.dense import ACTIVATIONS
@@ -34,12 +35,17 @@ Hidden = Float[Array, "b t d"]
 def pack(encoder: Params, config: ModelConfig, dtype: Dtype = "float32", exact_routing: bool = False) -> dict[str, Any]:
     """Pack the parameters of an encoder (`params["encoder"]`) for this CPU.
 
-    Linear layers and trees get weights of type `dtype`, int8 with one factor a column or a node. With `exact_routing` the
-    input weights of trees stay float32. Raises CannotBuild if there are no kernels.
+    Linear layers, trees and hashed tables get weights of type `dtype`, int8 with one factor a column, a node or a row. With
+    `exact_routing` the input weights of trees stay float32. Raises CannotBuild if there are no kernels.
     """
     packed = {**encoder, "embeddings": dict(encoder["embeddings"])}
     if config.embedding_projection:
         packed["embeddings"]["projection"] = _pack_linear(encoder["embeddings"]["projection"], dtype)
+    if config.ngram_rows:
+        packed["ngrams"] = {
+            name: _pack_linear(part, dtype) if name == "projection" else _narrow(part, dtype)
+            for name, part in encoder["ngrams"].items()
+        }
     for name in (f"layer_{i:02d}" for i in range(config.n_layers)):
         packed[name] = {
             part: PACKED_LAYERS[part].pack(params, dtype, exact_routing) if part in PACKED_LAYERS else params
@@ -71,12 +77,17 @@ def forward(
         x = x + embeddings["position_scale"][0] * sinusoid(config.max_len, config.d_model)[position_ids]
     if config.n_token_types:
         x = x + embeddings["types"][type_ids]
+    near = _ngrams(encoder["ngrams"], config, ids, segment_ids) if config.ngram_rows else None
+    if near is not None and config.ngram_layer == 0:
+        x = x + near
     if config.embedding_norm:
         x = _layer_norm(embeddings["norm"], config, x)
     if config.embedding_projection:
         x = _linear(embeddings["projection"], x, config.d_model)
     for i, (mixer, feedforward) in enumerate(config.layers):
         layer = encoder[name := f"layer_{i:02d}"]
+        if near is not None and 0 < i == config.ngram_layer:
+            x = native.add(x, near)
         if config.norm == "pre":
             normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
             x = native.add(x, _compute(mixer, layer, config, normed, context))
@@ -125,6 +136,15 @@ def _compute(kind: str, layer: Params, config: ModelConfig, x: Hidden, context: 
 def _layer_norm(params: Params, config: ModelConfig, x: Hidden) -> Hidden:
     rows = x.reshape(-1, x.shape[-1])
     return native.layer_norm(rows, params["scale"], params.get("bias"), config.norm_eps).reshape(x.shape)
+
+
+def _ngrams(params: Params, config: ModelConfig, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"]) -> Hidden:
+    """Compute the vectors of hashed tables; only the rows that are read are made float32."""
+    read = table_rows(config, ids, segment_ids)
+    rows = [native.restore(jax.tree.map(lambda part, at=at: part[at], params[key])) for key, at in read.items()]
+    if not config.ngram_width:
+        return sum(rows[1:], rows[0])
+    return _linear(params["projection"], jnp.concatenate(rows, axis=-1), config.d_model)
 
 
 def _pack_linear(params: Params, dtype: Dtype) -> dict[str, Any]:
@@ -193,12 +213,13 @@ def _leaf_tree(params: Params, config: ModelConfig, x: Hidden, context: Context)
 _quantize = jax.jit(native.quantize)
 
 
-def _pack_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
-    def narrow(weights: Any) -> Any:
-        return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
+def _narrow(weights: Any, dtype: Dtype) -> Any:
+    return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
 
-    w_in = params["w_in"] if exact_routing else narrow(params["w_in"])
-    return {"w_in": w_in, "bias": params["bias"], "w_out": narrow(params["w_out"])}
+
+def _pack_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+    w_in = params["w_in"] if exact_routing else _narrow(params["w_in"], dtype)
+    return {"w_in": w_in, "bias": params["bias"], "w_out": _narrow(params["w_out"], dtype)}
 
 
 def _tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:

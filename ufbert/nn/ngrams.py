@@ -73,3 +73,8 @@ def join_tables(params: Mapping[str, Any], tables: Mapping[str, Any]) -> Mapping
         return params
     encoder = params["encoder"]
     return {**params, "encoder": {**encoder, "ngrams": {**encoder["ngrams"], **tables}}}
+
+
+def averaged_params(params: Mapping[str, Any], average: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put the tables of the parameters into the average of past weights, which has none."""
+    return join_tables(average, split_tables(params)[1])

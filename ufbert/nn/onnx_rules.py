@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ufbert.config import ActivationName, ModelConfig
+from ufbert.ops.ngrams import FACTOR, NGRAMS, table_seed
 
 Part = Mapping[str, Any]
 """Parameters of a layer, or of one of its parts."""
@@ -86,6 +87,41 @@ class Graph:
     def rows(self, x: str) -> str:
         """Count the rows of a matrix, in a tensor of one element."""
         return self.add("Shape", x, start=0, end=1)
+
+
+def ngrams(g: Graph, cfg: ModelConfig, part: Part) -> str:
+    """Add the vectors of hashed tables (`ufbert.ops.ngrams`), in whole numbers of 64 bits that stay below 2^63."""
+
+    def whole(kind: str, x: str, value: int) -> str:
+        return g.add(kind, x, g.constant(value, np.int64))
+
+    def near(x: str, offset: int, fill: int) -> str:
+        """The value `offset` places further on in each row."""
+        if not offset:
+            return x
+        padded = g.add("Pad", x, g.constant([0, 1, 0, 1], np.int64), g.constant(fill, np.int64))
+        first, last = (0, -2) if offset < 0 else (2, 2**31 - 1)
+        ends = (g.constant([number], np.int64) for number in (first, last, 1))
+        return g.add("Slice", padded, *ends)
+
+    def mix(x: str) -> str:
+        for _ in range(2):
+            x = whole("Mod", whole("Mul", g.add("BitwiseXor", x, whole("Div", x, 2**16)), FACTOR), 2**32)
+        return g.add("BitwiseXor", x, whole("Div", x, 2**16))
+
+    ids = {}
+    for offset in (-1, 0, 1):
+        same = g.add("Equal", near("attention_mask", offset, -1), "attention_mask")
+        ids[offset] = g.add("Where", same, near("input_ids", offset, 0), g.constant(cfg.pad_id, np.int64))
+    rows = []
+    for key in cfg.ngram_keys:
+        h = g.constant(int(table_seed(key)), np.int64)
+        for offset in NGRAMS[key].offsets:
+            h = mix(g.add("BitwiseXor", ids[offset], h))
+        rows.append(g.add("Gather", g.constant(part[key]), whole("Mod", h, cfg.ngram_rows)))
+    if cfg.ngram_width:
+        return g.linear(g.add("Concat", *rows, axis=-1) if len(rows) > 1 else rows[0], part["projection"])
+    return g.add("Sum", *rows)
 
 
 def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
-from ufbert.config.model import NgramKey
-
 FACTOR = 0x45D9F3B
 """Factor of the mixing function (a multiply-xorshift hash that is in wide use)."""
 
@@ -29,7 +27,7 @@ class Ngram(NamedTuple):
     """Places of the ids that are hashed, in this order, counted from the token."""
 
 
-NGRAMS: dict[NgramKey, Ngram] = {
+NGRAMS: dict[str, Ngram] = {
     "around": Ngram(1, (-1, 1)),
     "before": Ngram(2, (-1, 0)),
     "after": Ngram(3, (0, 1)),
@@ -43,6 +41,11 @@ def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     for _ in range(2):
         x = (x ^ (x >> 16)) * jnp.uint32(FACTOR)
     return x ^ (x >> 16)
+
+
+def table_seed(key: str) -> UInt32[Array, ""]:
+    """Return the hash of a table before any id is mixed in."""
+    return mix(jnp.uint32(NGRAMS[key].seed))
 
 
 def neighbour(
@@ -67,7 +70,7 @@ def ngram_rows(
     ids: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"] | None,
     *,
-    keys: Sequence[NgramKey],
+    keys: Sequence[str],
     rows: int,
     missing: int,
 ) -> dict[str, Int[Array, "b t"]]:
@@ -77,7 +80,7 @@ def ngram_rows(
     """
     found = {}
     for key in keys:
-        h = mix(jnp.uint32(NGRAMS[key].seed))
+        h = table_seed(key)
         for offset in NGRAMS[key].offsets:
             h = mix(h ^ neighbour(ids, segment_ids, offset, missing).astype(jnp.uint32))
         found[key] = (h % jnp.uint32(rows)).astype(jnp.int32)

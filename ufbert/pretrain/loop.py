@@ -31,6 +31,7 @@ from ufbert.data.shards import RowOrder
 from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
+from ufbert.nn.ngrams import averaged_params
 from ufbert.pretrain.budget import Clock, EndCosts, guessed_save_seconds
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
@@ -39,7 +40,6 @@ from ufbert.pretrain.reporter import Reporter
 from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
-from ufbert.pretrain.tables import averaged_params
 from ufbert.runtime import distributed
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.memory import memory_bytes

@@ -309,17 +309,19 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
 
 
 NEWER_FIELDS = {
-    "ngram_rows": 0, "ngram_keys": ("around", "before", "after"), "ngram_width": 0, "ngram_layer": 0,
+    "model.ngram_rows": 0, "model.ngram_keys": ("around", "before", "after"), "model.ngram_width": 0,
+    "model.ngram_layer": 0, "train.ngram_lr": 4.0,
 }  # fmt: skip
-"""Defaults of the fields of ModelConfig that came after the first checkpoints, which must stay those of the same run."""
+"""Defaults of the fields of a configuration that came after the first checkpoints, which must stay those of the same run."""
 
 
 def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
     """Return the identity of this run, which its checkpoints carry. `NEWER_FIELDS` at their defaults are no part of it."""
     run = asdict(options.run)
-    for field, default in NEWER_FIELDS.items():
-        if run["model"][field] == default:
-            del run["model"][field]
+    for name, default in NEWER_FIELDS.items():
+        part, field = name.split(".")
+        if run[part][field] == default:
+            del run[part][field]
     facts = json.dumps({"run": run, "seed": options.seed, "budget": options.budget}, sort_keys=True)
     return {
         "configuration": hashlib.sha256(facts.encode()).hexdigest(),

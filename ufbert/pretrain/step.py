@@ -17,14 +17,17 @@ from ufbert.data.tokenizer import SpecialIds
 from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
 from ufbert.ops.losses import Sums, cross_entropy
 from ufbert.ops.masking import Masked, mask_tokens
-from ufbert.ops.row_updates import spread
+from ufbert.ops.row_updates import (
+    TablesState,
+    all_finite,
+    row_gradient,
+    scaled,
+    spread,
+    start_tables,
+    update_tables,
+)
 from ufbert.pretrain.optim import apply_update, averaged, averaging_power, make_optimizer
 from ufbert.pretrain.sharding import Layout
-from ufbert.pretrain.tables import TablesState, all_finite, row_gradient
-from ufbert.pretrain.tables import start as start_tables
-from ufbert.pretrain.tables import update as update_tables
-
-ROW_LR = 4.0
 
 
 class StepInputs(NamedTuple):
@@ -160,8 +163,8 @@ def apply_gradient(
     others = state._replace(params=params, opt_state=opt_state)
     new = jax.lax.cond(applied, lambda: _updated(train, others, grads, inputs.lr), lambda: others)
     if tables:
-        share = 1.0 / jnp.maximum(sums.count, 1.0)
-        tables, squares = update_tables(tables, squares, of_tables, share, inputs.lr * ROW_LR, applied)
+        of_tables = scaled(of_tables, 1.0 / jnp.maximum(sums.count, 1.0))
+        tables, squares = update_tables(tables, squares, of_tables, inputs.lr * train.ngram_lr, applied)
         new = new._replace(params=join_tables(new.params, tables), opt_state=TablesState(new.opt_state, squares))
     new = new._replace(
         step=state.step + 1, rows_seen=state.rows_seen + inputs.taken, skipped=state.skipped + (1 - applied)

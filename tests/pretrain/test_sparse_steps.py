@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from test_step import INPUTS, SPECIAL, TABLES, rows
 
-from ufbert.nn.ngrams import split_tables, table_rows
+from ufbert.nn.ngrams import averaged_params, split_tables, table_rows
 from ufbert.ops.row_updates import RowGradient, spread
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import build_steps, gradient, init_state, masked_lm_sums, masked_rows, state_shapes
-from ufbert.pretrain.tables import averaged_params
 
 NARROW = replace(TABLES, model=replace(TABLES.model, ngram_rows=3000, ngram_width=8, ngram_layer=1))
 KEY = jax.random.key(1)
