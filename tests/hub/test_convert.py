@@ -125,6 +125,14 @@ def test_what_a_layout_cannot_express_is_said(name, to, words, vocabulary, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("name", "to"), [("modern_hf", "hf"), ("crammed_bert", "ultrafastbert")])
+def test_hashed_tables_are_refused_by_name_and_their_place_matters_only_to_tables(name, to, vocabulary, tmp_path):
+    words = wordpiece(vocabulary)
+    with pytest.raises(UserError, match=r"cannot express this model: ngram_rows=9"):
+        export_model(drawn(small(name, ngram_rows=9), words), tmp_path / "out", to)
+    export_model(drawn(small(name, ngram_layer=1), words), tmp_path / "out", to)
+
+
 def test_every_wrong_tensor_is_named(tmp_path):
     config = small("ultrafastbert_1x11")
     layout = crammed.layout(config, ("masked_lm",))

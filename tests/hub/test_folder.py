@@ -110,6 +110,30 @@ def test_truncated_and_misfitting_weights_are_refused(folder):
         assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ngram_rows": 60}, r"ngrams\.\w+ has shape \(61, 8\) instead of \(60, 8\).*model\.ngram_rows=60"),
+        ({"ngram_width": 0}, r"projection\.kernel is unexpected.*model\.ngram_width=0"),
+        ({"ngram_rows": 0}, r"ngrams\.\w+ is unexpected.*model\.ngram_rows=0"),
+        ({"ngram_keys": ["after", "before"]}, r"before is missing.*model\.ngram_keys=\('after', 'before'\)"),
+    ],
+)
+def test_tables_and_fields_that_contradict_each_other_are_refused(family, tmp_path, changes, words):
+    model = family("narrow ngrams", "masked_lm")
+    save_model(tmp_path / "model", model)
+    copy = load_model(tmp_path / "model")
+    assert copy.config == model.config
+    np.testing.assert_array_equal(
+        flatten(copy.params)["encoder.ngrams.trigram"], model.params["encoder"]["ngrams"]["trigram"]
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["model"] |= changes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path / "model")
+
+
 def test_a_config_with_a_typo_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["model"]["n_layrs"] = 3

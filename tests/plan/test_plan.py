@@ -54,6 +54,22 @@ def test_analytic_bytes_are_near_those_of_the_compiled_step(name, trees):
     assert train_bytes_per_token(run, trees=trees, bfloat16=False) == pytest.approx(count.bytes / 1024, rel=0.2)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(300, 0), (30_000, 0), (30_000, 64)])
+def test_a_hashed_table_costs_what_its_rows_that_are_read_cost(rows, width):
+    """However long it is: XLA counts all rows, which are no more moved than those of a token embedding."""
+    run = on_cpu("crammed_bert")
+    run = replace(run, model=replace(run.model, n_layers=1, ngram_rows=rows, ngram_width=width))
+    count = count_step(run, "gradient", 8, 128)
+    assert train_bytes_per_token(run, trees="gather", bfloat16=False) == pytest.approx(count.bytes / 1024, rel=0.2)
+    flops = train_flops_per_token(run, masked_trees=False)
+    assert count.flops / 1024 == pytest.approx(flops, rel=0.08)
+    plain = replace(run, model=replace(run.model, ngram_rows=0))
+    assert flops - train_flops_per_token(plain, masked_trees=False) == 3 * 2 * 3 * width * 128
+    assert nn.count_params(run.model) - nn.count_params(plain.model) == 3 * (rows + (128 if width else 0)) * (
+        width or 128
+    )
+
+
 def made_up(gradient=(1e9, 1e6), finish=(1e6, 1e6)) -> RunCounts:
     one = StepCount(*gradient, memory=100.0, compile_seconds=1.0)
     half = one._replace(memory=60.0)

@@ -25,29 +25,23 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: 
     counts what layers compute then: all leaves of a leaf tree, and the places of a switch layer's experts, filled or not.
     """
     use = Use(seq_len, _backend(masked_trees), training)
-    return float(sum(layer.flops(config, use) for layer in _layers(config))) + ngram_flops(config)
+    return float(sum(layer.flops(config, use) for layer in _layers(config)) + ngram_flops(config))
+
+
+def ngram_width(config: ModelConfig) -> int:
+    """Return the width of the rows of all hashed tables together: the numbers that a token reads."""
+    return len(config.ngram_keys) * (config.ngram_width or config.d_model) if config.ngram_rows else 0
 
 
 def ngram_flops(config: ModelConfig) -> float:
     """Count the operations of hashed tables for one token: the layer that widens narrow rows. The hash is no such work."""
-    widened = len(config.ngram_keys) * config.ngram_width if config.ngram_rows else 0
-    return 2.0 * widened * config.d_model
+    return 2.0 * ngram_width(config) * config.d_model if config.ngram_width else 0.0
 
 
 def ngram_traffic(config: ModelConfig) -> float:
-    """Count the numbers that hashed tables move for one token in training: its rows, looked up, joined and updated.
-
-    The factors were fitted as those of the layers were.
-    """
-    if not config.ngram_rows:
-        return 0.0
-    widened = 15.0 * config.d_model if config.ngram_width else 0.0
-    return 10.0 * len(config.ngram_keys) * (config.ngram_width or config.d_model) + widened
-
-
-def table_bytes(config: ModelConfig) -> float:
-    """Return the bytes of all hashed tables together, as parameters."""
-    return 4.0 * config.ngram_rows * len(config.ngram_keys) * (config.ngram_width or config.d_model)
+    """Count the numbers that hashed tables move for one token in training. The factors were fitted as those of layers were."""
+    widened = 9.5 * config.d_model if config.ngram_rows and config.ngram_width else 0.0
+    return 4.0 * ngram_width(config) + widened
 
 
 def neurons(config: ModelConfig) -> tuple[int, int]:

@@ -192,7 +192,8 @@ def deciding_fields(model: ModelConfig, stored: Shapes, expected: Shapes) -> lis
     depth = {2**model.tree_depth, 2**model.tree_depth - 1, model.nodes_per_tree}
     for path, shape in {**expected, **stored}.items():
         if path not in stored or path not in expected:
-            fields += [next((field for start, field in SWITCHES.items() if re.match(start, path)), "feedforward")]
+            field = next((field for start, field in SWITCHES.items() if re.match(start, path)), "feedforward")
+            fields += ["ngram_rows" if field.startswith("ngram_") and not model.ngram_rows else field]
         elif path.startswith("classifier.out.") and shape[-1] != expected[path][-1]:
             fields += ["task"]
         for wanted, size in zip(expected.get(path, ()), stored.get(path, ()), strict=False):

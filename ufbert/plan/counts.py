@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert.config import RunConfig, TreeBackend
-from ufbert.cost.flops import table_bytes, train_flops_per_token
+from ufbert.cost.flops import ngram_width, train_flops_per_token
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 """Any special ids do: neither arithmetic nor memory depends on them."""
 WHOLE_TABLES = {"gradient": 3, "step": 3, "evaluate": 1}
-"""Times that XLA's count has a whole hashed table of which a function reads or updates some rows. Their own bytes are counted
-apart."""
+"""Times that XLA counts all rows of a hashed table where a function looks up or updates one row for each token."""
 
 
 class StepCount(NamedTuple):
@@ -27,7 +26,7 @@ class StepCount(NamedTuple):
     flops: float
     """Floating-point operations; a multiply-add counts two."""
     bytes: float
-    """Bytes that its instructions read and write, after fusion; of hashed tables, those of the rows that are read."""
+    """Bytes that its instructions read and write, after fusion; of hashed tables only the rows that tokens read."""
     memory: float
     """Bytes held while it runs: arguments, results that share no argument's buffer, and temporaries."""
     compile_seconds: float
@@ -93,7 +92,10 @@ def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
     compiled = lowered_step(run, part, rows, length).compile()
     seconds = time.perf_counter() - began
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    moved = float(cost.get("bytes accessed", 0.0)) - WHOLE_TABLES.get(part, 0) * table_bytes(run.model)
+    moved = float(cost.get("bytes accessed", 0.0))
+    if part in WHOLE_TABLES:
+        unread = run.model.ngram_rows - rows * run.data.seq_len
+        moved -= WHOLE_TABLES[part] * 4.0 * ngram_width(run.model) * unread
     held = 0.0
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
