@@ -117,7 +117,7 @@ def add_gradient(
 ) -> tuple[Any, Sums]:
     """Compute a micro-batch's gradient and loss, sums over masked tokens, and add them to the `total` before, if any.
 
-    The gradients of hashed tables are arrays of whole tables then, for micro-batches may be many.
+    Those of hashed tables are added in arrays of whole tables, for lists of rows would grow with every micro-batch.
     """
     grads, sums = gradient(run, special, params, rows, key, inputs)
     grads, of_tables = split_tables(grads)
@@ -135,8 +135,10 @@ def gradient(
 ) -> tuple[Any, Sums]:
     """Compute a micro-batch's gradient and loss, sums over masked tokens. Of a hashed table it is a `RowGradient`."""
     params, tables = split_tables(params)
-    masked, segments = masked_rows(run, special, rows, key, inputs)
-    read = table_rows(run.model, masked.ids, segments) if tables else {}
+    read: dict[str, Any] = {}
+    if tables:
+        masked, segments = masked_rows(run, special, rows, key, inputs)
+        read = table_rows(run.model, masked.ids, segments)
 
     def loss(params: Any, gathered: Any) -> tuple[Float[Array, ""], Sums]:
         sums, _ = masked_lm_sums(run, special, params, rows, key, inputs, gathered or None)
