@@ -58,9 +58,15 @@ def preset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(preset, corpus_file):
-    """A run folder of a few steps with the layer of the documentation, by the modern recipe."""
+    """A run folder of a few steps with the layer of the documentation and hashed tables, by the modern recipe."""
     folder = preset.parent / "run"
-    mine = [f"--config={preset}", "--recipe=modern", "--model.d-hidden=24", "--train.n-evals=1"]
+    mine = [
+        f"--config={preset}",
+        "--recipe=modern",
+        "--model.d-hidden=24",
+        "--model.ngram-rows=40",
+        "--train.n-evals=1",
+    ]
     call("train", [*SMALL, *mine, "--budget=3steps", f"--corpus=text:{corpus_file}", f"--out={folder}"])
     return folder
 
@@ -110,8 +116,12 @@ def test_a_layer_of_ones_own_trains_and_is_planned_by_the_modern_recipe(preset, 
     assert model.config.feedforward == ("squared_relu",)
     assert model.config.zero_init_out
     kernel = model.params["encoder"]["layer_00"]["squared_relu"]["out"]["kernel"]
-    assert np.abs(kernel).max() > 0  # it started at zero
-    call("plan", [*SMALL, f"--config={preset}", "--recipe=modern", "--budget=3steps", "--no-check"])
+    assert np.abs(kernel).max() > 0  # it started at zero, and so did the tables
+    assert all(np.any(model.params["encoder"]["ngrams"][key]) for key in model.config.ngram_keys)
+    call(
+        "plan",
+        [*SMALL, f"--config={preset}", "--recipe=modern", "--model.ngram-rows=40", "--budget=3steps", "--no-check"],
+    )
     assert f"{preset} at scale base" in capsys.readouterr().out
 
 

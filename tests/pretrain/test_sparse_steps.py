@@ -5,13 +5,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from conftest import SMALL
 from test_step import INPUTS, SPECIAL, TABLES, rows
 
-from ufbert.cli import call
-from ufbert.errors import UserError
-from ufbert.hub.folder import load_model
 from ufbert.nn.ngrams import averaged_params, split_tables, table_rows
 from ufbert.ops.row_updates import RowGradient, spread
 from ufbert.pretrain.checkpoint import Checkpoints
@@ -92,14 +87,3 @@ def test_a_checkpoint_restores_tables_and_their_sums_to_the_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.state, state)
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
     assert np.asarray(found.state.opt_state.squares["after"]).any()
-
-
-def test_a_run_writes_its_tables_and_another_starts_from_them(corpus_file, tmp_path):
-    options = [*SMALL, "--recipe=modern", "--train.n-evals=1", f"--corpus=text:{corpus_file}"]
-    call("train", [*options, "--model.ngram-rows=50", "--budget=3steps", f"--out={tmp_path / 'run'}"])
-    model = load_model(tmp_path / "run" / "model")
-    tables = split_tables(model.params)[1]
-    assert sum(np.any(np.asarray(table), axis=1).sum() for table in tables.values()) > 100
-    start = [f"--init-from={tmp_path / 'run' / 'model'}", "--budget=2steps", f"--corpus=text:{corpus_file}"]
-    with pytest.raises(UserError, match=r"--model\.ngram-rows=40 contradicts .* \(model\.ngram_rows is 50\)"):
-        call("train", [*start, "--model.ngram-rows=40", f"--out={tmp_path / 'no'}"])

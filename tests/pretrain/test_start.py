@@ -217,6 +217,7 @@ def test_the_training_part_of_a_recipe_applies_at_a_share_of_its_rate(saved):
         (["--model.d-model=64"], r"--model.d-model=64 contradicts .*model.d_model is 32"),
         (["--model.feedforward", "tree"], r"--model.feedforward=tree contradicts .*model.feedforward is dense"),
         (["--model.mixer", "fourier"], "--model.mixer=fourier contradicts"),
+        (["--model.ngram-rows=9"], "--model.ngram-rows=9 contradicts .*model.ngram_rows is 0"),
         (["--model.vocab-size=500"], "--model.vocab-size=500 contradicts"),
         (["--model.norm-eps=1e-5"], "--model.norm-eps=1e-05 contradicts"),
         (["--model.no-head-bias"], "--model.head-bias=False contradicts"),

@@ -43,7 +43,7 @@ class PretrainConfig:
     """Decoupled weight decay, on everything but norms and biases."""
     position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
-    ngram_lr: NotNegative = 4.0
+    ngram_lr: NotNegative = 2.0
     """Learning rate of hashed tables, over that of everything else. Whatever the optimizer, their rows take steps of AdaGrad
     when they are read, and are neither clipped nor averaged."""
     clip_norm: Positive = 0.5

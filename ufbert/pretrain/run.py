@@ -310,7 +310,7 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
 
 NEWER_FIELDS = {
     "model.ngram_rows": 0, "model.ngram_keys": ("around", "before", "after"), "model.ngram_width": 0,
-    "model.ngram_layer": 0, "train.ngram_lr": 4.0,
+    "model.ngram_layer": 0, "train.ngram_lr": 2.0,
 }  # fmt: skip
 """Defaults of the fields of a configuration that came after the first checkpoints, which must stay those of the same run."""
 
