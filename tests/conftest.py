@@ -144,6 +144,7 @@ FAMILIES = {
     "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
     "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},
     "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
+    "skips": {"n_layers": 3, "unet_skips": True, "value_embeddings": 2, "tie_head": False},
 }  # fmt: skip
 """Fields of small models that have every kind of part between them."""
 
@@ -164,6 +165,8 @@ def family(run_folder):
     def make(name: str, *heads: str, **changes) -> ModelFolder:
         config = dataclasses.replace(base, **{**FAMILIES[name], **changes})
         params = nn.init(config, jax.random.key(0), ("masked_lm",) if "masked_lm" in heads else ())
+        if "decoder" in params.get("masked_lm", {}):  # it starts at zero
+            params["masked_lm"]["decoder"] = params["encoder"]["embeddings"]["tokens"][::-1]
         task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
         if task:
             params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)

@@ -55,6 +55,7 @@ PEER_MODEL: dict[str, Any] = {
     "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
     "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "use_bias": False,
     "embedding_norm": True, "embedding_projection": False, "final_norm": True, "head_transform": False, "head_bias": False,
+    "tie_head": True, "unet_skips": False, "value_embeddings": 0,
 }  # fmt: skip
 """The model that the PyTorch peer knows besides its feedforwards `dense` and `tree`; sizes are free."""
 

@@ -1,7 +1,7 @@
 """A preset: an architecture, the recipe that trains it, and the shape of its data. Imports no jax."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -154,6 +154,25 @@ class RunConfig:
                 f"A model with Fourier mixers reads rows of one length: data.seq_len must be {only} (model.fixed_len or "
                 f"max_len), not {self.data.seq_len}, and data.short_until 0."
             )
+
+
+LATER_FIELDS = {
+    "final_norm_start",
+    "tie_head",
+    "unet_skips",
+    "value_embeddings",
+}
+"""Fields that came after the first checkpoints, which know nothing of them."""
+
+
+def known_fields(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return what a checkpoint knows its run by: all fields but later ones that have their defaults."""
+
+    def known(part: ModelConfig | PretrainConfig | DataConfig) -> dict[str, Any]:
+        values = {f.name: (getattr(part, f.name), f.default) for f in fields(part)}
+        return {name: value for name, (value, usual) in values.items() if name not in LATER_FIELDS or value != usual}
+
+    return {"model": known(run.model), "train": known(run.train), "data": known(run.data)}
 
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]

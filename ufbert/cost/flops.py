@@ -25,7 +25,12 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: 
     counts what layers compute then: all leaves of a leaf tree, and the places of a switch layer's experts, filled or not.
     """
     use = Use(seq_len, _backend(masked_trees), training)
-    return float(sum(layer.flops(config, use) for layer in _layers(config)))
+    return float(sum(layer.flops(config, use) for layer in _layers(config)) + 2 * config.d_model * _additions(config))
+
+
+def _additions(config: ModelConfig) -> int:
+    """Vectors that skips and value embeddings scale and add to a token's."""
+    return sum(source is not None for source in (*config.skips, *config.value_tables))
 
 
 def neurons(config: ModelConfig) -> tuple[int, int]:
@@ -52,7 +57,7 @@ def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool)
     hold to about a fifth. They let a scale be chosen without compiling; `ufbert plan` counts the compiled step instead.
     """
     model, use = run.model, Use(run.data.seq_len, trees, training=True)
-    norms_and_sums = 91 * model.d_model * model.n_layers
+    norms_and_sums = model.d_model * (91 * model.n_layers + 6 * _additions(model))
     head = 24 * max(run.train.mask_rate) * model.vocab_size
     short = norms_and_sums + head + sum(layer.traffic(model, use) for layer in _layers(model))
     routed = sum(layer.routing_traffic(model, use) for layer in _layers(model))

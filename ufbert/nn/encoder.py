@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
-from ufbert.nn.embeddings import Embeddings
+from ufbert.nn.embeddings import Embeddings, ValueEmbeddings
 from ufbert.nn.layers import Aux, Context, layer_norm
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
@@ -54,6 +54,8 @@ class Encoder(nn.Module):
     """
 
     config: ModelConfig
+    has_blocks: bool = True
+    """False leaves the blocks out, to draw what lies outside them."""
 
     @nn.compact
     def __call__(
@@ -83,11 +85,18 @@ class Encoder(nn.Module):
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])
+        values = ValueEmbeddings(cfg, name="value_embeddings")(ids) if cfg.value_embeddings else [None] * cfg.n_layers
+        n_skips = cfg.n_layers // 2 if cfg.unet_skips else 0
+        skip_scales = self.param("skip_scales", nn.initializers.ones, (n_skips,)) if n_skips else jnp.zeros(0)
         aux: dict[str, Aux] = {}
-        for i, (mixer, feedforward) in enumerate(cfg.layers):
+        outputs: list[Float[Array, "b t d"]] = []
+        for i, (mixer, feedforward) in enumerate(cfg.layers if self.has_blocks else ()):
             name = f"layer_{i:02d}"
+            if (lower := cfg.skips[i]) is not None:
+                x = x + skip_scales[lower] * outputs[lower]
             block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
-            x, aux[name] = block(x, context, keys[i + 1])
+            x, aux[name] = block(x, context._replace(values=values[i]), keys[i + 1])
+            outputs.append(x)
         if cfg.final_norm:
-            x = layer_norm(cfg, "final_norm")(x)
+            x = layer_norm(cfg, "final_norm", cfg.final_norm_start)(x)
         return x, aux

@@ -7,13 +7,14 @@ import platform as host
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ufbert import nn
+from ufbert.config.run import known_fields
 from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
@@ -310,9 +311,9 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
 
 def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
     """Return the identity of this run, which its checkpoints carry."""
-    facts = json.dumps({"run": asdict(options.run), "seed": options.seed, "budget": options.budget}, sort_keys=True)
+    facts = {"run": known_fields(options.run), "seed": options.seed, "budget": options.budget}
     return {
-        "configuration": hashlib.sha256(facts.encode()).hexdigest(),
+        "configuration": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "tokenizer": data.manifest.tokenizer_sha256,
         "text": data.manifest.fingerprint,
     }
