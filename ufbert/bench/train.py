@@ -88,7 +88,12 @@ def check_peer_is_equal(options: BenchTrainOptions) -> None:
     kind = options.model.feedforward[0]
     tree = {"tree_activation": "gelu", "tree_balance": 0.0}
     model = PEER_MODEL | ({"feedforward": (kind,), **tree} if kind in ("dense", "tree") else {})
-    recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": options.train.mask_rate[:1]}
+    recipe = {
+        "optimizer": "adamw",
+        "average_width": 0.0,
+        "cautious_decay": False,
+        "mask_rate": options.train.mask_rate[:1],
+    }
     parts: dict[str, dict[str, Any]] = {"model": model, "train": recipe}
     for part, wanted in parts.items():
         for name, value in wanted.items():

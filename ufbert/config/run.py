@@ -39,8 +39,14 @@ class PretrainConfig:
     """AdamW's epsilon."""
     muon_momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
+    muon_lr_share: Positive = 1.0
+    """Learning rate of Muon's updates over that of AdamW's, which is `peak_lr` times the schedule. Weight decay goes by AdamW's
+    everywhere."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
+    cautious_decay: bool = False
+    """Decay an entry only where its update, too, pulls it towards zero (cautious weight decay: Chen et al. 2025,
+    arXiv 2510.12402)."""
     position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
     clip_norm: Positive = 0.5
@@ -53,7 +59,10 @@ class PretrainConfig:
     eval_mask_rate: MaskRate = 0.25
     """The same in held-out evaluations: one rate for all recipes, so that their losses compare."""
     batch_rows: Annotated[int, Meta(ge=0, le=2**24)] = 0
-    """Rows per update once the ramp is over; 0 takes min(8192, expected rows / 500), in whole micro-batches."""
+    """Rows per update once the ramp is over; 0 takes min(8192, expected rows / aim_updates), in whole micro-batches."""
+    aim_updates: Size = 500
+    """Number of updates that an open batch (batch_rows 0) aims for: more make it smaller, down to one micro-batch. A run has
+    more updates than that, for its batch ramps up."""
     micro_rows: Size = 128
     """Rows per forward and backward pass; an update accumulates batch_rows / micro_rows of them."""
     ramp_until: NotNegative = 0.6
@@ -157,7 +166,10 @@ class RunConfig:
 
 
 LATER_FIELDS = {
+    "aim_updates",
+    "cautious_decay",
     "final_norm_start",
+    "muon_lr_share",
     "tie_head",
     "unet_skips",
     "value_embeddings",

@@ -35,10 +35,11 @@ def rows_per_step(config: PretrainConfig, x: float) -> int:
     return max(1, round(target / config.micro_rows)) * config.micro_rows
 
 
-def final_batch_rows(expected_rows: float, micro_rows: int) -> int:
-    """Return the batch size at the end of a ramp that the preset leaves open: min(8192, expected rows / 500), in whole
+def final_batch_rows(config: PretrainConfig, expected_rows: float) -> int:
+    """Return the batch size at the end of a ramp that the preset leaves open: min(8192, expected rows / aim_updates), in whole
     micro-batches."""
-    return max(1, round(min(8192.0, expected_rows / 500) / micro_rows)) * micro_rows
+    micro_rows = config.micro_rows
+    return max(1, round(min(8192.0, expected_rows / config.aim_updates) / micro_rows)) * micro_rows
 
 
 def n_checkpoints(config: PretrainConfig, seconds: float | None) -> int:

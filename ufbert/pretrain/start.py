@@ -90,9 +90,8 @@ def _shown(value: Any) -> str:
 def parts_line(options: StartOptions, model: ModelFolder, run: RunConfig) -> str:
     """Say what a run keeps of its model, what is new and what is left out."""
     has_head = "masked_lm" in model.heads
-    has_weights = (
-        run.model.head_transform or run.model.head_bias or not run.model.tie_head
-    )  # else the head is the embedding alone
+    # A head without any of these is the embedding alone.
+    has_weights = run.model.head_transform or run.model.head_bias or not run.model.tie_head
     parts = [f"starts with the encoder{' and the masked-LM head' if has_head else ''}"]
     parts.append(f"new: the optimizer's state{' and the masked-LM head' if has_weights and not has_head else ''}")
     others = [head for head in model.heads if head != "masked_lm"]
