@@ -58,6 +58,11 @@ class PretrainConfig:
     """Share of each row that is predicted: round(rate * seq_len) positions. Several rates are stages of equal length."""
     eval_mask_rate: MaskRate = 0.25
     """The same in held-out evaluations: one rate for all recipes, so that their losses compare."""
+    next_token_until: NotNegative = 0.0
+    """Share of the budget during which each token predicts the next one of its document, from itself and those before it;
+    masked tokens are predicted afterwards, and in every held-out evaluation. Needs attention in all layers."""
+    next_token_rate: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of each row's positions that predict their next token then, drawn at random: fewer spare the decoder work."""
     batch_rows: Annotated[int, Meta(ge=0, le=2**24)] = 0
     """Rows per update once the ramp is over; 0 takes min(8192, expected rows / aim_updates), in whole micro-batches."""
     aim_updates: Size = 500
@@ -157,6 +162,12 @@ class RunConfig:
             raise UserError(
                 f"train.micro_rows {self.train.micro_rows} x data.seq_len {self.data.seq_len} are too many tokens."
             )
+        others = sorted({mixer for mixer, _ in self.model.layers} - {"attention"})
+        if self.train.next_token_until > 0 and others:
+            raise UserError(
+                f"train.next_token_until {self.train.next_token_until} needs attention in all layers, which can be kept from "
+                f"seeing the next token; model.mixer has {', '.join(others)}."
+            )
         only = self.model.only_len
         if only and (self.data.seq_len != only or self.data.short_until > 0):
             raise UserError(
@@ -170,6 +181,8 @@ LATER_FIELDS = {
     "cautious_decay",
     "final_norm_start",
     "muon_lr_share",
+    "next_token_rate",
+    "next_token_until",
     "tie_head",
     "unet_skips",
     "value_embeddings",

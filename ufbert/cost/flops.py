@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ufbert.config import ModelConfig, RunConfig, TreeBackend
+from ufbert.config import ModelConfig, PretrainConfig, RunConfig, TreeBackend
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, Use
 
 
@@ -38,9 +38,15 @@ def neurons(config: ModelConfig) -> tuple[int, int]:
     return max((FEEDFORWARDS[kind].neurons(config) for _, kind in config.layers), key=lambda pair: pair[1])
 
 
+def predicted_share(train: PretrainConfig) -> float:
+    """Return the share of a row's positions that a training step predicts, at most, over the budget on average."""
+    until = min(1.0, train.next_token_until)
+    return until * train.next_token_rate + (1.0 - until) * max(train.mask_rate)
+
+
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
-    """Forward and backward operations per token of a packed row, the masked-only head included."""
-    head = max(run.train.mask_rate) * 2 * run.model.d_model * run.model.vocab_size
+    """Forward and backward operations per token of a packed row, the head on predicted tokens included."""
+    head = predicted_share(run.train) * 2 * run.model.d_model * run.model.vocab_size
     return 3 * (forward_flops_per_token(run.model, run.data.seq_len, masked_trees=masked_trees) + head)
 
 
@@ -58,7 +64,7 @@ def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool)
     """
     model, use = run.model, Use(run.data.seq_len, trees, training=True)
     norms_and_sums = model.d_model * (91 * model.n_layers + 6 * _additions(model))
-    head = 24 * max(run.train.mask_rate) * model.vocab_size
+    head = 24 * predicted_share(run.train) * model.vocab_size
     short = norms_and_sums + head + sum(layer.traffic(model, use) for layer in _layers(model))
     routed = sum(layer.routing_traffic(model, use) for layer in _layers(model))
     return 4 * (short * (0.65 if bfloat16 else 1.0) + routed)

@@ -11,7 +11,7 @@ from ufbert.nn.embeddings import Embeddings, ValueEmbeddings
 from ufbert.nn.layers import Aux, Context, layer_norm
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
-from ufbert.ops.mixing import attention_mask
+from ufbert.ops.mixing import attention_mask, causal_mask
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
     Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
     token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
     need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
-    which of their parts are used.
+    which of their parts are used. With `causal`, attention sees no later token; other mixers may.
 
     Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
@@ -69,6 +69,7 @@ class Encoder(nn.Module):
         type_ids: Int[Array, "b t"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
         statistics: bool = False,
+        causal: bool = False,
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
@@ -81,6 +82,8 @@ class Encoder(nn.Module):
             type_ids = jnp.zeros_like(ids)
         real = None if segment_ids is None else segment_ids != 0
         mask = None if segment_ids is None else attention_mask(segment_ids)
+        if causal:
+            mask = causal_mask(*ids.shape) if mask is None else mask & causal_mask(*ids.shape)
         context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)

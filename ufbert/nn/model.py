@@ -77,10 +77,11 @@ def encode(
     type_ids: Int[Array, "b t"] | None = None,
     progress: Float[Array, ""] | float = 1.0,
     statistics: bool = False,
+    causal: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
-    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics}
+    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal}
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 

@@ -6,7 +6,9 @@ The training budget is all steps, or the time that is left once the end, with it
 The jitted step gets the values as arrays, so nothing recompiles.
 """
 
-from ufbert.config import PretrainConfig
+from typing import NamedTuple
+
+from ufbert.config import PretrainConfig, RunConfig
 
 
 def lr_share(config: PretrainConfig, x: float) -> float:
@@ -26,6 +28,27 @@ def mask_rate(config: PretrainConfig, x: float) -> float:
     """Return the share of each row that is masked: stages of equal length."""
     stages = config.mask_rate
     return stages[min(len(stages) - 1, int(x * len(stages)))]
+
+
+class Stage(NamedTuple):
+    """A part of a run that has one compiled step."""
+
+    length: int
+    """Tokens of the pieces that rows are cut into."""
+    next_token: bool
+    """True while the next token is predicted, False while masked ones are."""
+
+
+def stage(run: RunConfig, x: float) -> Stage:
+    """Return the stage of a run: short pieces until `data.short_until`, next tokens until `train.next_token_until`."""
+    length = run.data.short_len if x < run.data.short_until else run.data.seq_len
+    return Stage(length, x < run.train.next_token_until)
+
+
+def stages(run: RunConfig) -> list[Stage]:
+    """Return every stage of a run, first things first."""
+    starts = sorted({0.0, run.data.short_until, run.train.next_token_until})
+    return list(dict.fromkeys(stage(run, x) for x in starts if x < 1.0))
 
 
 def rows_per_step(config: PretrainConfig, x: float) -> int:
