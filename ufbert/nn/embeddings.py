@@ -69,8 +69,8 @@ def token_values(
 
     `scales` are of the layers that use a table, bottom first.
     """
-    vectors, values = [tables[j, ids] for j in range(config.value_embeddings)], []
+    n, v, d = tables.shape
+    # One gather from all tables, so that the gradient is one scatter.
+    vectors = tables.reshape(n * v, d)[ids[None] + v * jnp.arange(n).reshape(n, 1, 1)]
     left = iter(scales)
-    for table in config.value_tables:
-        values.append(None if table is None else next(left) * vectors[table])
-    return values
+    return [None if table is None else next(left) * vectors[table] for table in config.value_tables]
