@@ -146,6 +146,7 @@ FAMILIES = {
     "ngrams": {"ngram_rows": 61},
     "narrow ngrams": {"ngram_rows": 61, "ngram_keys": ("trigram", "after"), "ngram_width": 8, "ngram_layer": 1},
     "hybrid": {"mixer": ("fourier", "attention"), "fixed_len": 40, "embedding_projection": True},
+    "skips": {"n_layers": 3, "unet_skips": True, "value_embeddings": 2, "tie_head": False},
 }  # fmt: skip
 """Fields of small models that have every kind of part between them."""
 
@@ -170,6 +171,8 @@ def family(run_folder):
         for i, table in enumerate(split_tables(params)[1]):  # they start at zero
             shape = params["encoder"]["ngrams"][table].shape
             params["encoder"]["ngrams"][table] = 0.2 * jax.random.normal(jax.random.key(2 + i), shape)
+        if "decoder" in params.get("masked_lm", {}):  # it starts at zero
+            params["masked_lm"]["decoder"] = params["encoder"]["embeddings"]["tokens"][::-1]
         task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
         if task:
             params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)

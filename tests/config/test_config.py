@@ -8,6 +8,7 @@ from typing import Annotated, get_args, get_origin
 import pytest
 
 from ufbert.config import DataConfig, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
+from ufbert.config.run import LATER_FIELDS, known_fields
 from ufbert.errors import UserError
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.train import TrainOptions
@@ -34,6 +35,17 @@ def test_no_fraction_may_be_beyond_single_precision(value):
                 GROUPS[group](**{f.name: given})
             checked += 1
     assert checked > 35
+
+
+def test_a_checkpoint_knows_a_run_by_a_later_field_only_if_that_is_set():
+    usual, names = known_fields(RunConfig()), {f.name for _, f in FIELDS}
+    assert names >= LATER_FIELDS
+    assert not LATER_FIELDS & {name for part in usual.values() for name in part}
+    assert usual["data"] == dataclasses.asdict(DataConfig())
+    run = RunConfig(model=ModelConfig(unet_skips=True), train=PretrainConfig(aim_updates=7))
+    changed = known_fields(run)
+    assert changed["model"] == {**usual["model"], "unet_skips": True}
+    assert changed["train"] == {**usual["train"], "aim_updates": 7}
 
 
 def test_every_whole_number_has_a_range():

@@ -133,6 +133,20 @@ def test_hashed_tables_are_refused_by_name_and_their_place_matters_only_to_table
     export_model(drawn(small(name, ngram_layer=1), words), tmp_path / "out", to)
 
 
+@pytest.mark.parametrize("changes", [{"unet_skips": True}, {"value_embeddings": 1}, {"tie_head": False}])
+def test_what_the_other_library_lacks_is_refused_by_the_name_of_the_field(changes, vocabulary, tmp_path):
+    model = drawn(replace(small("modern_hf"), **changes), wordpiece(vocabulary))
+    ((name, value),) = changes.items()
+    with pytest.raises(UserError, match=f"ModernBERT, the nearest there is, cannot express this model: {name}={value}"):
+        export_model(model, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_weights_started_keeps_no_model_from_being_exported(vocabulary, tmp_path):
+    model = drawn(replace(small("modern_hf"), zero_init_out=True, final_norm_start=0.25), wordpiece(vocabulary))
+    assert "ModernBert" in export_model(model, tmp_path / "out", "hf")
+
+
 def test_every_wrong_tensor_is_named(tmp_path):
     config = small("ultrafastbert_1x11")
     layout = crammed.layout(config, ("masked_lm",))

@@ -31,6 +31,17 @@ def test_save_and_load_are_bit_equal_and_replace_whole_folders(folder, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "model"]
 
 
+def test_fields_that_say_otherwise_than_the_weights_are_named(family, tmp_path):
+    model = family("skips", "masked_lm")
+    save_model(tmp_path / "model", model)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for changes in ({"unet_skips": False}, {"value_embeddings": 0}, {"value_embeddings": 1}, {"tie_head": True}):
+        ((field, value),) = changes.items()
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **changes}}))
+        with pytest.raises(UserError, match=rf"config\.json beside it says .*model\.{field}={value}"):
+            load_model(tmp_path / "model")
+
+
 def test_flatten_and_unflatten_are_inverse():
     tree = {"a": {"b": np.ones(2), "c": {"d": np.zeros(1)}}, "e": np.ones(3)}
     assert flatten(unflatten(flatten(tree))).keys() == {"a.b", "a.c.d", "e"}

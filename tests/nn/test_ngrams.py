@@ -88,6 +88,15 @@ def test_a_packed_row_equals_its_parts(layer):
     np.testing.assert_allclose(found[:, :4], alone[1], atol=2e-5)
 
 
+def test_in_a_causal_pass_tables_tell_nothing_of_later_tokens():
+    config = replace(SMALL, positions="rotary", ngram_keys=("around", "before", "after", "trigram"))
+    params = drawn(config)
+    causal = jax.jit(lambda ids: nn.encode(params, config, ids, causal=True)[0])
+    before, after = causal(IDS), causal(IDS.at[:, 9:].set(7))
+    np.testing.assert_allclose(before[:, :9], after[:, :9], atol=1e-5)
+    assert np.abs(before[:, 9] - after[:, 9]).max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

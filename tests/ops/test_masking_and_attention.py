@@ -122,6 +122,12 @@ def test_no_token_sees_padding_or_a_neighbouring_document(name):
     np.testing.assert_array_equal(hidden[:, :7], padded[:, :7])
 
 
+def test_equal_logits_prefer_no_label():
+    logits = jnp.array([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.1, 0.1]])
+    sums = cross_entropy(logits, jnp.array([1, 1, 1]), jnp.ones(3))
+    assert float(sums.correct) == 1.0
+
+
 def test_cross_entropy_is_the_closed_form():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
     sums = cross_entropy(logits, jnp.array([0, 2]), jnp.array([1.0, 1.0]))

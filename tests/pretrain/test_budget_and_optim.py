@@ -23,6 +23,7 @@ from ufbert.pretrain.optim import (
     groups,
     make_optimizer,
 )
+from ufbert.pretrain.resolve import with_batch
 from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_step
 
 
@@ -80,9 +81,21 @@ def test_mask_rates_are_stages_of_equal_length():
 
 
 def test_an_open_batch_ramp_ends_at_a_500th_of_the_expected_rows_or_8192():
-    assert final_batch_rows(1e5, 32) == 192
-    assert final_batch_rows(100.0, 32) == 32
-    assert final_batch_rows(3e8, 128) == 8192
+    config = PretrainConfig(micro_rows=32)
+    assert final_batch_rows(config, 1e5) == 192
+    assert final_batch_rows(config, 100.0) == 32
+    assert final_batch_rows(PretrainConfig(micro_rows=128), 3e8) == 8192
+
+
+def test_an_open_batch_may_aim_for_more_or_fewer_updates():
+    small = PretrainConfig(micro_rows=32, aim_updates=1000)
+    assert [final_batch_rows(small, rows) for rows in (1e5, 32e3, 100.0, 1e9)] == [96, 32, 32, 8192]
+    assert final_batch_rows(PretrainConfig(micro_rows=32, aim_updates=100), 1e5) == 992
+    run = load_preset("crammed_bert")
+    run = replace(run, train=replace(run.train, aim_updates=2000))
+    assert with_batch(run, "base", 2000.0 * 256 * 128).train.batch_rows == 256
+    assert with_batch(run, "base", None).train.batch_rows == 8192  # a budget of steps: the published one, as ever
+    assert with_batch(run, "tiny", None).train.batch_rows == run.train.micro_rows
 
 
 def test_batch_ramp_is_linear_in_whole_micro_batches():
@@ -209,3 +222,43 @@ def test_the_position_scale_alone_moves_at_its_own_rate():
     jax.tree.map(np.testing.assert_array_equal, plain, slow)
     with pytest.raises(UserError, match="position_scale_lr"):
         PretrainConfig(position_scale_lr=-1.0)
+
+
+def test_cautious_decay_spares_what_the_update_moves_away_from_zero():
+    """Entry by entry, of what decays at all."""
+    model = replace(load_preset("crammed_bert").model, n_layers=1, d_model=32, n_heads=2, d_hidden=48, vocab_size=50)
+    params = jax.tree.map(
+        lambda p: jax.random.normal(jax.random.key(p.size), p.shape), nn.init(model, jax.random.key(0))
+    )
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size + 1), p.shape), params)
+
+    def direction(**changes):
+        optimizer = make_optimizer(PretrainConfig(**changes))
+        return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+
+    bare, plain = direction(weight_decay=0.0), direction(weight_decay=0.5)
+    cautious = direction(weight_decay=0.5, cautious_decay=True)
+    for (path, update), p, all_of_it, some in zip(
+        jax.tree.leaves_with_path(bare), *map(jax.tree.leaves, (params, plain, cautious)), strict=True
+    ):
+        decayed = np.asarray(0.5 * p if decays(path) else 0 * p)
+        np.testing.assert_allclose(all_of_it - update, decayed, atol=1e-5)
+        same_sign = np.sign(update) == np.sign(p)
+        np.testing.assert_allclose(some - update, np.where(same_sign, decayed, 0.0), atol=1e-5)
+        assert not decays(path) or p.size < 50 or 0.2 < same_sign.mean() < 0.8
+
+
+def test_the_rate_of_muon_is_a_share_of_that_of_adamw():
+    layer = {"attention": {"query": {"kernel": jnp.ones((8, 8))}}, "mixer_norm": {"scale": jnp.ones(8)}}
+    params = {"encoder": {"layer_00": layer, "embeddings": {"tokens": jnp.ones((9, 8))}}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def direction(share):
+        optimizer = make_optimizer(PretrainConfig(optimizer="muon", muon_lr_share=share, weight_decay=0.0))
+        return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+
+    one, half = direction(1.0), direction(0.5)
+    for (path, full), less in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(half), strict=True):
+        np.testing.assert_allclose(less, (0.5 if group(path) == "muon" else 1.0) * full, rtol=1e-6)
+    with pytest.raises(UserError, match="muon_lr_share is 0"):
+        PretrainConfig(muon_lr_share=0.0)

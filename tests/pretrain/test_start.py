@@ -144,6 +144,8 @@ def test_an_imported_bert_is_trained_on_in_its_own_shape(family, corpus_file, tm
         ("crammed", ("classifier",), "starts with the encoder; new: the optimizer's state; left out: its classifier"),
         ("switch", ("masked_lm",), "starts with the encoder and the masked-LM head"),
         ("leaf tree", ("masked_lm",), "starts with the encoder and the masked-LM head"),
+        ("skips", ("masked_lm",), "starts with the encoder and the masked-LM head"),
+        ("skips", (), "starts with the encoder; new: the optimizer's state and the masked-LM head"),
     ],
 )
 def test_what_a_folder_has_is_kept_and_the_rest_is_new_or_left_out(name, heads, words, saved):
@@ -160,7 +162,7 @@ def test_what_a_folder_has_is_kept_and_the_rest_is_new_or_left_out(name, heads, 
         else:
             assert path.startswith("masked_lm.")
     new = {path for path in flat if path not in theirs}
-    assert bool(new) == (name == "bert" and "masked_lm" not in heads)
+    assert bool(new) == (name in ("bert", "skips") and "masked_lm" not in heads)
     assert all(path in flat or path.split(".")[0] in ("pooler", "classifier") for path in theirs)
 
 
@@ -222,6 +224,8 @@ def test_the_training_part_of_a_recipe_applies_at_a_share_of_its_rate(saved):
         (["--model.norm-eps=1e-5"], "--model.norm-eps=1e-05 contradicts"),
         (["--model.no-head-bias"], "--model.head-bias=False contradicts"),
         (["--model.zero-init-out"], "--model.zero-init-out=True contradicts"),
+        (["--model.unet-skips"], "--model.unet-skips=True contradicts"),
+        (["--model.no-tie-head"], "--model.tie-head=False contradicts"),
     ],
 )
 def test_an_option_that_contradicts_the_model_is_a_sentence(args, words, saved):
@@ -233,10 +237,11 @@ def test_options_that_say_the_same_or_nothing_of_the_function_are_accepted(saved
     folder = saved("bert", "classifier")
     same = ["--model.d-model=32", "--model.feedforward", "dense", "dense", "--model.norm=post"]
     free = ["--model.dtype=float32", "--model.tree-backend=gather", "--model.dropout=0.2", "--model.pooling=mean"]
-    head = ["--model.no-head-transform"]  # it has no head yet
+    head = ["--model.no-head-transform", "--model.no-tie-head"]  # it has no head yet
     found = resolved(f"--init-from={folder}", "--budget=5steps", *same, *free, *head).run.model
     assert (found.dtype, found.dropout, found.pooling) == ("float32", 0.2, "mean")
     assert not found.head_transform
+    assert not found.tie_head
 
 
 def test_what_is_no_model_folder_is_a_sentence(run_folder, tmp_path):

@@ -55,6 +55,7 @@ PEER_MODEL: dict[str, Any] = {
     "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
     "norm_bias": True, "positions": "scaled_sinusoid", "qk_norm": False, "n_token_types": 0, "ngram_rows": 0, "use_bias": False,
     "embedding_norm": True, "embedding_projection": False, "final_norm": True, "head_transform": False, "head_bias": False,
+    "tie_head": True, "unet_skips": False, "value_embeddings": 0,
 }  # fmt: skip
 """The model that the PyTorch peer knows besides its feedforwards `dense` and `tree`; sizes are free."""
 
@@ -87,7 +88,12 @@ def check_peer_is_equal(options: BenchTrainOptions) -> None:
     kind = options.model.feedforward[0]
     tree = {"tree_activation": "gelu", "tree_balance": 0.0}
     model = PEER_MODEL | ({"feedforward": (kind,), **tree} if kind in ("dense", "tree") else {})
-    recipe = {"optimizer": "adamw", "average_width": 0.0, "mask_rate": options.train.mask_rate[:1]}
+    recipe = {
+        "optimizer": "adamw",
+        "average_width": 0.0,
+        "cautious_decay": False,
+        "mask_rate": options.train.mask_rate[:1],
+    }
     parts: dict[str, dict[str, Any]] = {"model": model, "train": recipe}
     for part, wanted in parts.items():
         for name, value in wanted.items():

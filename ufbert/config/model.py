@@ -106,6 +106,9 @@ class ModelConfig:
     """LayerNorm before each sublayer (crammed BERT) or after each residual sum (BERT)."""
     first_norm: bool = True
     """LayerNorm before the first mixer of a pre-norm encoder; ModernBERT, whose embeddings are normalised, has none."""
+    unet_skips: bool = False
+    """Skips from the lower half of the layers to the upper one, as in a U-net: the input of layer i from the top gets the
+    output of layer i from the bottom, times a learned scalar that starts at 1. A middle layer gets none."""
     norm_bias: bool = True
     """Biases in LayerNorms."""
     positions: Literal["scaled_sinusoid", "learned", "rotary"] = "scaled_sinusoid"
@@ -114,6 +117,9 @@ class ModelConfig:
     """Base of the rotary wavelengths."""
     qk_norm: bool = False
     """RMS-normalise queries and keys, head by head, before they meet."""
+    value_embeddings: Annotated[int, Meta(ge=0, le=512)] = 0
+    """Tables of value embeddings: table j adds a vector for each token, times a learned scalar, to the values of attention
+    in layer j from the bottom and in layer j from the top (modded-nanogpt). The scalars start at sqrt(d_model) / 2."""
     attention_impl: Literal["auto", "xla", "cudnn"] = "auto"
     """Implementation of jax.nn.dot_product_attention; auto lets jax choose."""
     fourier_norm: Literal["auto", "none", "ortho"] = "auto"
@@ -141,8 +147,15 @@ class ModelConfig:
     """FNet's linear layer after the embedding norm."""
     final_norm: bool = True
     """LayerNorm after the last block."""
+    final_norm_start: Positive = 1.0
+    """Start of that LayerNorm's scale. Where blocks start as the identity (zero_init_out) and weights at 1/sqrt(d_model), a
+    masked token's logit for [MASK] starts at sqrt(d_model), far above the loss of knowing nothing; 1/sqrt(d_model) here mends
+    that."""
     head_transform: bool = False
-    """BERT's dense + activation + LayerNorm before the tied masked-LM decoder."""
+    """BERT's dense + activation + LayerNorm before the masked-LM decoder."""
+    tie_head: bool = True
+    """The masked-LM decoder is the token embedding. If not, it is a matrix of its own, which starts at zero: every token is
+    as likely as any other."""
     head_bias: bool = False
     """A bias per token in the masked-LM decoder."""
     pooling: Literal["first", "mean"] = "first"
@@ -183,6 +196,7 @@ class ModelConfig:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
             _check_known(name, kinds, known)
         self._check_ngrams()
+        self._check_depth()
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
             raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
         if self.pad_id >= self.vocab_size:
@@ -201,6 +215,22 @@ class ModelConfig:
             raise UserError(
                 f"model.ngram_layer is {self.ngram_layer}, and the blocks of the model are numbered 0 to {self.n_layers - 1}."
             )
+
+    def _check_depth(self) -> None:
+        """Raise UserError for skips or value embeddings that these layers have no place for."""
+        if self.unet_skips and self.n_layers < 2:
+            raise UserError("model.unet_skips go from lower to upper layers, and model.n_layers is 1.")
+        if self.value_embeddings > (self.n_layers + 1) // 2:
+            raise UserError(
+                f"model.value_embeddings {self.value_embeddings} are too many for model.n_layers {self.n_layers}: each table "
+                "serves a layer from the bottom and one from the top."
+            )
+        for i, (table, (mixer, _)) in enumerate(zip(self.value_tables, self.layers, strict=True)):
+            if table is not None and mixer != "attention":
+                raise UserError(
+                    f"model.value_embeddings {self.value_embeddings} add to the values of attention, and layer {i} has the "
+                    f"mixer {mixer!r}."
+                )
 
     def architecture(self, backend: str = "") -> str:
         """Describe the size and the parts for a reader: `2 layers x 128, tree 1x8 (native) feedforward`."""
@@ -221,6 +251,18 @@ class ModelConfig:
         """The one row length this model can read, or 0 if it reads any up to max_len. Fourier mixers mix every position
         of a row into every other, padding included, so a text has one answer only at one length."""
         return (self.fixed_len or self.max_len) if any(map(ONE_LENGTH.intersection, self.layers)) else 0
+
+    @property
+    def skips(self) -> tuple[int | None, ...]:
+        """Layer whose output is added to the input of each layer, bottom first; None where there is none."""
+        n = self.n_layers
+        return tuple(n - 1 - i if self.unet_skips and 2 * i >= n else None for i in range(n))
+
+    @property
+    def value_tables(self) -> tuple[int | None, ...]:
+        """Table of value embeddings that each layer uses, bottom first; None where it uses none."""
+        nearest = (min(i, self.n_layers - 1 - i) for i in range(self.n_layers))
+        return tuple(table if table < self.value_embeddings else None for table in nearest)
 
     @property
     def layers(self) -> tuple[tuple[str, str], ...]:

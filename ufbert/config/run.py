@@ -1,7 +1,7 @@
 """A preset: an architecture, the recipe that trains it, and the shape of its data. Imports no jax."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -39,8 +39,14 @@ class PretrainConfig:
     """AdamW's epsilon."""
     muon_momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
+    muon_lr_share: Positive = 1.0
+    """Learning rate of Muon's updates over that of AdamW's, which is `peak_lr` times the schedule. Weight decay goes by AdamW's
+    everywhere."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
+    cautious_decay: bool = False
+    """Decay an entry only where its update, too, pulls it towards zero (cautious weight decay: Chen et al. 2025,
+    arXiv 2510.12402)."""
     position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
     ngram_lr: NotNegative = 2.0
@@ -55,8 +61,16 @@ class PretrainConfig:
     """Share of each row that is predicted: round(rate * seq_len) positions. Several rates are stages of equal length."""
     eval_mask_rate: MaskRate = 0.25
     """The same in held-out evaluations: one rate for all recipes, so that their losses compare."""
+    next_token_until: NotNegative = 0.0
+    """Share of the budget during which each token predicts the next one of its document, from itself and those before it;
+    masked tokens are predicted afterwards, and in every held-out evaluation. Needs attention in all layers."""
+    next_token_rate: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of each row's positions that predict their next token then, drawn at random: fewer spare the decoder work."""
     batch_rows: Annotated[int, Meta(ge=0, le=2**24)] = 0
-    """Rows per update once the ramp is over; 0 takes min(8192, expected rows / 500), in whole micro-batches."""
+    """Rows per update once the ramp is over; 0 takes min(8192, expected rows / aim_updates), in whole micro-batches."""
+    aim_updates: Size = 500
+    """Number of updates that an open batch (batch_rows 0) aims for: more make it smaller, down to one micro-batch. A run has
+    more updates than that, for its batch ramps up."""
     micro_rows: Size = 128
     """Rows per forward and backward pass; an update accumulates batch_rows / micro_rows of them."""
     ramp_until: NotNegative = 0.6
@@ -151,12 +165,47 @@ class RunConfig:
             raise UserError(
                 f"train.micro_rows {self.train.micro_rows} x data.seq_len {self.data.seq_len} are too many tokens."
             )
+        others = sorted({mixer for mixer, _ in self.model.layers} - {"attention"})
+        if self.train.next_token_until > 0 and others:
+            raise UserError(
+                f"train.next_token_until {self.train.next_token_until} needs attention in all layers, which can be kept from "
+                f"seeing the next token; model.mixer has {', '.join(others)}."
+            )
         only = self.model.only_len
         if only and (self.data.seq_len != only or self.data.short_until > 0):
             raise UserError(
                 f"A model with Fourier mixers reads rows of one length: data.seq_len must be {only} (model.fixed_len or "
                 f"max_len), not {self.data.seq_len}, and data.short_until 0."
             )
+
+
+LATER_FIELDS = {
+    "aim_updates",
+    "cautious_decay",
+    "final_norm_start",
+    "muon_lr_share",
+    "next_token_rate",
+    "next_token_until",
+    "ngram_keys",
+    "ngram_layer",
+    "ngram_lr",
+    "ngram_rows",
+    "ngram_width",
+    "tie_head",
+    "unet_skips",
+    "value_embeddings",
+}
+"""Fields that came after the first checkpoints, which know nothing of them."""
+
+
+def known_fields(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return what a checkpoint knows its run by: all fields but later ones that have their defaults."""
+
+    def known(part: ModelConfig | PretrainConfig | DataConfig) -> dict[str, Any]:
+        values = {f.name: (getattr(part, f.name), f.default) for f in fields(part)}
+        return {name: value for name, (value, usual) in values.items() if name not in LATER_FIELDS or value != usual}
+
+    return {"model": known(run.model), "train": known(run.train), "data": known(run.data)}
 
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ufbert.config import ModelConfig, RunConfig, TreeBackend
+from ufbert.config import ModelConfig, PretrainConfig, RunConfig, TreeBackend
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, Use
 
 
@@ -25,7 +25,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: 
     counts what layers compute then: all leaves of a leaf tree, and the places of a switch layer's experts, filled or not.
     """
     use = Use(seq_len, _backend(masked_trees), training)
-    return float(sum(layer.flops(config, use) for layer in _layers(config)) + ngram_flops(config))
+    vectors = 2 * config.d_model * _additions(config)
+    return float(sum(layer.flops(config, use) for layer in _layers(config)) + vectors + ngram_flops(config))
 
 
 def ngram_width(config: ModelConfig) -> int:
@@ -44,14 +45,25 @@ def ngram_traffic(config: ModelConfig) -> float:
     return 4.0 * ngram_width(config) + widened
 
 
+def _additions(config: ModelConfig) -> int:
+    """Vectors that skips and value embeddings scale and add to a token's."""
+    return sum(source is not None for source in (*config.skips, *config.value_tables))
+
+
 def neurons(config: ModelConfig) -> tuple[int, int]:
     """(neurons that one token uses in inference, neurons in all) of the feedforward that has most of them."""
     return max((FEEDFORWARDS[kind].neurons(config) for _, kind in config.layers), key=lambda pair: pair[1])
 
 
+def predicted_share(train: PretrainConfig) -> float:
+    """Return the share of a row's positions that a training step predicts, at most, over the budget on average."""
+    until = min(1.0, train.next_token_until)
+    return until * train.next_token_rate + (1.0 - until) * max(train.mask_rate)
+
+
 def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
-    """Forward and backward operations per token of a packed row, the masked-only head included."""
-    head = max(run.train.mask_rate) * 2 * run.model.d_model * run.model.vocab_size
+    """Forward and backward operations per token of a packed row, the head on predicted tokens included."""
+    head = predicted_share(run.train) * 2 * run.model.d_model * run.model.vocab_size
     return 3 * (forward_flops_per_token(run.model, run.data.seq_len, masked_trees=masked_trees) + head)
 
 
@@ -68,8 +80,8 @@ def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool)
     hold to about a fifth. They let a scale be chosen without compiling; `ufbert plan` counts the compiled step instead.
     """
     model, use = run.model, Use(run.data.seq_len, trees, training=True)
-    norms_and_sums = 91 * model.d_model * model.n_layers
-    head = 24 * max(run.train.mask_rate) * model.vocab_size
+    norms_and_sums = model.d_model * (91 * model.n_layers + 6 * _additions(model))
+    head = 24 * predicted_share(run.train) * model.vocab_size
     short = norms_and_sums + head + sum(layer.traffic(model, use) for layer in _layers(model))
     short += ngram_traffic(model)
     routed = sum(layer.routing_traffic(model, use) for layer in _layers(model))

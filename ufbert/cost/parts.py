@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ufbert.config import ModelConfig, RunConfig
 from ufbert.cost.devices import device_of_kind
+from ufbert.cost.flops import predicted_share
 from ufbert.cost.speeds import (
     CPU_UTILISATION,
     FLOAT32_UTILISATION,
@@ -149,7 +150,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _loss_part(run: RunConfig, rows: int) -> _Part:
-    n_hidden = round(max(run.train.mask_rate) * run.data.seq_len)
+    n_hidden = max(1, round(predicted_share(run.train) * run.data.seq_len))
     logits = _random(rows, n_hidden, run.model.vocab_size)
     labels, weights = jnp.zeros((rows, n_hidden), jnp.int32), jnp.ones((rows, n_hidden))
     return _part(jax.value_and_grad(lambda logits: cross_entropy(logits, labels, weights).loss), (logits,), 1.0)

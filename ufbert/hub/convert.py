@@ -189,7 +189,8 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
 
 
 UNEXPRESSED = (
-    "tree_backend", "attention_impl", "dtype", "dropout", "init_std", "tree_init", "tree_balance", "fourier_norm",
+    "tree_backend", "attention_impl", "dtype", "dropout", "init_std", "zero_init_out", "final_norm_start", "tree_init",
+    "tree_balance", "fourier_norm",
 )  # fmt: skip
 """Fields that say how to compute or train, not what is computed; a foreign config may lose them."""
 ONLY_FOR = {
@@ -197,7 +198,7 @@ ONLY_FOR = {
     "pre": ("first_norm",),
     "classifier": ("pooling", "pooler", "pooler_width"),
     "pooler": ("pooling", "pooler", "pooler_width"),
-    "masked_lm": ("head_transform", "head_bias"),
+    "masked_lm": ("head_transform", "head_bias", "tie_head"),
 }
 """Fields that matter only to a model with this part; those of mixers and feedforwards are in their entries."""
 

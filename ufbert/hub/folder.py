@@ -171,11 +171,12 @@ def folder_sha256(folder: Path) -> str:
 
 SIZES = (
     "vocab_size", "max_len", "d_model", "d_hidden", "pooler_width", "n_trees", "leaf_width", "master_leaf", "n_experts",
-    "n_token_types", "ngram_rows", "ngram_width",
+    "n_token_types", "ngram_rows", "ngram_width", "value_embeddings",
 )  # fmt: skip
 """Fields of ModelConfig that are lengths of arrays; `tree_depth` decides others."""
 SWITCHES = {
-    r"masked_lm\.bias": "head_bias", r"masked_lm\.(transform|norm)\.": "head_transform",
+    r"masked_lm\.bias": "head_bias", r"masked_lm\.decoder": "tie_head", r".*skip_scales": "unet_skips",
+    r".*value_embeddings\.": "value_embeddings", r"masked_lm\.(transform|norm)\.": "head_transform",
     r"(masked_lm|pooler|classifier)\.": "heads", r".*embeddings\.types": "n_token_types",
     r".*ngrams\.projection": "ngram_width", r".*ngrams\.": "ngram_keys",
     r".*embeddings\.position": "positions", r".*embeddings\.projection": "embedding_projection",

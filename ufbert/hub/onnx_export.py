@@ -114,11 +114,15 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
         half = cfg.d_model // cfg.n_heads // 2
         angle = np.outer(np.arange(cfg.max_len), cfg.rotary_base ** (-np.arange(half) / half))
         context |= {name: g.unsqueeze(first(f(angle)), 1) for name, f in (("cos", np.cos), ("sin", np.sin))}
+    values, outputs = token_values(g, cfg, params), []
     for i, (mixer, feedforward) in enumerate(cfg.layers):
         layer = params[f"layer_{i:02d}"]
         g.at(f"layer_{i:02d}/")
         if near and 0 < i == cfg.ngram_layer:
             x = g.add("Add", x, near)
+        context["values"] = values[i]
+        if (lower := cfg.skips[i]) is not None:
+            x = g.add("Add", x, g.number("Mul", outputs[lower], float(params["skip_scales"][lower])))
         mix, feed = _rule("mixer", mixer, MIXERS), _rule("feedforward", feedforward, FEEDFORWARDS)
         for name, rule, norm in ((mixer, mix, "mixer_norm"), (feedforward, feed, "feedforward_norm")):
             is_normed = norm in layer  # not before the first mixer of some models
@@ -126,7 +130,19 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
             x = g.add("Add", x, rule(g, cfg, layer.get(name, {}), normed, context))
             if cfg.norm == "post":
                 x = g.norm(x, layer[norm], cfg.norm_eps)
+        outputs.append(x)
     return g.norm(x, params["final_norm"], cfg.norm_eps) if cfg.final_norm else x
+
+
+def token_values(g: Graph, cfg: ModelConfig, params: Params) -> list[str]:
+    """Look up the value embeddings of each layer, times its scale; an empty name for a layer without."""
+    if not cfg.value_embeddings:
+        return [""] * cfg.n_layers
+    part = params["value_embeddings"]
+    g.at("value_embeddings/")
+    vectors = [g.add("Gather", g.constant(table), "input_ids") for table in part["tables"]]
+    scales = iter(part["scales"])
+    return ["" if j is None else g.number("Mul", vectors[j], float(next(scales))) for j in cfg.value_tables]
 
 
 def _rule(part: str, kind: str, layers: Mapping[str, Layer]) -> OnnxRule:
@@ -142,7 +158,8 @@ def masked_lm(g: Graph, cfg: ModelConfig, params: Params, x: str) -> str:
     part = params["masked_lm"]
     if cfg.head_transform:
         x = g.norm(g.activate(g.linear(x, part["transform"]), cfg.activation), part["norm"], cfg.norm_eps)
-    logits = g.add("MatMul", x, g.add("Transpose", "embeddings.tokens", perm=[1, 0]))
+    decoder = "embeddings.tokens" if cfg.tie_head else g.constant(part["decoder"])
+    logits = g.add("MatMul", x, g.add("Transpose", decoder, perm=[1, 0]))
     return g.add("Add", logits, g.constant(part["bias"])) if cfg.head_bias else logits
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ufbert.config import ModelConfig
+from ufbert.nn.embeddings import token_values
 from ufbert.nn.layers import Context
 from ufbert.nn.ngrams import table_rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
@@ -84,10 +85,16 @@ def forward(
         x = _layer_norm(embeddings["norm"], config, x)
     if config.embedding_projection:
         x = _linear(embeddings["projection"], x, config.d_model)
+    values, outputs = [None] * config.n_layers, []
+    if config.value_embeddings:
+        values = token_values(config, **encoder["value_embeddings"], ids=ids)
     for i, (mixer, feedforward) in enumerate(config.layers):
         layer = encoder[name := f"layer_{i:02d}"]
         if near is not None and 0 < i == config.ngram_layer:
             x = native.add(x, near)
+        context = context._replace(values=values[i])
+        if (lower := config.skips[i]) is not None:
+            x = x + encoder["skip_scales"][lower] * outputs[lower]
         if config.norm == "pre":
             normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
             x = native.add(x, _compute(mixer, layer, config, normed, context))
@@ -98,6 +105,7 @@ def forward(
             inputs[name] = x = _layer_norm(layer["mixer_norm"], config, x)
             x = native.add(x, _compute(feedforward, layer, config, x, context))
             x = _layer_norm(layer["feedforward_norm"], config, x)
+        outputs.append(x)
     return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs
 
 
@@ -167,6 +175,8 @@ def _pack_attention(params: Params, dtype: Dtype, exact_routing: bool) -> dict[s
 def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
     (b, t, d), h = x.shape, config.n_heads
     qkv = _linear(params["qkv"], x, 3 * d).reshape(b, t, 3, h, d // h)
+    if context.values is not None:
+        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, d // h))
     if config.qk_norm or config.positions == "rotary":
         q, k = qkv[:, :, 0], qkv[:, :, 1]
         if config.qk_norm:

@@ -12,7 +12,8 @@ from ufbert.ops.mixing import attention, fourier_mix, rotate
 class Attention(nn.Module):
     """Multi-head self-attention: project to queries, keys and values, attend, project back.
 
-    If the config says so, queries and keys are RMS-normalised, and then rotated. Dropout is on the attention weights.
+    Value embeddings, where the context has them, are added to the values. If the config says so, queries and keys are
+    RMS-normalised, and then rotated. Dropout is on the attention weights.
     """
 
     config: ModelConfig
@@ -23,6 +24,8 @@ class Attention(nn.Module):
         x = x.astype(compute_dtype(cfg))
         heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
         q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
+        if context.values is not None:
+            v = v + context.values.reshape(heads).astype(v.dtype)
         if cfg.qk_norm:
             q, k = (
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(part).astype(part.dtype)

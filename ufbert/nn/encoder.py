@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
-from ufbert.nn.embeddings import Embeddings
+from ufbert.nn.embeddings import Embeddings, ValueEmbeddings
 from ufbert.nn.layers import Aux, Context, layer_norm
 from ufbert.nn.ngrams import Ngrams, Rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
-from ufbert.ops.mixing import attention_mask
+from ufbert.ops.mixing import attention_mask, causal_mask
 
 
 class Block(nn.Module):
@@ -49,12 +49,15 @@ class Encoder(nn.Module):
     Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
     token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
     need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
-    which of their parts are used. `ngrams` are the rows of hashed tables that the tokens read, if they were looked up before.
+    which of their parts are used. With `causal`, attention sees no later token, nor do hashed tables; other mixers may.
+    `ngrams` are the rows of hashed tables that the tokens read, if they were looked up before.
 
     Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
 
     config: ModelConfig
+    has_blocks: bool = True
+    """False leaves the blocks out, to draw what lies outside them."""
 
     @nn.compact
     def __call__(
@@ -69,6 +72,7 @@ class Encoder(nn.Module):
         progress: Float[Array, ""] | float = 1.0,
         statistics: bool = False,
         ngrams: Rows | None = None,
+        causal: bool = False,
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
@@ -81,19 +85,28 @@ class Encoder(nn.Module):
             type_ids = jnp.zeros_like(ids)
         real = None if segment_ids is None else segment_ids != 0
         mask = None if segment_ids is None else attention_mask(segment_ids)
+        if causal:
+            mask = causal_mask(*ids.shape) if mask is None else mask & causal_mask(*ids.shape)
         context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
-        near = Ngrams(cfg, name="ngrams")(ids, segment_ids, ngrams) if cfg.ngram_rows else None
+        near = Ngrams(cfg, name="ngrams")(ids, segment_ids, ngrams, causal) if cfg.ngram_rows else None
         added = None if cfg.ngram_layer else near
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0], added)
+        values = ValueEmbeddings(cfg, name="value_embeddings")(ids) if cfg.value_embeddings else [None] * cfg.n_layers
+        n_skips = cfg.n_layers // 2 if cfg.unet_skips else 0
+        skip_scales = self.param("skip_scales", nn.initializers.ones, (n_skips,)) if n_skips else jnp.zeros(0)
         aux: dict[str, Aux] = {}
-        for i, (mixer, feedforward) in enumerate(cfg.layers):
+        outputs: list[Float[Array, "b t d"]] = []
+        for i, (mixer, feedforward) in enumerate(cfg.layers if self.has_blocks else ()):
             name = f"layer_{i:02d}"
             if near is not None and 0 < i == cfg.ngram_layer:
                 x = x + near
+            if (lower := cfg.skips[i]) is not None:
+                x = x + skip_scales[lower] * outputs[lower]
             block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
-            x, aux[name] = block(x, context, keys[i + 1])
+            x, aux[name] = block(x, context._replace(values=values[i]), keys[i + 1])
+            outputs.append(x)
         if cfg.final_norm:
-            x = layer_norm(cfg, "final_norm")(x)
+            x = layer_norm(cfg, "final_norm", cfg.final_norm_start)(x)
         return x, aux

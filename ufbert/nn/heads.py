@@ -10,7 +10,7 @@ from ufbert.ops.dense import ACTIVATIONS, dropout
 
 
 class MaskedLMHead(nn.Module):
-    """Token logits from hidden states, through the token embedding (tied)."""
+    """Token logits from hidden states, through the token embedding, or through a decoder of its own if that is not tied."""
 
     config: ModelConfig
 
@@ -22,8 +22,11 @@ class MaskedLMHead(nn.Module):
         if cfg.head_transform:
             hidden = layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_model, "transform")(hidden)))
         dtype = compute_dtype(cfg)
+        decoder = token_embedding
+        if not cfg.tie_head:
+            decoder = self.param("decoder", nn.initializers.zeros, token_embedding.shape)
         logits = jnp.einsum(
-            "...d,vd->...v", hidden.astype(dtype), token_embedding.astype(dtype), preferred_element_type=jnp.float32
+            "...d,vd->...v", hidden.astype(dtype), decoder.astype(dtype), preferred_element_type=jnp.float32
         )
         if cfg.head_bias:
             bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))

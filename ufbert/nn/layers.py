@@ -38,6 +38,8 @@ class Context(NamedTuple):
     """Share of the budget spent, for what is annealed."""
     statistics: bool
     """True to count which nodes, leaves and experts are used."""
+    values: Float[Array, "b t d"] | None = None
+    """Added to the values of attention in this layer. None for nothing."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -70,11 +72,13 @@ class LayerNorm(nn.Module):
 
     epsilon: float
     use_bias: bool
+    start: float = 1.0
+    """Start of the scale."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         channels = (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(channels)
+        scale = self.param("scale", nn.initializers.constant(self.start), x.shape[-1:]).reshape(channels)
         x = x.astype(jnp.float32)
         off = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(off).mean(axis=-1, keepdims=True)
@@ -99,6 +103,6 @@ def dense(
     )
 
 
-def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
-    """Make a LayerNorm with a scale, and a bias if `config.norm_bias`."""
-    return LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, name=name)
+def layer_norm(config: ModelConfig, name: str, start: float = 1.0) -> LayerNorm:
+    """Make a LayerNorm with a scale, which starts at `start`, and a bias if `config.norm_bias`."""
+    return LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, start=start, name=name)

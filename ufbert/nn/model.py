@@ -21,7 +21,7 @@ Params = Mapping[str, Any]
 def init(config: ModelConfig, key: Key[Array, ""], heads: tuple[str, ...] = ("masked_lm",)) -> dict[str, Any]:
     """Draw parameters for the encoder and the named heads (`masked_lm`, `pooler`)."""
     encoder_key, head_key = jax.random.split(key)
-    params = _init_outside_layers(_of_layer(config, 0), encoder_key, head_key, heads)
+    params = _init_outside_layers(replace(config, tree_backend="gather"), encoder_key, head_key, heads)
     # One program for each kind of layer: a single program for all of them took a minute to compile on a GPU.
     for i in range(config.n_layers):
         params["encoder"][f"layer_{i:02d}"] = _init_layer(_of_layer(config, i), jax.random.fold_in(encoder_key, i))
@@ -34,12 +34,12 @@ def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
     # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
         config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
-        tree_backend="gather", ngram_layer=0,
+        tree_backend="gather", unet_skips=False, value_embeddings=0, ngram_layer=0,
     )  # fmt: skip
 
 
-def _init_encoder(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    return Encoder(config).init(key, jnp.zeros((1, config.only_len or 2), jnp.int32))["params"]
+def _init_encoder(config: ModelConfig, key: Key[Array, ""], has_blocks: bool = True) -> dict[str, Any]:
+    return Encoder(config, has_blocks).init(key, jnp.zeros((1, config.only_len or 2), jnp.int32))["params"]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -51,9 +51,8 @@ def _init_layer(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
 def _init_outside_layers(
     config: ModelConfig, encoder_key: Key[Array, ""], head_key: Key[Array, ""], heads: tuple[str, ...]
 ) -> dict[str, Any]:
-    encoder = _init_encoder(config, encoder_key)
+    encoder = _init_encoder(config, encoder_key, has_blocks=False)
     params, hidden = {"encoder": encoder}, jnp.zeros((1, config.d_model))
-    del encoder["layer_00"]
     if "masked_lm" in heads:
         table = encoder["embeddings"]["tokens"]
         params["masked_lm"] = MaskedLMHead(config).init(head_key, hidden, table).get("params", {})
@@ -79,11 +78,12 @@ def encode(
     type_ids: Int[Array, "b t"] | None = None,
     progress: Float[Array, ""] | float = 1.0,
     statistics: bool = False,
+    causal: bool = False,
     ngrams: Rows | None = None,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
-    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "ngrams": ngrams}
+    options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal, "ngrams": ngrams}
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 

@@ -29,13 +29,17 @@ class Ngrams(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None, gathered: Rows | None = None
+        self,
+        ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None,
+        gathered: Rows | None = None,
+        causal: bool = False,
     ) -> Float[Array, "b t d"]:
         cfg = self.config
         if gathered is None:
             shape = (cfg.ngram_rows, cfg.ngram_width or cfg.d_model)
             tables: dict[str, Any] = {key: self.param(key, nn.initializers.zeros, shape) for key in cfg.ngram_keys}
-            gathered = gather_rows(tables, cfg, ids, segment_ids)
+            gathered = {key: tables[key][rows] for key, rows in table_rows(cfg, ids, segment_ids, causal).items()}
         rows = [gathered[key] for key in cfg.ngram_keys]
         if not cfg.ngram_width:
             return sum(rows[1:], rows[0])
@@ -44,17 +48,15 @@ class Ngrams(nn.Module):
 
 
 def table_rows(
-    config: ModelConfig, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
+    config: ModelConfig, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None, causal: bool = False
 ) -> dict[str, Int[Array, "b t"]]:
-    """Return the row of each table that every token reads. A neighbour that is not there has the id of padding."""
-    return ngram_rows(ids, segment_ids, keys=config.ngram_keys, rows=config.ngram_rows, missing=config.pad_id)
+    """Return the row of each table that every token reads. A neighbour that is not there has the id of padding.
 
-
-def gather_rows(
-    tables: Mapping[str, Array], config: ModelConfig, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
-) -> Rows:
-    """Look up the rows of the tables that every token reads."""
-    return {key: tables[key][rows] for key, rows in table_rows(config, ids, segment_ids).items()}
+    With `causal`, no right neighbour is there.
+    """
+    return ngram_rows(
+        ids, segment_ids, keys=config.ngram_keys, rows=config.ngram_rows, missing=config.pad_id, causal=causal
+    )
 
 
 def split_tables(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The ONNX operators of every kind of layer, and the graph that they are added to.
 
 A rule takes the graph, the configuration, the layer's parameters, the name of its input (b, t, d) and names of what the batch
-holds besides: `hidden`, to add to attention's logits, and with rotary positions `cos` and `sin`. It returns its output's name.
+holds besides: `hidden`, to add to attention's logits, `values`, to add to its values (empty for nothing), and with rotary
+positions `cos` and `sin`. It returns its output's name.
 """
 
 import math
@@ -129,7 +130,10 @@ def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
     k = cfg.d_model // cfg.n_heads
 
     def heads(name: str) -> str:
-        y = g.reshape(g.linear(x, part[name]), 0, 0, cfg.n_heads, k)
+        y = g.linear(x, part[name])
+        if name == "value" and context["values"]:
+            y = g.add("Add", y, context["values"])
+        y = g.reshape(y, 0, 0, cfg.n_heads, k)
         if f"{name}_norm" in part:
             mean = g.add("ReduceMean", g.add("Mul", y, y), g.constant([-1], np.int64))
             y = g.add("Div", y, g.add("Sqrt", g.number("Add", mean, 1e-6)))

@@ -18,12 +18,17 @@ class Sums(NamedTuple):
 
 
 def cross_entropy(logits: Float[Array, "*rows v"], labels: Int[Array, "*rows"], weights: Float[Array, "*rows"]) -> Sums:
-    """Sum -log softmax(logits)[label] in nats, in float32, and the labels that have the highest logit."""
+    """Sum -log softmax(logits)[label] in nats, in float32, and the labels that have the highest logit.
+
+    Where all logits are equal, as a decoder of zeros leaves them, no label counts as correct.
+    """
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    loss = jax.nn.logsumexp(logits, axis=-1) - picked
-    return Sums(jnp.sum(loss * weights), jnp.sum(weights), jnp.sum((picked >= highest) * weights), jnp.zeros(()))
+    total = jax.nn.logsumexp(logits, axis=-1)
+    loss, prefers = total - picked, total - highest < jnp.log(logits.shape[-1]) - 1e-4
+    correct = jnp.sum((picked >= highest) * prefers * weights)
+    return Sums(jnp.sum(loss * weights), jnp.sum(weights), correct, jnp.zeros(()))
 
 
 def distillation(

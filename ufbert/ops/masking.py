@@ -1,4 +1,4 @@
-"""Masking, on the device: choose the tokens that a masked language model has to predict, and replace them."""
+"""Masking, on the device: choose the tokens that a language model has to predict, and replace those that are masked."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Masked(NamedTuple):
-    """Masked rows and their labels. Each row has the same number `k` of slots."""
+    """Rows as the model sees them, and the labels that it has to predict. Each row has the same number `k` of slots."""
 
     ids: Int[Array, "b t"]
     positions: Int[Array, "b k"]
     labels: Int[Array, "b k"]
     weights: Float[Array, "b k"]
-    """1 where a position is masked, 0 in slots beyond the rate and where the row had too few ordinary tokens."""
+    """1 where a label counts, 0 in slots beyond the rate and where the row had too few ordinary tokens."""
 
 
 def count_masked(rate: float, seq_len: int) -> int:
@@ -57,3 +57,20 @@ def mask_tokens(
     shown = jnp.where(weights > 0, shown, labels)
     masked = ids.at[jnp.arange(b)[:, None], positions].set(shown)
     return Masked(masked, positions, labels, weights)
+
+
+def next_tokens(ids: Int[Array, "b t"], key: Key[Array, ""], *, rate: float, special_ids: tuple[int, ...]) -> Masked:
+    """Draw positions that predict the token after them: round(rate * t) of every row without replacement, or all t - 1.
+
+    The last token of a row has no next one, and `special_ids` are never predicted: the token after a document is the next
+    one's [CLS]. The rows stay as they are.
+    """
+    b, t = ids.shape
+    slots, following = min(count_masked(rate, t), t - 1), ids[:, 1:]
+    special = jnp.isin(following, jnp.array(special_ids, ids.dtype))
+    if slots == t - 1:
+        positions = jnp.broadcast_to(jnp.arange(t - 1)[None], (b, t - 1))
+        return Masked(ids, positions, following, (~special).astype(jnp.float32))
+    score, positions = jax.lax.top_k(jnp.where(special, -1.0, jax.random.uniform(key, following.shape)), slots)
+    labels = jnp.take_along_axis(following, positions, axis=1)
+    return Masked(ids, positions, labels, (score >= 0).astype(jnp.float32))

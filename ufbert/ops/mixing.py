@@ -19,6 +19,11 @@ def attention_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
     return (key != 0) & ((query == key) | (query == 0))
 
 
+def causal_mask(b: int, t: int) -> Bool[Array, "b t t"]:
+    """Return the mask of rows whose tokens attend to none after them: [b, i, j] is true where j <= i."""
+    return jnp.broadcast_to(jnp.tri(t, dtype=bool)[None], (b, t, t))
+
+
 def attention(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],

@@ -73,15 +73,19 @@ def ngram_rows(
     keys: Sequence[str],
     rows: int,
     missing: int,
+    causal: bool = False,
 ) -> dict[str, Int[Array, "b t"]]:
     """Return the row of each table that every token reads, by the table's name.
 
-    `rows` is the length of a table, and `missing` the id that stands for a neighbour that is not there.
+    `rows` is the length of a table, and `missing` the id that stands for a neighbour that is not there: with `causal`, for
+    every right one.
     """
     found = {}
     for key in keys:
         h = table_seed(key)
         for offset in NGRAMS[key].offsets:
-            h = mix(h ^ neighbour(ids, segment_ids, offset, missing).astype(jnp.uint32))
+            is_hidden = causal and offset > 0
+            near = jnp.full_like(ids, missing) if is_hidden else neighbour(ids, segment_ids, offset, missing)
+            h = mix(h ^ near.astype(jnp.uint32))
         found[key] = (h % jnp.uint32(rows)).astype(jnp.int32)
     return found

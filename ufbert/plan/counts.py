@@ -12,6 +12,7 @@ import numpy as np
 from ufbert.config import RunConfig, TreeBackend
 from ufbert.cost.flops import ngram_width, train_flops_per_token
 from ufbert.data.tokenizer import SpecialIds
+from ufbert.pretrain.schedules import Stage, stage, stages
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
 SPECIAL = SpecialIds(0, 1, 2, 3, 4)
@@ -36,8 +37,8 @@ class StepCount(NamedTuple):
 class RunCounts(NamedTuple):
     """The counts of a run's functions."""
 
-    gradient: dict[tuple[int, int], StepCount]
-    """By (packed rows, tokens of a piece): one micro-batch's gradient, added to the total."""
+    gradient: dict[tuple[int, Stage], StepCount]
+    """By packed rows and stage: one micro-batch's gradient, added to the total."""
     finish: StepCount
     """The optimizer's update from an accumulated gradient."""
     evaluate: StepCount
@@ -49,7 +50,7 @@ class RunCounts(NamedTuple):
 
     @property
     def compile_seconds(self) -> float:
-        """Add up the seconds to compile a run: one gradient a piece length, finish, update (about both) and evaluate."""
+        """Add up the seconds to compile a run: one gradient a stage, finish, update (about both) and evaluate."""
         largest = max(rows for rows, _ in self.gradient)
         gradients = sum(count.compile_seconds for (rows, _), count in self.gradient.items() if rows == largest)
         return 2 * (gradients + self.finish.compile_seconds) + self.evaluate.compile_seconds
@@ -60,11 +61,10 @@ class RunCounts(NamedTuple):
         Activations grow with the rows and nothing else does, so other sizes lie on the line through the two that were
         compiled. The optimizer's state waits beside the gradient; an update needs no activations.
         """
-        lengths = {length for _, length in self.gradient}
         held = [self.finish.memory]
-        for length in lengths:
-            sizes = sorted(rows for rows, n in self.gradient if n == length)
-            low, high = self.gradient[sizes[0], length].memory, self.gradient[sizes[-1], length].memory
+        for at in {at for _, at in self.gradient}:
+            sizes = sorted(rows for rows, other in self.gradient if other == at)
+            low, high = self.gradient[sizes[0], at].memory, self.gradient[sizes[-1], at].memory
             slope = (high - low) / max(1, sizes[-1] - sizes[0])
             held.append(high + slope * (micro_rows - sizes[-1]) + self.optimizer_bytes)
         return max(held)
@@ -73,23 +73,23 @@ class RunCounts(NamedTuple):
 def count_run(run: RunConfig, show: Callable[[str], None] = lambda text: None) -> RunCounts:
     """Compile the functions of `run` for the default backend, at its micro-batch and at half of it, and count."""
     rows, seq_len = run.train.micro_rows, run.data.seq_len
-    lengths = [seq_len, *([run.data.short_len] if run.data.short_until > 0 else [])]
     sizes = [rows, rows // 2] if rows > 1 else [1, 2]
     gradient = {}
     for size in sizes:
-        for length in lengths:
-            show(f"compiling the gradient of {size} rows of {seq_len} tokens in pieces of {length}")
-            gradient[size, length] = count_step(run, "gradient", size, length)
+        for at in dict.fromkeys([*stages(run), stage(run, 1.0)]):  # a plan counts the last, though it may never come
+            what = "next" if at.next_token else "masked"
+            show(f"compiling the gradient of {what} tokens, {size} rows of {seq_len} in pieces of {at.length}")
+            gradient[size, at] = count_step(run, "gradient", size, at.length, at.next_token)
     show("compiling the update and the evaluation")
     finish, evaluate = count_step(run, "finish", rows, seq_len), count_step(run, "evaluate", rows, seq_len)
     optimizer, state = _state_bytes(run)
     return RunCounts(gradient, finish, evaluate, optimizer, state)
 
 
-def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
+def count_step(run: RunConfig, part: str, rows: int, length: int, next_token: bool = False) -> StepCount:
     """Count one function, compiled for the default backend; arguments as in `lowered_step`."""
     began = time.perf_counter()
-    compiled = lowered_step(run, part, rows, length).compile()
+    compiled = lowered_step(run, part, rows, length, next_token).compile()
     seconds = time.perf_counter() - began
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     moved = float(cost.get("bytes accessed", 0.0))
@@ -103,7 +103,7 @@ def count_step(run: RunConfig, part: str, rows: int, length: int) -> StepCount:
     return StepCount(float(cost.get("flops", 0.0)), moved, float(held), seconds)
 
 
-def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
+def lowered_step(run: RunConfig, part: str, rows: int, length: int, next_token: bool = False) -> Any:
     """Lower `gradient`, `finish`, `step` or `evaluate` of `run` from shapes: `rows` packed rows in pieces of `length`."""
     steps: Any = build_steps(run, SPECIAL)
     state = _state_shapes(run)
@@ -119,7 +119,7 @@ def lowered_step(run: RunConfig, part: str, rows: int, length: int) -> Any:
     total = jax.eval_shape(steps.add_gradient, state.params, batch, key, inputs, None)
     if part == "finish":
         return steps.apply_gradient.lower(state, total, inputs)
-    return steps.add_gradient.lower(state.params, batch, key, inputs, total)
+    return steps.add_gradient.lower(state.params, batch, key, inputs, total, next_token=next_token)
 
 
 def real_update(run: RunConfig, rows: int) -> Callable[[], None]:

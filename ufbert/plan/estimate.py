@@ -1,5 +1,6 @@
 """The yield of a budget: updates, tokens, memory and the parts of time, from counts and speeds. Arithmetic only."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from ufbert.config import RunConfig
@@ -7,7 +8,7 @@ from ufbert.cost.flops import routing_flops_per_token, train_flops_per_token
 from ufbert.cost.speeds import Speeds
 from ufbert.plan.counts import RunCounts, planned_flops
 from ufbert.pretrain.budget import Budget, guessed_save_seconds
-from ufbert.pretrain.schedules import n_checkpoints, rows_per_step
+from ufbert.pretrain.schedules import Stage, n_checkpoints, rows_per_step, stage
 
 ACCELERATOR_COMPILE_SECONDS = 60.0
 """Assumed seconds to compile a run's functions for an accelerator that is not here."""
@@ -51,15 +52,16 @@ class RunPlan(NamedTuple):
     seconds: Times
 
 
-def micro_batch_seconds(run: RunConfig, counts: RunCounts, speeds: Speeds, *, masked_trees: bool, length: int) -> float:
-    """Estimate the seconds of one micro-batch's gradient, in pieces of `length` tokens.
+def micro_batch_seconds(run: RunConfig, counts: RunCounts, speeds: Speeds, *, masked_trees: bool, at: Stage) -> float:
+    """Estimate the seconds of one micro-batch's gradient in a stage of the run.
 
     Operations are the larger of XLA's count and the analytic one: XLA sees the inside of no custom call, and the analytic
     count leaves out what is not a matrix product or a transform.
     """
-    count, tokens = counts.gradient[run.train.micro_rows, length], run.train.micro_rows * run.data.seq_len
-    analytic = tokens * train_flops_per_token(run, masked_trees=masked_trees)
-    flops = max(count.flops, analytic if length == run.data.seq_len else 0.0)
+    count, tokens = counts.gradient[run.train.micro_rows, at], run.train.micro_rows * run.data.seq_len
+    only_this = replace(run, train=replace(run.train, next_token_until=float(at.next_token)))
+    analytic = tokens * train_flops_per_token(only_this, masked_trees=masked_trees)
+    flops = max(count.flops, analytic if at.length == run.data.seq_len else 0.0)
     return speeds.seconds(flops, tokens * routing_flops_per_token(run, masked_trees=masked_trees), count.bytes)
 
 
@@ -68,8 +70,9 @@ def plan_run(
 ) -> RunPlan:
     """Plan `run` within `budget` on a device of these speeds."""
     train, data = run.train, run.data
-    lengths = {length for _, length in counts.gradient}
-    micro = {n: micro_batch_seconds(run, counts, speeds, masked_trees=masked_trees, length=n) for n in lengths}
+    micro = {
+        at: micro_batch_seconds(run, counts, speeds, masked_trees=masked_trees, at=at) for _, at in counts.gradient
+    }
     finish = speeds.seconds(counts.finish.flops, 0.0, counts.finish.bytes)
     evaluation = data.eval_rows / train.micro_rows * speeds.seconds(counts.evaluate.flops, 0.0, counts.evaluate.bytes)
     save = guessed_save_seconds(counts.state_bytes)
@@ -82,11 +85,11 @@ def plan_run(
     for i in range(points):
         fraction = (i + 0.5) / points if budget.steps is None else i / points
         n_rows = rows_per_step(train, fraction)
-        length = data.short_len if fraction < data.short_until else data.seq_len
-        one = n_rows / train.micro_rows * micro[length] + finish
+        one = n_rows / train.micro_rows * micro[stage(run, fraction)] + finish
         n = (trainable or 0.0) / points / one if budget.steps is None else budget.steps / points
         updates, rows, seconds = updates + n, rows + n * n_rows, seconds + n * one
-    count, tokens = counts.gradient[train.micro_rows, data.seq_len], train.micro_rows * data.seq_len
+    last, tokens = stage(run, 1.0), train.micro_rows * data.seq_len
+    count = counts.gradient[train.micro_rows, last]
     return RunPlan(
         updates=updates,
         tokens=rows * data.seq_len,
@@ -95,7 +98,7 @@ def plan_run(
         flops_per_token=planned_flops(run),
         counted_flops_per_token=count.flops / tokens,
         bytes_per_token=count.bytes / tokens,
-        bound=_bound(speeds, micro[data.seq_len], count.bytes),
+        bound=_bound(speeds, micro[last], count.bytes),
         seconds=fixed._replace(updates=seconds),
     )
 

@@ -37,7 +37,7 @@ from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
 from ufbert.pretrain.reference import Reference
 from ufbert.pretrain.reporter import Reporter
-from ufbert.pretrain.schedules import lr_share, mask_rate, n_checkpoints, rows_per_step
+from ufbert.pretrain.schedules import Stage, lr_share, mask_rate, n_checkpoints, rows_per_step, stage
 from ufbert.pretrain.sharding import Layout
 from ufbert.pretrain.step import StepInputs, StepMetrics, Steps, TrainState, build_steps, init_state, state_shapes
 from ufbert.runtime import distributed
@@ -168,7 +168,7 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
     evals_done, saves_done = int(fraction * cfg.n_evals), int(fraction * n_saves)
     in_flight: tuple[StepRecord, StepMetrics] | None = None
     last, speed = time.monotonic(), 0.0
-    compiled: set[tuple[int, bool]] = set()
+    compiled: set[tuple[Stage, bool]] = set()
     while not session.is_over(step):
         fraction = clock.fraction(step)
         due_eval = fraction < 1.0 and int(fraction * cfg.n_evals) > evals_done
@@ -191,14 +191,14 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
         clock.reserve(session.costs.reserve())
         fraction = clock.fraction(step)
         picks = order.take(position, rows_per_step(cfg, fraction))
-        length = run.data.short_len if fraction < run.data.short_until else run.data.seq_len
+        at = stage(run, fraction)
         lr, rate = cfg.peak_lr * lr_share(cfg, fraction), mask_rate(cfg, fraction)
         inputs = StepInputs(jnp.float32(lr), jnp.float32(fraction), jnp.float32(rate), jnp.int32(len(picks)))
         session.signals.save_first()
         is_whole = len(picks) == cfg.micro_rows
-        with nullcontext() if (length, is_whole) in compiled else phase("compiling the training step"):
-            metrics = _dispatch(session, step, picks, length, jax.random.fold_in(key, step + 1), inputs)
-        compiled.add((length, is_whole))
+        with nullcontext() if (at, is_whole) in compiled else phase("compiling the training step"):
+            metrics = _dispatch(session, step, picks, at, jax.random.fold_in(key, step + 1), inputs)
+        compiled.add((at, is_whole))
         if metrics is None:
             break
         step, position = step + 1, position + len(picks)
@@ -207,19 +207,20 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
         _settle(session, in_flight)
         now = time.monotonic()
         if in_flight is not None:  # else the dispatch alone was timed, which says nothing about speed
-            session.costs.stepped(now - last, len(picks) * length)
+            session.costs.stepped(now - last, len(picks) * at.length)
             speed = len(picks) * run.data.seq_len / max(now - last, 1e-9)
         last = now
         record = StepRecord(
-            step=step, lr=float(inputs.lr), mask_rate=rate, rows=len(picks), length=length,
+            step=step, lr=float(inputs.lr), mask_rate=rate, rows=len(picks), length=at.length,
             fraction=fraction, tokens=position * run.data.seq_len, tokens_per_second=speed,
+            next_token=at.next_token or None,
         )  # fmt: skip
         in_flight = record, metrics
     _settle(session, in_flight)
 
 
 def _dispatch(
-    session: _Session, step: int, picks: Int[np.ndarray, " n"], length: int, key: jax.Array, inputs: StepInputs
+    session: _Session, step: int, picks: Int[np.ndarray, " n"], at: Stage, key: jax.Array, inputs: StepInputs
 ) -> StepMetrics | None:
     """Dispatch a step on the rows `picks`, in micro-batches.
 
@@ -228,17 +229,18 @@ def _dispatch(
     steps, micro, text = session.steps, session.context.run.train.micro_rows, session.context.data.train
 
     def rows(part: np.ndarray) -> Any:
-        return session.layout.rows(text.take(part).reshape(-1, length))
+        return session.layout.rows(text.take(part).reshape(-1, at.length))
 
     if len(picks) == micro:
-        session.state, metrics = steps.train_step(session.state, rows(picks), key, inputs)
+        session.state, metrics = steps.train_step(session.state, rows(picks), key, inputs, next_token=at.next_token)
         return metrics
     total = None
     for i in range(0, len(picks), micro):
         if i and session.is_over(step):
             return None
         micro_key = jax.random.fold_in(key, i)
-        total = steps.add_gradient(session.state.params, rows(picks[i : i + micro]), micro_key, inputs, total)
+        batch = rows(picks[i : i + micro])
+        total = steps.add_gradient(session.state.params, batch, micro_key, inputs, total, next_token=at.next_token)
     session.state, metrics = steps.apply_gradient(session.state, total, inputs)
     return metrics
 

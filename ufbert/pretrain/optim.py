@@ -64,14 +64,27 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         adam if config.optimizer == "adamw" else optax.partition({"muon": _muon(config), "adamw": adam}, groups),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        _decay(config),
         optax.masked(optax.scale(config.position_scale_lr), is_position_scale),
     )
 
 
-def _muon(config: PretrainConfig) -> optax.GradientTransformation:
-    """Make Muon: momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS. Kernels are (inputs, outputs).
+def _decay(config: PretrainConfig) -> optax.GradientTransformation:
+    """Make decoupled weight decay, or the cautious one: where the update moves an entry away from zero, that is not decayed."""
+    if not config.cautious_decay:
+        return optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
 
+    def decayed(update: Any, params: Any) -> Any:
+        # The update is subtracted, so equal signs pull towards zero (Chen et al. 2025, arXiv 2510.12402, algorithm 1).
+        return update + config.weight_decay * jnp.where(update * params >= 0, params, 0.0)
+
+    return optax.masked(optax.stateless_with_tree_map(decayed), decay_mask)
+
+
+def _muon(config: PretrainConfig) -> optax.GradientTransformation:
+    """Make Muon: momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS times `muon_lr_share`.
+
+    Kernels are (inputs, outputs).
     An orthogonalised (a, b) matrix has entries of root mean square 1 / sqrt(max(a, b)).
     """
 
@@ -79,7 +92,7 @@ def _muon(config: PretrainConfig) -> optax.GradientTransformation:
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1), kernels)
 
     def scaled(update: Any, _: Any) -> Any:
-        return MUON_RMS * math.sqrt(max(update.shape)) * update
+        return MUON_RMS * config.muon_lr_share * math.sqrt(max(update.shape)) * update
 
     return optax.chain(
         optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),

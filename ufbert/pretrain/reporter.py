@@ -49,7 +49,7 @@ class Reporter:
         self._write(record)
         show(
             f"{self.clock.left(record.step)}  step {record.step:,}  {speed:,.0f} tokens/s  "
-            f"loss {record.loss:.3f}  lr {record.lr:.2e}"
+            f"{'next-token ' if record.next_token else ''}loss {record.loss:.3f}  lr {record.lr:.2e}"
         )
         return applied
 
@@ -68,6 +68,8 @@ class Reporter:
             f"step {step:,}: held-out loss {result.loss:.3f} nats ({gain:+.3f} below word frequency), "
             f"accuracy {result.accuracy:.1%}"
         )
+        if now.share < self.run.train.next_token_until:  # masked tokens are not yet what it learns
+            return
         complaint = no_reference_complaint(now) if self.reference is None else self.reference.complaint(now)
         if complaint is not None and not self.has_complained:
             self.has_complained = True

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from ufbert import nn
-from ufbert.config import PretrainConfig, RunConfig, Scale, TreeBackend
+from ufbert.config import RunConfig, Scale, TreeBackend
 from ufbert.config.presets import load_preset, preset_names, scaled, with_recipe
 from ufbert.cost.devices import device_of_kind
 from ufbert.cost.parts import local_speeds
@@ -134,14 +134,14 @@ def _caution(preset: RunConfig, scale: Scale, choice: Callable[[RunConfig], Scal
 def with_batch(run: RunConfig, scale: Scale, tokens: float | None) -> RunConfig:
     """Return `run` with an open batch (0 rows) decided.
 
-    A batch has 1/500 of the rows in the expected `tokens`, at most 8192. A budget of steps (None) says nothing of tokens: the
-    batch is then the published 8192 at the preset's own size, and one micro-batch below.
+    A batch has the rows of the expected `tokens` over `train.aim_updates`, at most 8192. A budget of steps (None) says nothing
+    of tokens: the batch is then the published 8192 at the preset's own size, and one micro-batch below.
     """
     if run.train.batch_rows:
         return run
-    rows = tokens / run.data.seq_len if tokens is not None else (8192.0 * 500 if scale == "base" else 0.0)
-    train: PretrainConfig = replace(run.train, batch_rows=final_batch_rows(rows, run.train.micro_rows))
-    return replace(run, train=train)
+    train, published = run.train, 8192.0 * run.train.aim_updates if scale == "base" else 0.0
+    rows = published if tokens is None else tokens / run.data.seq_len
+    return replace(run, train=replace(train, batch_rows=final_batch_rows(train, rows)))
 
 
 def decided[Options: TextOptions | PlanOptions](options: Options, resolved: Resolved) -> tuple[Options, float]:

@@ -7,13 +7,14 @@ import platform as host
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ufbert import nn
+from ufbert.config.run import known_fields
 from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
@@ -308,23 +309,11 @@ def _clock(options: TrainOptions, ledger: Ledger, started: float | None, started
     return WallClock(budget.seconds, spent_before, started, deadline)
 
 
-NEWER_FIELDS = {
-    "model.ngram_rows": 0, "model.ngram_keys": ("around", "before", "after"), "model.ngram_width": 0,
-    "model.ngram_layer": 0, "train.ngram_lr": 2.0,
-}  # fmt: skip
-"""Defaults of the fields of a configuration that came after the first checkpoints, which must stay those of the same run."""
-
-
 def _identity(options: TrainOptions, data: PreparedData) -> dict[str, str]:
-    """Return the identity of this run, which its checkpoints carry. `NEWER_FIELDS` at their defaults are no part of it."""
-    run = asdict(options.run)
-    for name, default in NEWER_FIELDS.items():
-        part, field = name.split(".")
-        if run[part][field] == default:
-            del run[part][field]
-    facts = json.dumps({"run": run, "seed": options.seed, "budget": options.budget}, sort_keys=True)
+    """Return the identity of this run, which its checkpoints carry."""
+    facts = {"run": known_fields(options.run), "seed": options.seed, "budget": options.budget}
     return {
-        "configuration": hashlib.sha256(facts.encode()).hexdigest(),
+        "configuration": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "tokenizer": data.manifest.tokenizer_sha256,
         "text": data.manifest.fingerprint,
     }

@@ -6,7 +6,9 @@ The training budget is all steps, or the time that is left once the end, with it
 The jitted step gets the values as arrays, so nothing recompiles.
 """
 
-from ufbert.config import PretrainConfig
+from typing import NamedTuple
+
+from ufbert.config import PretrainConfig, RunConfig
 
 
 def lr_share(config: PretrainConfig, x: float) -> float:
@@ -28,6 +30,27 @@ def mask_rate(config: PretrainConfig, x: float) -> float:
     return stages[min(len(stages) - 1, int(x * len(stages)))]
 
 
+class Stage(NamedTuple):
+    """A part of a run that has one compiled step."""
+
+    length: int
+    """Tokens of the pieces that rows are cut into."""
+    next_token: bool
+    """True while the next token is predicted, False while masked ones are."""
+
+
+def stage(run: RunConfig, x: float) -> Stage:
+    """Return the stage of a run: short pieces until `data.short_until`, next tokens until `train.next_token_until`."""
+    length = run.data.short_len if x < run.data.short_until else run.data.seq_len
+    return Stage(length, x < run.train.next_token_until)
+
+
+def stages(run: RunConfig) -> list[Stage]:
+    """Return every stage of a run, first things first."""
+    starts = sorted({0.0, run.data.short_until, run.train.next_token_until})
+    return list(dict.fromkeys(stage(run, x) for x in starts if x < 1.0))
+
+
 def rows_per_step(config: PretrainConfig, x: float) -> int:
     """Return the batch size: linear from micro_rows to batch_rows at `ramp_until`, in whole micro-batches."""
     share = 1.0 if config.ramp_until <= 0 else min(1.0, x / config.ramp_until)
@@ -35,10 +58,11 @@ def rows_per_step(config: PretrainConfig, x: float) -> int:
     return max(1, round(target / config.micro_rows)) * config.micro_rows
 
 
-def final_batch_rows(expected_rows: float, micro_rows: int) -> int:
-    """Return the batch size at the end of a ramp that the preset leaves open: min(8192, expected rows / 500), in whole
+def final_batch_rows(config: PretrainConfig, expected_rows: float) -> int:
+    """Return the batch size at the end of a ramp that the preset leaves open: min(8192, expected rows / aim_updates), in whole
     micro-batches."""
-    return max(1, round(min(8192.0, expected_rows / 500) / micro_rows)) * micro_rows
+    micro_rows = config.micro_rows
+    return max(1, round(min(8192.0, expected_rows / config.aim_updates) / micro_rows)) * micro_rows
 
 
 def n_checkpoints(config: PretrainConfig, seconds: float | None) -> int:

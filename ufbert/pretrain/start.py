@@ -80,7 +80,7 @@ def _is_free(field: str, value: Any, model: ModelFolder) -> bool:
         )
     if field == "max_len":  # sinusoids and rotations have no end; a table has, and Fourier mixers know one length
         return config.positions != "learned" and not config.only_len
-    return field in ("head_transform", "head_bias") and "masked_lm" not in model.heads
+    return field in ("head_transform", "head_bias", "tie_head") and "masked_lm" not in model.heads
 
 
 def _shown(value: Any) -> str:
@@ -90,7 +90,8 @@ def _shown(value: Any) -> str:
 def parts_line(options: StartOptions, model: ModelFolder, run: RunConfig) -> str:
     """Say what a run keeps of its model, what is new and what is left out."""
     has_head = "masked_lm" in model.heads
-    has_weights = run.model.head_transform or run.model.head_bias  # else the head is the embedding alone
+    # A head without any of these is the embedding alone.
+    has_weights = run.model.head_transform or run.model.head_bias or not run.model.tie_head
     parts = [f"starts with the encoder{' and the masked-LM head' if has_head else ''}"]
     parts.append(f"new: the optimizer's state{' and the masked-LM head' if has_weights and not has_head else ''}")
     others = [head for head in model.heads if head != "masked_lm"]

@@ -16,7 +16,7 @@ from ufbert.config import PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
 from ufbert.ops.losses import Sums, cross_entropy
-from ufbert.ops.masking import Masked, mask_tokens
+from ufbert.ops.masking import Masked, mask_tokens, next_tokens
 from ufbert.ops.row_updates import (
     TablesState,
     all_finite,
@@ -70,9 +70,9 @@ class Steps(NamedTuple):
     """Compiled functions: those below, with the arguments that belong to a configuration bound."""
 
     train_step: Callable[..., tuple[TrainState, StepMetrics]]
-    """(state, rows, key, inputs) -> (state, metrics)."""
+    """(state, rows, key, inputs, next_token=False) -> (state, metrics)."""
     add_gradient: Callable[..., tuple[Any, Sums]]
-    """(params, rows, key, inputs, total) -> total."""
+    """(params, rows, key, inputs, total, next_token=False) -> total."""
     apply_gradient: Callable[..., tuple[TrainState, StepMetrics]]
     """(state, total, inputs) -> (state, metrics)."""
     heldout_sums: Callable[..., tuple[Sums, dict[str, nn.Aux]]]
@@ -85,8 +85,8 @@ def build_steps(run: RunConfig, special: SpecialIds, layout: Layout | None = Non
     `layout` places the new state where the old one was, on several devices.
     """
     return Steps(
-        train_step=jax.jit(partial(train_step, run, special, layout), donate_argnums=0),
-        add_gradient=jax.jit(partial(add_gradient, run, special), donate_argnums=4),
+        train_step=jax.jit(partial(train_step, run, special, layout), donate_argnums=0, static_argnames="next_token"),
+        add_gradient=jax.jit(partial(add_gradient, run, special), donate_argnums=4, static_argnames="next_token"),
         apply_gradient=jax.jit(partial(apply_gradient, run.train, layout), donate_argnums=0),
         heldout_sums=jax.jit(partial(masked_lm_sums, run, special)),
     )
@@ -100,9 +100,10 @@ def train_step(
     rows: Int[Array, "b t"],
     key: Key[Array, ""],
     inputs: StepInputs,
+    next_token: bool = False,
 ) -> tuple[TrainState, StepMetrics]:
     """Take an optimizer step from one micro-batch: gradient and update in one program."""
-    total = gradient(run, special, state.params, rows, key, inputs)
+    total = gradient(run, special, state.params, rows, key, inputs, next_token)
     return apply_gradient(run.train, layout, state, total, inputs)
 
 
@@ -114,12 +115,14 @@ def add_gradient(
     key: Key[Array, ""],
     inputs: StepInputs,
     total: tuple[Any, Sums] | None,
+    next_token: bool = False,
 ) -> tuple[Any, Sums]:
     """Compute a micro-batch's gradient and loss, sums over masked tokens, and add them to the `total` before, if any.
 
-    Those of hashed tables are added in arrays of whole tables, for lists of rows would grow with every micro-batch.
+    With `next_token` the sums are over tokens that predict the next one. Gradients of hashed tables are added in arrays of
+    whole tables, for lists of rows would grow with every micro-batch.
     """
-    grads, sums = gradient(run, special, params, rows, key, inputs)
+    grads, sums = gradient(run, special, params, rows, key, inputs, next_token)
     grads, of_tables = split_tables(grads)
     tables = split_tables(params)[1]
     if total is None:
@@ -131,17 +134,24 @@ def add_gradient(
 
 
 def gradient(
-    run: RunConfig, special: SpecialIds, params: Any, rows: Int[Array, "b t"], key: Key[Array, ""], inputs: StepInputs
+    run: RunConfig,
+    special: SpecialIds,
+    params: Any,
+    rows: Int[Array, "b t"],
+    key: Key[Array, ""],
+    inputs: StepInputs,
+    next_token: bool = False,
 ) -> tuple[Any, Sums]:
-    """Compute a micro-batch's gradient and loss, sums over masked tokens. Of a hashed table it is a `RowGradient`."""
+    """Compute a micro-batch's gradient and loss, as sums. The gradient of a hashed table is a `RowGradient`."""
+    objective = next_token_sums if next_token else masked_lm_sums
     params, tables = split_tables(params)
     read: dict[str, Any] = {}
     if tables:
-        masked, segments = masked_rows(run, special, rows, key, inputs)
-        read = table_rows(run.model, masked.ids, segments)
+        ids = rows if next_token else mask_rows(run, special, rows, key, inputs.mask_rate).ids
+        read = table_rows(run.model, ids, _segments(run, special, rows), causal=next_token)
 
     def loss(params: Any, gathered: Any) -> tuple[Float[Array, ""], Sums]:
-        sums, _ = masked_lm_sums(run, special, params, rows, key, inputs, gathered or None)
+        sums, _ = objective(run, special, params, rows, key, inputs, gathered or None)
         return sums.loss + sums.extra, sums
 
     gathered = {name: tables[name][at] for name, at in read.items()}
@@ -197,8 +207,8 @@ def masked_lm_sums(
     With `inputs`, layers behave as in training (without dropout: pretraining has none). Without, as in inference: hard,
     nothing dropped, no noise; and they count what they use. `ngrams` are the rows of hashed tables, if they were looked up.
     """
-    masked, segments = masked_rows(run, special, rows, key, inputs)
-    model = replace(run.model, dropout=0.0)
+    masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
+    model, segments = replace(run.model, dropout=0.0), _segments(run, special, rows)
     if inputs is None:
         hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True, ngrams=ngrams)
     else:
@@ -206,19 +216,43 @@ def masked_lm_sums(
         hidden, aux = nn.encode(
             params, model, masked.ids, segments, key=noise, deterministic=False, progress=progress, ngrams=ngrams
         )
-    picked = jnp.take_along_axis(hidden, masked.positions[..., None], axis=1)
+    return _sums(run, params, hidden, masked, aux), aux
+
+
+def next_token_sums(
+    run: RunConfig,
+    special: SpecialIds,
+    params: Any,
+    rows: Int[Array, "b t"],
+    key: Key[Array, ""],
+    inputs: StepInputs,
+    ngrams: Rows | None = None,
+) -> tuple[Sums, dict[str, nn.Aux]]:
+    """Compute the loss of the next tokens of packed rows, in nats, as sums; layers behave as in training.
+
+    A token sees itself and those before it, as far as it may attend. It predicts the next one with the masked-LM head, at
+    `train.next_token_rate` of the positions. `ngrams` are the rows of hashed tables, if they were looked up.
+    """
+    drawn = next_tokens(rows, key, rate=run.train.next_token_rate, special_ids=(special.pad, special.cls, special.sep))
+    model, segments = replace(run.model, dropout=0.0), _segments(run, special, rows)
+    noise, progress = jax.random.fold_in(key, 1), inputs.progress
+    hidden, aux = nn.encode(
+        params, model, rows, segments, key=noise, deterministic=False, progress=progress, causal=True, ngrams=ngrams
+    )
+    return _sums(run, params, hidden, drawn, aux), aux
+
+
+def _segments(run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"]) -> Int[Array, "b t"] | None:
+    """Number the documents of packed rows, if tokens attend to their own only."""
+    return 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
+
+
+def _sums(run: RunConfig, params: Any, hidden: Float[Array, "b t d"], drawn: Masked, aux: dict[str, nn.Aux]) -> Sums:
+    """Add up the losses of the labels at their positions, and those of the layers."""
+    picked = jnp.take_along_axis(hidden, drawn.positions[..., None], axis=1)
     logits = nn.masked_lm_logits(params, run.model, picked)
-    sums = cross_entropy(logits, masked.labels, masked.weights)
-    return sums._replace(extra=nn.aux_loss(aux) * sums.count), aux
-
-
-def masked_rows(
-    run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"], key: Key[Array, ""], inputs: StepInputs | None
-) -> tuple[Masked, Int[Array, "b t"] | None]:
-    """Mask rows as `mask_rows` does, and number the documents of each; None if documents attend to each other."""
-    masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
-    segments = 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
-    return masked, segments
+    sums = cross_entropy(logits, drawn.labels, drawn.weights)
+    return sums._replace(extra=nn.aux_loss(aux) * sums.count)
 
 
 def mask_rows(

@@ -45,6 +45,8 @@ class StepRecord:
     extra_loss: float | None = None
     utilisation: float | None = None
     skipped: bool | None = None
+    next_token: bool | None = None
+    """True if next tokens were predicted, not masked ones; `mask_rate` was then without effect."""
 
 
 @dataclass(frozen=True)
