@@ -39,6 +39,8 @@ class PretrainConfig:
     """AdamW's epsilon."""
     muon_momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
+    muon_stacks: bool = True
+    """Muon also for stacks of matrices, such as the leaves of a routed_tree, each by itself; else they have AdamW."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
     position_scale_lr: NotNegative = 1.0

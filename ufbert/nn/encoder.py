@@ -79,7 +79,7 @@ class Encoder(nn.Module):
             type_ids = jnp.zeros_like(ids)
         real = None if segment_ids is None else segment_ids != 0
         mask = None if segment_ids is None else attention_mask(segment_ids)
-        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics)
+        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics, ids)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         x = Embeddings(cfg, name="embeddings")(ids, position_ids, type_ids, keys[0])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
-from ufbert.ops import fff, leaf_fff, native, switch
+from ufbert.ops import fff, leaf_fff, native, routed_tree, switch
 from ufbert.ops.dense import ACTIVATIONS
 
 Output = tuple[Float[Array, "b t d"], Aux]
@@ -141,6 +141,58 @@ class LeafTreeFeedForward(nn.Module):
         if cfg.tree_balance > 0:
             losses["tree_balance"] = cfg.tree_balance * leaf_fff.balance_loss(soft, real)
         return leaf_fff.mixture(rows, tree, weights, ACTIVATIONS[cfg.activation]), Aux(losses)
+
+
+class RoutedTreeFeedForward(nn.Module):
+    """Trees with a leaf of neurons at the end of each path (`ufbert.ops.routed_tree`), one leaf a tree in training, too."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
+        cfg = self.config
+        d, m, g, dtype = cfg.d_model, cfg.n_trees, 2**cfg.tree_depth, compute_dtype(cfg)
+        rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
+        node = self.param("node", nn.initializers.normal(d**-0.5), (m, g - 1, d))
+        node_bias = self.param("node_bias", nn.initializers.zeros, (m, g - 1))
+        w_in, w_out = self._leaf_weights("in", (d, cfg.leaf_width)), self._leaf_weights("out", (cfg.leaf_width, d))
+        logits = routed_tree.node_logits(rows, node, node_bias)
+        path = routed_tree.descend(logits)
+        if cfg.tree_router == "token":
+            path = path._replace(leaf=routed_tree.hashed_leaves(context.ids.reshape(-1), m, g))
+        if cfg.tree_gate == "through":
+            shares = routed_tree.leaf_shares(logits)
+        else:
+            shares = jax.nn.one_hot(path.leaf, g)
+            if cfg.tree_gate == "path":
+                shares = shares * routed_tree.path_gate(path)[..., None]
+        activation = ACTIVATIONS[cfg.activation]
+        y = routed_tree.masked(rows.astype(dtype), shares, w_in.astype(dtype), w_out.astype(dtype), activation)
+        aux = Aux({})
+        if context.training and cfg.tree_even > 0 and g > 1 and cfg.tree_router == "state":
+            aux = Aux({"tree_even": cfg.tree_even * routed_tree.evenness(path, node_bias, real)})
+        if context.statistics:
+            weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
+            place = path.leaf + g * jnp.arange(m)[None]
+            aux = aux._replace(counts={"leaves": jnp.zeros(m * g).at[place].add(weight[:, None])})
+        if cfg.master_leaf:
+            hidden = activation(dense(cfg, cfg.master_leaf, "shared_in")(rows))
+            y = y + dense(cfg, d, "shared_out", closes_block=True)(hidden)
+        return y.reshape(x.shape).astype(jnp.float32), aux
+
+    def _leaf_weights(self, name: str, shape: tuple[int, int]) -> Float[Array, "m g a b"]:
+        """Declare the weights of the leaves and of their ancestors, if those have any, and add them up."""
+        cfg = self.config
+        zeros, zero = nn.initializers.zeros, name == "out" and cfg.zero_init_out
+        normal = zeros if zero else nn.initializers.normal(cfg.init_std)
+        levels = {"none": [], "root": [0], "levels": list(range(cfg.tree_depth))}[cfg.leaf_ancestors]
+        above = [
+            self.param(f"level_{level:02d}_{name}", zeros if level else normal, (cfg.n_trees * 2**level, *shape))
+            for level in levels
+        ]
+        leaves = self.param(f"leaf_{name}", zeros if levels else normal, (cfg.n_trees * 2**cfg.tree_depth, *shape))
+        by_tree = [part.reshape(cfg.n_trees, -1, *shape) for part in (leaves, *above)]
+        return routed_tree.with_ancestors(by_tree[0], by_tree[1:])
 
 
 class SwitchFeedForward(nn.Module):

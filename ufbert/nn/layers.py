@@ -38,6 +38,8 @@ class Context(NamedTuple):
     """Share of the budget spent, for what is annealed."""
     statistics: bool
     """True to count which nodes, leaves and experts are used."""
+    ids: Int[Array, "b t"] | None = None
+    """The tokens, for layers that choose by them."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -171,6 +171,18 @@ def _leaf_tree_timed(config: ModelConfig, rows: int, seq_len: int) -> TimedPart:
     return TimedPart(ACTIVATIONS[config.activation], [(rows * seq_len, 2**config.tree_depth * config.leaf_width)])
 
 
+def _routed_tree_flops(config: ModelConfig, use: Use) -> int:
+    """All leaves in training, one a tree in inference."""
+    leaves = 2**config.tree_depth
+    decisions, used = (leaves - 1, leaves) if use.training else (config.tree_depth, 1)
+    return 2 * config.d_model * (config.n_trees * (decisions + 2 * used * config.leaf_width) + 2 * config.master_leaf)
+
+
+def _routed_tree_neurons(config: ModelConfig) -> tuple[int, int]:
+    m, leaves, width, shared = config.n_trees, 2**config.tree_depth, config.leaf_width, config.master_leaf
+    return m * (config.tree_depth + width) + shared, m * (leaves - 1 + leaves * width) + shared
+
+
 def _switch_flops(config: ModelConfig, use: Use) -> float:
     """The places of the experts in training, filled or not, and one expert in inference."""
     places = config.capacity_factor if use.training else 1.0
@@ -237,6 +249,16 @@ FEEDFORWARDS = {
         fields=("tree_depth", "activation", "leaf_width", "master_leaf"),
         timed=_leaf_tree_timed,
         onnx=onnx_rules.leaf_tree,
+    ),
+    "routed_tree": Layer(
+        module=feedforward.RoutedTreeFeedForward,
+        flops=_routed_tree_flops,
+        traffic=lambda config, use: 20 * config.n_trees * 2**config.tree_depth * config.leaf_width,
+        neurons=_routed_tree_neurons,
+        routing_flops=lambda config, use: 2 * config.d_model * config.n_trees * (2**config.tree_depth - 1),
+        muon=("kernel", "leaf_in", "leaf_out", *(f"level_{i:02d}_{side}" for i in range(20) for side in ("in", "out"))),
+        fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
+        onnx="not yet",
     ),
     "switch": Layer(
         module=feedforward.SwitchFeedForward,
