@@ -160,14 +160,12 @@ class RoutedTreeFeedForward(nn.Module):
         path = routed_tree.descend(logits)
         if cfg.tree_router == "token":
             path = path._replace(leaf=routed_tree.hashed_leaves(context.ids.reshape(-1), m, g))
-        if cfg.tree_gate == "through":
-            shares = routed_tree.leaf_shares(logits)
+        activation, x_in, leaves = ACTIVATIONS[cfg.activation], rows.astype(dtype), (w_in.astype(dtype), w_out.astype(dtype))
+        if cfg.tree_gate == "through" and context.training:
+            y = routed_tree.masked(x_in, routed_tree.leaf_shares(logits), *leaves, activation)
         else:
-            shares = jax.nn.one_hot(path.leaf, g)
-            if cfg.tree_gate == "path":
-                shares = shares * routed_tree.path_gate(path)[..., None]
-        activation = ACTIVATIONS[cfg.activation]
-        y = routed_tree.masked(rows.astype(dtype), shares, w_in.astype(dtype), w_out.astype(dtype), activation)
+            gate = routed_tree.path_gate(path) if cfg.tree_gate == "path" else jnp.ones(path.leaf.shape)
+            y = routed_tree.grouped(x_in, path.leaf, gate, *leaves, activation)
         aux = Aux({})
         if context.training and cfg.tree_even > 0 and g > 1 and cfg.tree_router == "state":
             aux = Aux({"tree_even": cfg.tree_even * routed_tree.evenness(path, node_bias, real)})

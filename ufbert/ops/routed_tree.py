@@ -120,3 +120,34 @@ def masked(
     hidden = activation(x @ jnp.moveaxis(w_in, 2, 0).reshape(d, m * g * w))
     hidden = hidden.reshape(-1, m, g, w) * shares[..., None].astype(hidden.dtype)
     return hidden.reshape(-1, m * g * w) @ w_out.reshape(m * g * w, -1)
+
+
+def grouped(
+    x: Float[Array, "b d"],
+    leaf: Int[Array, "b m"],
+    gate: Float[Array, "b m"],
+    w_in: Float[Array, "m g d w"],
+    w_out: Float[Array, "m g w o"],
+    activation: Activation,
+) -> Float[Array, "b o"]:
+    """Compute the sum over trees of gate * activation(x w_in) w_out of the leaf reached, from those leaves alone.
+
+    Pairs of a token and a tree are sorted by leaf and cut into blocks of one leaf each. A leaf wastes less than one block, so
+    the number of blocks is static however uneven the leaves are, and no token is dropped.
+    """
+    (b, m), (g, d, w) = leaf.shape, w_in.shape[1:]
+    group, n = (leaf + g * jnp.arange(m)[None]).reshape(-1), b * m
+    block = min(64, max(4, 1 << (max(1, b // g) - 1).bit_length()))
+    n_blocks = n // block + m * g
+    counts = jnp.zeros((m * g,), jnp.int32).at[group].add(1)
+    blocks = -(-counts // block)
+    order = jnp.argsort(group, stable=True)
+    rank = jnp.arange(n) - (jnp.cumsum(counts) - counts)[group[order]]  # a pair's place among those of its leaf
+    slot = ((jnp.cumsum(blocks) - blocks) * block)[group[order]] + rank
+    owner = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(n_blocks), side="right"), m * g - 1)
+    place = jnp.zeros((n,), jnp.int32).at[order].set(slot)  # of every pair
+    token = jnp.full((n_blocks * block,), b, jnp.int32).at[slot].set(order // m)  # in every place; b for none
+    tiles = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(n_blocks, block, d)
+    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, w_in.reshape(m * g, d, w)[owner]))
+    y = jnp.einsum("nbw,nwo->nbo", hidden, w_out.reshape(m * g, w, -1)[owner]).reshape(n_blocks * block, -1)
+    return jnp.einsum("bmo,bm->bo", y[place].reshape(b, m, -1), gate.astype(y.dtype))
