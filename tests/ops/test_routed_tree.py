@@ -92,7 +92,7 @@ def test_grouped_and_masked_have_the_same_gradients_however_uneven_the_leaves_ar
     def slopes(way):
         return jax.grad(lambda *a: jnp.sum(jnp.sin(layer(*a, way=way))), argnums=(0, 1, 2, 3, 4))(*arrays)
 
-    for name, one, other in zip("x node bias in out".split(), slopes("grouped"), slopes("masked"), strict=True):
+    for name, one, other in zip(["x", "node", "bias", "in", "out"], slopes("grouped"), slopes("masked"), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1e-6, np.abs(other).max()), err_msg=name)
     assert not np.any(slopes("grouped")[2]), "a threshold learns from evenness alone"
     assert np.abs(slopes("grouped")[1]).max() > 1e-3, "a gate teaches the decisions"

@@ -172,15 +172,22 @@ def _leaf_tree_timed(config: ModelConfig, rows: int, seq_len: int) -> TimedPart:
 
 
 def _routed_tree_flops(config: ModelConfig, use: Use) -> int:
-    """All leaves in training, one a tree in inference."""
+    """One leaf a tree, but all of them where training sends the gradient of their mixture back; and its decisions."""
     leaves = 2**config.tree_depth
-    decisions, used = (leaves - 1, leaves) if use.training else (config.tree_depth, 1)
-    return 2 * config.d_model * (config.n_trees * (decisions + 2 * used * config.leaf_width) + 2 * config.master_leaf)
+    decisions = _routed_tree_decisions(config, use)
+    used = leaves if use.training and config.tree_gate == "through" else 1
+    return 2 * config.d_model * (decisions + 2 * config.n_trees * used * config.leaf_width + 2 * config.master_leaf)
+
+
+def _routed_tree_decisions(config: ModelConfig, use: Use) -> int:
+    each = 2**config.tree_depth - 1 if use.training else config.tree_depth
+    return config.n_trees * each if config.tree_router == "state" else 0
 
 
 def _routed_tree_neurons(config: ModelConfig) -> tuple[int, int]:
     m, leaves, width, shared = config.n_trees, 2**config.tree_depth, config.leaf_width, config.master_leaf
-    return m * (config.tree_depth + width) + shared, m * (leaves - 1 + leaves * width) + shared
+    decisions, nodes = (config.tree_depth, leaves - 1) if config.tree_router == "state" else (0, 0)
+    return m * (decisions + width) + shared, m * (nodes + leaves * width) + shared
 
 
 def _switch_flops(config: ModelConfig, use: Use) -> float:
@@ -253,12 +260,12 @@ FEEDFORWARDS = {
     "routed_tree": Layer(
         module=feedforward.RoutedTreeFeedForward,
         flops=_routed_tree_flops,
-        traffic=lambda config, use: 20 * config.n_trees * 2**config.tree_depth * config.leaf_width,
+        traffic=lambda config, use: 20 * (config.n_trees * (config.d_model + config.leaf_width) + config.master_leaf),
         neurons=_routed_tree_neurons,
-        routing_flops=lambda config, use: 2 * config.d_model * config.n_trees * (2**config.tree_depth - 1),
+        routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
         muon=("kernel", "leaf_in", "leaf_out", *(f"level_{i:02d}_{side}" for i in range(20) for side in ("in", "out"))),
         fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
-        onnx="not yet",
+        onnx=onnx_rules.routed_tree,
     ),
     "switch": Layer(
         module=feedforward.SwitchFeedForward,

@@ -13,7 +13,9 @@ useful, and what is done about it here:
   all tokens that pass them. After training the sums can be stored, so that inference knows nothing of them.
 """
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,12 @@ def with_ancestors(leaves: Float[Array, "m g *shape"], above: list[Array]) -> Fl
     for weights in above:
         leaves = leaves + jnp.repeat(weights, leaves.shape[1] // weights.shape[1], axis=1)
     return leaves
+
+
+def folded(params: Mapping[str, Any], side: str) -> Float[Array, "m g a b"]:
+    """Return the weights of a layer's leaves, of their `side` "in" (d, w) or "out" (w, d), with their ancestors' added."""
+    above = [params[name] for name in sorted(params) if re.fullmatch(rf"level_\d+_{side}", name)]
+    return with_ancestors(jnp.asarray(params[f"leaf_{side}"]), above)
 
 
 def masked(

@@ -49,7 +49,17 @@ def instruction_set() -> str:
 
 
 def _register(library: ctypes.CDLL) -> None:
-    for name in ("forward", "forward_saving", "backward", "leaf_forward", "routed_forward", "attention", "norm", "add", "linear"):
+    for name in (
+        "forward",
+        "forward_saving",
+        "backward",
+        "leaf_forward",
+        "routed_forward",
+        "attention",
+        "norm",
+        "add",
+        "linear",
+    ):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
 
@@ -234,7 +244,9 @@ def routed_forward(
     `w_in` and `w_out`, (m, g, w, d), are of one type: a neuron is one row of each.
     """
     args = (x, node_w, node_b, *_parts(w_in), *_parts(w_out))
-    return _call("routed_forward", _shape(*x.shape), *args, activation=activation, threads=threads, gated=np.bool_(gated))
+    return _call(
+        "routed_forward", _shape(*x.shape), *args, activation=activation, threads=threads, gated=np.bool_(gated)
+    )
 
 
 class Packed(NamedTuple):
