@@ -140,6 +140,11 @@ FAMILIES = {
     "leaf tree": {
         "feedforward": ("leaf_tree",), "tree_depth": 2, "leaf_width": 4, "master_leaf": 3, "activation": "relu",
     },
+    "routed trees": {
+        "feedforward": ("routed_tree",), "n_trees": 2, "tree_depth": 2, "leaf_width": 4, "master_leaf": 3,
+        "leaf_ancestors": "levels",
+    },
+    "hashed leaves": {"feedforward": ("routed_tree",), "tree_depth": 3, "leaf_width": 4, "tree_router": "token"},
     "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
     "rotary": {"positions": "rotary", "qk_norm": True, "first_norm": False, "norm_bias": False},
     "fourier": {"mixer": ("fourier",), "norm": "post", "fixed_len": 40, "feedforward": ("tree",)},

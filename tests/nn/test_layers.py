@@ -105,7 +105,7 @@ def test_switch_padding_counts_for_nothing():
     assert one[1] == other[1]
 
 
-@pytest.mark.parametrize("kind", ["leaf_tree", "switch", "tree"])
+@pytest.mark.parametrize("kind", ["leaf_tree", "routed_tree", "switch", "tree"])
 def test_bfloat16_compute_routes_as_float32_does(kind):
     """One layer on the same float32 input: the counts of what was used are the same numbers."""
     cfg = config(feedforward=(kind,), n_layers=1, tree_depth=4, leaf_width=4, n_experts=5, mixer=("fourier",))

@@ -93,7 +93,7 @@ def test_the_entry_of_every_kind_holds_for_its_layer(preset, kind):
     which = groups(params)["encoder"]["layer_01"].get(kind, {})
     for (path, shape), group in zip(jax.tree.leaves_with_path(part), jax.tree.leaves(which), strict=True):
         assert (group == "muon") == (path[-1].key in layer.muon)
-        assert group == "adamw" or len(shape.shape) == 2
+        assert group == "adamw" or len(shape.shape) in (2, 4)
 
     state = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(0))
     inputs = StepInputs(jnp.float32(1e-3), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))

@@ -119,7 +119,8 @@ def test_help_shows_the_values_of_the_preset_and_scale(capsys):
         parse(TrainOptions, ["--help"], "train.py")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert (
-        "--model.feedforward {dense,glu,tree,leaf_tree,switch} [{dense,glu,tree,leaf_tree,switch} ...]" in text
+        "--model.feedforward {dense,glu,tree,leaf_tree,routed_tree,switch} [{dense,glu,tree,leaf_tree,routed_tree,switch} ...]"
+        in text
         or "tree" in text
     )
     assert "D of a KxD tree layer" in text

@@ -15,7 +15,7 @@ MIXER_NAMES = ["attention", "fourier"]
 """Names of the token mixers. `ufbert.nn.registry` has an entry for each, and adds those that a user registers."""
 
 
-FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "switch"]
+FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "routed_tree", "switch"]
 """Names of the feedforwards, likewise."""
 
 
@@ -91,6 +91,17 @@ class ModelConfig:
     """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
     master_leaf: SizeOrNone = 0
     """Neurons of a leaf that every token uses beside its own (Charalampopoulos et al. 2024); 0 for none."""
+    tree_gate: Literal["none", "path", "through"] = "path"
+    """What lets a routed_tree's decisions learn: path multiplies a leaf's output by a number that grows with the margins of
+    the decisions on its path; through sends back the gradient of a soft mixture; none leaves them as they start."""
+    tree_even: NotNegative = 1e-3
+    """Size of the gradient that moves a routed_tree's thresholds towards an even split, before Adam divides by it: any
+    number above 0 that is small beside other gradients will do. 0 leaves the thresholds at 0."""
+    tree_router: Literal["state", "token"] = "state"
+    """A routed_tree chooses leaves by the hidden state, or by a hash of the token's id (Roller et al. 2021)."""
+    leaf_ancestors: Literal["none", "root", "levels"] = "none"
+    """Weights that a routed_tree's leaves share while they are trained: none; those of the root, added to each leaf's own;
+    or those of every node above a leaf."""
     n_experts: Size = 8
     """Experts of a switch layer."""
     capacity_factor: Positive = 1.25

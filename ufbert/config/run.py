@@ -42,6 +42,8 @@ class PretrainConfig:
     muon_lr_share: Positive = 1.0
     """Learning rate of Muon's updates over that of AdamW's, which is `peak_lr` times the schedule. Weight decay goes by AdamW's
     everywhere."""
+    muon_stacks: bool = True
+    """Muon also for stacks of matrices, such as the leaves of a routed_tree, each by itself; else they have AdamW."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay, on everything but norms and biases."""
     cautious_decay: bool = False
@@ -180,21 +182,10 @@ class RunConfig:
 
 
 LATER_FIELDS = {
-    "aim_updates",
-    "cautious_decay",
-    "final_norm_start",
-    "muon_lr_share",
-    "next_token_rate",
-    "next_token_until",
-    "ngram_keys",
-    "ngram_layer",
-    "ngram_lr",
-    "ngram_rows",
-    "ngram_width",
-    "tie_head",
-    "unet_skips",
-    "value_embeddings",
-}
+    "aim_updates", "cautious_decay", "final_norm_start", "leaf_ancestors", "muon_lr_share", "muon_stacks",
+    "next_token_rate", "next_token_until", "ngram_keys", "ngram_layer", "ngram_lr", "ngram_rows", "ngram_width",
+    "tie_head", "tree_even", "tree_gate", "tree_harden", "tree_router", "unet_skips", "value_embeddings",
+}  # fmt: skip
 """Fields that came after the first checkpoints, which know nothing of them."""
 
 

@@ -109,7 +109,7 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
     if cfg.embedding_projection:
         x = g.linear(x, part["projection"])
     hidden = g.number("Mul", g.add("Sub", g.constant(1.0), g.add("Cast", "attention_mask", to=1)), -3e38)
-    context = {"hidden": g.unsqueeze(hidden, 1, 2)}  # added to logits: no token sees padding
+    context = {"ids": "input_ids", "hidden": g.unsqueeze(hidden, 1, 2)}  # added to logits: no token sees padding
     if cfg.positions == "rotary":
         half = cfg.d_model // cfg.n_heads // 2
         angle = np.outer(np.arange(cfg.max_len), cfg.rotary_base ** (-np.arange(half) / half))

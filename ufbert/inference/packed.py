@@ -24,7 +24,7 @@ from ufbert.nn.embeddings import token_values
 from ufbert.nn.layers import Context
 from ufbert.nn.ngrams import table_rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
-from ufbert.ops import fff, leaf_fff, native
+from ufbert.ops import fff, leaf_fff, native, routed_tree
 from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.mixing import attention_mask, rotate, sinusoid
 
@@ -69,7 +69,8 @@ def forward(
     """
     # Only modules without a packed function read this mask; attention here goes by the segments.
     mask = attention_mask(segment_ids)
-    context = Context(mask, segment_ids, segment_ids != 0, position_ids, training=False, progress=1.0, statistics=False)
+    real = segment_ids != 0
+    context = Context(mask, segment_ids, real, position_ids, training=False, progress=1.0, statistics=False, ids=ids)
     embeddings, inputs = encoder["embeddings"], {}
     x = embeddings["tokens"][ids]
     if config.positions == "learned":
@@ -227,6 +228,33 @@ def _narrow(weights: Any, dtype: Dtype) -> Any:
     return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
 
 
+def _pack_routed_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+    """Add up the weights of leaves and of the nodes above them, a neuron a row. Decisions stay float32."""
+    packed = {name: part for name, part in params.items() if name.startswith("node")}
+    for side in ("in", "out"):
+        leaves = routed_tree.folded(params, side)
+        rows = leaves.swapaxes(2, 3) if side == "in" else leaves
+        packed[side] = _narrow(rows, dtype)
+    return packed | {name: _pack_linear(part, dtype) for name, part in params.items() if name.startswith("shared")}
+
+
+def _routed_tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
+    rows, activation = x.reshape(-1, config.d_model), ACTIVATIONS[config.activation]
+    if config.tree_router == "token":
+        assert context.ids is not None
+        w_in, w_out = native.restore(params["in"]).swapaxes(2, 3), native.restore(params["out"])
+        leaf = routed_tree.hashed_leaves(context.ids.reshape(-1), *w_in.shape[:2])
+        y = routed_tree.grouped(rows, leaf, jnp.ones(leaf.shape), w_in, w_out, activation)
+    else:
+        weights = (params["node"], params["node_bias"], params["in"], params["out"])
+        y = native.routed_forward(rows, *weights, gated=config.tree_gate == "path", activation=config.activation)
+    y = y.reshape(x.shape)
+    if config.master_leaf:
+        hidden = activation(_linear(params["shared_in"], x, config.master_leaf))
+        y = native.add(y, _linear(params["shared_out"], hidden, config.d_model))
+    return y
+
+
 def _pack_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
     w_in = params["w_in"] if exact_routing else _narrow(params["w_in"], dtype)
     return {"w_in": w_in, "bias": params["bias"], "w_out": _narrow(params["w_out"], dtype)}
@@ -252,5 +280,6 @@ PACKED_LAYERS: dict[str, PackedLayer] = {
     "dense": PackedLayer(_pack_linears, _dense),
     "glu": PackedLayer(_pack_linears, _glu),
     "leaf_tree": PackedLayer(_pack_linears, _leaf_tree),
+    "routed_tree": PackedLayer(_pack_routed_tree, _routed_tree),
     "tree": PackedLayer(_pack_tree, _tree),
 }

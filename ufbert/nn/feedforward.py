@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
-from ufbert.ops import fff, leaf_fff, native, switch
+from ufbert.ops import fff, leaf_fff, native, routed_tree, switch
 from ufbert.ops.dense import ACTIVATIONS
 
 Output = tuple[Float[Array, "b t d"], Aux]
@@ -141,6 +141,61 @@ class LeafTreeFeedForward(nn.Module):
         if cfg.tree_balance > 0:
             losses["tree_balance"] = cfg.tree_balance * leaf_fff.balance_loss(soft, real)
         return leaf_fff.mixture(rows, tree, weights, ACTIVATIONS[cfg.activation]), Aux(losses)
+
+
+class RoutedTreeFeedForward(nn.Module):
+    """Trees with a leaf of neurons at the end of each path (`ufbert.ops.routed_tree`), one leaf a tree in training, too.
+
+    Nodes start at N(0, 1/d), so that the logits of a normalised row start at N(0, 1). With ancestors all leaves start alike.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
+        cfg = self.config
+        d, m, g, dtype = cfg.d_model, cfg.n_trees, 2**cfg.tree_depth, compute_dtype(cfg)
+        rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
+        sides = {"in": (d, cfg.leaf_width), "out": (cfg.leaf_width, d)}
+        w_in, w_out = (routed_tree.folded(self._leaves(*side), side[0]).astype(dtype) for side in sides.items())
+        activation = ACTIVATIONS[cfg.activation]
+        aux = Aux({})
+        if cfg.tree_router == "token":
+            assert context.ids is not None
+            leaf = routed_tree.hashed_leaves(context.ids.reshape(-1), m, g)
+            y = routed_tree.grouped(rows.astype(dtype), leaf, jnp.ones(leaf.shape), w_in, w_out, activation)
+        else:
+            node = self.param("node", nn.initializers.normal(d**-0.5), (m, g - 1, d))
+            node_bias = self.param("node_bias", nn.initializers.zeros, (m, g - 1))
+            logits = routed_tree.node_logits(rows, node, node_bias)
+            path = routed_tree.descend(logits)
+            leaf = path.leaf
+            if cfg.tree_gate == "through" and context.training:
+                y = routed_tree.masked(rows.astype(dtype), routed_tree.leaf_shares(logits), w_in, w_out, activation)
+            else:
+                gate = routed_tree.path_gate(path) if cfg.tree_gate == "path" else jnp.ones(leaf.shape)
+                y = routed_tree.grouped(rows.astype(dtype), leaf, gate, w_in, w_out, activation)
+            if context.training and cfg.tree_even > 0 and g > 1:
+                aux = Aux({"tree_even": cfg.tree_even * routed_tree.evenness(path, node_bias, real)})
+        if context.statistics:
+            weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
+            aux = aux._replace(
+                counts={"leaves": jnp.zeros(m * g).at[leaf + g * jnp.arange(m)[None]].add(weight[:, None])}
+            )
+        if cfg.master_leaf:
+            hidden = activation(dense(cfg, cfg.master_leaf, "shared_in", use_bias=False)(rows))
+            y = y + dense(cfg, d, "shared_out", use_bias=False, closes_block=True)(hidden)
+        return y.reshape(x.shape).astype(jnp.float32), aux
+
+    def _leaves(self, side: str, shape: tuple[int, int]) -> dict[str, Float[Array, "m k a b"]]:
+        """Declare the weights of the leaves and of the nodes above them, if those have any."""
+        cfg = self.config
+        levels = {"none": 0, "root": 1, "levels": cfg.tree_depth}[cfg.leaf_ancestors]
+        zeros, normal = nn.initializers.zeros, nn.initializers.normal(cfg.init_std)
+        first = zeros if side == "out" and cfg.zero_init_out else normal
+        starts = {f"level_{i:02d}_{side}": (2**i, zeros if i else first) for i in range(levels)}
+        starts[f"leaf_{side}"] = 2**cfg.tree_depth, zeros if levels else first
+        return {name: self.param(name, start, (cfg.n_trees, k, *shape)) for name, (k, start) in starts.items()}
 
 
 class SwitchFeedForward(nn.Module):

@@ -40,6 +40,8 @@ class Context(NamedTuple):
     """True to count which nodes, leaves and experts are used."""
     values: Float[Array, "b t d"] | None = None
     """Added to the values of attention in this layer. None for nothing."""
+    ids: Int[Array, "b t"] | None = None
+    """The tokens, for layers that choose by them."""
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

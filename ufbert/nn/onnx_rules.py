@@ -1,18 +1,20 @@
 """The ONNX operators of every kind of layer, and the graph that they are added to.
 
 A rule takes the graph, the configuration, the layer's parameters, the name of its input (b, t, d) and names of what the batch
-holds besides: `hidden`, to add to attention's logits, `values`, to add to its values (empty for nothing), and with rotary
-positions `cos` and `sin`. It returns its output's name.
+holds besides: `ids`, the tokens; `hidden`, to add to attention's logits; `values`, to add to its values (empty for nothing);
+with rotary positions `cos` and `sin`. It returns its output's name.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.ops.ngrams import FACTOR, NGRAMS, table_seed
+from ufbert.ops.routed_tree import folded, hashed_leaves
 
 Part = Mapping[str, Any]
 """Parameters of a layer, or of one of its parts."""
@@ -223,6 +225,50 @@ def leaf_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
         master = g.linear(g.activate(g.linear(rows, part["master_in"]), cfg.activation), part["master_out"])
         y = g.add("Add", g.number("Mul", y, 1 - share), g.number("Mul", master, share))
     return g.add("Reshape", y, g.add("Shape", x))
+
+
+def routed_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
+    """Add each row's leaf of every tree, times its gate (`ufbert.ops.routed_tree`)."""
+    n_leaves = 2**cfg.tree_depth
+    rows, squeezed = g.reshape(x, -1, cfg.d_model), g.constant([1], np.int64)
+    wide, y = g.unsqueeze(rows, 1), ""
+    leaves = {side: np.asarray(folded(part, side)) for side in ("in", "out")}
+    chosen = np.asarray(hashed_leaves(jnp.arange(cfg.vocab_size), cfg.n_trees, n_leaves), np.int64)
+    for tree in range(cfg.n_trees):
+        gate = ""
+        if cfg.tree_router == "token":
+            leaf = g.reshape(g.add("Gather", g.constant(chosen[:, tree], np.int64), context["ids"]), -1)
+        else:
+            leaf, certain = _leaf_and_certainty(g, part["node"][tree], part["node_bias"][tree], rows)
+            gate = g.number("Mul", certain, 2.0 / cfg.tree_depth) if cfg.tree_gate == "path" and cfg.tree_depth else ""
+        w_in, w_out = (g.add("Gather", g.constant(leaves[side][tree]), leaf) for side in ("in", "out"))
+        hidden = g.activate(g.add("MatMul", wide, w_in), cfg.activation)
+        found = g.add("Squeeze", g.add("MatMul", hidden, w_out), squeezed)
+        found = g.add("Mul", found, g.unsqueeze(gate, 1)) if gate else found
+        y = g.add("Add", y, found) if y else found
+    if cfg.master_leaf:
+        shared = g.linear(g.activate(g.linear(rows, part["shared_in"]), cfg.activation), part["shared_out"])
+        y = g.add("Add", y, shared)
+    return g.add("Reshape", y, g.add("Shape", x))
+
+
+def _leaf_and_certainty(g: Graph, node_w: Any, node_b: Any, rows: str) -> tuple[str, str]:
+    """Add the descent of one tree. Returns the leaf, and the sum over decisions of sigmoid(|logit|), "" without any."""
+    node, certain, depth = (
+        g.add("Expand", g.constant([0], np.int64), g.rows(rows)),
+        "",
+        (len(node_b) + 1).bit_length() - 1,
+    )
+    if depth:
+        weights, biases = g.constant(node_w), g.constant(node_b)
+    for _ in range(depth):
+        z = g.total(g.add("Mul", rows, g.add("Gather", weights, node)), 1)
+        z = g.add("Add", z, g.add("Gather", biases, node))
+        sure = g.add("Sigmoid", g.add("Abs", z))
+        certain = g.add("Add", certain, sure) if certain else sure
+        right = g.add("Cast", g.add("Greater", z, g.constant(0.0)), to=7)
+        node = g.add("Add", g.add("Add", g.add("Add", node, node), g.constant(1, np.int64)), right)
+    return g.add("Sub", node, g.constant(2**depth - 1, np.int64)), certain
 
 
 def switch(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:

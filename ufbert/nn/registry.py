@@ -171,6 +171,25 @@ def _leaf_tree_timed(config: ModelConfig, rows: int, seq_len: int) -> TimedPart:
     return TimedPart(ACTIVATIONS[config.activation], [(rows * seq_len, 2**config.tree_depth * config.leaf_width)])
 
 
+def _routed_tree_flops(config: ModelConfig, use: Use) -> int:
+    """One leaf a tree, but all of them where training sends the gradient of their mixture back; and its decisions."""
+    leaves = 2**config.tree_depth
+    decisions = _routed_tree_decisions(config, use)
+    used = leaves if use.training and config.tree_gate == "through" else 1
+    return 2 * config.d_model * (decisions + 2 * config.n_trees * used * config.leaf_width + 2 * config.master_leaf)
+
+
+def _routed_tree_decisions(config: ModelConfig, use: Use) -> int:
+    each = 2**config.tree_depth - 1 if use.training else config.tree_depth
+    return config.n_trees * each if config.tree_router == "state" else 0
+
+
+def _routed_tree_neurons(config: ModelConfig) -> tuple[int, int]:
+    m, leaves, width, shared = config.n_trees, 2**config.tree_depth, config.leaf_width, config.master_leaf
+    decisions, nodes = (config.tree_depth, leaves - 1) if config.tree_router == "state" else (0, 0)
+    return m * (decisions + width) + shared, m * (nodes + leaves * width) + shared
+
+
 def _switch_flops(config: ModelConfig, use: Use) -> float:
     """The places of the experts in training, filled or not, and one expert in inference."""
     places = config.capacity_factor if use.training else 1.0
@@ -237,6 +256,16 @@ FEEDFORWARDS = {
         fields=("tree_depth", "activation", "leaf_width", "master_leaf"),
         timed=_leaf_tree_timed,
         onnx=onnx_rules.leaf_tree,
+    ),
+    "routed_tree": Layer(
+        module=feedforward.RoutedTreeFeedForward,
+        flops=_routed_tree_flops,
+        traffic=lambda config, use: 20 * (config.n_trees * (config.d_model + config.leaf_width) + config.master_leaf),
+        neurons=_routed_tree_neurons,
+        routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
+        muon=("kernel", "leaf_in", "leaf_out", *(f"level_{i:02d}_{side}" for i in range(20) for side in ("in", "out"))),
+        fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
+        onnx=onnx_rules.routed_tree,
     ),
     "switch": Layer(
         module=feedforward.SwitchFeedForward,

@@ -1,6 +1,7 @@
 """The optimizer: AdamW, or Muon for dense matrices; weight decay, clipping, and the average of past weights."""
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -40,9 +41,11 @@ def decays(path: tuple[Any, ...]) -> bool:
     return not (names[1:-1] == ["ngrams"] or names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
 
 
-def groups(params: Params) -> Any:
-    """Map every parameter to its `group`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
+def groups(params: Params, stacks: bool = True) -> Any:
+    """Map every parameter to its `group`. Without `stacks`, those of more than two axes have AdamW."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: group(path) if stacks or leaf.ndim == 2 else "adamw", params
+    )
 
 
 def decay_mask(params: Params) -> Any:
@@ -61,9 +64,10 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
     """
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
+    labels = partial(groups, stacks=config.muon_stacks)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        adam if config.optimizer == "adamw" else optax.partition({"muon": _muon(config), "adamw": adam}, groups),
+        adam if config.optimizer == "adamw" else optax.partition({"muon": _muon(config), "adamw": adam}, labels),
         _decay(config),
         optax.masked(optax.scale(config.position_scale_lr), is_position_scale),
     )
@@ -84,15 +88,17 @@ def _decay(config: PretrainConfig) -> optax.GradientTransformation:
 def _muon(config: PretrainConfig) -> optax.GradientTransformation:
     """Make Muon: momentum, orthogonalised by Newton-Schulz (Jordan 2024), scaled to MUON_RMS times `muon_lr_share`.
 
-    Kernels are (inputs, outputs).
+    Kernels are (inputs, outputs), or stacks of such matrices, (n, inputs, outputs), each orthogonalised by itself.
     An orthogonalised (a, b) matrix has entries of root mean square 1 / sqrt(max(a, b)).
     """
 
     def dimensions(kernels: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1), kernels)
+        return jax.tree.map(
+            lambda kernel: optax.contrib.MuonDimensionNumbers(kernel.ndim - 2, kernel.ndim - 1), kernels
+        )
 
     def scaled(update: Any, _: Any) -> Any:
-        return MUON_RMS * config.muon_lr_share * math.sqrt(max(update.shape)) * update
+        return MUON_RMS * config.muon_lr_share * math.sqrt(max(update.shape[-2:])) * update
 
     return optax.chain(
         optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),

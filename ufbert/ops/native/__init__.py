@@ -14,6 +14,7 @@ from ufbert.ops.native.calls import (
     pack,
     quantize,
     restore,
+    routed_forward,
     tree_backward,
     tree_forward,
     tree_forward_saving,

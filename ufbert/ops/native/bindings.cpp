@@ -62,6 +62,7 @@ extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, f
 C_FUNCTION(forward, Forward)
 C_FUNCTION(backward, Backward)
 C_FUNCTION(leaf_forward, LeafForward)
+C_FUNCTION(routed_forward, RoutedForward)
 C_FUNCTION(attention, Attention)
 C_FUNCTION(norm, Norm)
 C_FUNCTION(add, Add)
@@ -220,6 +221,28 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   return run(&Kernels::leaf_forward, f, threads);
 }
 
+ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, ffi::AnyBuffer w_out, F32 out_scale,
+                          ffi::Result<F32> y, bool gated, int32_t activation, int64_t threads) {
+  RoutedForward f{};
+  const auto in = w_in.dimensions(), out = w_out.dimensions();
+  if (in.size() != 4 || x.dimensions().size() != 2) return wrong("rows are (b, d), leaves (m, g, w, d)");
+  f.b = x.dimensions()[0], f.m = in[0], f.g = in[1], f.w = in[2], f.d = in[3];
+  if (!read_type(w_in, f.type) || w_out.element_type() != w_in.element_type()) return wrong("leaves are of one type");
+  const bool is_full = f.g >= 1 && !(f.g & (f.g - 1));
+  if (!is_full || !has(node_b, f.m * (f.g - 1))) return wrong("a tree has 2^D leaves and 2^D - 1 nodes");
+  const int64_t scales = f.type == kInt8 ? f.m * f.g * f.w : 0;
+  if (!has(node_w, f.m * (f.g - 1) * f.d) || !std::equal(in.begin(), in.end(), out.begin(), out.end()) || !has(in_scale, scales) ||
+      !has(out_scale, scales) || f.m < 1 || f.w < 1)
+    return wrong(kUnfit);
+  if (x.dimensions()[1] != f.d || !has(*y, f.b * f.d)) return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
+  f.x = x.typed_data(), f.node_w = node_w.typed_data(), f.node_b = node_b.typed_data();
+  f.w_in = w_in.untyped_data(), f.w_out = w_out.untyped_data();
+  f.in_scale = data_or_null(in_scale), f.out_scale = data_or_null(out_scale);
+  f.y = y->typed_data(), f.gated = gated, f.activation = Activation(activation);
+  return run(&Kernels::routed_forward, f, threads);
+}
+
 ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
   const auto shape = qkv.dimensions();
   if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
@@ -281,6 +304,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<S32>()
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_routed_forward, routed_forward,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>().Arg<F32>().Ret<F32>()
+                                  .Attr<bool>("gated").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
                               ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Ret<F32>().Attr<bool>("padding_sees")
                                   .Attr<int64_t>("threads"));

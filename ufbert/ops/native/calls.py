@@ -49,7 +49,17 @@ def instruction_set() -> str:
 
 
 def _register(library: ctypes.CDLL) -> None:
-    for name in ("forward", "forward_saving", "backward", "leaf_forward", "attention", "norm", "add", "linear"):
+    for name in (
+        "forward",
+        "forward_saving",
+        "backward",
+        "leaf_forward",
+        "routed_forward",
+        "attention",
+        "norm",
+        "add",
+        "linear",
+    ):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
 
@@ -89,6 +99,7 @@ _ARGUMENTS = {
     "forward_saving": _TREES,
     "backward": "x w_in w_out nodes z g",
     "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
+    "routed_forward": "x node_w node_b w_in w_in_scale w_out w_out_scale",
     "linear": "x packed scale bias",
     "norm": "x scale bias",
     "add": "x y",
@@ -215,6 +226,27 @@ def leaf_forward(
     out = (_shape(x.shape[0], b_out.shape[1]), _shape(x.shape[0], dtype=jnp.int32))
     args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
     return tuple(_call("leaf_forward", out, *args, activation=activation, threads=threads))
+
+
+def routed_forward(
+    x: Float[Array, "b d"],
+    node_w: Float[Array, "m n d"],
+    node_b: Float[Array, "m n"],
+    w_in: Weights,
+    w_out: Weights,
+    *,
+    gated: bool,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> Float[Array, "b d"]:
+    """Compute the sum over trees of each row's leaf (`ufbert.ops.routed_tree`), times its gate if `gated`.
+
+    `w_in` and `w_out`, (m, g, w, d), are of one type: a neuron is one row of each.
+    """
+    args = (x, node_w, node_b, *_parts(w_in), *_parts(w_out))
+    return _call(
+        "routed_forward", _shape(*x.shape), *args, activation=activation, threads=threads, gated=np.bool_(gated)
+    )
 
 
 class Packed(NamedTuple):

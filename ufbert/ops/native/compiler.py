@@ -95,7 +95,7 @@ def compile_to(
         jobs = {"bindings": ["-c", str(SOURCES / "bindings.cpp"), *where]} | {
             f"{name}-{file}": ["-c", str(SOURCES / file), f"-DUFBERT_ISA={name}", *flags]
             for name, flags in INSTRUCTION_SETS.items()
-            for file in ("trees.cpp", "encoder.cpp")
+            for file in ("trees.cpp", "leaves.cpp", "encoder.cpp")
             if file == "encoder.cpp" or "UFBERT_TREES" not in " ".join(flags)
         }
 

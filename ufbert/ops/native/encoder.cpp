@@ -377,12 +377,12 @@ namespace JOIN(isa_, UFBERT_TREES) {
 void forward(const Forward& f, Pool& pool);
 void backward(const Backward& g, Pool& pool);
 void leaf_forward(const LeafForward& f, Pool& pool);
+void routed_forward(const RoutedForward& f, Pool& pool);
 }  // namespace
 namespace ours = JOIN(isa_, UFBERT_ISA);
 namespace trees = JOIN(isa_, UFBERT_TREES);
 const Kernels JOIN(kernels_, UFBERT_ISA) = {
-    TEXT(UFBERT_ISA), ours::supported, trees::forward,    trees::backward, trees::leaf_forward,
-    ours::attention,  ours::norm,      ours::add,         ours::packed_size, ours::pack,
-    ours::linear};
+    TEXT(UFBERT_ISA), ours::supported,   trees::forward,  trees::backward, trees::leaf_forward, trees::routed_forward,
+    ours::attention,  ours::norm,        ours::add,       ours::packed_size, ours::pack,        ours::linear};
 
 }  // namespace ufbert

@@ -1,4 +1,4 @@
-// Arguments and results of the kernels: the tree layers of ufbert/ops/fff.py and leaf_fff.py, and the rest of an encoder.
+// Arguments and results of the kernels: the tree layers of ufbert/ops, and the rest of an encoder.
 //
 // Letters as everywhere: b rows, d their width, m parallel trees, n nodes a tree, s = depth + 1 nodes on a path, t tokens,
 // h heads, k their width, f a layer's outputs. Arrays are contiguous, last index fastest, and aligned to their element type.
@@ -67,6 +67,23 @@ struct LeafForward {
   Activation activation;
 };
 
+// Trees that end in leaves of w neurons: y = the sum over trees of gate * activation(w_in[leaf] x) w_out[leaf]. A row turns right
+// where its logit is above 0. The gate is the mean of 2 sigmoid(|logit|) over the decisions, or 1.
+struct RoutedForward {
+  int64_t b, m, g, w, d;   // m trees of g leaves and g - 1 nodes
+  const float* x;          // b d
+  const float* node_w;     // m g-1 d
+  const float* node_b;     // m g-1
+  const void* w_in;        // m g w d of type; an int8 row counts as row * in_scale
+  const float* in_scale;   // m g w, with int8
+  const void* w_out;       // m g w d of type
+  const float* out_scale;  // m g w, with int8
+  float* y;                // b d
+  Type type;
+  Activation activation;
+  bool gated;
+};
+
 // softmax(scale q key^T) value among the tokens of a document. The documents of a row lie one after the other; `segment` numbers
 // them from 1. The output of padding, 0, is zero; with `padding_sees` it attends to all of the row up to its last document.
 struct Attention {
@@ -121,6 +138,7 @@ struct Kernels {
   void (*forward)(const Forward&, Pool&);
   void (*backward)(const Backward&, Pool&);
   void (*leaf_forward)(const LeafForward&, Pool&);
+  void (*routed_forward)(const RoutedForward&, Pool&);
   void (*attention)(const Attention&, Pool&);
   void (*norm)(const Norm&, Pool&);
   void (*add)(const Add&, Pool&);

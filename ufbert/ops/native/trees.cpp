@@ -3,47 +3,10 @@
 // They are written with the compiler's vector types, so one source serves all instruction sets. Sums run in the same order for
 // any number of rows and threads: a row's answer does not depend on the batch it came in.
 
-#include "vectors.h"
+#include "paths.h"
 
 namespace ufbert {
 namespace JOIN(isa_, UFBERT_ISA) {
-
-constexpr int64_t kMaxSteps = 32;
-
-// out[r] = base[r] (or zero) + sum over s of weight[r][s] * row[r][s], for R rows whose first `common` rows are the same.
-template <int R, typename W>
-INLINE void combine(float* const* out, const float* const* base, const float* const* weight, const W* const (*row)[kMaxSteps],
-                    int64_t common, int64_t steps, int64_t d) {
-  constexpr int kWide = kLanes == 16 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + kWide * kLanes <= d; i += kWide * kLanes) {
-    Vector y[R][kWide] = {};
-    for (int r = 0; r < R; ++r)
-      if (base[r])
-        for (int k = 0; k < kWide; ++k) y[r][k] = load(base[r] + i + k * kLanes);
-    for (int64_t s = 0; s < common; ++s) {
-      Vector w[kWide];
-      for (int k = 0; k < kWide; ++k) w[k] = load(row[0][s] + i + k * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vector a = fill(weight[r][s]);
-        for (int k = 0; k < kWide; ++k) y[r][k] += a * w[k];
-      }
-    }
-    for (int64_t s = common; s < steps; ++s)
-      for (int r = 0; r < R; ++r) {
-        const Vector a = fill(weight[r][s]);
-        for (int k = 0; k < kWide; ++k) y[r][k] += a * load(row[r][s] + i + k * kLanes);
-      }
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < kWide; ++k) store(out[r] + i + k * kLanes, y[r][k]);
-  }
-  for (; i < d; ++i)
-    for (int r = 0; r < R; ++r) {
-      float y = base[r] ? base[r][i] : 0.0f;
-      for (int64_t s = 0; s < steps; ++s) y += weight[r][s] * scalar(row[r][s] + i);
-      out[r][i] = y;
-    }
-}
 
 // The derivative of the activation; 0.3989422804 is 1 / sqrt(2 pi), of the normal density.
 INLINE float slope(Activation activation, float z) {
@@ -61,22 +24,6 @@ INLINE float slope(Activation activation, float z) {
   }
 }
 
-INLINE int64_t steps_of(int64_t n) {
-  int64_t steps = 0;
-  while (n > 0) ++steps, n >>= 1;
-  return steps;
-}
-
-// Order of rows by key, stable (a counting sort); start[k] is where key k begins.
-INLINE void sort_rows(const int32_t* key, int64_t b, int64_t keys, std::vector<int32_t>& order, std::vector<int32_t>& start) {
-  start.assign(keys + 1, 0);
-  for (int64_t i = 0; i < b; ++i) ++start[key[i] + 1];
-  for (int64_t k = 0; k < keys; ++k) start[k + 1] += start[k];
-  std::vector<int32_t> next(start.begin(), start.end() - 1);
-  order.resize(b);
-  for (int64_t i = 0; i < b; ++i) order[next[key[i]]++] = int32_t(i);
-}
-
 // ---- forward of the uniform-node tree ----
 
 constexpr int64_t kGroup = 16;         // rows that go down together: while one waits for memory, the others compute
@@ -84,7 +31,6 @@ constexpr int64_t kManyRows = 96;      // from here on rows are grouped by subtr
 constexpr int64_t kTopLevels = 8;      // most levels above the subtrees: their nodes stay in L2
 constexpr int64_t kRowsASubtree = 8;   // fewer levels if a subtree would get fewer rows
 constexpr int64_t kRoute = 8;          // rows that go down the top levels together
-constexpr int64_t kRowsAThread = 4;    // fewer are not worth waking a thread
 constexpr int64_t kSmallTree = 127;    // nodes of a tree that stays in the cache as a whole
 constexpr int kTile = 4;               // rows that load output weights together
 
@@ -395,68 +341,6 @@ void backward(const Backward& g, Pool& pool) {
     };
     for_each(pool, pieces, by_column);
   }
-}
-
-// ---- the original tree ----
-
-template <typename W>
-void leaf_forward_as(const LeafForward& f, Pool& pool) {
-  const int64_t depth = steps_of(f.g - 1);
-  const int64_t parts = std::max<int64_t>(1, std::min(4 * pool.threads, f.b / kRowsAThread));
-  auto route = [&](int64_t p) {
-    for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
-      int64_t node = 0;
-      for (int64_t s = 0; s < depth; ++s)
-        node = 2 * node + 1 + (dot(f.x + i * f.d, f.node_w + node * f.d, f.d) + f.node_b[node] >= 0.0f);
-      f.leaf[i] = int32_t(node - (f.g - 1));
-    }
-  };
-  for_each(pool, parts, route);
-  std::vector<int32_t> order, start;
-  sort_rows(f.leaf, f.b, f.g, order, start);
-  auto leaves = [&](int64_t p) {
-    std::vector<float> hidden(f.w + 16), active(f.w + 16);
-    for (int64_t i = edge(f.b, parts, p); i < edge(f.b, parts, p + 1); ++i) {
-      const int64_t row = order[i], leaf = f.leaf[row];
-      const W *w_in = static_cast<const W*>(f.w_in) + leaf * f.d * f.w, *w_out = static_cast<const W*>(f.w_out) + leaf * f.w * f.o;
-      const float* x = f.x + row * f.d;
-      std::fill(hidden.begin(), hidden.end(), 0.0f);
-      if (f.w == 1) {  // one hidden unit: its weights lie side by side
-        hidden[0] = dot(x, w_in, f.d);
-      } else {
-        for (int64_t c = 0; c < f.d; ++c) {
-          int64_t j = 0;
-          for (; j + kLanes <= f.w; j += kLanes) store(&hidden[j], load(&hidden[j]) + fill(x[c]) * load(w_in + c * f.w + j));
-          for (; j < f.w; ++j) hidden[j] += x[c] * scalar(w_in + c * f.w + j);
-        }
-      }
-      for (int64_t j = 0; j < f.w; ++j) {
-        if (f.in_scale) hidden[j] *= f.in_scale[leaf * f.w + j];
-        hidden[j] += f.b_in[leaf * f.w + j];
-      }
-      activate(f.activation, hidden.data(), active.data(), f.w);
-      if (f.out_scale)
-        for (int64_t j = 0; j < f.w; ++j) active[j] *= f.out_scale[leaf * f.w + j];
-      float* y = f.y + row * f.o;
-      const float* base = f.b_out + leaf * f.o;
-      if (f.w == 0) std::copy(base, base + f.o, y);
-      for (int64_t j = 0; j < f.w; j += kMaxSteps) {  // combine() adds at most kMaxSteps rows at once
-        const W* some[1][kMaxSteps];
-        const int64_t count = std::min<int64_t>(kMaxSteps, f.w - j);
-        for (int64_t i = 0; i < count; ++i) some[0][i] = w_out + (j + i) * f.o;
-        const float* weight = &active[j];
-        combine<1>(&y, &base, &weight, some, 0, count, f.o);
-        base = y;
-      }
-    }
-  };
-  for_each(pool, parts, leaves);
-}
-
-void leaf_forward(const LeafForward& f, Pool& pool) {
-  if (f.type == kFloat32) return leaf_forward_as<float>(f, pool);
-  if (f.type == kBfloat16) return leaf_forward_as<uint16_t>(f, pool);
-  leaf_forward_as<int8_t>(f, pool);
 }
 
 }  // namespace

@@ -1,0 +1,161 @@
+"""Trees whose inner nodes only decide and whose leaves hold neurons, with the remedies that make the leaves worth having.
+
+A layer is `m` trees of depth D, side by side and summed. A token goes down each: at node v it turns right if
+`node_w . x + node_bias > 0`, and after D decisions it has reached one of g = 2^D leaves, a small network of `w` neurons. In
+training as in inference a token uses one leaf of each tree, so that nothing has to harden. What keeps such trees from being
+useful, and what is done about it here:
+
+- *Decisions are uneven.* `evenness` turns a node's threshold against the side that gets more of its tokens, without a loss
+  that pulls at the weights (as DeepSeek-V3 balances its experts; Wang et al. 2024, arXiv 2408.15664).
+- *A decision has no gradient.* `path_gate` multiplies a leaf's output by a number that grows with the margins of the decisions
+  that led there, as a gate does in Switch; `straight_through` sends back the gradient of the soft mixture of all leaves.
+- *A leaf sees a g-th of the text.* `with_ancestors` adds to a leaf's weights those of the nodes above it, which learn from
+  all tokens that pass them. After training the sums can be stored, so that inference knows nothing of them.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ufbert.ops.dense import Activation
+
+
+class Path(NamedTuple):
+    """The way of b tokens down m trees."""
+
+    leaf: Int[Array, "b m"]
+    """The leaf reached, numbered by its path, the root's turn being the highest bit."""
+    nodes: Int[Array, "b m s"]
+    """The nodes that decided, root first, numbered as in a heap."""
+    logits: Float[Array, "b m s"]
+    """Their logits."""
+
+
+def node_logits(
+    x: Float[Array, "b d"], node_w: Float[Array, "m n d"], node_bias: Float[Array, "m n"]
+) -> Float[Array, "b m n"]:
+    """Compute the logit of every node, in float32. The threshold (`node_bias`) gets no gradient: `evenness` moves it."""
+    z = jnp.einsum("bd,mnd->bmn", x, node_w, precision=jax.lax.Precision.HIGHEST)
+    return z + jax.lax.stop_gradient(node_bias)[None]
+
+
+def descend(logits: Float[Array, "b m n"]) -> Path:
+    """Follow the logits of all n = 2^D - 1 nodes from the root to a leaf; right where a logit is above 0."""
+    b, m, n = logits.shape
+    node, nodes, path = jnp.zeros((b, m), jnp.int32), [], []
+    for _ in range((n + 1).bit_length() - 1):
+        z = jnp.take_along_axis(logits, node[..., None], axis=-1)[..., 0]
+        nodes.append(node)
+        path.append(z)
+        node = 2 * node + 1 + (z > 0)
+    if not nodes:
+        return Path(node, jnp.zeros((b, m, 0), jnp.int32), jnp.zeros((b, m, 0), logits.dtype))
+    return Path(node - n, jnp.stack(nodes, -1), jnp.stack(path, -1))
+
+
+def path_gate(path: Path) -> Float[Array, "b m"]:
+    """Compute the mean over a path's decisions of 2 sigmoid(|logit|): from 1, all undecided, to 2, all certain."""
+    if path.logits.shape[-1] == 0:
+        return jnp.ones(path.leaf.shape)
+    return jnp.mean(2.0 * jax.nn.sigmoid(jnp.abs(path.logits)), axis=-1)
+
+
+def hashed_leaves(ids: Int[Array, " b"], m: int, g: int) -> Int[Array, "b m"]:
+    """Choose a leaf of each of m trees by the token alone: MurmurHash3's finalizer of id * m + tree, modulo g."""
+    bits = (ids[:, None] * m + jnp.arange(m)[None]).astype(jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return ((bits ^ (bits >> 16)) % jnp.uint32(g)).astype(jnp.int32)
+
+
+def leaf_shares(logits: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
+    """Compute 1 for the leaf that a token reaches and 0 for the others, with the gradient of the soft mixture.
+
+    In that mixture node v sends sigmoid(logit) of a token right, and a leaf's share is the product along its path.
+    """
+    soft = jax.nn.sigmoid(logits)
+    right = (logits > 0).astype(soft.dtype) + soft - jax.lax.stop_gradient(soft)
+    b, m, n = logits.shape
+    shares = jnp.ones((b, m, 1), soft.dtype)
+    for level in range((n + 1).bit_length() - 1):
+        turn = right[..., 2**level - 1 : 2 ** (level + 1) - 1]
+        shares = jnp.stack([shares * (1 - turn), shares * turn], axis=-1).reshape(b, m, 2 ** (level + 1))
+    return shares
+
+
+def evenness(path: Path, node_bias: Float[Array, "m n"], real: Bool[Array, " b"] | None = None) -> Float[Array, ""]:
+    """Return 0, with a gradient for every threshold: its tokens that turn right less those that turn left, over both.
+
+    An optimizer that goes against it makes the fuller side smaller. Adam, which divides a gradient by its size, moves a
+    threshold by about the learning rate an update while its node is uneven, and hardly once the sign changes often.
+    """
+    rows = jnp.ones(path.leaf.shape[:1]) if real is None else real.astype(jnp.float32)
+    tree = jnp.broadcast_to(jnp.arange(path.nodes.shape[1])[None, :, None], path.nodes.shape)
+
+    def by_node(values: Float[Array, "b m s"]) -> Float[Array, "m n"]:
+        return jnp.zeros(node_bias.shape).at[tree, path.nodes].add(values * rows[:, None, None])
+
+    turns = by_node(jnp.where(path.logits > 0, 1.0, -1.0)) / jnp.maximum(by_node(jnp.ones_like(path.logits)), 1.0)
+    return jnp.sum(jax.lax.stop_gradient(turns) * (node_bias - jax.lax.stop_gradient(node_bias)))
+
+
+def with_ancestors(leaves: Float[Array, "m g *shape"], above: list[Array]) -> Float[Array, "m g *shape"]:
+    """Add to each leaf's weights those of its ancestors: `above[i]` is (m, 2^level, *shape) of some level."""
+    for weights in above:
+        leaves = leaves + jnp.repeat(weights, leaves.shape[1] // weights.shape[1], axis=1)
+    return leaves
+
+
+def folded(params: Mapping[str, Any], side: str) -> Float[Array, "m g a b"]:
+    """Return the weights of a layer's leaves, of their `side` "in" (d, w) or "out" (w, d), with their ancestors' added."""
+    above = [params[name] for name in sorted(params) if re.fullmatch(rf"level_\d+_{side}", name)]
+    return with_ancestors(jnp.asarray(params[f"leaf_{side}"]), above)
+
+
+def masked(
+    x: Float[Array, "b d"],
+    shares: Float[Array, "b m g"],
+    w_in: Float[Array, "m g d w"],
+    w_out: Float[Array, "m g w o"],
+    activation: Activation,
+) -> Float[Array, "b o"]:
+    """Compute the sum over trees and leaves of share * activation(x w_in) w_out, from all neurons."""
+    m, g, d, w = w_in.shape
+    hidden = activation(x @ jnp.moveaxis(w_in, 2, 0).reshape(d, m * g * w))
+    hidden = hidden.reshape(-1, m, g, w) * shares[..., None].astype(hidden.dtype)
+    return hidden.reshape(-1, m * g * w) @ w_out.reshape(m * g * w, -1)
+
+
+def grouped(
+    x: Float[Array, "b d"],
+    leaf: Int[Array, "b m"],
+    gate: Float[Array, "b m"],
+    w_in: Float[Array, "m g d w"],
+    w_out: Float[Array, "m g w o"],
+    activation: Activation,
+) -> Float[Array, "b o"]:
+    """Compute the sum over trees of gate * activation(x w_in) w_out of the leaf reached, from those leaves alone.
+
+    Pairs of a token and a tree are sorted by leaf and cut into blocks of one leaf each. A leaf wastes less than one block, so
+    the number of blocks is static however uneven the leaves are, and no token is dropped.
+    """
+    (b, m), (g, d, w) = leaf.shape, w_in.shape[1:]
+    group, n = (leaf + g * jnp.arange(m)[None]).reshape(-1), b * m
+    block = min(64, max(4, 1 << (max(1, b // g) - 1).bit_length()))
+    n_blocks = n // block + m * g
+    counts = jnp.zeros((m * g,), jnp.int32).at[group].add(1)
+    blocks = -(-counts // block)
+    order = jnp.argsort(group, stable=True)
+    rank = jnp.arange(n) - (jnp.cumsum(counts) - counts)[group[order]]  # a pair's place among those of its leaf
+    slot = ((jnp.cumsum(blocks) - blocks) * block)[group[order]] + rank
+    owner = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(n_blocks), side="right"), m * g - 1)
+    place = jnp.zeros((n,), jnp.int32).at[order].set(slot)  # of every pair
+    token = jnp.full((n_blocks * block,), b, jnp.int32).at[slot].set(order // m)  # in every place; b for none
+    tiles = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(n_blocks, block, d)
+    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, w_in.reshape(m * g, d, w)[owner]))
+    y = jnp.einsum("nbw,nwo->nbo", hidden, w_out.reshape(m * g, w, -1)[owner]).reshape(n_blocks * block, -1)
+    return jnp.einsum("bmo,bm->bo", y[place].reshape(b, m, -1), gate.astype(y.dtype))
