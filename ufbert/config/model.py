@@ -53,8 +53,9 @@ class ModelConfig:
     """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
     the bottom up."""
     feedforward: tuple[str, ...] = ("glu",)
-    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward), switch
-    (experts) or one of your own (docs/layers.md); a shorter tuple is repeated from the bottom up."""
+    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward),
+    routed_tree (trees with neurons in their leaves), switch (experts) or one of your own (docs/layers.md); a shorter tuple
+    is repeated from the bottom up."""
     d_hidden: Size = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
     activation: ActivationName = "gelu"
@@ -62,8 +63,8 @@ class ModelConfig:
     n_trees: Size = 1
     """K of a KxD tree layer: trees that run side by side and are summed."""
     tree_depth: Annotated[int, Meta(ge=0, le=20)] = 11
-    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree: the D decisions
-    above its 2^D leaves."""
+    """D of a KxD tree layer: a token visits D+1 of the 2^(D+1)-1 nodes of each tree. Of a leaf_tree or routed_tree: the D
+    decisions above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
     """Backend of tree layers; all give the same numbers in float32. native: C++ kernels for CPUs, compiled by the
     system's compiler when first used. auto: native on a CPU; without a compiler, and on a GPU, gather, or masked if the trees
@@ -77,7 +78,7 @@ class ModelConfig:
     tree_balance: NotNegative = 0.0
     """Weight of a loss that asks every node (tree) or leaf (leaf_tree) to be used alike. The paper has none."""
     leaf_width: Size = 32
-    """Neurons in each leaf of a leaf_tree."""
+    """Neurons in each leaf of a leaf_tree or routed_tree."""
     leaf_training: Literal["soft", "hard"] = "soft"
     """Training of a leaf_tree: a soft mixture of all leaves, or one leaf a token with a straight-through gradient."""
     leaf_hardening: NotNegative = 0.0
@@ -90,7 +91,8 @@ class ModelConfig:
     leaf_leak: Share = 0.0
     """Chance, in training, that a node of a leaf_tree swaps its children for a token (region leak)."""
     master_leaf: SizeOrNone = 0
-    """Neurons of a leaf that every token uses beside its own (Charalampopoulos et al. 2024); 0 for none."""
+    """Neurons of a leaf that every token uses beside its own (leaf_tree: Charalampopoulos et al. 2024; routed_tree: as
+    DeepSeekMoE's shared experts, Dai et al. 2024, arXiv 2401.06066); 0 for none."""
     tree_gate: Literal["none", "path", "through"] = "path"
     """What lets a routed_tree's decisions learn: path multiplies a leaf's output by a number that grows with the margins of
     the decisions on its path; through sends back the gradient of a soft mixture; none leaves them as they start."""

@@ -164,7 +164,12 @@ def _resampled(kinds: tuple[Any, ...], n_layers: int) -> tuple[Any, ...]:
 
 
 def _scaled_depth(model: ModelConfig, n_trees: int, max_nodes: int) -> int:
-    """Return the depth of the deepest tree of at most `max_nodes` neurons. A leaf tree's neurons are those of its leaves."""
+    """Return the depth of the deepest tree of at most `max_nodes` neurons. A leaf tree's neurons are those of its leaves.
+
+    A routed tree's are those and its decisions, of all its trees, and those that every token uses.
+    """
+    if "routed_tree" in model.feedforward:
+        return max(0, (max(0, max_nodes - model.master_leaf) // (n_trees * (model.leaf_width + 1))).bit_length() - 1)
     if "leaf_tree" not in model.feedforward:
         return deepest_tree(n_trees, max_nodes)
     return max(0, (max_nodes // model.leaf_width).bit_length() - 1)
