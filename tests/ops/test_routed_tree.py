@@ -133,6 +133,20 @@ def test_straight_through_is_the_leaf_in_value_and_the_mixture_in_gradient():
     assert float(jnp.abs(jax.grad(loss)(node_w)).max()) > 1e-3
 
 
+def test_annealed_shares_are_soft_at_first_and_hard_from_their_time_on():
+    x, node_w, node_b, *_ = draw(40, 2, 3, 4, 8)
+    logits = routed_tree.node_logits(x, node_w, node_b)
+    hard = jax.nn.one_hot(routed_tree.descend(logits).leaf, 8)
+    gaps = []
+    for progress in (0.0, 0.35, 0.6, 0.7, 1.0):
+        shares = routed_tree.annealed_shares(logits, progress, 0.7)
+        np.testing.assert_allclose(shares.sum(-1), 1.0, rtol=1e-5)
+        gaps.append(float(jnp.abs(shares - hard).mean()))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 0.1
+    assert gaps[-1] < 0.01
+
+
 def test_weights_of_ancestors_are_added_to_their_leaves():
     leaves = jnp.arange(8.0).reshape(1, 8, 1)
     above = [jnp.array([[[100.0]]]), jnp.array([[[1000.0], [2000.0], [3000.0], [4000.0]]])]

@@ -93,9 +93,12 @@ class ModelConfig:
     master_leaf: SizeOrNone = 0
     """Neurons of a leaf that every token uses beside its own (leaf_tree: Charalampopoulos et al. 2024; routed_tree: as
     DeepSeekMoE's shared experts, Dai et al. 2024, arXiv 2401.06066); 0 for none."""
-    tree_gate: Literal["none", "path", "through"] = "path"
+    tree_gate: Literal["none", "path", "through", "anneal"] = "path"
     """What lets a routed_tree's decisions learn: path multiplies a leaf's output by a number that grows with the margins of
-    the decisions on its path; through sends back the gradient of a soft mixture; none leaves them as they start."""
+    the decisions on its path; through sends back the gradient of a soft mixture of all leaves; anneal trains such a mixture,
+    which hardens; none leaves them as they start."""
+    tree_harden: Share = 0.7
+    """Share of the budget after which an annealed routed_tree is hard."""
     tree_even: NotNegative = 1e-3
     """Size of the gradient that moves a routed_tree's thresholds towards an even split, before Adam divides by it: any
     number above 0 that is small beside other gradients will do. 0 leaves the thresholds at 0."""

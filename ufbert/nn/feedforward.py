@@ -170,8 +170,11 @@ class RoutedTreeFeedForward(nn.Module):
             logits = routed_tree.node_logits(rows, node, node_bias)
             path = routed_tree.descend(logits)
             leaf = path.leaf
-            if cfg.tree_gate == "through" and context.training:
-                y = routed_tree.masked(rows.astype(dtype), routed_tree.leaf_shares(logits), w_in, w_out, activation)
+            if cfg.tree_gate in ("through", "anneal") and context.training:
+                shares = routed_tree.leaf_shares(logits)
+                if cfg.tree_gate == "anneal":
+                    shares = routed_tree.annealed_shares(logits, context.progress, cfg.tree_harden)
+                y = routed_tree.masked(rows.astype(dtype), shares, w_in, w_out, activation)
             else:
                 gate = routed_tree.path_gate(path) if cfg.tree_gate == "path" else jnp.ones(leaf.shape)
                 y = routed_tree.grouped(rows.astype(dtype), leaf, gate, w_in, w_out, activation)

@@ -175,7 +175,7 @@ def _routed_tree_flops(config: ModelConfig, use: Use) -> int:
     """One leaf a tree, but all of them where training sends the gradient of their mixture back; and its decisions."""
     leaves = 2**config.tree_depth
     decisions = _routed_tree_decisions(config, use)
-    used = leaves if use.training and config.tree_gate == "through" else 1
+    used = leaves if use.training and config.tree_gate in ("through", "anneal") else 1
     return 2 * config.d_model * (decisions + 2 * config.n_trees * used * config.leaf_width + 2 * config.master_leaf)
 
 

@@ -8,7 +8,8 @@ useful, and what is done about it here:
 - *Decisions are uneven.* `evenness` turns a node's threshold against the side that gets more of its tokens, without a loss
   that pulls at the weights (as DeepSeek-V3 balances its experts; Wang et al. 2024, arXiv 2408.15664).
 - *A decision has no gradient.* `path_gate` multiplies a leaf's output by a number that grows with the margins of the decisions
-  that led there, as a gate does in Switch; `straight_through` sends back the gradient of the soft mixture of all leaves.
+  that led there, as a gate does in Switch; `leaf_shares` sends back the gradient of the soft mixture of all leaves;
+  `annealed_shares` are that mixture, which hardens while it is trained.
 - *A leaf sees a g-th of the text.* `with_ancestors` adds to a leaf's weights those of the nodes above it, which learn from
   all tokens that pass them. After training the sums can be stored, so that inference knows nothing of them.
 """
@@ -78,9 +79,24 @@ def leaf_shares(logits: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
     In that mixture node v sends sigmoid(logit) of a token right, and a leaf's share is the product along its path.
     """
     soft = jax.nn.sigmoid(logits)
-    right = (logits > 0).astype(soft.dtype) + soft - jax.lax.stop_gradient(soft)
-    b, m, n = logits.shape
-    shares = jnp.ones((b, m, 1), soft.dtype)
+    return _products((logits > 0).astype(soft.dtype) + soft - jax.lax.stop_gradient(soft))
+
+
+def annealed_shares(
+    logits: Float[Array, "b m n"], progress: Float[Array, ""] | float, until: float
+) -> Float[Array, "b m g"]:
+    """Compute every leaf's share of a mixture that hardens: node v sends sigmoid(logit / (1 - progress / until)) right.
+
+    From the share `until` of the budget on, a token is all but wholly in the leaf that it reaches.
+    """
+    left = jnp.maximum(1e-3, 1.0 - progress / max(until, 1e-6))
+    return _products(jax.nn.sigmoid(logits / left))
+
+
+def _products(right: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
+    """Multiply the shares along every path, from those that nodes send right."""
+    b, m, n = right.shape
+    shares = jnp.ones((b, m, 1), right.dtype)
     for level in range((n + 1).bit_length() - 1):
         turn = right[..., 2**level - 1 : 2 ** (level + 1) - 1]
         shares = jnp.stack([shares * (1 - turn), shares * turn], axis=-1).reshape(b, m, 2 ** (level + 1))
