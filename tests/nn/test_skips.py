@@ -9,6 +9,7 @@ import pytest
 
 from ufbert import nn
 from ufbert.config import ModelConfig, PretrainConfig, RunConfig
+from ufbert.config.presets import load_preset, scaled
 from ufbert.cost.flops import forward_flops_per_token
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.errors import UserError
@@ -83,6 +84,12 @@ def test_value_embeddings_are_added_to_the_values_of_the_layers_from_outside_in(
     params["encoder"]["value_embeddings"]["tables"] = other  # of one token, which other rows may lack
     moved = np.abs(hidden(config, params) - found).max(axis=(1, 2)) > 1e-4
     assert moved.tolist() == (IDS[0, 3] == IDS).any(axis=1).tolist()
+
+
+def test_a_scale_has_as_many_tables_as_its_layers_have_places_for():
+    preset = load_preset("crammed_bert")
+    preset = replace(preset, model=replace(preset.model, unet_skips=True, value_embeddings=8))
+    assert [scaled(preset, scale).model.value_embeddings for scale in ("tiny", "mini", "base")] == [1, 2, 8]
 
 
 @pytest.mark.parametrize(

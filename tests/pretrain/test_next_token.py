@@ -25,8 +25,8 @@ from ufbert.runtime.metrics import read_records
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 MODEL = ModelConfig(
-    vocab_size=30, max_len=12, d_model=16, n_layers=3, n_heads=2, d_hidden=12, init_std=0.3, positions="rotary",
-    feedforward=("glu", "tree", "dense"), tree_depth=2, unet_skips=True, value_embeddings=2, tree_backend="gather",
+    vocab_size=30, max_len=12, d_model=16, n_layers=2, n_heads=2, d_hidden=12, init_std=0.3, positions="rotary",
+    feedforward=("glu", "tree"), tree_depth=2, unet_skips=True, value_embeddings=1, tree_backend="gather",
 )  # fmt: skip
 RUN = RunConfig(MODEL, PretrainConfig(batch_rows=2, micro_rows=2), replace(RunConfig().data, seq_len=12))
 ROWS = jnp.array([[CLS, 7, 8, 9, SEP, CLS, 10, 11, 12, 13, SEP, CLS], [5, 6, 7, SEP, CLS, 8, 9, 10, 11, 12, 13, 14]])
@@ -62,11 +62,12 @@ def test_every_ordinary_token_is_predicted_from_the_one_before_it_or_a_share_of_
         assert one.labels.tolist() == jnp.take_along_axis(ROWS, one.positions + 1, axis=1).tolist()
 
 
-def test_the_step_lowers_the_loss_that_is_counted_and_leaves_the_evaluation_as_it_is():
+def test_the_step_lowers_the_loss_that_is_counted():
     steps, state = build_steps(RUN, SpecialIds(PAD, UNK, CLS, SEP, MASK)), init_state(RUN, jax.random.key(0))
     inputs = StepInputs(jnp.float32(2e-2), jnp.float32(0.5), jnp.float32(0.25), jnp.int32(2))
     segments = 1 + jnp.cumsum(ROWS == CLS, axis=1)
-    hidden, _ = nn.encode(state.params, replace(MODEL, dropout=0.0), ROWS, segments, causal=True)
+    encode = jax.jit(nn.encode, static_argnames=("config", "causal"))
+    hidden, _ = encode(state.params, MODEL, ROWS, segments, causal=True)
     log_p = np.asarray(jax.nn.log_softmax(nn.masked_lm_logits(state.params, MODEL, hidden)))
     pairs = [(row, i) for row in (0, 1) for i in range(11) if ROWS[row, i + 1] not in (PAD, CLS, SEP)]
     wanted = -sum(float(log_p[row, i, ROWS[row, i + 1]]) for row, i in pairs)
@@ -78,8 +79,6 @@ def test_the_step_lowers_the_loss_that_is_counted_and_leaves_the_evaluation_as_i
     assert losses[0] == pytest.approx(wanted, rel=1e-5)
     assert float(sums.count) == len(pairs)
     assert losses[-1] < 0.5 * losses[0]
-    masked, _ = steps.heldout_sums(state.params, ROWS, jax.random.key(1))
-    assert float(masked.count) == 2 * 3  # a quarter of each row
 
 
 def test_stages_follow_the_budget():

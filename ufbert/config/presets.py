@@ -94,10 +94,11 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
     """Return `config` at another size: the same architecture and recipe in fewer and narrower layers. `base` changes nothing.
 
     Hidden widths keep their ratio to `d_model`, and heads stay 64 wide. Trees get the deepest D whose nodes number at most
-    4 * d_model in all. Weights start at 1 / sqrt(d_model), so that narrow layers do not start out silent. Models that read
-    rows of any length read short pieces in the first quarter of the budget. The position scalar learns at a hundredth of the
-    rate: Adam would move it by the full rate, and at these rates positions would vanish before attention learns to use them.
-    Classifiers read the mean of the tokens.
+    4 * d_model in all. Value embeddings keep the tables that fewer layers have places for. Weights start at
+    1 / sqrt(d_model), so that narrow layers do not start out silent. Models that read rows of any length read short pieces in
+    the first quarter of the budget. The position scalar learns at a hundredth of the rate: Adam would move it by the full
+    rate, and at these rates positions would vanish before attention learns to use them. Classifiers read the mean of the
+    tokens.
     """
     if scale == "base":
         return config
@@ -117,6 +118,7 @@ def scaled(config: RunConfig, scale: Scale) -> RunConfig:
             feedforward=_resampled(model.feedforward, size.n_layers),
             d_hidden=max(1, model.d_hidden * size.d_model // model.d_model),
             n_trees=n_trees,
+            value_embeddings=min(model.value_embeddings, (size.n_layers + 1) // 2),
             pooling="mean",
             tree_depth=_scaled_depth(model, n_trees, 4 * size.d_model),
             pooler_width=max(1, model.pooler_width * size.d_model // model.d_model),
