@@ -35,6 +35,11 @@ def activation_name(activation: Activation) -> str:
     raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
 
 
+def settled(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x. XLA on a CPU then computes it once, instead of again inside each of its uses."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
 @jax.custom_vjp
 def product(x: Float[Array, "*rows d"], w: Float[Array, "d f"]) -> Float[Array, "*rows f"]:
     """Compute x w, in the type of its arguments, with gradients that a CPU computes well."""
@@ -47,15 +52,44 @@ def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    # Without the barrier XLA on a CPU fuses what leads to dy (a GELU's derivative, say) into each of the two products and so
-    # computes it twice, the second time against the grain of memory. That was 40 % of a training step.
-    dy = jax.lax.platform_dependent(dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
+    # Unsettled, what leads to dy (a GELU's derivative, say) would be fused into each of the two products and so be computed
+    # twice, the second time against the grain of memory. That was 40 % of a training step.
+    dy = settled(dy)
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
     dw = jax.lax.dot_general(x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1]), (((0,), (0,)), ((), ())))
     return dx, dw
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def token_logits(x: Float[Array, "*rows d"], embedding: Float[Array, "v d"]) -> Float[Array, "*rows v"]:
+    """Compute x embedding^T in float32, with gradients that a CPU computes well."""
+    return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _token_logits_forward(x: Array, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
+    return token_logits(x, embedding), (x, embedding)
+
+
+def _token_logits_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, embedding = saved
+    dy = settled(dy)
+    dx = jax.lax.dot_general(dy, embedding, (((dy.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype)
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+
+    def first(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=embedding.dtype)
+
+    # XLA on a CPU would transpose dy, the largest array of a step, so there the product is turned over instead.
+    dw = jax.lax.platform_dependent(
+        x, dy, cpu=lambda x, dy: settled(first(x, dy)).T, default=lambda x, dy: first(dy, x)
+    )
+    return dx, dw
+
+
+token_logits.defvjp(_token_logits_forward, _token_logits_backward)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.ops.dense import dropout as drop
+from ufbert.ops.dense import settled
 
 
 def attention_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
@@ -69,7 +70,7 @@ def rotate(x: Float[Array, "b t h k"], position_ids: Int[Array, "#b t"], base: f
     half = x.shape[-1] // 2
     rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_ids[:, :, None, None].astype(jnp.float32) * rate[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = settled(jnp.cos(angle)), settled(jnp.sin(angle))  # else computed for every row and head, at each use
     # RoFormer pairs neighbouring channels; pairing i with i + k/2 is the layout of Hugging Face's checkpoints.
     left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
