@@ -12,15 +12,16 @@ N = 1 << 18
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("f", [5, 9])  # narrower and wider than x
 @pytest.mark.parametrize(("ours", "formula"), [(product, "btd,df->btf"), (token_logits, "btd,fd->btf")])
-def test_a_product_and_its_gradients_are_those_of_the_formula(ours, formula, dtype):
-    x, w, dy = (jax.random.normal(jax.random.key(i), (2, 5, 7)).astype(dtype) for i in range(3))
-    w = w[0].T if ours is product else w[0]
+def test_a_product_and_its_gradients_are_those_of_the_formula(ours, formula, f, dtype):
+    shapes = (2, 5, 7), (7, f) if ours is product else (f, 7), (2, 5, f)
+    x, w, dy = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes))
     wide = jnp.float32 if ours is token_logits else dtype
 
     def found_and_gradients(f):
         y, back = jax.vjp(f, x, w)
-        return y, *back(jnp.ones_like(y) * dy[..., :5].astype(y.dtype))
+        return y, *back(dy.astype(y.dtype))
 
     found = jax.jit(lambda: found_and_gradients(ours))()
     wanted = jax.jit(lambda: found_and_gradients(lambda x, w: jnp.einsum(formula, x, w, preferred_element_type=wide)))()

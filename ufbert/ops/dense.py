@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Activation = Callable[[Array], Array]
@@ -40,6 +41,26 @@ def settled(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
+def rows_product(x: Float[Array, "r a"], y: Float[Array, "r b"], dtype: jnp.dtype) -> Float[Array, "a b"]:
+    """Compute x^T y, the sum over rows that is the gradient of a matrix."""
+
+    def plain(x: Array, y: Array) -> Array:
+        return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    def on_cpu(x: Array, y: Array) -> Array:
+        # XLA on a CPU turns a matrix over within the product: slowly if it is the wider one, and it knows no such product of
+        # bfloat16. So the narrower one is turned over before.
+        if x.shape[1] > y.shape[1]:
+            return _row_major(on_cpu(y, x)).T
+        return jax.lax.dot_general(_row_major(x.T), y, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=plain)
+
+
+def _row_major(x: Array) -> Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 @jax.custom_vjp
 def product(x: Float[Array, "*rows d"], w: Float[Array, "d f"]) -> Float[Array, "*rows f"]:
     """Compute x w, in the type of its arguments, with gradients that a CPU computes well."""
@@ -56,8 +77,7 @@ def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
     # twice, the second time against the grain of memory. That was 40 % of a training step.
     dy = settled(dy)
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    dw = jax.lax.dot_general(x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1]), (((0,), (0,)), ((), ())))
-    return dx, dw
+    return dx, rows_product(x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1]), w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -75,18 +95,9 @@ def _token_logits_forward(x: Array, embedding: Array) -> tuple[Array, tuple[Arra
 
 def _token_logits_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, embedding = saved
-    dy = settled(dy)
-    dx = jax.lax.dot_general(dy, embedding, (((dy.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype)
-    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-
-    def first(a: Array, b: Array) -> Array:
-        return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=embedding.dtype)
-
-    # XLA on a CPU would transpose dy, the largest array of a step, so there the product is turned over instead.
-    dw = jax.lax.platform_dependent(
-        x, dy, cpu=lambda x, dy: settled(first(x, dy)).T, default=lambda x, dy: first(dy, x)
-    )
-    return dx, dw
+    dy = settled(dy.astype(x.dtype))
+    dx = jax.lax.dot_general(dy, embedding, (((dy.ndim - 1,), (0,)), ((), ())))
+    return dx, rows_product(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), embedding.dtype)
 
 
 token_logits.defvjp(_token_logits_forward, _token_logits_backward)
