@@ -52,7 +52,9 @@ def rows_product(x: Float[Array, "r a"], y: Float[Array, "r b"], dtype: jnp.dtyp
         # bfloat16. So the narrower one is turned over before.
         if x.shape[1] > y.shape[1]:
             return _row_major(on_cpu(y, x)).T
-        return jax.lax.dot_general(_row_major(x.T), y, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+        return jax.lax.dot_general(
+            _row_major(jax.lax.optimization_barrier(x).T), y, (((1,), (0,)), ((), ())), preferred_element_type=dtype
+        )
 
     return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=plain)
 
