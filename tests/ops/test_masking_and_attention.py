@@ -94,6 +94,22 @@ def test_visibility_is_the_own_document_and_never_padding():
     np.testing.assert_array_equal(visible, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("segments", [None, [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]])
+def test_attention_and_its_gradients_are_those_of_jax(segments, dtype):
+    mask = None if segments is None else attention_mask(jnp.array(segments))
+    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 3, 6, 2, 4)).astype(dtype)
+
+    def output_and_gradients(implementation):
+        y, back = jax.vjp(lambda *qkv: attention(*qkv, mask, implementation=implementation), q, k, v)
+        return y, *back(dy)
+
+    for found, wanted in zip(*(output_and_gradients(i) for i in (None, "xla")), strict=True):
+        assert found.dtype == wanted.dtype
+        close = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        np.testing.assert_allclose(np.float32(found), np.float32(wanted), **close)
+
+
 def test_dropout_attention_equals_attention_in_the_mean():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
     exact = attention(q, k, v)

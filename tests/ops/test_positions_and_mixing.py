@@ -35,6 +35,21 @@ def test_rotation_keeps_lengths_and_position_zero():
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])
 
 
+def test_the_gradient_of_a_rotation_is_that_of_its_formula():
+    x, dy = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8))
+    position_ids = jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]])
+    angle = jnp.einsum("bt,r->btr", position_ids, 1e4 ** (-jnp.arange(4) / 4))[:, :, None]
+
+    def formula(x):
+        turned = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(1j * angle)
+        return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+    for found, wanted in zip(
+        *(jax.vjp(f, x)[1](dy) for f in (lambda x: rotate(x, position_ids, 1e4), formula)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_fourier_mixing_is_the_transform_written_out():
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 6, 8)), np.float64)
     t, d = (np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n) for n in (6, 8))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ufbert import nn
@@ -22,6 +23,7 @@ from ufbert.pretrain.optim import (
     group,
     groups,
     make_optimizer,
+    orthogonalised,
 )
 from ufbert.pretrain.resolve import with_batch
 from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_step
@@ -189,6 +191,15 @@ def test_muon_orthogonalises_each_matrix_apart_at_the_size_of_adamw():
         assert 0.3 < values.min() < values.max() < 1.4
         assert 0.1 < float(jnp.sqrt(jnp.mean(kernel**2))) < 0.25
     np.testing.assert_allclose(np.abs(found["encoder"]["embeddings"]["tokens"]), 1.0, rtol=1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (3, 8, 8)])
+def test_newton_schulz_is_the_one_of_optax(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    axes = optax.contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1)
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=axes)
+    wanted, _ = muon.update(x, muon.init(x))
+    np.testing.assert_allclose(orthogonalised(x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)), wanted, atol=2e-5)
 
 
 def test_the_average_of_past_weights_is_the_power_profile():

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.config import ModelConfig
 from ufbert.nn.layers import compute_dtype, dense, layer_norm
-from ufbert.ops.dense import ACTIVATIONS, dropout
+from ufbert.ops.dense import ACTIVATIONS, dropout, token_logits
 
 
 class MaskedLMHead(nn.Module):
@@ -25,9 +25,7 @@ class MaskedLMHead(nn.Module):
         decoder = token_embedding
         if not cfg.tie_head:
             decoder = self.param("decoder", nn.initializers.zeros, token_embedding.shape)
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden.astype(dtype), decoder.astype(dtype), preferred_element_type=jnp.float32
-        )
+        logits = token_logits(hidden.astype(dtype), decoder.astype(dtype))
         if cfg.head_bias:
             bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
             logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Activation = Callable[[Array], Array]
@@ -35,6 +36,33 @@ def activation_name(activation: Activation) -> str:
     raise ValueError(f"the native kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}")
 
 
+def settled(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x. XLA on a CPU then computes it once, instead of again inside each of its uses."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def rows_product(x: Float[Array, "r a"], y: Float[Array, "r b"], dtype: jnp.dtype) -> Float[Array, "a b"]:
+    """Compute x^T y, the sum over rows that is the gradient of a matrix."""
+
+    def plain(x: Array, y: Array) -> Array:
+        return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    def on_cpu(x: Array, y: Array) -> Array:
+        # XLA on a CPU turns a matrix over within the product: slowly if it is the wider one, and it knows no such product of
+        # bfloat16. So the narrower one is turned over before.
+        if x.shape[1] > y.shape[1]:
+            return _row_major(on_cpu(y, x)).T
+        return jax.lax.dot_general(
+            _row_major(jax.lax.optimization_barrier(x).T), y, (((1,), (0,)), ((), ())), preferred_element_type=dtype
+        )
+
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=plain)
+
+
+def _row_major(x: Array) -> Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 @jax.custom_vjp
 def product(x: Float[Array, "*rows d"], w: Float[Array, "d f"]) -> Float[Array, "*rows f"]:
     """Compute x w, in the type of its arguments, with gradients that a CPU computes well."""
@@ -47,15 +75,34 @@ def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    # Without the barrier XLA on a CPU fuses what leads to dy (a GELU's derivative, say) into each of the two products and so
-    # computes it twice, the second time against the grain of memory. That was 40 % of a training step.
-    dy = jax.lax.platform_dependent(dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
+    # Unsettled, what leads to dy (a GELU's derivative, say) would be fused into each of the two products and so be computed
+    # twice, the second time against the grain of memory. That was 40 % of a training step.
+    dy = settled(dy)
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    dw = jax.lax.dot_general(x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1]), (((0,), (0,)), ((), ())))
-    return dx, dw
+    return dx, rows_product(x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1]), w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def token_logits(x: Float[Array, "*rows d"], embedding: Float[Array, "v d"]) -> Float[Array, "*rows v"]:
+    """Compute x embedding^T in float32, with gradients that a CPU computes well."""
+    return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _token_logits_forward(x: Array, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
+    return token_logits(x, embedding), (x, embedding)
+
+
+def _token_logits_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, embedding = saved
+    dy = settled(dy.astype(x.dtype))
+    dx = jax.lax.dot_general(dy, embedding, (((dy.ndim - 1,), (0,)), ((), ())))
+    return dx, rows_product(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), embedding.dtype)
+
+
+token_logits.defvjp(_token_logits_forward, _token_logits_backward)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:

@@ -1,13 +1,33 @@
-"""Dropout: the right share, nothing predictable from entry to entry or key to key, and no cost without a key."""
+"""Products have the gradients of the plain formula. Dropout: the right share, nothing predictable from entry to entry or key to
+key, and no cost without a key."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ufbert.ops.dense import dropout, keep_mask
+from ufbert.ops.dense import dropout, keep_mask, product, token_logits
 
 N = 1 << 18
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("f", [5, 9])  # narrower and wider than x
+@pytest.mark.parametrize(("ours", "formula"), [(product, "btd,df->btf"), (token_logits, "btd,fd->btf")])
+def test_a_product_and_its_gradients_are_those_of_the_formula(ours, formula, f, dtype):
+    shapes = (2, 5, 7), (7, f) if ours is product else (f, 7), (2, 5, f)
+    x, w, dy = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes))
+    wide = jnp.float32 if ours is token_logits else dtype
+
+    def found_and_gradients(f):
+        y, back = jax.vjp(f, x, w)
+        return y, *back(dy.astype(y.dtype))
+
+    found = jax.jit(lambda: found_and_gradients(ours))()
+    wanted = jax.jit(lambda: found_and_gradients(lambda x, w: jnp.einsum(formula, x, w, preferred_element_type=wide)))()
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5 if dtype == jnp.float32 else 2e-2, atol=1e-5)
 
 
 def masks(n, share=0.9, shape=(N,)):
