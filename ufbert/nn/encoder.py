@@ -87,9 +87,7 @@ class Encoder(nn.Module):
         mask = None if segment_ids is None else attention_mask(segment_ids)
         if causal:
             mask = causal_mask(*ids.shape) if mask is None else mask & causal_mask(*ids.shape)
-        context = Context(
-            mask, segment_ids, real, position_ids, not deterministic, progress, statistics, ids=ids
-        )
+        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics, ids=ids)
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         near = Ngrams(cfg, name="ngrams")(ids, segment_ids, ngrams, causal) if cfg.ngram_rows else None
