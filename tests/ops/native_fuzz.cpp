@@ -13,6 +13,7 @@
 extern "C" int ufbert_forward(const Forward*, int64_t threads);
 extern "C" int ufbert_backward(const Backward*, int64_t threads);
 extern "C" int ufbert_leaf_forward(const LeafForward*, int64_t threads);
+extern "C" int ufbert_routed_forward(const RoutedForward*, int64_t threads);
 
 // ---- the uniform-node tree ----
 
@@ -252,6 +253,74 @@ void fuzz_leaf(Random& random, LeafTree& t) {
   }
 }
 
+// ---- routed trees ----
+
+struct RoutedTrees {
+  int64_t b, m, g, w, d;
+  Activation activation;
+  bool gated;
+  Array<float> x, node_w, node_b;
+  Weights w_in, w_out;
+  Array<float> y;
+
+  RoutedTrees(Random& random, int64_t b, int64_t m, int64_t depth, int64_t w, int64_t d, Type type)
+      : b(b), m(m), g(int64_t(1) << depth), w(w), d(d), activation(Activation(random.in(0, 3))), gated(random.chance(50)),
+        x(draw_inputs(random, b, d, false)),
+        node_w(draw(random, m * (g - 1) * d, 1.0f / std::sqrt(float(d)))),
+        node_b(draw(random, m * (g - 1), random.chance(25) ? 0.0f : 0.3f)),
+        w_in(random, type, m * g * w, d, m * g * w, 1.0f / std::sqrt(float(d)), false),
+        w_out(random, type, m * g * w, d, m * g * w, 1.0f / std::sqrt(float(w)), false),
+        y(random, b * d) {}
+
+  void run(const float* rows, int64_t count, float* to, int64_t threads) const {
+    const RoutedForward f{count, m, g, w, d, rows, node_w.data, node_b.data, w_in.data(), w_in.scale_data(),
+                          w_out.data(), w_out.scale_data(), to, w_in.type, activation, gated};
+    if (ufbert_routed_forward(&f, threads)) mismatch("there are no kernels");
+  }
+
+  // Nothing is said of a row with a decision so near that rounding may turn it.
+  void expect_output(int64_t row) const {
+    std::vector<Sum> wanted(d);
+    for (int64_t tree = 0; tree < m; ++tree) {
+      int64_t node = 0, decisions = 0;
+      double certain = 0, gate_off = 0;
+      while (node < g - 1) {
+        const int64_t at = tree * (g - 1) + node;
+        Sum z = dot(&x[row * d], std::vector<double>(&node_w[at * d], &node_w[at * d] + d).data(), d);
+        z.add(1, 0, node_b[at]);
+        if (std::fabs(z.value) <= z.rounding(dot_steps(d)) + kTiny) return;
+        certain += 2.0 / (1.0 + std::exp(-std::fabs(z.value))), gate_off += z.rounding(dot_steps(d)) + 8 * kEpsilon;
+        node = 2 * node + 1 + (z.value > 0), ++decisions;
+      }
+      const double gate = gated && decisions ? certain / double(decisions) : 1.0;
+      for (int64_t j = 0; j < w; ++j) {
+        const int64_t h = (tree * g + node - (g - 1)) * w + j;
+        Sum hidden = dot(&x[row * d], &w_in.value[h * d], d);
+        hidden.value *= w_in.scale_of(h), hidden.size *= std::fabs(w_in.scale_of(h));
+        const double z = hidden.value, steepest = 1.2, value = active(activation, z), scale = w_out.scale_of(h);
+        const double off = active_off(activation, z) + steepest * hidden.rounding(double(d) + 20);
+        const double all_off = (off * gate + std::fabs(value) * (gated ? gate_off : 0)) * std::fabs(scale) + w_out.lost(value);
+        for (int64_t c = 0; c < d; ++c) wanted[c].add(value * gate * scale, all_off, w_out.value[h * d + c]);
+      }
+    }
+    expect_row("y", &y[row * d], wanted, row, double(m * (w + 6)));
+  }
+};
+
+void fuzz_routed(Random& random, RoutedTrees& t) {
+  const int64_t threads = random.in(1, 4);
+  t.run(t.x.data, t.b, t.y.data, threads);
+  for (int64_t row = 0; row < t.b; ++row) t.expect_output(row);
+  Array<float> again(random, t.b * t.d);
+  elsewhere([&] { t.run(t.x.data, t.b, again.data, threads % 4 + 1); });
+  expect_same("threads", t.y.data, again.data, t.b * t.d);
+  for (int64_t i = 0; t.b && i < 3; ++i) {
+    const int64_t row = random.in(0, t.b - 1);
+    t.run(&t.x[row * t.d], 1, again.data, 1);
+    expect_same("a row alone and in the batch", &t.y[row * t.d], again.data, t.d);
+  }
+}
+
 // ---- calls ----
 
 // The call under way.
@@ -281,8 +350,17 @@ void one_call(Random& random) {
     std::snprintf(described, sizeof described, "leaf_forward b=%lld depth=%lld d=%lld w=%lld o=%lld %s activation=%d special=%d",
                   (long long)b, (long long)depth, (long long)d, (long long)w, (long long)o, types[type], t.activation, special);
     fuzz_leaf(random, t);
+  } else if (kind <= 30) {
+    const Type type = Type(random.in(0, 2));
+    const int64_t m = random.chance(50) ? 1 : random.in(2, 4), w = random.chance(20) ? 1 : random.in(1, 40);
+    while (depth > 0 && (m * w * d) << depth > 100000) --depth;
+    while (b * m * w * d > 500000) b > 1 ? b /= 2 : d = (d + 1) / 2;
+    RoutedTrees t(random, b, m, depth, w, d, type);
+    std::snprintf(described, sizeof described, "routed_forward b=%lld m=%lld depth=%lld w=%lld d=%lld %s activation=%d gated=%d",
+                  (long long)b, (long long)m, (long long)depth, (long long)w, (long long)d, types[type], t.activation, t.gated);
+    fuzz_routed(random, t);
   } else {
-    const bool back = kind <= 40;
+    const bool back = kind <= 50;
     const int64_t m = random.chance(50) ? 1 : random.in(2, 4), room = random.chance(2) ? 4000000 : 60000;
     Type out = back ? kFloat32 : Type(random.in(0, 2)), in = random.chance(50) ? out : kFloat32;
     while (d > 1 && (m * d << depth) > room && random.chance(50)) d /= 2;

@@ -276,6 +276,11 @@ def answers() -> dict[str, np.ndarray]:
     made["bfloat16"] = native.tree_forward(x, *half)
     made |= dict(zip("abcd", native.tree_backward(x, w_in, w_out, nodes, z, g), strict=True))
     made |= dict(zip(("leaf y", "leaf"), native.leaf_forward(x, w_in[0, :7], bias[0, :7], *leaves), strict=True))
+    stacks = w_in.reshape(1, 2, 31, 50), w_out.reshape(1, 2, 31, 50)
+    made["routed"] = native.routed_forward(x, w_in[:1, :1], bias[:1, :1], *stacks, gated=True)
+    made["routed int8"] = native.routed_forward(
+        x, w_in[:1, :1], bias[:1, :1], *map(native.quantize, stacks), gated=False
+    )
     halved = x.astype(jnp.bfloat16).astype(jnp.float32)  # as avx512bf16 rounds rows, and the others do not
     for kind in native.TYPES:
         packed = native.pack(np.asarray(w_in[0].T), kind)
@@ -339,6 +344,8 @@ BACKWARD = [
     zeros(5, 4),
 ]
 LEAF = [zeros(5, 4), zeros(3, 4), zeros(3), zeros(4, 4, 2), NONE, zeros(4, 2), zeros(4, 2, 6), NONE, zeros(4, 6)]
+ROUTED = [zeros(5, 4), zeros(2, 3, 4), zeros(2, 3), zeros(2, 4, 6, 4), NONE, zeros(2, 4, 6, 4), NONE]
+ARGUMENTS = {"forward": FORWARD, "backward": BACKWARD, "leaf_forward": LEAF, "routed_forward": ROUTED}
 WRONG = [
     ("forward", 0, zeros(5, 3), "the rows' shapes do not fit"),
     ("forward", 0, zeros(20), r"rows are \(b, d\)"),
@@ -371,29 +378,40 @@ WRONG = [
     ("leaf_forward", 5, zeros(4, 3), "the weights' shapes do not fit"),
     ("leaf_forward", 6, zeros(4, 3, 6), "the weights' shapes do not fit"),
     ("leaf_forward", 8, zeros(3, 6), "the weights' shapes do not fit"),
+    ("routed_forward", 0, zeros(5, 3), "the rows' shapes do not fit"),
+    ("routed_forward", 1, zeros(2, 2, 4), "the weights' shapes do not fit"),
+    ("routed_forward", 2, zeros(2, 4), r"2\^D leaves"),
+    ("routed_forward", 3, zeros(2, 3, 6, 4), r"2\^D leaves"),
+    ("routed_forward", 3, zeros(4, 6, 4), r"leaves \(m, g, w, d\)"),
+    ("routed_forward", 3, zeros(2, 4, 0, 4), "the weights' shapes do not fit"),
+    ("routed_forward", 3, zeros(2, 4, 6, 4, dtype=jnp.int8), "leaves are of one type"),
+    ("routed_forward", 4, zeros(48), "the weights' shapes do not fit"),
+    ("routed_forward", 5, zeros(2, 4, 5, 4), "the weights' shapes do not fit"),
 ]
 
 
 def call(name: str, args: list[jax.Array], activation: int = 0):
     """A kernel without the Python function around it, whose own checks of shapes would come first."""
     rows, trees = (5, 4), (2, 7, 4)
-    shapes = {"forward": [rows], "backward": [rows, trees, trees[:2], trees], "leaf_forward": [(5, 6), (5,)]}[name]
+    several = {"backward": [rows, trees, trees[:2], trees], "leaf_forward": [(5, 6), (5,)]}
+    shapes = several.get(name, [rows])
     out = [jax.ShapeDtypeStruct(s, jnp.int32 if s == (5,) else jnp.float32) for s in shapes]
-    function = jax.ffi.ffi_call(f"ufbert_{name}", out[0] if name == "forward" else out)
-    place = {"layer": np.int64(0), "layers": np.int64(1)} if name == "forward" else {}
+    function = jax.ffi.ffi_call(f"ufbert_{name}", out if len(out) > 1 else out[0])
+    own = {"forward": {"layer": np.int64(0), "layers": np.int64(1)}, "routed_forward": {"gated": np.bool_(True)}}
+    place = own.get(name, {})
     return function(*args, activation=np.int32(activation), threads=np.int64(0), **place)
 
 
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_a_wrong_shape_is_a_sentence(case):
     name, place, array, sentence = WRONG[case]
-    args = list({"forward": FORWARD, "backward": BACKWARD, "leaf_forward": LEAF}[name])
+    args = list(ARGUMENTS[name])
     args[place] = array
     with pytest.raises(jax.errors.JaxRuntimeError, match=sentence):
         jax.block_until_ready(call(name, args))
 
 
-@pytest.mark.parametrize(("name", "args"), [("forward", FORWARD), ("backward", BACKWARD), ("leaf_forward", LEAF)])
+@pytest.mark.parametrize(("name", "args"), list(ARGUMENTS.items()))
 def test_right_shapes_pass_and_unknown_activations_do_not(name, args):
     jax.block_until_ready(call(name, args))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such activation"):

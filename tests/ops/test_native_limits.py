@@ -83,6 +83,9 @@ for isa in compiler.INSTRUCTION_SETS:
     backward = lambda x, nodes, z, g, threads: native.tree_backward(x, w_in, w_out, nodes, z, g, threads=threads)
     same("backward", backward, x, nodes, z, draw(1, d) * tiny, rows=(0, 1, 2, 3))
     same("leaf", native.leaf_forward, x, w_in[0], bias[0], *leaves)
+    stacks = np.stack([w_in] * 2)[:, :, :4].reshape(1, 2, 4, d), np.stack([w_out] * 2)[:, :, :4].reshape(1, 2, 4, d)
+    routed = lambda x, threads: native.routed_forward(x, w_in[:, :1], bias[:, :1], *stacks, gated=True, threads=threads)
+    same("routed", routed, x)
     norm = lambda x, scale, bias, threads: native.layer_norm(x, scale, bias, 1e-5, threads=threads)
     same("norm", norm, x * tiny, draw(d), draw(d) * tiny)
     same("add", native.add, few, few, rows=(0, 1))
@@ -141,6 +144,8 @@ def test_other_kernels_without_width_or_trees(isa):
         tree = floats(3, 6), floats(3), floats(4, 6, 0), floats(4, 0), floats(4, 0, 5), floats(4, 5)
         y, leaf = native.leaf_forward(floats(b, 6), *tree)
         np.testing.assert_array_equal(y, tree[-1][leaf])
+        trees = floats(2, 3, 0), floats(2, 3), floats(2, 4, 5, 0), floats(2, 4, 5, 0)
+        assert native.routed_forward(floats(b, 0), *trees, gated=True).shape == (b, 0)
 
 
 # ---- what cannot be counted, or is of another type ----
