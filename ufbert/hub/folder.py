@@ -192,10 +192,11 @@ def deciding_fields(model: ModelConfig, stored: Shapes, expected: Shapes) -> lis
     """List the fields of a `config.json`, with their values, that say otherwise than the stored tensors."""
     fields = []
     depth = {2**model.tree_depth, 2**model.tree_depth - 1, model.nodes_per_tree}
+    has_tables = any(".ngrams." in path for path in stored)
     for path, shape in {**expected, **stored}.items():
         if path not in stored or path not in expected:
             field = next((field for start, field in SWITCHES.items() if re.match(start, path)), "feedforward")
-            fields += ["ngram_rows" if field.startswith("ngram_") and not model.ngram_rows else field]
+            fields += ["ngram_rows" if field.startswith("ngram_") and not (model.ngram_rows and has_tables) else field]
         elif path.startswith("classifier.out.") and shape[-1] != expected[path][-1]:
             fields += ["task"]
         for wanted, size in zip(expected.get(path, ()), stored.get(path, ()), strict=False):
