@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/: links lead somewhere, and what they say of the code's places and presets is so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -52,3 +53,14 @@ def test_the_places_that_the_readme_names_hold_what_it_says(path, text, line):
     assert text in README
     assert Path(path).name in README
     assert line in (ROOT / "ufbert" / path).read_text(encoding="utf-8")
+
+
+def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*\(`(\w{7})`\) \| ([\d.]+) \| ([\d.]+) M \| ([\d,]+) \|$", page, re.MULTILINE)
+    runs = json.loads((ROOT / "notebooks" / "results" / "one_core_15m.json").read_text(encoding="utf-8"))["runs"]
+    facts = [(run["commit"], run["summary"]) for run in runs]
+    assert rows == [
+        (commit, f"{s['heldout_loss']:.3f}", f"{s['tokens'] / 1e6:.2f}", f"{s['steps']:,}") for commit, s in facts
+    ]
+    assert len(rows) == 4
