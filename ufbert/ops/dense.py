@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,34 @@ def _scramble(bits: Array) -> Array:
     return bits ^ (bits >> 16)
 
 
+class Blocks(NamedTuple):
+    """Rows of several groups, laid out in n blocks of one group each."""
+
+    size: int
+    """Places of a block."""
+    slot: Int[Array, " r"]
+    """The place of each row among the n * size of all blocks."""
+    owner: Int[Array, " n"]
+    """The group of each block."""
+
+
+def cut_into_blocks(group: Int[Array, " r"], g: int) -> Blocks:
+    """Lay out r rows of g groups in blocks of one group each, so that the weights gathered for a block serve all its rows.
+
+    Each group wastes less than one block, so r // size + g blocks always suffice and shapes are static.
+    """
+    r = len(group)
+    size = min(64, max(4, 1 << (max(1, r // g) - 1).bit_length()))
+    counts = jnp.zeros((g,), jnp.int32).at[group].add(1)
+    blocks = -(-counts // size)
+    order = jnp.argsort(group, stable=True)
+    sorted_group = group[order]
+    rank = jnp.arange(r) - (jnp.cumsum(counts) - counts)[sorted_group]  # a row's place among those of its group
+    slot = jnp.zeros((r,), jnp.int32).at[order].set((jnp.cumsum(blocks) - blocks)[sorted_group] * size + rank)
+    owner = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(r // size + g), side="right")
+    return Blocks(size, slot, jnp.minimum(owner, g - 1))
+
+
 def grouped_mlp(
     x: Float[Array, "r d"],
     group: Int[Array, " r"],
@@ -145,19 +174,9 @@ def grouped_mlp(
     r, g = x.shape[0], w_in.shape[0]
     if r == 0:
         return jnp.zeros((0, w_out.shape[-1]), x.dtype)
-    # Rows are sorted by network and cut into blocks of one network each, so that the weights gathered for a block serve all
-    # of its rows. Each network wastes less than one block, so r // block + g blocks always suffice and shapes are static.
-    block = min(64, max(4, 1 << (max(1, r // g) - 1).bit_length()))
-    n_blocks = r // block + g
-    counts = jnp.zeros((g,), jnp.int32).at[group].add(1)
-    blocks = -(-counts // block)
-    first_block = jnp.cumsum(blocks) - blocks
-    order = jnp.argsort(group, stable=True)
-    sorted_group = group[order]
-    rank = jnp.arange(r) - (jnp.cumsum(counts) - counts)[sorted_group]  # a row's place among those of its network
-    slot = first_block[sorted_group] * block + rank
-    tiles = jnp.zeros((n_blocks * block, x.shape[1]), x.dtype).at[slot].set(x[order]).reshape(n_blocks, block, -1)
-    owner = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(n_blocks), side="right"), g - 1)
+    blocks = cut_into_blocks(group, g)
+    empty = jnp.zeros((len(blocks.owner) * blocks.size, x.shape[1]), x.dtype)
+    tiles = empty.at[blocks.slot].set(x).reshape(len(blocks.owner), blocks.size, -1)
 
     def one_block(item: tuple[Array, Array]) -> Array:
         rows, network = item
@@ -167,5 +186,4 @@ def grouped_mlp(
         out = activation(hidden) @ w_out[network]
         return out if b_out is None else out + b_out[network][None]
 
-    y = jax.lax.map(one_block, (tiles, owner)).reshape(n_blocks * block, -1)
-    return jnp.zeros((r, w_out.shape[-1]), y.dtype).at[order].set(y[slot])
+    return jax.lax.map(one_block, (tiles, blocks.owner)).reshape(len(empty), -1)[blocks.slot]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ufbert.ops.dense import Activation
+from ufbert.ops.dense import Activation, cut_into_blocks
 
 
 class Path(NamedTuple):
@@ -156,22 +156,13 @@ def grouped(
 ) -> Float[Array, "b o"]:
     """Compute the sum over trees of gate * activation(x w_in) w_out of the leaf reached, from those leaves alone.
 
-    Pairs of a token and a tree are sorted by leaf and cut into blocks of one leaf each. A leaf wastes less than one block, so
-    the number of blocks is static however uneven the leaves are, and no token is dropped.
+    Pairs of a token and a tree are cut into blocks of one leaf each (`cut_into_blocks`), however uneven the leaves are.
     """
     (b, m), (g, d, w) = leaf.shape, w_in.shape[1:]
-    group, n = (leaf + g * jnp.arange(m)[None]).reshape(-1), b * m
-    block = min(64, max(4, 1 << (max(1, b // g) - 1).bit_length()))
-    n_blocks = n // block + m * g
-    counts = jnp.zeros((m * g,), jnp.int32).at[group].add(1)
-    blocks = -(-counts // block)
-    order = jnp.argsort(group, stable=True)
-    rank = jnp.arange(n) - (jnp.cumsum(counts) - counts)[group[order]]  # a pair's place among those of its leaf
-    slot = ((jnp.cumsum(blocks) - blocks) * block)[group[order]] + rank
-    owner = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(n_blocks), side="right"), m * g - 1)
-    place = jnp.zeros((n,), jnp.int32).at[order].set(slot)  # of every pair
-    token = jnp.full((n_blocks * block,), b, jnp.int32).at[slot].set(order // m)  # in every place; b for none
-    tiles = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(n_blocks, block, d)
-    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, w_in.reshape(m * g, d, w)[owner]))
-    y = jnp.einsum("nbw,nwo->nbo", hidden, w_out.reshape(m * g, w, -1)[owner]).reshape(n_blocks * block, -1)
-    return jnp.einsum("bmo,bm->bo", y[place].reshape(b, m, -1), gate.astype(y.dtype))
+    blocks = cut_into_blocks((leaf + g * jnp.arange(m)[None]).reshape(-1), m * g)
+    n = len(blocks.owner)
+    token = jnp.full((n * blocks.size,), b, jnp.int32).at[blocks.slot].set(jnp.arange(b * m) // m)  # b for no token
+    tiles = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(n, blocks.size, d)
+    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, w_in.reshape(m * g, d, w)[blocks.owner]))
+    y = jnp.einsum("nbw,nwo->nbo", hidden, w_out.reshape(m * g, w, -1)[blocks.owner]).reshape(n * blocks.size, -1)
+    return jnp.einsum("bmo,bm->bo", y[blocks.slot].reshape(b, m, -1), gate.astype(y.dtype))
