@@ -24,6 +24,7 @@ from ufbert.pretrain.optim import (
     groups,
     make_optimizer,
     orthogonalised,
+    orthogonalised_as_one,
 )
 from ufbert.pretrain.resolve import with_batch
 from ufbert.pretrain.schedules import final_batch_rows, lr_share, mask_rate, rows_per_step
@@ -257,6 +258,14 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero():
         same_sign = np.sign(update) == np.sign(p)
         np.testing.assert_allclose(some - update, np.where(same_sign, decayed, 0.0), atol=1e-5)
         assert not decays(path) or p.size < 50 or 0.2 < same_sign.mean() < 0.8
+
+
+def test_matrices_in_one_stack_come_out_as_each_by_itself():
+    shapes = [(6, 4), (4, 6), (2, 3, 4, 6), (5, 6, 4), (4, 4), (1, 7, 2)]
+    matrices = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    matrices = [x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in matrices]
+    for x, together in zip(matrices, orthogonalised_as_one(matrices), strict=True):
+        np.testing.assert_allclose(together, orthogonalised(x), atol=1e-5)
 
 
 def test_the_rate_of_muon_is_a_share_of_that_of_adamw():
