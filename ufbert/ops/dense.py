@@ -154,7 +154,7 @@ def cut_into_blocks(group: Int[Array, " r"], g: int) -> Blocks:
     sorted_group = group[order]
     rank = jnp.arange(r) - (jnp.cumsum(counts) - counts)[sorted_group]  # a row's place among those of its group
     slot = jnp.zeros((r,), jnp.int32).at[order].set((jnp.cumsum(blocks) - blocks)[sorted_group] * size + rank)
-    owner = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(r // size + g), side="right")
+    owner = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(r // size + g), side="right", method="compare_all")
     return Blocks(size, slot, jnp.minimum(owner, g - 1))
 
 
