@@ -153,9 +153,11 @@ def test_annealed_shares_are_soft_at_first_and_hard_from_their_time_on():
 
 def test_weights_of_ancestors_are_added_to_their_leaves():
     leaves = jnp.arange(8.0).reshape(1, 8, 1)
-    above = [jnp.array([[[100.0]]]), jnp.array([[[1000.0], [2000.0], [3000.0], [4000.0]]])]
+    above = jnp.array([100.0, 1e3, 2e3, 1e4, 2e4, 3e4, 4e4]).reshape(1, 7, 1)
     summed = routed_tree.with_ancestors(leaves, above)[0, :, 0]
-    np.testing.assert_array_equal(summed, [1100, 1101, 2102, 2103, 3104, 3105, 4106, 4107])
+    np.testing.assert_array_equal(summed, [11100, 11101, 21102, 21103, 32104, 32105, 42106, 42107])
+    np.testing.assert_array_equal(routed_tree.with_ancestors(leaves, above[:, :1])[0, :, 0], 100 + np.arange(8))
+    np.testing.assert_array_equal(routed_tree.with_ancestors(leaves, above[:, :0]), leaves)
 
 
 def test_hashed_leaves_follow_the_token_alone():

@@ -193,11 +193,17 @@ class RoutedTreeFeedForward(nn.Module):
     def _leaves(self, side: str, shape: tuple[int, int]) -> dict[str, Float[Array, "m k a b"]]:
         """Declare the weights of the leaves and of the nodes above them, if those have any."""
         cfg = self.config
-        levels = {"none": 0, "root": 1, "levels": cfg.tree_depth}[cfg.leaf_ancestors]
+        n_leaves = 2**cfg.tree_depth
+        above = {"none": 0, "root": 1, "levels": n_leaves - 1}[cfg.leaf_ancestors]
         zeros, normal = nn.initializers.zeros, nn.initializers.normal(cfg.init_std)
         first = zeros if side == "out" and cfg.zero_init_out else normal
-        starts = {f"level_{i:02d}_{side}": (2**i, zeros if i else first) for i in range(levels)}
-        starts[f"leaf_{side}"] = 2**cfg.tree_depth, zeros if levels else first
+
+        def root_first(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+            return jnp.zeros(shape, dtype).at[:, :1].set(first(key, (shape[0], 1, *shape[2:]), dtype))
+
+        starts = {f"leaf_{side}": (n_leaves, zeros if above else first)}
+        if above:
+            starts[f"above_{side}"] = above, root_first
         return {name: self.param(name, start, (cfg.n_trees, k, *shape)) for name, (k, start) in starts.items()}
 
 

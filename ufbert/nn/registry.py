@@ -263,7 +263,7 @@ FEEDFORWARDS = {
         traffic=lambda config, use: 20 * (config.n_trees * (config.d_model + config.leaf_width) + config.master_leaf),
         neurons=_routed_tree_neurons,
         routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
-        muon=("kernel", "leaf_in", "leaf_out", *(f"level_{i:02d}_{side}" for i in range(20) for side in ("in", "out"))),
+        muon=("kernel", "leaf_in", "leaf_out", "above_in", "above_out"),
         fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
         onnx=onnx_rules.routed_tree,
     ),

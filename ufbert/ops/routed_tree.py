@@ -14,7 +14,6 @@ useful, and what is done about it here:
   all tokens that pass them. After training the sums can be stored, so that inference knows nothing of them.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -119,17 +118,18 @@ def evenness(path: Path, node_bias: Float[Array, "m n"], real: Bool[Array, " b"]
     return jnp.sum(jax.lax.stop_gradient(turns) * (node_bias - jax.lax.stop_gradient(node_bias)))
 
 
-def with_ancestors(leaves: Float[Array, "m g *shape"], above: list[Array]) -> Float[Array, "m g *shape"]:
-    """Add to each leaf's weights those of its ancestors: `above[i]` is (m, 2^level, *shape) of some level."""
-    for weights in above:
-        leaves = leaves + jnp.repeat(weights, leaves.shape[1] // weights.shape[1], axis=1)
+def with_ancestors(leaves: Float[Array, "m g *shape"], above: Float[Array, "m a *shape"]) -> Float[Array, "m g *shape"]:
+    """Add to each leaf's weights those of its ancestors. `above` has the root's, or those of whole levels from the root on."""
+    for level in range((above.shape[1] + 1).bit_length() - 1):
+        weights = above[:, 2**level - 1 : 2 ** (level + 1) - 1]
+        leaves = leaves + jnp.repeat(weights, leaves.shape[1] // 2**level, axis=1)
     return leaves
 
 
 def folded(params: Mapping[str, Any], side: str) -> Float[Array, "m g a b"]:
     """Return the weights of a layer's leaves, of their `side` "in" (d, w) or "out" (w, d), with their ancestors' added."""
-    above = [params[name] for name in sorted(params) if re.fullmatch(rf"level_\d+_{side}", name)]
-    return with_ancestors(jnp.asarray(params[f"leaf_{side}"]), above)
+    leaves = jnp.asarray(params[f"leaf_{side}"])
+    return with_ancestors(leaves, jnp.asarray(params.get(f"above_{side}", leaves[:, :0])))
 
 
 def masked(
