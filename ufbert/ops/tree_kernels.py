@@ -209,7 +209,7 @@ def _sum_chunks(
             pl.when(~old)(lambda: put(begun, k * n + _node(at, s, steps)))
 
         def load(i: Any) -> tuple[Any, list[Any], list[list[Any]]]:
-            """Load what a row adds to its nodes: its leaf, its numbers and its coefficients. After the end: the last, times 0."""
+            """Load a row's leaf, its numbers and its coefficients; after the end, those of the last row, times 0."""
             there, i = i < stop, jnp.minimum(i, stop - 1)
             row = row_ref[k, i]
             xs = [x_ref[row, part].astype(jnp.float32) for x_ref in x_refs[:sides]]
