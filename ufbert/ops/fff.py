@@ -47,14 +47,16 @@ def tree_depth(n: int) -> int:
     return depth
 
 
-def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool) -> Backend:
+def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool, gpu_kernels: bool = True) -> Backend:
     """Choose the backend that `auto` computes `rows` rows with on a platform of jax (cpu, gpu or tpu).
 
     A CPU takes the native kernels if it has them. Without them it takes `masked` for shallow trees whose rows visit every
-    node anyway, and `gather` for others. A GPU takes `gather` for deep trees only. A TPU always takes `masked`: products are
-    its strength. The depths were measured (docs/results/speed.md).
+    node anyway, and `gather` for others. A GPU takes `pallas` for trees that are not shallow. Without it, it takes `gather` for
+    deep ones. A TPU always takes `masked`: products are its strength. The depths were measured (docs/results/speed.md).
     """
     if platform == "gpu":
+        if gpu_kernels and depth > 5:
+            return "pallas"
         return "gather" if depth > 9 else "masked"
     if platform != "cpu":
         return "masked"

@@ -15,6 +15,7 @@ registers. Four kernels do all the work, with XLA's own operations between them:
 On a CPU the same kernels run through Pallas' interpreter, slowly: for tests.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+OLDEST = 8.0
+"""Compute capability that Pallas' Mosaic backend asks for (Ampere)."""
 LANES = 128
 """Threads of a program. Widths are padded to a multiple of them."""
 ROWS = 8
@@ -40,6 +42,22 @@ ROWS_TOGETHER = 2
 """Rows of a chunk that are loaded together."""
 CHUNKS_TOGETHER = 8
 """Sums of chunks that are loaded together."""
+
+
+@functools.cache
+def unavailable() -> str:
+    """Say why the kernels cannot run on the default device; "" if they can, by compiling the smallest of them."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return "the default device is no NVIDIA GPU"
+    if float(device.compute_capability) < OLDEST:
+        return f"{device.device_kind} is older than compute capability {OLDEST}"
+    row, weights, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, LANES), (1, 3, LANES), (1, 3)))
+    try:
+        jax.jit(walk).lower(row, weights, bias).compile()
+    except Exception as error:  # whatever Pallas raises, the other backends can do the work
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
 
 
 class Order(NamedTuple):
@@ -343,6 +361,8 @@ def _launch(
     kernel: Callable[..., None], grid: tuple[int, ...], out: tuple[jax.ShapeDtypeStruct, ...], *args: Array
 ) -> list[Array]:
     """Run a program at every point of the grid. It gets its place, and references to all of `args` and of the results."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # a second to import, which only users of the kernels pay
+
     names = tuple(f"axis_{i}" for i in range(len(grid)))
     compiled = plgpu.kernel(
         lambda *refs: kernel(*map(lax.axis_index, names), *refs),
