@@ -14,7 +14,7 @@ from ufbert.glue.finetune import teacher_scores
 from ufbert.glue.tasks import Examples
 from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
 from ufbert.inference.predictor import Predictor
-from ufbert.ops import native
+from ufbert.ops import native, tree_kernels
 
 SMALL = ModelConfig(
     vocab_size=60, max_len=16, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2
@@ -199,6 +199,20 @@ def test_a_model_for_native_kernels_runs_without_them_and_says_so(monkeypatch, c
     np.testing.assert_array_equal(run(cfg)[0], run(replace(cfg, tree_backend="gather"))[0])
 
 
+def test_a_model_for_a_gpus_kernels_runs_without_them_and_says_so(monkeypatch, capsys):
+    cfg = config(feedforward=("tree",), tree_depth=7, tree_backend="pallas")
+    monkeypatch.setattr(native, "unavailable", lambda: "")
+    assert nn.tree_backend(cfg, 2) == "native"
+    assert capsys.readouterr().err == (
+        "no pallas tree kernels: the default device is no NVIDIA GPU; native computes the trees instead\n"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tree_kernels, "unavailable", lambda: "too old")
+    deep = replace(cfg, tree_depth=11, tree_backend="auto")
+    assert nn.tree_backend(deep, 2) == "gather"
+    assert capsys.readouterr().err == "no pallas tree kernels: too old; gather computes the trees instead\n"
+
+
 def test_layers_of_a_kind_are_drawn_apart_by_one_program():
     cfg = config(feedforward=("dense", "tree"), n_layers=6, d_hidden=7, tree_depth=2)
     before = nn.model._init_layer._cache_size()
@@ -222,5 +236,8 @@ def test_auto_takes_what_was_measured_fastest(monkeypatch):
     assert [nn.tree_backend(shallow, rows) for rows in (1, 4096)] == ["gather", "masked"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert [nn.tree_backend(model, 1) for model in (tree, shallow)] == ["gather", "masked"]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(tree_kernels, "unavailable", lambda: "")
+    assert [nn.tree_backend(model, 1) for model in (tree, shallow)] == ["pallas", "masked"]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert [nn.tree_backend(model, 1) for model in (tree, shallow)] == ["masked", "masked"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ufbert.ops import fff, native
 from ufbert.ops.fff import gelu, tree_depth
 
-BACKENDS = ["masked", "gather"] + ["native"] * (not native.unavailable())
+BACKENDS = ["masked", "gather", "pallas"] + ["native"] * (not native.unavailable())
 fast_feedforward = jax.jit(
     fff.fast_feedforward, static_argnames=("backend", "dtype")
 )  # one compilation a shape, not one an operation

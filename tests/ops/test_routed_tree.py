@@ -1,5 +1,7 @@
 """Routed trees: descent, grouped and masked sums, gates, even splits, weights of ancestors, and the native kernel."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,18 @@ def test_hashed_leaves_follow_the_token_alone():
         assert np.bincount(tree, minlength=8).min() > 400
     assert (leaves[:, 0] != leaves[:, 1]).mean() > 0.8
     np.testing.assert_array_equal(routed_tree.hashed_leaves(ids[5:6], 2, 8)[0], leaves[5])
+
+
+def test_the_gradients_of_leaves_are_added_in_one_order_on_an_accelerator():
+    """A scatter that adds floats would end a run in other bits each time."""
+    x, *_, w_in, w_out = draw(40, 2, 3, 4, 8)
+    leaf, gate = jnp.zeros((40, 2), jnp.int32), jnp.ones((40, 2))
+
+    def output(x, gate, w_in, w_out):
+        return jnp.sum(jnp.sin(routed_tree.grouped(x, leaf, gate, w_in, w_out, gelu)))
+
+    traced = jax.jit(jax.grad(output, argnums=(0, 1, 2, 3))).trace(x, gate, w_in, w_out)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    scattered = re.findall(r"stablehlo\.scatter.*?\}\) : \((tensor<\S+>),", text, re.DOTALL)
+    assert scattered
+    assert all(operand.endswith("i32>") for operand in scattered)

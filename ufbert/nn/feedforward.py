@@ -6,6 +6,7 @@ it has to report (`Aux`): weighted losses, and counts where statistics are asked
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig, TreeBackend
 from ufbert.nn.layers import Aux, Context, compute_dtype, dense
-from ufbert.ops import fff, leaf_fff, native, routed_tree, switch
+from ufbert.ops import fff, leaf_fff, native, routed_tree, switch, tree_kernels
 from ufbert.ops.dense import ACTIVATIONS
 
 Output = tuple[Float[Array, "b t d"], Aux]
@@ -252,21 +253,34 @@ def _uniform(fan: int) -> nn.initializers.Initializer:
 def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
     """`config.tree_backend`, with auto resolved for the default device and calls of so many rows (tokens).
 
-    Native kernels that cannot be had here are replaced, and one line says why. `auto` does not take them where a CPU stands
-    for several devices: XLA, which knows nothing of them, would have every device compute all rows.
+    Kernels that cannot be had here are replaced, and one line says why. `auto` takes none where several devices share the work:
+    XLA, which knows nothing of them, would have every device compute all rows.
     """
     wanted, platform = config.tree_backend, jax.default_backend()
     if wanted in ("masked", "gather"):
         return wanted
-    has_trees = any(kind in ("tree", "leaf_tree") for kind in config.feedforward)  # else nothing need be compiled
-    tried = has_trees and (wanted == "native" or (platform == "cpu" and jax.device_count() == 1))
+    if wanted == "pallas":
+        why = tree_kernels.unavailable()
+        return _instead("pallas", why, tree_backend(replace(config, tree_backend="auto"), rows)) if why else wanted
+    usual = functools.partial(fff.usual_backend, platform, rows, config.tree_depth)
+    alone, kinds = jax.device_count() == 1, set(config.feedforward)
+    if wanted == "auto" and platform == "gpu" and alone and "tree" in kinds:
+        why = tree_kernels.unavailable()
+        best = usual(native_kernels=False, gpu_kernels=not why)
+        return _instead("pallas", why, best) if why else best
+    has_trees = bool(kinds & {"tree", "leaf_tree"})  # else nothing need be compiled
+    tried = has_trees and (wanted == "native" or (platform == "cpu" and alone))
     why = native.unavailable() if tried else ""
     if tried and wanted == "native" and not why:
         return "native"
-    usual = fff.usual_backend(platform, rows, config.tree_depth, native_kernels=tried and not why)
-    if why:
-        _say_once(f"no native tree kernels: {why}; {usual} computes the trees instead")
-    return usual
+    best = usual(native_kernels=tried and not why, gpu_kernels=False)
+    return _instead("native", why, best) if why else best
+
+
+def _instead(wanted: TreeBackend, why: str, backend: TreeBackend) -> TreeBackend:
+    """Say once why other kernels than the wanted ones compute the trees, and return their backend."""
+    _say_once(f"no {wanted} tree kernels: {why}; {backend} computes the trees instead")
+    return backend
 
 
 @functools.cache

@@ -9,13 +9,14 @@ Nothing else is computed: with D = 11, 12 of 4095 neurons.
 Training uses the same hard path. The decision itself has no gradient; a node learns because its activation takes part
 in the output, so a batch gives gradient to the visited nodes alone.
 
-Three backends compute this, equal up to float32 rounding, in value and in gradient (in a narrower type `masked` rounds its
+Four backends compute this, equal up to float32 rounding, in value and in gradient (in a narrower type `masked` rounds its
 product with the output weights, too):
 
 - `masked` multiplies by all the weights and zeroes the activations off the path. Wasteful and regular: the oracle, and
   what an accelerator likes.
 - `gather` reads only the rows on the path, forward and backward.
 - `native` does so in C++ (`ufbert.ops.native`), on CPUs.
+- `pallas` does so in kernels for NVIDIA GPUs (`ufbert.ops.tree_kernels`).
 
 Routing is float32 arithmetic whatever the type of the other products, and turns right on `z > 0` (strictly).
 """
@@ -28,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ufbert.ops import native
+from ufbert.ops import native, tree_kernels
 from ufbert.ops.dense import Activation, activation_name, gelu
 
-Backend = Literal["masked", "gather", "native"]
+Backend = Literal["masked", "gather", "native", "pallas"]
 
 GEMM_LEVELS = 7
 """In `gather`'s backward, gradients of this many top levels (127 nodes, which most tokens share) are summed by one
@@ -46,14 +47,16 @@ def tree_depth(n: int) -> int:
     return depth
 
 
-def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool) -> Backend:
+def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool, gpu_kernels: bool = True) -> Backend:
     """Choose the backend that `auto` computes `rows` rows with on a platform of jax (cpu, gpu or tpu).
 
     A CPU takes the native kernels if it has them. Without them it takes `masked` for shallow trees whose rows visit every
-    node anyway, and `gather` for others. A GPU takes `gather` for deep trees only. A TPU always takes `masked`: products are
-    its strength. The depths were measured (docs/results/speed.md).
+    node anyway, and `gather` for others. A GPU takes `pallas` for trees that are not shallow. Without it, it takes `gather` for
+    deep ones. A TPU always takes `masked`: products are its strength. The depths were measured (docs/results/speed.md).
     """
     if platform == "gpu":
+        if gpu_kernels and depth > 5:
+            return "pallas"
         return "gather" if depth > 9 else "masked"
     if platform != "cpu":
         return "masked"
@@ -72,12 +75,15 @@ def fast_feedforward(
     activation: Activation = gelu,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*rows d"]:
-    """Compute a layer of m trees for each row of x. `dtype` is the type of `masked`'s output product."""
+    """Compute a layer of m trees for each row of x.
+
+    `dtype` is the type of `masked`'s output product, and the one in which `pallas` reads weights that decide nothing.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    if backend == "masked":
+    if backend == "masked" or not len(flat):
         y = _masked(flat, w_in, bias, w_out, activation, dtype)
     else:
-        y = _on_path(backend == "native", activation, flat, w_in, bias, w_out)
+        y = _on_path(backend, activation, dtype, flat, w_in, bias, w_out)
     return y.reshape(x.shape)
 
 
@@ -128,24 +134,27 @@ def _masked(
     return y.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _on_path(
-    native_kernels: bool,
+    backend: Backend,
     activation: Activation,
+    dtype: Any,
     x: Float[Array, "b d"],
     w_in: Float[Array, "m n d"],
     bias: Float[Array, "m n"],
     w_out: Float[Array, "m n d"],
 ) -> Float[Array, "b d"]:
-    if native_kernels:
+    if backend == "native":
         return native.tree_forward(x, w_in, bias, w_out, activation=activation_name(activation))
-    return _gather_forward(activation, x, w_in, bias, w_out)[0]
+    return _on_path_forward(backend, activation, dtype, x, w_in, bias, w_out)[0]
 
 
 def _on_path_forward(
-    native_kernels: bool, activation: Activation, x: Array, w_in: Array, bias: Array, w_out: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    if native_kernels:
+    backend: Backend, activation: Activation, dtype: Any, x: Array, w_in: Array, bias: Array, w_out: Array
+) -> tuple[Array, tuple[Any, ...]]:
+    if backend == "pallas":
+        return tree_kernels.forward(activation, dtype, x, w_in, bias, w_out)
+    if backend == "native":
         y, *path = native.tree_forward_saving(x, w_in, bias, w_out, activation=activation_name(activation))
     else:
         y, *path = _gather_forward(activation, x, w_in, bias, w_out)
@@ -153,10 +162,12 @@ def _on_path_forward(
 
 
 def _on_path_backward(
-    native_kernels: bool, activation: Activation, saved: tuple[Array, ...], g: Array
+    backend: Backend, activation: Activation, dtype: Any, saved: tuple[Any, ...], g: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Return the gradients of x, w_in, bias and w_out. Those of nodes that no row visited are exactly zero."""
-    if native_kernels:
+    if backend == "pallas":
+        return tree_kernels.backward(activation, dtype, saved, g)
+    if backend == "native":
         return native.tree_backward(*saved, g, activation=activation_name(activation))
     return _gather_backward(activation, *saved, g)
 

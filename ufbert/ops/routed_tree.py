@@ -15,6 +15,7 @@ useful, and what is done about it here:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -161,8 +162,71 @@ def grouped(
     (b, m), (g, d, w) = leaf.shape, w_in.shape[1:]
     blocks = cut_into_blocks((leaf + g * jnp.arange(m)[None]).reshape(-1), m * g)
     n = len(blocks.owner)
-    token = jnp.full((n * blocks.size,), b, jnp.int32).at[blocks.slot].set(jnp.arange(b * m) // m)  # b for no token
-    tiles = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(n, blocks.size, d)
-    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, w_in.reshape(m * g, d, w)[blocks.owner]))
-    y = jnp.einsum("nbw,nwo->nbo", hidden, w_out.reshape(m * g, w, -1)[blocks.owner]).reshape(n * blocks.size, -1)
-    return jnp.einsum("bmo,bm->bo", y[blocks.slot].reshape(b, m, -1), gate.astype(y.dtype))
+    pair = jnp.full((n * blocks.size,), b * m, jnp.int32).at[blocks.slot].set(jnp.arange(b * m, dtype=jnp.int32))
+    tiles = _into_places(m, x, blocks.slot, pair).reshape(n, blocks.size, d)
+    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, _of_owners(m * g, w_in.reshape(m * g, d, w), blocks.owner)))
+    y = jnp.einsum("nbw,nwo->nbo", hidden, _of_owners(m * g, w_out.reshape(m * g, w, -1), blocks.owner))
+    y = _from_places(y.reshape(n * blocks.size, -1), blocks.slot, pair)
+    return jnp.einsum("bmo,bm->bo", y.reshape(b, m, -1), gate.astype(y.dtype))
+
+
+# Derived by jax, the gradients of the three functions below would be scatters that add. A GPU adds in no certain order, so two
+# runs of one seed would differ, and it would add a leaf's blocks in bfloat16.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _into_places(m: int, x: Float[Array, "b d"], slot: Int[Array, " r"], pair: Int[Array, " p"]) -> Float[Array, "p d"]:
+    """Put row i // m into the place `slot[i]` of each pair i. `pair` has the pair of each place, or r where there is none."""
+    return jnp.take(x, pair // m, axis=0, mode="fill", fill_value=0)
+
+
+def _into_places_forward(m: int, x: Array, slot: Array, pair: Array) -> tuple[Array, Array]:
+    return _into_places(m, x, slot, pair), slot
+
+
+def _into_places_backward(m: int, slot: Array, g: Array) -> tuple[Array, None, None]:
+    return g[slot].reshape(-1, m, g.shape[1]).sum(axis=1), None, None
+
+
+_into_places.defvjp(_into_places_forward, _into_places_backward)
+
+
+@jax.custom_vjp
+def _from_places(y: Float[Array, "p o"], slot: Int[Array, " r"], pair: Int[Array, " p"]) -> Float[Array, "r o"]:
+    """Read the place of each pair."""
+    return y[slot]
+
+
+def _from_places_forward(y: Array, slot: Array, pair: Array) -> tuple[Array, Array]:
+    return y[slot], pair
+
+
+def _from_places_backward(pair: Array, g: Array) -> tuple[Array, None, None]:
+    return jnp.take(g, pair, axis=0, mode="fill", fill_value=0), None, None
+
+
+_from_places.defvjp(_from_places_forward, _from_places_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_owners(g: int, weights: Float[Array, "g a c"], owner: Int[Array, " n"]) -> Float[Array, "n a c"]:
+    """Gather the weights of each block's leaf, of g leaves."""
+    return weights[owner]
+
+
+def _of_owners_forward(g: int, weights: Array, owner: Array) -> tuple[Array, Array]:
+    return weights[owner], owner
+
+
+def _of_owners_backward(g: int, owner: Array, dy: Array) -> tuple[Array, None]:
+    def add(dy: Array, owner: Array) -> Array:
+        return jnp.zeros((g, *dy.shape[1:]), dy.dtype).at[owner].add(dy)
+
+    def multiply(dy: Array, owner: Array) -> Array:
+        mine = jax.nn.one_hot(owner, g, dtype=dy.dtype)
+        return jnp.einsum("ng,nac->gac", mine, dy, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.platform_dependent(dy, owner, cpu=add, default=multiply), None
+
+
+_of_owners.defvjp(_of_owners_forward, _of_owners_backward)
