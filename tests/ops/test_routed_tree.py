@@ -100,29 +100,36 @@ def test_grouped_and_masked_have_the_same_gradients_however_uneven_the_leaves_ar
 
     for name, one, other in zip(["x", "node", "bias", "in", "out"], slopes("grouped"), slopes("masked"), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1e-6, np.abs(other).max()), err_msg=name)
-    assert not np.any(slopes("grouped")[2]), "a threshold learns from evenness alone"
+    assert not np.any(slopes("grouped")[2]), "a threshold learns from means alone"
     assert np.abs(slopes("grouped")[1]).max() > 1e-3, "a gate teaches the decisions"
 
 
-def test_against_its_gradient_a_threshold_evens_the_split():
+def test_means_split_every_node_and_thresholds_follow_them():
     x, node_w, node_b, *_ = draw(2000, 2, 3, 1, 16)
-    x, node_b = x.at[:, 0].add(2.0), node_b + 1.5
-
-    def leaves(bias):
-        return routed_tree.descend(routed_tree.node_logits(x, node_w, bias))
+    x = (
+        (3.0 * x.at[:, 0].add(40.0)).at[1900:].set(-500.0)
+    )  # what all tokens share is far larger than what tells them apart
+    node_w, real = routed_tree.directions(node_w), jnp.arange(2000) < 1900
+    np.testing.assert_allclose(jnp.linalg.norm(node_w, axis=-1), 1.0, rtol=1e-5)
+    logits = routed_tree.node_logits(x, node_w, jnp.zeros_like(node_b))
 
     def counts(bias):
-        return np.stack([np.bincount(tree, minlength=8) for tree in np.asarray(leaves(bias).leaf).T])
+        leaf = routed_tree.descend(routed_tree.node_logits(x, node_w, bias)).leaf[:1900]
+        return np.stack([np.bincount(tree, minlength=8) for tree in np.asarray(leaf).T])
 
-    real = jnp.arange(2000) < 1900
-    slope = jax.jit(jax.grad(lambda bias: routed_tree.evenness(leaves(bias), bias, real)))
-    assert float(routed_tree.evenness(leaves(node_b), node_b)) == 0.0
-    assert counts(node_b).max() > 700
+    wanted = routed_tree.even_thresholds(logits, node_b, real)
+    assert counts(node_b).max() > 1500
+    assert counts(wanted).min() > 150
+    assert counts(wanted).max() < 350
+    slope = jax.jit(jax.grad(lambda bias: routed_tree.following(bias, wanted, 0.1)))
+    assert float(routed_tree.following(node_b, wanted, 0.1)) == 0.0
     bias = node_b
-    for _ in range(400):
-        bias = bias - 0.02 * slope(bias)
-    assert counts(bias).min() > 200
-    assert counts(bias).max() < 300
+    for _ in range(120):
+        bias = bias - slope(bias)
+    np.testing.assert_allclose(bias, wanted, atol=2e-3)
+    alone = routed_tree.even_thresholds(logits[:1], node_b)
+    off = np.asarray(alone == node_b).sum(axis=1)
+    np.testing.assert_array_equal(off, 7 - 3, err_msg="nodes that no token reaches keep their thresholds")
 
 
 def test_straight_through_is_the_leaf_in_value_and_the_mixture_in_gradient():

@@ -16,6 +16,7 @@ from ufbert.config.presets import load_preset, preset_names
 from ufbert.errors import UserError
 from ufbert.pretrain.budget import Budget, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.optim import (
+    apply_update,
     averaged,
     averaging_power,
     decay_mask,
@@ -258,6 +259,19 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero():
         same_sign = np.sign(update) == np.sign(p)
         np.testing.assert_allclose(some - update, np.where(same_sign, decayed, 0.0), atol=1e-5)
         assert not decays(path) or p.size < 50 or 0.2 < same_sign.mean() < 0.8
+
+
+def test_the_gradient_of_a_threshold_is_its_step_whatever_rate_and_clipping():
+    params = {
+        "encoder": {"layer_00": {"routed_tree": {"node_bias": jnp.ones((1, 3)), "leaf_in": jnp.ones((1, 4, 8, 2))}}}
+    }
+    for kind in ("adamw", "muon"):
+        optimizer = make_optimizer(PretrainConfig(optimizer=kind, clip_norm=0.1))
+        grads = jax.tree.map(lambda p: 7.0 * p, params)
+        direction, _ = optimizer.update(grads, optimizer.init(params), params)
+        new = apply_update(params, direction, jnp.float32(1e-3))["encoder"]["layer_00"]["routed_tree"]
+        np.testing.assert_array_equal(new["node_bias"], 1.0 - 7.0)
+        assert np.abs(new["leaf_in"] - 1.0).max() < 2e-3
 
 
 def test_matrices_in_one_stack_come_out_as_each_by_itself():

@@ -231,6 +231,8 @@ def _narrow(weights: Any, dtype: Dtype) -> Any:
 def _pack_routed_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
     """Add up the weights of leaves and of the nodes above them, a neuron a row. Decisions stay float32."""
     packed = {name: part for name, part in params.items() if name.startswith("node")}
+    if "node" in packed:
+        packed["node"] = routed_tree.directions(jnp.asarray(packed["node"]))
     for side in ("in", "out"):
         leaves = routed_tree.folded(params, side)
         rows = leaves.swapaxes(2, 3) if side == "in" else leaves

@@ -168,7 +168,12 @@ class RoutedTreeFeedForward(nn.Module):
         else:
             node = self.param("node", nn.initializers.normal(d**-0.5), (m, g - 1, d))
             node_bias = self.param("node_bias", nn.initializers.zeros, (m, g - 1))
-            logits = routed_tree.node_logits(rows, node, node_bias)
+            node, aside = routed_tree.directions(node), jnp.zeros_like(node_bias)
+            thresholds = node_bias
+            if context.training and cfg.tree_even > 0 and g > 1:
+                thresholds = routed_tree.even_thresholds(routed_tree.node_logits(rows, node, aside), node_bias, real)
+                aux = Aux({"tree_even": routed_tree.following(node_bias, thresholds, cfg.tree_even)})
+            logits = routed_tree.node_logits(rows, node, thresholds)
             path = routed_tree.descend(logits)
             leaf = path.leaf
             if cfg.tree_gate in ("through", "anneal") and context.training:
@@ -179,8 +184,6 @@ class RoutedTreeFeedForward(nn.Module):
             else:
                 gate = routed_tree.path_gate(path) if cfg.tree_gate == "path" else jnp.ones(leaf.shape)
                 y = routed_tree.grouped(rows.astype(dtype), leaf, gate, w_in, w_out, activation)
-            if context.training and cfg.tree_even > 0 and g > 1:
-                aux = Aux({"tree_even": cfg.tree_even * routed_tree.evenness(path, node_bias, real)})
         if context.statistics:
             weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
             aux = aux._replace(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.ops.ngrams import FACTOR, NGRAMS, table_seed
-from ufbert.ops.routed_tree import folded, hashed_leaves
+from ufbert.ops.routed_tree import directions, folded, hashed_leaves
 
 Part = Mapping[str, Any]
 """Parameters of a layer, or of one of its parts."""
@@ -239,7 +239,9 @@ def routed_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[st
         if cfg.tree_router == "token":
             leaf = g.reshape(g.add("Gather", g.constant(chosen[:, tree], np.int64), context["ids"]), -1)
         else:
-            leaf, certain = _leaf_and_certainty(g, part["node"][tree], part["node_bias"][tree], rows)
+            leaf, certain = _leaf_and_certainty(
+                g, np.asarray(directions(part["node"][tree])), part["node_bias"][tree], rows
+            )
             gate = g.number("Mul", certain, 2.0 / cfg.tree_depth) if cfg.tree_gate == "path" and cfg.tree_depth else ""
         w_in, w_out = (g.add("Gather", g.constant(leaves[side][tree]), leaf) for side in ("in", "out"))
         hidden = g.activate(g.add("MatMul", wide, w_in), cfg.activation)

@@ -5,8 +5,9 @@ A layer is `m` trees of depth D, side by side and summed. A token goes down each
 training as in inference a token uses one leaf of each tree, so that nothing has to harden. What keeps such trees from being
 useful, and what is done about it here:
 
-- *Decisions are uneven.* `evenness` turns a node's threshold against the side that gets more of its tokens, without a loss
-  that pulls at the weights (as DeepSeek-V3 balances its experts; Wang et al. 2024, arXiv 2408.15664).
+- *Decisions are uneven.* What hidden states have in common moves faster than a threshold can learn, and sends all of them one
+  way. So training splits the tokens of a node at their mean logit (`even_thresholds`), and the stored thresholds, which
+  decide in inference, follow those means (`following`), without a loss that pulls at the weights.
 - *A decision has no gradient.* `path_gate` multiplies a leaf's output by a number that grows with the margins of the decisions
   that led there, as a gate does in Switch; `leaf_shares` sends back the gradient of the soft mixture of all leaves;
   `annealed_shares` are that mixture, which hardens while it is trained.
@@ -39,9 +40,14 @@ class Path(NamedTuple):
 def node_logits(
     x: Float[Array, "b d"], node_w: Float[Array, "m n d"], node_bias: Float[Array, "m n"]
 ) -> Float[Array, "b m n"]:
-    """Compute the logit of every node, in float32. The threshold (`node_bias`) gets no gradient: `evenness` moves it."""
+    """Compute the logit of every node, in float32. The threshold (`node_bias`) gets no gradient: it is moved by `following`."""
     z = jnp.einsum("bd,mnd->bmn", x, node_w, precision=jax.lax.Precision.HIGHEST)
     return z + jax.lax.stop_gradient(node_bias)[None]
+
+
+def directions(node_w: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """Scale the weights of nodes to length 1, so that a margin grows by a better direction and not by longer weights."""
+    return node_w / jnp.maximum(jnp.linalg.norm(node_w, axis=-1, keepdims=True), 1e-12)
 
 
 def descend(logits: Float[Array, "b m n"]) -> Path:
@@ -103,20 +109,35 @@ def _products(right: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
     return shares
 
 
-def evenness(path: Path, node_bias: Float[Array, "m n"], real: Bool[Array, " b"] | None = None) -> Float[Array, ""]:
-    """Return 0, with a gradient for every threshold: its tokens that turn right less those that turn left, over both.
+def even_thresholds(
+    logits: Float[Array, "b m n"], node_bias: Float[Array, "m n"], real: Bool[Array, " b"] | None = None
+) -> Float[Array, "m n"]:
+    """Find the thresholds that split every node's tokens at their mean logit: less that mean, root first, level by level.
 
-    An optimizer that goes against it makes the fuller side smaller. Adam, which divides a gradient by its size, moves a
-    threshold by about the learning rate an update while its node is uneven, and hardly once the sign changes often.
+    `logits` are without thresholds. A node that no token reaches keeps its `node_bias`.
     """
-    rows = jnp.ones(path.leaf.shape[:1]) if real is None else real.astype(jnp.float32)
-    tree = jnp.broadcast_to(jnp.arange(path.nodes.shape[1])[None, :, None], path.nodes.shape)
+    b, m, n = logits.shape
+    rows = jnp.ones(b) if real is None else real.astype(jnp.float32)
+    logits, node, thresholds = jax.lax.stop_gradient(logits), jnp.zeros((b, m), jnp.int32), []
+    for level in range((n + 1).bit_length() - 1):
+        nodes = slice(2**level - 1, 2 ** (level + 1) - 1)
+        here = jax.nn.one_hot(node, 2**level)
+        count = jnp.einsum("bmk,b->mk", here, rows)
+        total = jnp.einsum("bmk,bmk,b->mk", here, logits[..., nodes], rows, precision=jax.lax.Precision.HIGHEST)
+        threshold = jnp.where(count > 0, -total / jnp.maximum(count, 1.0), node_bias[:, nodes])
+        thresholds.append(threshold)
+        node = 2 * node + (jnp.sum(here * (logits[..., nodes] + threshold[None]), axis=-1) > 0)
+    return jnp.concatenate(thresholds, axis=-1) if thresholds else node_bias
 
-    def by_node(values: Float[Array, "b m s"]) -> Float[Array, "m n"]:
-        return jnp.zeros(node_bias.shape).at[tree, path.nodes].add(values * rows[:, None, None])
 
-    turns = by_node(jnp.where(path.logits > 0, 1.0, -1.0)) / jnp.maximum(by_node(jnp.ones_like(path.logits)), 1.0)
-    return jnp.sum(jax.lax.stop_gradient(turns) * (node_bias - jax.lax.stop_gradient(node_bias)))
+def following(node_bias: Float[Array, "m n"], wanted: Float[Array, "m n"], share: float) -> Float[Array, ""]:
+    """Return 0, with a gradient for every threshold: `share` of its way from `wanted`.
+
+    The optimizer takes it from the threshold as it is, whatever the learning rate (`pretrain.optim`), so that thresholds are
+    running means, with no state but themselves.
+    """
+    gap = jax.lax.stop_gradient(node_bias - wanted)
+    return share * jnp.sum(gap * (node_bias - jax.lax.stop_gradient(node_bias)))
 
 
 def with_ancestors(leaves: Float[Array, "m g *shape"], above: Float[Array, "m a *shape"]) -> Float[Array, "m g *shape"]:

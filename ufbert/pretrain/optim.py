@@ -60,11 +60,28 @@ def is_position_scale(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position_scale", params)
 
 
+def is_threshold(path: tuple[Any, ...]) -> bool:
+    """Tell whether a parameter is the thresholds of routed trees, which follow means: their gradient is their step."""
+    return _names(path)[-2:] == ["routed_tree", "node_bias"]
+
+
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Make clipped AdamW, or Muon and AdamW.
+    """Make clipped AdamW, or Muon and AdamW. Thresholds of routed trees pass as they are.
 
     Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
     """
+    others = _optimizer(config)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        rest = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_threshold(path) else g, updates)
+        direction, state = others.update(rest, state, params)
+        taken = jax.tree_util.tree_map_with_path(lambda path, u, g: g if is_threshold(path) else u, direction, updates)
+        return taken, state
+
+    return optax.GradientTransformation(others.init, update)
+
+
+def _optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
     labels = partial(groups, stacks=config.muon_stacks)
     return optax.chain(
@@ -142,8 +159,12 @@ def orthogonalised_as_one(matrices: Sequence[Float[Array, "..."]]) -> list[Float
 
 
 def apply_update(params: Params, direction: Any, lr: jax.Array) -> Any:
-    """Return params - lr * direction."""
-    return jax.tree.map(lambda p, u: p - lr * u.astype(jnp.float32), params, direction)
+    """Return params - lr * direction; of thresholds, params - direction."""
+
+    def updated(path: tuple[Any, ...], p: Array, u: Array) -> Array:
+        return p - (1.0 if is_threshold(path) else lr) * u.astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(updated, params, direction)
 
 
 def averaging_power(width: float) -> float:
