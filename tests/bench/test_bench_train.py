@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ufbert.bench.harness import Missing, Ratio, WorkerProcess, paired_ratio
-from ufbert.bench.train import PEER_SCRIPT, check_losses, check_options
+from ufbert.bench.training.run import PEER_SCRIPT, check_beside, check_losses, check_options
 from ufbert.cli import parse
 from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
@@ -25,9 +25,10 @@ FAKE = """
 import sys
 sys.path[:0] = {path!r}
 from pathlib import Path
-from ufbert.bench import train, worker
-step = train.make_step(Path(sys.argv[1]))
-worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: step(i) * {factor})))
+from ufbert.bench import worker
+from ufbert.bench.training.ours import Trainer
+trainer = Trainer(Path(sys.argv[1]))
+worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: trainer.step(i) * {factor}, trainer.describe)))
 """
 """A peer that trains with our own step and multiplies the losses."""
 
