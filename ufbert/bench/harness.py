@@ -60,6 +60,10 @@ class WorkerProcess:
         """Wait until the job is read, and keep the `facts`. Raises Missing without a library, UserError if it fails."""
         self.facts = str(self._answer("ready")["ready"])
 
+    def log_lines(self) -> list[str]:
+        """Return what the process has written to stderr."""
+        return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+
     def ask(self, do: str, wanted: str, **arguments: Any) -> dict[str, Any]:
         """Return the process's answer to a message. Raises UserError if it fails or its answer lacks `wanted`."""
         assert self.process.stdin is not None
@@ -99,7 +103,7 @@ class WorkerProcess:
             return answer
         if "missing" in answer:
             raise Missing(f"{self.name} is not there: {str(answer['missing']).rstrip('.')}.")
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = self.log_lines()
         reason = self.late or answer.get("error") or (lines[-1] if lines else "it ended without a word")
         raise UserError(f"{self.name} failed: {reason.rstrip('.')}.")
 

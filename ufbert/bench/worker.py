@@ -19,8 +19,8 @@ If something fails it answers `{"error": SENTENCE}` and ends. `layer_ours` and `
 Processes of `bench train` do not load or check. They answer `time`: a call is a training step on batch i of the job, and
 the answer also holds `losses`. And they answer
 
-- `{"do": "describe"}`: `{"parameters": number, "memory": B, "card": NAME}`, the most bytes of a graphics card's memory
-  that they have held, and its name; both null on a CPU;
+- `{"do": "describe"}`: `{"parameters": number, "start_seconds": s, "memory": B, "card": NAME}`: the seconds to read the job
+  and compile, the most bytes of a graphics card's memory that they have held, and its name; the last two null on a CPU;
 - `{"do": "profile", "first": i, "calls": c}`, ours only: the steps i to i + c - 1; answers `{"kinds": ...}`, as
   `training.kernels` describes it.
 """
@@ -28,6 +28,7 @@ the answer also holds `losses`. And they answer
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,5 +124,6 @@ def serve(start: Callable[..., tuple[str, Answers]]) -> None:
     except ImportError as error:
         end_without(error)
     except Exception as error:  # of whatever kind: the process that asked puts it into a sentence
+        traceback.print_exc()  # into the log of this process
         say(error=f"{type(error).__name__}: {(str(error).strip() or 'without a word').splitlines()[0]}")
         sys.exit(1)

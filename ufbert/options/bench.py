@@ -68,7 +68,7 @@ class BenchTrainOptions(RunOptions, BenchOptions):
     masking.
 
     The losses of the first steps must agree before anything is timed: with the peer's to 1e-4 in float32, and with those of a
-    float32 reference to 5e-3 in bfloat16. Then blocks of steps alternate between the processes, on new random rows in every
+    float32 reference to 2e-3 in bfloat16. Then blocks of steps alternate between the processes, on new random rows in every
     round. Printed are median speeds, and the median and quartiles of the ratios of neighbouring blocks; on a card also the
     share of its peak and the most memory held. The model must be like crammed_bert or ultrafastbert, trained with AdamW.
     """

@@ -51,6 +51,8 @@ class Contest:
         self.processes: dict[str, WorkerProcess] = {}
         self.left_out: dict[str, str] = {}
         """Why a process was not timed to the end, by its name."""
+        self.logs: dict[str, list[str]] = {}
+        """The end of the log of every process that failed at something."""
         self.losses: dict[str, list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.differences: dict[str, float | None] = {}
@@ -74,6 +76,11 @@ class Contest:
         say(f"{contestant.name} is left out: {self.left_out[contestant.name]}.")
         if contestant.name in self.processes:
             self.processes[contestant.name].process.kill()
+            self.keep_log(contestant.name)
+
+    def keep_log(self, name: str) -> None:
+        """Keep the end of a process's log."""
+        self.logs[name] = self.processes[name].log_lines()[-40:]
 
     def keep(self) -> dict[str, Any]:
         """Return the report of what was measured so far, and write it if a file is named."""
@@ -96,6 +103,7 @@ def report_of(contest: Contest) -> dict[str, Any]:
         "ratios": {theirs.name: ratio_report(contest, ours, theirs) for ours, theirs in pairs(timed)},
         "losses": contest.losses,
         "left_out": contest.left_out,
+        "logs": contest.logs,
         "profiles": contest.profiles,
         "seconds": time.monotonic() - contest.began,
     }
@@ -117,7 +125,7 @@ def contestant_report(contest: Contest, contestant: Contestant) -> dict[str, Any
         "loss_difference": contest.differences.get(name),
         "tokens_per_second": speed,
         "flops_per_token": flops,
-        "share_of_peak": speed * flops / peaks.products("bfloat16") if peaks else None,
+        "share_of_peak": speed * flops / peaks.products(run.model.dtype) if peaks else None,
         **facts,
     }
 
@@ -164,8 +172,10 @@ def text(report: Mapping[str, Any]) -> str:
             f"{_agreement(ratio)}"
         )
     lines += [f"{name} was left out: {why}" for name, why in report["left_out"].items()]
+    updates = report["job"]["updates"]
+    seconds = {c["name"]: statistics.median(c["block_seconds"]) / updates for c in report["contestants"]}
     for name, profile in report["profiles"].items():
-        lines += ["", *profile_lines(name, profile)]
+        lines += ["", *profile_lines(name, profile, seconds.get(name, 0.0))]
     return "\n".join(lines)
 
 
@@ -185,12 +195,17 @@ def _agreement(ratio: Mapping[str, Any]) -> str:
     return "LOSSES NOT COMPARED" if difference is None else f"losses within {difference:.0e}"
 
 
-def profile_lines(name: str, profile: Mapping[str, Any]) -> list[str]:
-    """Return a table of milliseconds an update by kind of kernel, and the operations that take most."""
-    lines = [f"{name}: {1e3 * profile['seconds']:.2f} ms an update in kernels, by kind"]
+def profile_lines(name: str, profile: Mapping[str, Any], seconds: float) -> list[str]:
+    """Return a table of milliseconds an update by kind of kernel, and the operations that take most.
+
+    `seconds` is what an update took when it was timed.
+    """
+    lines = [
+        f"{name}: {1e3 * profile['seconds']:.2f} ms an update in kernels, of {1e3 * seconds:.2f} ms timed; by kind"
+    ]
     for kind in KINDS:
-        seconds = profile["kinds"][kind]
-        lines.append(f"  {kind:<19} {1e3 * seconds:>8.2f} ms {seconds / max(profile['seconds'], 1e-12):>6.1%}")
+        taken = profile["kinds"][kind]
+        lines.append(f"  {kind:<19} {1e3 * taken:>8.2f} ms {taken / max(profile['seconds'], 1e-12):>6.1%}")
     lines.append("the largest, those of all layers together")
     for kernel in profile["largest"][:16]:
         lines.append(

@@ -54,33 +54,29 @@ def read_trace(trace: bytes) -> list[Kernel]:
         warnings.simplefilter("ignore", DeprecationWarning)  # of the type that holds an event's facts
         planes = list(ProfileData.from_serialized_xspace(trace).planes)
         cards = [plane for plane in planes if re.match("/device:(GPU|TPU)", plane.name)]
-        lines = [
-            list(line.events) for plane in cards or planes for line in plane.lines if _has_kernels(line, bool(cards))
-        ]
-        return [kernel for events in lines for kernel in _kernels(events, bool(cards))]
-
-
-def _has_kernels(line: Any, card: bool) -> bool:
-    """Tell if a line of the trace shows kernels; of an accelerator others show the same time by module or by step."""
-    return not card or line.name.startswith("Stream") or line.name == "XLA Ops"
+        lines = [line for plane in cards or planes for line in plane.lines]
+        if cards:  # other lines show the same time again, by module or by step
+            streams = [line for line in lines if line.name.startswith("Stream")]
+            lines = streams or [line for line in lines if line.name == "XLA Ops"]
+        return [kernel for line in lines for kernel in _kernels(line.events, bool(cards))]
 
 
 def _kernels(events: Iterable[Any], card: bool) -> list[Kernel]:
     """Return the kernels of a line, each with the time that no kernel inside it has."""
-    found: list[tuple[str, str, list[float]]] = []
-    open_ones: list[tuple[float, list[float]]] = []
+    own: list[tuple[str, str, float]] = []
+    running: list[tuple[float, int]] = []  # ends of the kernels around this one, and their places in `own`
     for event in sorted(events, key=lambda event: (event.start_ns, -event.duration_ns)):
         instruction = str(next((value for name, value in event.stats if name == "hlo_op"), ""))
         if not (instruction or card):
             continue
-        while open_ones and open_ones[-1][0] <= event.start_ns:
-            open_ones.pop()
-        if open_ones:
-            open_ones[-1][1][0] -= event.duration_ns
-        own = [float(event.duration_ns)]
-        open_ones.append((event.start_ns + event.duration_ns, own))
-        found.append((event.name, instruction, own))
-    return [Kernel(name, instruction, max(0.0, own[0]) / 1e9) for name, instruction, own in found]
+        while running and running[-1][0] <= event.start_ns:
+            running.pop()
+        if running:
+            name, around, nanoseconds = own[running[-1][1]]
+            own[running[-1][1]] = name, around, nanoseconds - event.duration_ns
+        running.append((event.start_ns + event.duration_ns, len(own)))
+        own.append((event.name, instruction, float(event.duration_ns)))
+    return [Kernel(name, instruction, max(0.0, nanoseconds) / 1e9) for name, instruction, nanoseconds in own]
 
 
 def read_program(text: str) -> dict[str, Instruction]:
@@ -147,7 +143,7 @@ def profile_report(kernels: Sequence[Kernel], program: str, steps: int) -> dict[
     for kernel in kernels:
         instruction = instructions.get(kernel.instruction) or instructions.get(kernel.name)
         operation = re.sub(r"layer_\d+", "layer", instruction.operation if instruction else "")
-        at = (re.sub(r"[._]*\d+$", "", kernel.name), operation, kind_of(kernel, instruction))
+        at = (re.sub(r"[._]\d+$", "", kernel.name), operation, kind_of(kernel, instruction))
         seconds[at] += kernel.seconds / steps
         times[at] += 1
     kinds = dict.fromkeys(KINDS, 0.0)

@@ -5,6 +5,7 @@ Its name begins with `ufbert`, or with `float32` for the reference: the same mod
 
 import json
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Trainer:
 
     def __init__(self, folder: Path, dtype: str = "") -> None:
         """Read the job and compile its step, for another compute type if `dtype` names one."""
+        began = time.perf_counter()
         job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         run = convert(job["run"], RunConfig, "job.json")
         if dtype:
@@ -45,6 +47,7 @@ class Trainer:
         steps: Any = build_steps(run, SPECIAL)
         key = masking_key(self.seed, 0)
         self.program = steps.train_step.lower(self.state, self.rows[0], key, self.inputs).compile()
+        self.start_seconds = time.perf_counter() - began
 
     def step(self, i: int) -> jax.Array:
         """Train on batch i and return its mean loss before that, perhaps still computing."""
@@ -53,12 +56,11 @@ class Trainer:
         return sums.loss / sums.count
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of parameters and, on a graphics card, its name and the most bytes held so far."""
-        device = jax.devices()[0]
-        if device.platform == "cpu":
-            return {"parameters": self.parameters, "memory": None, "card": None}
-        memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        return {"parameters": self.parameters, "memory": memory, "card": device.device_kind}
+        """Return the number of parameters, the seconds that the start took, and what is known of a graphics card."""
+        device, memory, card = jax.devices()[0], None, None
+        if device.platform != "cpu":
+            memory, card = (device.memory_stats() or {}).get("peak_bytes_in_use"), device.device_kind
+        return {"parameters": self.parameters, "start_seconds": self.start_seconds, "memory": memory, "card": card}
 
     def profile(self, first: int, calls: int) -> dict[str, Any]:
         """Trace the steps from batch `first` on, and return their seconds by kind of kernel."""

@@ -14,6 +14,7 @@ import ctypes
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ class Trainer:
     """A training step on the job in a folder, and the model that it updates."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        began = time.perf_counter()
         job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         model, train = job["run"]["model"], job["run"]["train"]
         kind = name.split()[0]
@@ -226,6 +228,7 @@ class Trainer:
             self.loss_of = torch.compile(self.model)
             self.gradient(0)  # compiles forward and backward
             self.optimizer.zero_grad(set_to_none=True)
+        self.start_seconds = time.perf_counter() - began
 
     def gradient(self, i: int) -> Tensor:
         """Add the gradient of batch i's mean loss, and return that loss.
@@ -243,7 +246,7 @@ class Trainer:
                 mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
                 mask = mask.masked_fill_(~seen, -math.inf)[:, None]
             rows = torch.arange(len(ids), device=self.device)[:, None] * ids.shape[1]
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 loss = self.loss_of(ids, mask, (rows + positions).flatten(), labels.flatten())
             loss = loss * (len(ids) / len(self.batches["ids"][i]))
             loss.backward()
@@ -259,11 +262,11 @@ class Trainer:
         return loss
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of parameters and, on a graphics card, its name and the most bytes held so far."""
-        facts = {"parameters": sum(p.numel() for p in self.model.parameters()), "memory": None, "card": None}
+        """Return the number of parameters, the seconds that the start took, and what is known of a graphics card."""
+        parameters, memory, card = sum(p.numel() for p in self.model.parameters()), None, None
         if self.device.type == "cuda":
-            facts |= {"memory": torch.cuda.max_memory_allocated(), "card": torch.cuda.get_device_name()}
-        return facts
+            memory, card = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+        return {"parameters": parameters, "start_seconds": self.start_seconds, "memory": memory, "card": card}
 
 
 def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
