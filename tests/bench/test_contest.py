@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from ufbert.bench.harness import WorkerProcess
 from ufbert.bench.training import run as bench_run
-from ufbert.bench.training.contest import Contest, report_of, text
+from ufbert.bench.training.contest import Contest, Contestant, report_of, text
 from ufbert.bench.training.kernels import KINDS
-from ufbert.bench.training.run import check_all, contestants_of, on_a_card, profile_ours, run_train, time_all
+from ufbert.bench.training.run import check_all, contestants_of, on_a_card, profile_ours, run_train, start_all, time_all
 from ufbert.cli import parse
 from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
@@ -195,3 +196,32 @@ def test_without_a_card_the_command_says_so(monkeypatch):
     monkeypatch.setattr(bench_run, "visible_accelerator", lambda: None)
     with pytest.raises(UserError, match="no NVIDIA graphics card"):
         run_train(BenchTrainOptions(device="gpu"), {"device": "gpu"})
+
+
+QUICK = """
+import sys
+from contextlib import ExitStack
+sys.path[:0] = {path!r}
+from ufbert.bench import worker
+describe = lambda: {{"parameters": 7, "memory": None, "card": None, "start_seconds": 0.0}}
+worker.serve(lambda folder, name, *_: (f"quick {{1 / (name != 'torch')}}", worker.step_answers(lambda i: 9.0, describe)))
+"""
+"""A process that is ready at once, but fails if it is called torch."""
+
+
+def test_on_a_card_all_processes_start_together_and_those_that_cannot_are_left_out(contest, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "write_job", lambda folder, run, options: folder.mkdir())
+    (tmp_path / "quick.py").write_text(QUICK.format(path=sys.path))
+    quick = (sys.executable, str(tmp_path / "quick.py"))
+    run, nowhere = load_preset("tiny"), (str(tmp_path / "nowhere"),)
+    programs = {"ufbert": quick, "torch": quick, "torch-compile": nowhere}
+    contest.contestants = [Contestant(name, "tiny", "tiny", "tiny", run, program) for name, program in programs.items()]
+    contest.processes = {}
+    with ExitStack() as running:
+        start_all(contest, tmp_path, running)
+        assert names(contest) == ["ufbert"]
+        check_all(contest)
+        assert contest.losses == {"ufbert": [9.0, 9.0]}
+    assert "ZeroDivisionError" in contest.left_out["torch"]
+    assert any("Traceback" in line for line in contest.logs["torch"])
+    assert "Cannot start torch-compile" in contest.left_out["torch-compile"]

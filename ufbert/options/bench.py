@@ -97,8 +97,8 @@ class BenchTrainOptions(RunOptions, BenchOptions):
     blocks: Size = 12
     """Rounds of blocks."""
     seconds: NotNegative = 0.0
-    """The longest that the contest may take; 0 sets no limit. A process that is not ready after 60 % of it is left out, and no
-    round begins after 85 %."""
+    """The longest that the contest may take; 0 sets no limit. A process that is not ready after 70 % of it is left out, and no
+    round begins after 90 %."""
     profile: bool = False
     """Also print where our time goes, by kind of kernel: products, attention, the rest of the feedforward, norms and sums,
     embedding and loss, optimizer, copies."""

@@ -49,7 +49,7 @@ def write_job(folder: Path, run: RunConfig, options: BenchTrainOptions) -> None:
     `batches.npz` holds `rows` as our step takes them, and for the peers the same rows as our step masks them: `ids`,
     `segments` (the documents of a row, numbered from 1), and `positions` and `labels` of the masked tokens.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     shape = (n_batches(options), options.rows, run.data.seq_len)
     rows = random_rows(run, np.random.default_rng(options.seed), shape)
     mask = jax.jit(lambda batch, key: mask_rows(run, SPECIAL, batch, key, run.train.mask_rate[0]))

@@ -40,7 +40,7 @@ ON_A_CARD: dict[str, Any] = {
     "blocks": 6, "seconds": 240.0,
 }  # fmt: skip
 """What options are on a graphics card, if they are not given."""
-READY_BY, ROUNDS_UNTIL = 0.6, 0.85
+READY_BY, ROUNDS_UNTIL = 0.7, 0.9
 """Shares of the contest's longest time by which processes must be ready, and after which no round begins."""
 PEER_MODEL: dict[str, Any] = {
     "mixer": ("attention",), "feedforward": ("glu",), "activation": "gelu", "norm": "pre", "first_norm": True,
@@ -152,11 +152,7 @@ def measure(options: BenchTrainOptions, runs: dict[str, RunConfig]) -> dict[str,
     """
     contest = Contest(options, contestants_of(options, runs))
     with tempfile.TemporaryDirectory(prefix="ufbert-bench-") as name, ExitStack() as running:
-        folder = Path(name)
-        with phase("drawing parameters and rows"):
-            for job, run in {c.job: c.run for c in contest.contestants}.items():
-                write_job(folder / job, run, options)
-        start_all(contest, folder, running)
+        start_all(contest, Path(name), running)
         check_all(contest)
         ours = [c for c in contest.still_in() if c.name.startswith("ufbert")]
         if not ours or (len(contest.still_in()) < 2 and options.device == "cpu"):
@@ -174,28 +170,37 @@ def start_all(contest: Contest, folder: Path, running: ExitStack) -> None:
 
     On a graphics card they compile at the same time. The processes end with `running`.
     """
-    threads, on_cpu = usable_threads(0), contest.options.device == "cpu"
+    threads, together = usable_threads(0), contest.options.device == "gpu"
     environment = thread_variables(threads)
-    if not on_cpu:
+    if together:
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the card is shared
-    groups = [[c] for c in contest.contestants] if on_cpu else [contest.contestants]
-    for group in groups:
-        for c in group:
-            command = [*c.program, str(folder / c.job), c.name, str(threads)]
-            try:
-                process = WorkerProcess(c.name, command, folder, environment)
-                contest.processes[c.name] = running.enter_context(process)
-            except Missing as error:
-                contest.leave_out(c, error)
-        for c in group:
-            if c.name not in contest.processes:
-                continue
-            process = contest.processes[c.name]
-            try:
-                with phase(f"starting {c.name}"), process.within(contest.left(READY_BY)):
-                    process.wait_ready()
-            except UserError as error:
-                contest.leave_out(c, error)
+    for c in contest.contestants:
+        if not (folder / c.job).is_dir():
+            with phase(f"drawing parameters and rows for {c.job}"):
+                write_job(folder / c.job, c.run, contest.options)
+        command = [*c.program, str(folder / c.job), c.name, str(threads)]
+        try:
+            process = WorkerProcess(c.name, command, folder, environment)
+        except Missing as error:
+            contest.leave_out(c, error)
+            continue
+        contest.processes[c.name] = running.enter_context(process)
+        if not together:
+            wait_ready(contest, c)
+    if together:
+        for c in contest.contestants:
+            if c.name in contest.processes:
+                wait_ready(contest, c)
+
+
+def wait_ready(contest: Contest, contestant: Contestant) -> None:
+    """Wait until a process is ready, and leave it out if it fails or is late."""
+    process = contest.processes[contestant.name]
+    try:
+        with phase(f"starting {contestant.name}"), process.within(contest.left(READY_BY)):
+            process.wait_ready()
+    except UserError as error:
+        contest.leave_out(contestant, error)
 
 
 def check_all(contest: Contest) -> None:
