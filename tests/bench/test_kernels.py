@@ -29,7 +29,7 @@ metadata={op_name="jit(train_step)/jvp(Encoder)/layer_01/attention/query/dot_gen
   %custom-call.8 = bf16[4,8]{1,0} custom-call(%p, %p), custom_call_target="__cublas$gemm", \
 metadata={op_name="jit(train_step)/transpose(jvp(Encoder))/layer_01/attention/bhqk,bhsk->bhqs/dot_general"}
   %input_reduce_fusion.1 = f32[4]{0} fusion(%p), kind=kInput, calls=%fused_exp, \
-metadata={op_name="jit(train_step)/jvp(Encoder)/layer_01/mixer_norm/reduce_sum"}
+metadata={op_name="jit(train_step)/jvp(Encoder)/layer_01/mixer_norm.of_sum/reduce_sum"}
   %loop_add_fusion.4 = f32[4,8]{1,0} fusion(%p), kind=kLoop, calls=%fused_exp, \
 metadata={op_name="jit(train_step)/jvp(Encoder)/layer_01/add"}
   %loop_erfc_fusion = f32[4,8]{1,0} fusion(%p), kind=kLoop, calls=%fused_exp, \
@@ -55,6 +55,9 @@ EVENTS = [
     ("wrapped_log", "", 1, "embedding and loss"),
     ("loop_multiply_fusion_12", "", 11, "optimizer"),
     ("MemcpyD2D", "", 2, "copies"),
+    ("norm_backward", "", 3, "norms and sums"),
+    ("gated_gelu_forward", "", 3, "feedforward"),
+    ("token_loss", "", 3, "embedding and loss"),
     ("a_kernel_of_nobody", "", 1, "other"),
 ]
 

@@ -21,6 +21,12 @@ KINDS = (
 
 _FUSED_ATTENTION = re.compile(r"fmha|flash|sdpa|attention", re.IGNORECASE)
 _PRODUCT = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|matmul|dot_general|(^|_)dot(_|\.|$)", re.IGNORECASE)
+_BY_NAME = {
+    "norms and sums": re.compile(r"norm", re.IGNORECASE),
+    "feedforward": re.compile(r"tree|gelu|gate|glu", re.IGNORECASE),
+    "embedding and loss": re.compile(r"loss|embed", re.IGNORECASE),
+}
+"""Kernels of ours whose instruction is not known."""
 _COPY = re.compile(r"mem(cpy|set)", re.IGNORECASE)
 _MOVES = {
     "bitcast", "bitcast-convert", "broadcast", "concatenate", "constant", "convert", "copy", "copy-done", "copy-start",
@@ -118,15 +124,17 @@ def kind_of(kernel: Kernel, instruction: Instruction | None) -> str:
     if _PRODUCT.search(kernel.name) or _PRODUCT.search(kernel.instruction) or operation.endswith("dot_general"):
         # Attention's own products are einsums of two batched operands, such as bhqk,bhsk->bhqs.
         return "attention" if re.search(r"/attention/[^/]*,[^/]*/", operation) else "products"
-    if instruction is None or not operation:
-        return "copies" if instruction and instruction.moves else "other"
+    if not operation:
+        if instruction is not None:
+            return "copies" if instruction.moves else "other"
+        return next((kind for kind, name in _BY_NAME.items() if name.search(kernel.name)), "other")
     if "jvp(" not in operation:
         return "optimizer"
     if instruction.moves:
         return "copies"
     if "/attention" in operation:
         return "attention"
-    if re.search(r"/layer_\d+/(\w+_norm/|[^/]*$)|/final_norm", operation):
+    if re.search(r"/layer_\d+/(\w+_norm\b|[^/]*$)|/final_norm", operation):
         return "norms and sums"
     return "feedforward" if re.search(r"/layer_\d+/", operation) else "embedding and loss"
 
