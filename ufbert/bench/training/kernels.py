@@ -124,11 +124,9 @@ def kind_of(kernel: Kernel, instruction: Instruction | None) -> str:
     if _PRODUCT.search(kernel.name) or _PRODUCT.search(kernel.instruction) or operation.endswith("dot_general"):
         # Attention's own products are einsums of two batched operands, such as bhqk,bhsk->bhqs.
         return "attention" if re.search(r"/attention/[^/]*,[^/]*/", operation) else "products"
-    if not operation:
-        if instruction is not None:
-            return "copies" if instruction.moves else "other"
+    if instruction is None:
         return next((kind for kind, name in _BY_NAME.items() if name.search(kernel.name)), "other")
-    if "jvp(" not in operation:
+    if operation and "jvp(" not in operation:
         return "optimizer"
     if instruction.moves:
         return "copies"
@@ -136,7 +134,9 @@ def kind_of(kernel: Kernel, instruction: Instruction | None) -> str:
         return "attention"
     if re.search(r"/layer_\d+/(\w+_norm\b|[^/]*$)|/final_norm", operation):
         return "norms and sums"
-    return "feedforward" if re.search(r"/layer_\d+/", operation) else "embedding and loss"
+    if re.search(r"/layer_\d+/", operation):
+        return "feedforward"
+    return "embedding and loss" if operation else "other"
 
 
 def profile_report(kernels: Sequence[Kernel], program: str, steps: int) -> dict[str, Any]:
