@@ -160,8 +160,9 @@ def ratio_report(contest: Contest, ours: Contestant, theirs: Contestant) -> dict
 
 def text(report: Mapping[str, Any]) -> str:
     """Return speeds, ratios, those that were left out, and profiles."""
-    lines = machine_lines(report["machine"])
-    lines += report["machine"].get("card") or []
+    lines, card = machine_lines(report["machine"]), report["machine"]["card"]
+    if report["job"]["device"] == "gpu":  # what else the processors do costs a card little
+        lines = [lines[0], *dict.fromkeys([card[0], card[-1]] if card else [])]
     width = max([14, *(len(process["name"]) for process in report["contestants"])])
     for process in report["contestants"]:
         lines.append(f"{process['name']:<{width}} {process['tokens_per_second']:>10,.0f} tokens/s  {_details(process)}")
@@ -216,8 +217,10 @@ def profile_lines(name: str, profile: Mapping[str, Any], seconds: float) -> list
 
 
 def card_facts() -> list[str] | None:
-    """Return nvidia-smi's line of the card: name, driver, clocks now and at most, power, temperature. None without it."""
-    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+    """Return nvidia-smi's line of the card: name, driver, clocks now and at most, power, heat, load. None without it."""
+    fields = (
+        "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu,memory.used"
+    )
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

@@ -265,7 +265,10 @@ def time_all(contest: Contest) -> None:
     with phase(f"timing {options.blocks} blocks of {options.updates} updates"):
         contest.times = alternate(entries, calls, options.blocks, options.checked, go_on, contest.left_out)
     for c in contest.still_in():
-        contest.facts[c.name] = contest.processes[c.name].ask("describe", "parameters")
+        try:
+            contest.facts[c.name] = contest.processes[c.name].ask("describe", "parameters")  # with the most memory held
+        except UserError as error:
+            contest.leave_out(c, error)
     for name in set(contest.left_out) & set(contest.processes):
         contest.keep_log(name)
     contest.machine["load_after"] = os.getloadavg()[0]
