@@ -92,7 +92,7 @@ def test_flax_orbax_and_heavy_libraries_stay_in_their_rooms():
 
 
 def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_package():
-    peers = sorted((ROOT / "bench").glob("*_peer.py"))
+    peers = sorted((ROOT / "bench").rglob("*_peer.py"))
     assert len(peers) == 3
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path

@@ -107,8 +107,8 @@ VERBS = {
     ),
     "bench train": Verb(
         BenchTrainOptions,
-        "ufbert.bench.train:run_train",
-        "time pretraining on this CPU against PyTorch, after checking that both compute the same",
+        "ufbert.bench.training.run:run_train",
+        "time pretraining on this CPU or graphics card against PyTorch, after checking that both compute the same",
         layered=True,
     ),
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ufbert.bench.harness import Missing, Ratio, WorkerProcess, paired_ratio
-from ufbert.bench.train import PEER_SCRIPT, check_losses, check_options
+from ufbert.bench.training.run import PEER_SCRIPT, check_beside, check_losses, check_options
 from ufbert.cli import parse
 from ufbert.config.presets import load_preset
 from ufbert.errors import UserError
@@ -25,9 +25,10 @@ FAKE = """
 import sys
 sys.path[:0] = {path!r}
 from pathlib import Path
-from ufbert.bench import train, worker
-step = train.make_step(Path(sys.argv[1]))
-worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: step(i) * {factor})))
+from ufbert.bench import worker
+from ufbert.bench.training.ours import Trainer
+trainer = Trainer(Path(sys.argv[1]))
+worker.serve(lambda *_: ("a fake", worker.step_answers(lambda i: trainer.step(i) * {factor}, trainer.describe)))
 """
 """A peer that trains with our own step and multiplies the losses."""
 
@@ -50,14 +51,17 @@ def fake_peer(tmp_path):
 
 
 def test_a_peer_that_trains_the_same_is_timed_and_reported(fake_peer, tmp_path):
-    done = bench("train", *SMALL, *fake_peer(1.0), "--json", str(tmp_path / "report.json"))
+    done = bench("train", *SMALL, *fake_peer(1.0), "--profile", "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stderr
     assert "times as fast as torch" in done.stdout
+    assert "ufbert: " in done.stdout
+    assert " ms an update in kernels" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     ours, theirs = report["contestants"]
     assert len(ours["block_seconds"]) == len(theirs["block_seconds"]) == 2
     assert ours["first_losses"] == theirs["first_losses"]
     assert report["ratios"]["torch"]["pairs"] == 2
+    assert all(report["profiles"]["ufbert"]["kinds"][kind] > 0 for kind in ("products", "attention", "optimizer"))
 
 
 @pytest.mark.long
@@ -85,10 +89,10 @@ def test_a_peer_that_answers_a_wrong_loss_is_not_timed(fake_peer, tmp_path):
 
 
 def test_a_loss_that_drifts_or_is_no_number_is_refused():
-    assert check_losses("peer", [9.0, 8.0004], [9.0, 8.0]) == pytest.approx(5e-5)
+    assert check_losses("peer", [9.0, 8.0004], [9.0, 8.0], 1e-4) == pytest.approx(5e-5)
     for wrong in (8.002, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"after 1 steps .* Nothing was timed"):
-            check_losses("peer", [9.0, wrong], [9.0, 8.0])
+        with pytest.raises(UserError, match=r"after 1 steps .* It is not timed"):
+            check_losses("peer", [9.0, wrong], [9.0, 8.0], 1e-4)
 
 
 def test_the_ratio_is_the_median_of_paired_blocks():
@@ -176,7 +180,7 @@ def test_there_must_be_something_to_time_beside():
     with pytest.raises(UserError, match="--peer-python"):
         check_options(BenchTrainOptions())
     with pytest.raises(UserError, match="crammed_bert has none"):
-        check_options(BenchTrainOptions(beside=("gather",)))
+        check_beside(BenchTrainOptions(beside=("gather",)), [load_preset("crammed_bert")])
 
 
 def test_sizes_come_from_the_scale_and_single_fields_win():

@@ -27,7 +27,7 @@ PRESET = load_preset("ultrafastbert_1x11")
     ],
 )
 def test_auto_takes_the_largest_scale_that_is_fed(seconds, speeds, on_cpu, scale):
-    speeds = Speeds(*speeds, overlap=not on_cpu, source="a test")
+    speeds = Speeds(*speeds, source="a test")
     found = choose_scale(
         PRESET, "auto", float(seconds), speeds, trees="native" if on_cpu else "masked", bfloat16=not on_cpu
     )

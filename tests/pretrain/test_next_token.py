@@ -100,7 +100,7 @@ def test_the_head_costs_what_it_predicts():
     assert more == pytest.approx(3 * 0.375 * 2 * 16 * 30)
     cheap, dear = StepCount(1e9, 0.0, 1.0, 1.0), StepCount(3e9, 0.0, 2.0, 1.0)
     gradient = {(rows, at): dear if at.next_token else cheap for rows in (1, 2) for at in stages(first)}
-    counts, speeds = RunCounts(gradient, cheap._replace(flops=0.0), cheap, 0.0, 0.0), Speeds(1e9, 1e9, 1e9, True, "")
+    counts, speeds = RunCounts(gradient, cheap._replace(flops=0.0), cheap, 0.0, 0.0), Speeds(1e9, 1e9, 1e9, "")
     plan = plan_run(first, Budget(steps=10), counts, speeds, masked_trees=False, compile_seconds=0.0)
     assert plan.seconds.updates == pytest.approx(5 * 3 + 5 * 1)
     assert counts.memory(2) == 2.0

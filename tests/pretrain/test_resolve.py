@@ -19,7 +19,7 @@ BEFORE = Path(__file__).parent.parent / "fixtures" / "before_house"
 CPU = Platform(
     on_cpu=True,
     bfloat16=False,
-    speeds=lambda run: Speeds(4e11, 4e11, 2e10, overlap=False, source="a test"),
+    speeds=lambda run: Speeds(4e11, 4e11, 2e10, source="a test"),
     trees=lambda run: "native",
 )
 
@@ -59,7 +59,7 @@ def test_settings_are_checked_against_the_preset_they_are_given_over():
 
 def test_a_scale_that_auto_would_not_take_for_another_preset_is_said():
     """Losses of models of different size and vocabulary do not compare."""
-    slow = CPU._replace(speeds=lambda run: Speeds(1e11, 1e11, 1e10, overlap=False, source="a test"))
+    slow = CPU._replace(speeds=lambda run: Speeds(1e11, 1e11, 1e10, source="a test"))
     options, given = parse(TrainOptions, ["--budget=6h"], "train.py")
     caution = resolve(options, given, parse_budget("6h"), slow).caution
     assert caution.startswith("scale auto takes mini here; for bert_base, crammed_bert")

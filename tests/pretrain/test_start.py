@@ -22,7 +22,7 @@ from ufbert.pretrain.resolve import Platform, decided, resolve
 from ufbert.pretrain.start import start_params, start_sha256
 from ufbert.runtime.metrics import read_records
 
-SPEEDS = Speeds(4e11, 4e11, 2e10, overlap=False, source="a test")
+SPEEDS = Speeds(4e11, 4e11, 2e10, source="a test")
 CPU = Platform(on_cpu=True, bfloat16=False, speeds=lambda run: SPEEDS, trees=lambda run: "native")
 SHAPE = [
     "--data.seq-len=32", "--data.eval-rows=16", "--train.batch-rows=8", "--train.micro-rows=8", "--train.n-evals=2",

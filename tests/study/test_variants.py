@@ -154,7 +154,7 @@ def test_every_variant_takes_the_fewest_updates_that_read_the_tokens():
 
 
 def test_equal_time_takes_the_batch_of_the_speed_expected_and_keeps_it_ever_after():
-    speeds = Speeds(1e12, 1e12, 1e12, overlap=True, source="a test")
+    speeds = Speeds(1e12, 1e12, 1e14, source="a test")
     measured = Platform(True, False, lambda run: speeds, lambda run: "gather")
     options = StudyOptions(out="s", budget="20m")
     first = decide(options, "a", BASE, measured)

@@ -11,9 +11,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class WorkerProcess:
         self, name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         """Start `command`, with more `environment` and stderr in a file in `folder`. Raises Missing if it cannot."""
-        self.name, self.log, self.facts = name, folder / f"{name}.txt", ""
+        self.name, self.log, self.facts, self.late = name, folder / f"{name}.txt", "", ""
         try:
             with self.log.open("w", encoding="utf-8") as errors:
                 self.process = subprocess.Popen(
@@ -59,6 +60,10 @@ class WorkerProcess:
         """Wait until the job is read, and keep the `facts`. Raises Missing without a library, UserError if it fails."""
         self.facts = str(self._answer("ready")["ready"])
 
+    def log_lines(self) -> list[str]:
+        """Return what the process has written to stderr."""
+        return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+
     def ask(self, do: str, wanted: str, **arguments: Any) -> dict[str, Any]:
         """Return the process's answer to a message. Raises UserError if it fails or its answer lacks `wanted`."""
         assert self.process.stdin is not None
@@ -68,6 +73,24 @@ class WorkerProcess:
         except OSError:
             pass  # It has ended; reading its answer says why.
         return self._answer(wanted)
+
+    @contextmanager
+    def within(self, seconds: float | None) -> Generator[None]:
+        """End the process, so that what it is asked fails, if the block takes longer than this; None sets no limit."""
+        if seconds is None:
+            yield
+            return
+        timer = threading.Timer(max(0.0, seconds), self._give_up, [seconds])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, seconds: float) -> None:
+        self.late = f"it took longer than {max(0.0, seconds):.0f} s"
+        self.process.kill()
 
     def _answer(self, wanted: str) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -80,8 +103,8 @@ class WorkerProcess:
             return answer
         if "missing" in answer:
             raise Missing(f"{self.name} is not there: {str(answer['missing']).rstrip('.')}.")
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = answer.get("error") or (lines[-1] if lines else "it ended without a word")
+        lines = self.log_lines()
+        reason = self.late or answer.get("error") or (lines[-1] if lines else "it ended without a word")
         raise UserError(f"{self.name} failed: {reason.rstrip('.')}.")
 
 
@@ -97,6 +120,12 @@ def our_program(module: str) -> tuple[str, ...]:
     return sys.executable, "-m", f"ufbert.bench.{module}"
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """Return the variables of the environment that limit a process's threads."""
+    variables = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return dict.fromkeys(variables, str(threads))
+
+
 def start_processes(
     programs: Mapping[str, Sequence[str]], folder: Path, threads: int, running: ExitStack, entries: Sequence[str] = ()
 ) -> tuple[dict[str, WorkerProcess], dict[str, str]]:
@@ -105,8 +134,7 @@ def start_processes(
     Returns the processes, which end with `running`, and the reasons of those that are missing. `entries` are what `ufbert`
     computes. A folder called like a process in `folder` is its own job. Raises UserError if a process fails.
     """
-    variables = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    environment = dict.fromkeys(variables, str(threads))
+    environment = thread_variables(threads)
     processes: dict[str, WorkerProcess] = {}
     missing: dict[str, str] = {}
     for name, program in programs.items():
@@ -134,15 +162,35 @@ def time_block(entry: Entry, work: str, first: int, calls: int) -> float:
     return float(answer["seconds"])
 
 
-def alternate(entries: Sequence[Entry], calls: Mapping[str, Mapping[str, int]], blocks: int, start: int = 0) -> Times:
-    """Time blocks of `calls[name][work]` calls in turns from batch `start` on, each on other batches than the last."""
+def alternate(
+    entries: Sequence[Entry],
+    calls: Mapping[str, Mapping[str, int]],
+    blocks: int,
+    start: int = 0,
+    go_on: Callable[[Times], bool] = lambda times: True,
+    failed: dict[str, str] | None = None,
+) -> Times:
+    """Time blocks of `calls[name][work]` calls in turns from batch `start` on, each on other batches than the last.
+
+    After every round `go_on` is told all times, and ends the contest if it returns False. With `failed`, an entry that
+    fails is named there, with its reason, and no longer timed; else UserError is raised.
+    """
     times: Times = {name: {work: [] for work in calls[name]} for _, name in entries}
     for block in range(blocks):
         turn = block % len(entries)
         for entry in (*entries[turn:], *entries[:turn]):
-            for work, n in calls[entry.name].items():
-                time.sleep(PAUSE)
-                times[entry.name][work].append(time_block(entry, work, start + block * n, n) / n)
+            if failed and entry.name in failed:
+                continue
+            try:
+                for work, n in calls[entry.name].items():
+                    time.sleep(PAUSE)
+                    times[entry.name][work].append(time_block(entry, work, start + block * n, n) / n)
+            except UserError as error:
+                if failed is None:
+                    raise
+                failed[entry.name] = str(error)
+        if not go_on(times):
+            break
     return times
 
 

@@ -14,13 +14,21 @@ prints `{"ready": FACTS}`, or `{"missing": SENTENCE}` if a library is not instal
   the next begins; answers `{"seconds": s}` by the clock of this process. Call j works on batch j modulo the number of
   batches.
 
-If something fails it answers `{"error": SENTENCE}` and ends. `layer_ours` and `encoder_ours` answer more. Processes of
-`bench train` answer `time` only: a call is a training step on batch i of the job, and the answer also holds `losses`.
+If something fails it answers `{"error": SENTENCE}` and ends. `layer_ours` and `encoder_ours` answer more.
+
+Processes of `bench train` do not load or check. They answer `time`: a call is a training step on batch i of the job, and
+the answer also holds `losses`. And they answer
+
+- `{"do": "describe"}`: `{"parameters": number, "start_seconds": s, "memory": B, "card": NAME}`: the seconds to read the job
+  and compile, the most bytes of a graphics card's memory that they have held, and its name; the last two null on a CPU;
+- `{"do": "profile", "first": i, "calls": c}`, ours only: the steps i to i + c - 1; answers `{"kinds": ...}`, as
+  `training.kernels` describes it.
 """
 
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,15 +98,15 @@ class Worker:
         return {"load": self.load, "check": self.check, "time": self.time}
 
 
-def step_answers(step: Callable[[int], Any]) -> Answers:
-    """Return the answer of a process of `bench train`. `step` turns a batch's number into a loss, perhaps still computing."""
+def step_answers(step: Callable[[int], Any], describe: Callable[[], dict[str, Any]]) -> Answers:
+    """Return the answers of a process of `bench train`. `step` turns a batch's number into a loss, perhaps still computing."""
 
     def timed(name: str, work: str, first: int, calls: int) -> dict[str, Any]:
         start = time.perf_counter()
         losses = [step(i) for i in range(first, first + calls)]
         return {"losses": [float(loss) for loss in losses], "seconds": time.perf_counter() - start}
 
-    return {"time": timed}
+    return {"time": timed, "describe": describe}
 
 
 def serve(start: Callable[..., tuple[str, Answers]]) -> None:
@@ -116,5 +124,6 @@ def serve(start: Callable[..., tuple[str, Answers]]) -> None:
     except ImportError as error:
         end_without(error)
     except Exception as error:  # of whatever kind: the process that asked puts it into a sentence
+        traceback.print_exc()  # into the log of this process
         say(error=f"{type(error).__name__}: {(str(error).strip() or 'without a word').splitlines()[0]}")
         sys.exit(1)

@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from ufbert.config import ModelConfig, RunConfig
 from ufbert.cost.devices import device_of_kind
 from ufbert.cost.flops import predicted_share
+from ufbert.cost.reached import reached
 from ufbert.cost.speeds import (
     CPU_UTILISATION,
-    FLOAT32_UTILISATION,
-    TRAFFIC,
-    UTILISATION,
     Speeds,
     measured_flops,
     peak_speeds,
@@ -83,7 +81,7 @@ class PartSpeeds:
             f"matrix products and {moved / taken / 1e9:,.1f} GB/s in the rest"
         )
         share = CPU_UTILISATION
-        return Speeds(share * products, share * products, share * moved / taken, overlap=False, source=source)
+        return Speeds(share * products, share * products, share * moved / taken, source=source)
 
 
 @phase("measuring this device")
@@ -110,12 +108,12 @@ def _measured_accelerator(kind: str) -> Speeds:
         jax.block_until_ready(add.call())
         add.seconds.append(time.perf_counter() - began)
     bandwidth = 2 * x.nbytes / min(add.seconds)
+    shares = reached("")
     source = (
-        f"{kind} is not in the table of peaks; measured here: {UTILISATION:.0%} of {products / 1e12:,.1f} TFLOP/s, "
-        f"{FLOAT32_UTILISATION:.0%} of {float32 / 1e12:,.1f} TFLOP/s float32, {bandwidth / 1e9:,.0f} GB/s"
+        f"{kind} is not in the table of peaks; measured here: {shares.products:.0%} of {products / 1e12:,.1f} TFLOP/s, "
+        f"{shares.float32:.0%} of {float32 / 1e12:,.1f} TFLOP/s float32, {bandwidth / 1e9:,.0f} GB/s"
     )
-    speeds = (UTILISATION * products, FLOAT32_UTILISATION * float32, bandwidth / TRAFFIC)
-    return Speeds(*speeds, overlap=True, source=source)
+    return Speeds(shares.products * products, shares.float32 * float32, bandwidth / shares.traffic, source)
 
 
 def _random(*shape: int) -> jax.Array:

@@ -5,23 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ufbert.cost.devices import DevicePeaks, device_of_kind
+from ufbert.cost.reached import reached
 from ufbert.runtime.console import phase
-
-UTILISATION = 0.4
-"""Assumed share of an accelerator's peak that matrix products reach in training. Crammed BERT ran 105 thousand tokens a
-second on an RTX A6000 (its issue #45), 42 % of that card's peak at 623 MFLOP a token."""
-
-
-FLOAT32_UTILISATION = 0.6
-"""The same share for true float32 products, which routing uses (an assumption; float32 units wait for memory less)."""
 
 CPU_UTILISATION = 1.1
 """Speed of a whole step over that of its parts measured alone, since XLA fuses one part with the next. Four presets at two
 scales lay between 1.06 and 1.15."""
-
-TRAFFIC = 0.75
-"""Bytes that an accelerator's program moves, over those of the CPU's program: its compiler fuses more. Chosen so that crammed
-BERT's published run on an RTX A6000 is not faster than that card's memory allows."""
 
 
 class Speeds(NamedTuple):
@@ -33,30 +22,27 @@ class Speeds(NamedTuple):
     """FLOP/s of routing's float32 products."""
     bandwidth: float
     """Bytes/s, of the bytes that XLA counts for a CPU program."""
-    overlap: bool
-    """True if arithmetic and memory traffic overlap (accelerators), so that the slower decides; else they add up."""
     source: str
     """Origin of the numbers, for people."""
 
     def seconds(self, flops: float, routing_flops: float, n_bytes: float) -> float:
         """Estimate the time of `flops` operations, `routing_flops` of which are float32, and `n_bytes` of memory traffic.
 
-        This is a roofline (Williams et al. 2009).
+        Both add up: an instruction, or a kernel, waits for the one before it.
         """
         arithmetic = max(0.0, flops - routing_flops) / self.products + routing_flops / self.float32
-        traffic = n_bytes / self.bandwidth
-        return max(arithmetic, traffic) if self.overlap else arithmetic + traffic
+        return arithmetic + n_bytes / self.bandwidth
 
 
 def peak_speeds(device: DevicePeaks, dtype: str) -> Speeds:
-    """Estimate the speeds of a device of the table, at the utilisation above."""
-    share = FLOAT32_UTILISATION if device.products(dtype) == device.float32 else UTILISATION
+    """Estimate the speeds of a device of the table, at what it reaches of its peaks."""
+    shares, peak = reached(device.name), device.products(dtype)
+    share = shares.float32 if peak == device.float32 else shares.products
     source = (
-        f"{share:.0%} of {device.products(dtype) / 1e12:,.1f} TFLOP/s {dtype}, {FLOAT32_UTILISATION:.0%} of "
-        f"{device.float32 / 1e12:,.1f} TFLOP/s float32 for routing, {device.bandwidth / 1e9:,.0f} GB/s ({device.source})"
+        f"{share:.0%} of {peak / 1e12:,.1f} TFLOP/s {dtype}, {shares.float32:.0%} of {device.float32 / 1e12:,.1f} TFLOP/s "
+        f"float32 for routing, {device.bandwidth / 1e9:,.0f} GB/s ({device.source})"
     )
-    speeds = (share * device.products(dtype), FLOAT32_UTILISATION * device.float32, device.bandwidth / TRAFFIC)
-    return Speeds(*speeds, overlap=True, source=source)
+    return Speeds(share * peak, shares.float32 * device.float32, device.bandwidth / shares.traffic, source)
 
 
 @phase("measuring this device")

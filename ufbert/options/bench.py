@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ufbert.config import Scale
-from ufbert.config.checks import Positive, Seed, Size, SizeOrNone, check_kinds
+from ufbert.config.checks import NotNegative, Positive, Seed, Size, SizeOrNone, check_kinds
 from ufbert.errors import UserError
 from ufbert.options.train import RunOptions
 
@@ -63,22 +63,29 @@ class ForwardOptions(BenchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainOptions(RunOptions, BenchOptions):
-    """Time training on this CPU against the same model in PyTorch: equal parameters, batches, optimizer, float32, cores.
-    PyTorch trains trees as UltraFastBERT's authors do, by computing every neuron and masking.
+    """Time training against the same model in PyTorch: equal parameters, batches and optimizer; float32 on the cores of this
+    CPU, bfloat16 on a graphics card. PyTorch trains trees as UltraFastBERT's authors do, by computing every neuron and
+    masking.
 
-    The losses of the first steps must agree with the peer's to 1e-4 before anything is timed. Then blocks of steps alternate
-    between the processes, on new random rows in every round. Printed are median speeds, and the median and quartiles of the
-    ratios of neighbouring blocks. The model must be like crammed_bert or ultrafastbert, trained with AdamW.
+    The losses of the first steps must agree before anything is timed: with the peer's to 1e-4 in float32, and with those of a
+    float32 reference to 2e-3 in bfloat16. Then blocks of steps alternate between the processes, on new random rows in every
+    round. Printed are median speeds, and the median and quartiles of the ratios of neighbouring blocks; on a card also the
+    share of its peak and the most memory held. The model must be like crammed_bert or ultrafastbert, trained with AdamW.
     """
 
+    device: Literal["cpu", "gpu"] = "cpu"
+    """cpu, or gpu for an NVIDIA card, which changes the defaults: crammed_bert and ultrafastbert_1x11 at base, 128 rows,
+    torch-compile, 3 steps checked, 6 rounds of 12 updates, 240 seconds."""
     peer: Literal["torch", "torch-compile", "both"] = "torch"
     """Eager PyTorch, the same through torch.compile (which needs a C++ compiler), or both, each in a process of its own.
-    Without --peer-python only --beside is timed."""
+    Without --peer-python only --beside and --also are timed."""
     beside: tuple[Variant, ...] = ()
     """Variants of ours to time as well: the same trees computed otherwise, or the same model with a GELU layer of 4 x width
     neurons (3,072 at base) for its feedforward."""
     config: str = "crammed_bert"
     """Preset name (see `ufbert presets`) or the path of a preset file."""
+    also: str = ""
+    """A second preset, under the same options and with peers of its own, timed in the same rounds."""
     scale: Scale = "mini"
     """tiny 2x128, mini 4x256, small 4x512, base the preset's own size; auto takes tiny."""
     rows: Size = 32
@@ -89,6 +96,17 @@ class BenchTrainOptions(RunOptions, BenchOptions):
     """Steps in a block."""
     blocks: Size = 12
     """Rounds of blocks."""
+    seconds: NotNegative = 0.0
+    """The longest that the contest may take; 0 sets no limit. A process that is not ready after 70 % of it is left out, and no
+    round begins after 90 %."""
+    profile: bool = False
+    """Also print where our time goes, by kind of kernel: products, attention, the rest of the feedforward, norms and sums,
+    embedding and loss, optimizer, copies."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile and self.updates < 2:
+            raise UserError("--profile needs blocks of at least 2 --updates.")
 
 
 @dataclass(frozen=True)

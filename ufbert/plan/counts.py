@@ -55,18 +55,21 @@ class RunCounts(NamedTuple):
         gradients = sum(count.compile_seconds for (rows, _), count in self.gradient.items() if rows == largest)
         return 2 * (gradients + self.finish.compile_seconds) + self.evaluate.compile_seconds
 
-    def memory(self, micro_rows: int) -> float:
+    def memory(self, micro_rows: int, share: float = 1.0) -> float:
         """Return the bytes on the device while training with this micro-batch.
 
         Activations grow with the rows and nothing else does, so other sizes lie on the line through the two that were
-        compiled. The optimizer's state waits beside the gradient; an update needs no activations.
+        compiled. The optimizer's state waits beside the gradient; an update needs no activations. A device for which the
+        program was not compiled holds `share` of the activations.
         """
+        fixed = 2 * self.state_bytes - self.optimizer_bytes  # and a gradient as large as the weights
         held = [self.finish.memory]
         for at in {at for _, at in self.gradient}:
             sizes = sorted(rows for rows, other in self.gradient if other == at)
             low, high = self.gradient[sizes[0], at].memory, self.gradient[sizes[-1], at].memory
             slope = (high - low) / max(1, sizes[-1] - sizes[0])
-            held.append(high + slope * (micro_rows - sizes[-1]) + self.optimizer_bytes)
+            counted = high + slope * (micro_rows - sizes[-1]) + self.optimizer_bytes
+            held.append(counted - (1.0 - share) * max(0.0, counted - fixed))
         return max(held)
 
 

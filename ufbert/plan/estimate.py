@@ -48,7 +48,7 @@ class RunPlan(NamedTuple):
     bytes_per_token: float
     """XLA's count of the compiled gradient, on the backend that compiled it."""
     bound: str
-    """The limit on the time of a step: arithmetic, memory traffic, or both in turn."""
+    """The shares of a step's time."""
     seconds: Times
 
 
@@ -105,8 +105,6 @@ def plan_run(
 
 def _bound(speeds: Speeds, seconds: float, n_bytes: float) -> str:
     share = n_bytes / speeds.bandwidth / seconds
-    if speeds.overlap:
-        return "memory traffic" if share > 0.999 else "arithmetic"
     return f"matrix products {1 - share:.0%}, the rest {share:.0%}"
 
 

@@ -23,6 +23,7 @@ def plan_facts(
     """Return everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
     hours = (budget.seconds or plan.seconds.total) / 3600
     peak = target.peaks.products(run.model.dtype) if target.peaks else speeds.products / CPU_UTILISATION
+    activations = target.shares.memory if target.shares else 1.0
     return {
         "config": options.origin,
         "scale": options.scale,
@@ -38,7 +39,7 @@ def plan_facts(
         "model_flops_utilisation": plan.flops_per_token * plan.tokens_per_second / peak,
         "speeds": speeds.source,
         "micro_rows": run.train.micro_rows,
-        "memory": {str(rows): counts.memory(rows) for rows in micro_batch_sizes(run)},
+        "memory": {str(rows): counts.memory(rows, activations) for rows in micro_batch_sizes(run)},
         "memory_compiled": sorted({rows for rows, _ in counts.gradient}),
         "usable_memory": target.memory,
         "state_bytes": counts.state_bytes,
@@ -46,6 +47,8 @@ def plan_facts(
         "price": options.price or None,
         "money": hours * options.price if options.price else None,
         "preparation": preparation._asdict(),
+        "evidence": target.evidence,
+        "shares": target.shares and target.shares._asdict(),
         "check": check and {**check._asdict(), "ratio": check.ratio, "within_25_percent": check.holds},
     }
 
@@ -56,6 +59,7 @@ def show_plan(facts: dict[str, Any]) -> None:
     console.print(_table("what the budget buys", _yield_rows(facts)))
     console.print(_table("where the time goes", _time_rows(facts)))
     console.print(_table("memory while training", _memory_rows(facts), "rows of a micro-batch"))
+    console.print(_table("what stands behind the figures", _evidence_rows(facts)))
     for note in _notes(facts):
         console.print(f"- {note}")
     console.print(_preparation_note(facts), soft_wrap=True)
@@ -74,7 +78,7 @@ def _preparation_note(facts: dict[str, Any]) -> str:
     minutes, size, most = text["seconds"] / 60, text["bytes"] / 1e9, text["tokens"] / 1e6
     saved = f", up to {minutes / 60 * facts['price']:,.2f} saved" if facts["price"] else ""
     return (
-        f"- text: `{text['command']}` on a cheap machine first: about {minutes:,.0f} min on a core (assumed) and "
+        f"- text: `{text['command']}` on a cheap machine first: about {minutes:,.0f} min on a core and "
         f"{size:,.2f} GB for at most {most:,.0f} M tokens{saved}"
     )
 
@@ -96,7 +100,7 @@ def _yield_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("updates", f"{facts['updates']:,}", f"of {facts['rows_per_update']:,.0f} rows on average"),
         ("MFLOP a token", f"{facts['flops_per_token'] / 1e6:,.1f}", f"analytic; {counted}"),
         ("kB moved a token", f"{facts['bytes_per_token'] / 1e3:,.0f}", "in the compiled step"),
-        ("model FLOPs utilisation", f"{facts['model_flops_utilisation']:.1%}", f"limited by {facts['bound']}"),
+        ("model FLOPs utilisation", f"{facts['model_flops_utilisation']:.1%}", facts["bound"]),
     ]
     if facts["passes"] is not None:
         rows.append(("passes over the corpus", f"{facts['passes']:,.2f}", ""))
@@ -108,14 +112,22 @@ def _yield_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _time_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     seconds = facts["seconds"]
     why = {
-        "compilation": "measured here" if facts["backend"]["compiled_here"] else "assumed",
+        "compilation": "",
         "updates": "",
         "evaluations": "",
-        "checkpoints": f"assumed: 0.5 s and {facts['state_bytes'] / 1e6:,.0f} MB at 200 MB/s each, the last save included",
+        "checkpoints": f"0.5 s and {facts['state_bytes'] / 1e6:,.0f} MB at 200 MB/s each, the last save included",
     }
     total = max(seconds["total"], 1e-9)
     rows = [(name, f"{seconds[name]:,.1f} s", f"{seconds[name] / total:6.1%}  {why[name]}") for name in why]
-    return [*rows, ("in all", f"{seconds['total']:,.1f} s", "")]
+    rows.append(("in all", f"{seconds['total']:,.1f} s", ""))
+    text = f"{facts['preparation']['seconds']:,.1f} s"
+    return [*rows, ("text", text, "before the clock starts, on one core; none if it is prepared already")]
+
+
+def _evidence_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the figures, the kind of evidence behind each, and where it comes from."""
+    parts = [(name, *evidence.partition(": ")) for name, evidence in facts["evidence"].items()]
+    return [(name, kind, source) for name, kind, _, source in parts]
 
 
 def _memory_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -136,11 +148,11 @@ def _notes(facts: dict[str, Any]) -> list[str]:
         f"computed in {backend['dtype']}, trees by `{backend['trees']}`",
         f"memory is that of the step compiled for {sizes} rows, and for other sizes on the line through these",
     ]
-    if not backend["compiled_here"]:
+    if facts["shares"]:
         notes.append(
-            "this device is not here: operations, bytes and memory are those of the step compiled for this CPU. An "
-            "accelerator's compiler fuses more, so memory is an upper estimate (an H100 took 9.4 GB where this says 39, "
-            "for UltraFastBERT by gather); the speed may be off by half."
+            "this device is not here: the step was compiled for this CPU. An accelerator's compiler fuses more, so of its "
+            f"bytes moved {facts['shares']['traffic']:.0%} count, and of its activations {facts['shares']['memory']:.0%}; an "
+            "assumed speed may be off by half"
         )
     if facts["seconds"]["budget"] is not None and not facts["updates"]:
         notes.append("the budget is spent before the first update")

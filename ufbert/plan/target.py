@@ -9,6 +9,7 @@ from ufbert import nn
 from ufbert.config import RunConfig, TreeBackend
 from ufbert.cost.devices import DevicePeaks, device_of_kind, find_device
 from ufbert.cost.parts import local_speeds
+from ufbert.cost.reached import Reached, memory_evidence, reached, speed_evidence
 from ufbert.cost.speeds import Speeds, peak_speeds
 from ufbert.ops.fff import usual_backend
 from ufbert.pretrain.resolve import Platform
@@ -41,6 +42,28 @@ class Target:
     def platform(self) -> Platform:
         """The device as the choice of a scale sees it."""
         return Platform(self.on_cpu, self.dtype == "bfloat16", self.speeds, self.trees)
+
+    @property
+    def shares(self) -> Reached | None:
+        """What a program compiled for a CPU says of this device; None if that device's own is compiled."""
+        return None if self.local or self.peaks is None else reached(self.peaks.name)
+
+    @property
+    def evidence(self) -> dict[str, str]:
+        """Say what stands behind the figures of a plan: each begins with `measured`, `published` or `assumed`."""
+        compiled = "measured here: of the step that was compiled"
+        table = {"peaks": "measured here", "speed": "measured here: of parts of this model", "memory": compiled}
+        if not self.on_cpu:
+            table["speed"] = speed_evidence(self.peaks.name if self.peaks else "")
+        if self.peaks:
+            table["peaks"] = f"published: {self.peaks.source}"
+        if self.peaks and not self.local:
+            table["memory"] = memory_evidence(self.peaks.name)
+        return table | {
+            "compilation": compiled if self.local else "assumed",
+            "checkpoints": "assumed",
+            "text": "assumed",
+        }
 
     def speeds(self, run: RunConfig) -> Speeds:
         """Return the speeds of the table, or else those of the parts of `run`, measured here."""

@@ -1,20 +1,24 @@
 """The peer of `ufbert bench train`: crammed BERT and UltraFastBERT in PyTorch, by an interpreter with torch and numpy.
 
-Of ufbert it imports only `worker.py`, from the same folder. Its name is `torch` or `torch-compile`, which puts the loss
-through `torch.compile`.
+Of ufbert it imports only `worker.py`, from the folder above. Its name begins with `torch`, with `torch-compile`, which puts
+the loss through `torch.compile`, or with `float32` for the reference of others that compute in bfloat16.
 
 What was chosen for it: one product for queries, keys and values and one for gate and value;
 `scaled_dot_product_attention` with an additive mask made once per batch; AdamW with `fused=True`; gradients set to None
-between steps; as many threads as cores; denormals flushed; oneDNN as it comes; glibc told to keep freed memory, as ours
-does. Rows arrive masked, which costs it nothing; ours masks within the step.
+between steps; bfloat16 by autocast. On a CPU: as many threads as cores; denormals flushed; oneDNN as it comes; glibc told
+to keep freed memory, as ours does. On a graphics card: all batches lie there before the first step. Rows arrive masked,
+which costs it nothing; ours masks within the step.
 """
 
 import ctypes
 import json
 import math
-from collections.abc import Callable
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 from worker import Answers, end_without, serve, step_answers
 
@@ -106,8 +110,8 @@ class MaskedTrees(nn.Module):
     def mask(self, logits: Tensor) -> Tensor:
         """One where a neuron is on the row's path, else zero."""
         right = logits.view(-1, self.trees, self.nodes) > 0
-        mask = torch.zeros(right.shape)
-        node = torch.zeros(*right.shape[:2], 1, dtype=torch.long)
+        mask = torch.zeros_like(right, dtype=logits.dtype)
+        node = torch.zeros_like(right[..., :1], dtype=torch.long)
         mask.scatter_(2, node, 1.0)
         for _ in range(self.depth):
             node = 2 * node + 1 + right.gather(2, node)
@@ -198,32 +202,71 @@ def make_optimizer(model: CrammedBert, train: dict[str, Any], lr: float) -> torc
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=train["adam_eps"], fused=True)
 
 
-def make_step(folder: Path, compiled: bool) -> Callable[[int], Tensor]:
-    """Return a training step on the job in `folder`: number of a batch to the loss before the step."""
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    clip_norm, documents = job["run"]["train"]["clip_norm"], job["run"]["data"]["document_attention"]
-    batches = dict(np.load(folder / "batches.npz"))
-    model = CrammedBert(job["run"]["model"])
-    model.load(dict(np.load(folder / "params.npz")))
-    optimizer = make_optimizer(model, job["run"]["train"], job["lr"])
-    loss_of = torch.compile(model) if compiled else model
+class Trainer:
+    """A training step on the job in a folder, and the model that it updates."""
 
-    def step(i: int) -> Tensor:
+    def __init__(self, folder: Path, name: str) -> None:
+        began = time.perf_counter()
+        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        model, train = job["run"]["model"], job["run"]["train"]
+        kind = name.split()[0]
+        self.device = torch.device("cuda" if job["device"] == "gpu" else "cpu")
+        self.clip_norm, self.documents = train["clip_norm"], job["run"]["data"]["document_attention"]
+        self.dtype = torch.bfloat16 if model["dtype"] == "bfloat16" and kind != "float32" else torch.float32
+        self.parts = 4 if kind == "float32" and self.device.type == "cuda" else 1
+        self.batches = {
+            name: torch.from_numpy(array).to(self.device)
+            for name, array in np.load(folder / "batches.npz").items()
+            if name != "rows"
+        }
+        self.model = CrammedBert(model)
+        self.model.load(dict(np.load(folder / "params.npz")))
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, train, job["lr"])
+        self.loss_of = self.model
+        if kind == "torch-compile":
+            self.loss_of = torch.compile(self.model)
+            self.gradient(0)  # compiles forward and backward
+            self.optimizer.zero_grad(set_to_none=True)
+        self.start_seconds = time.perf_counter() - began
+
+    def gradient(self, i: int) -> Tensor:
+        """Add the gradient of batch i's mean loss, and return that loss.
+
+        The reference takes it of parts of the rows, one after the other, to need less of a card's memory. Every row has
+        equally many masked positions, so the mean of the parts' losses is the batch's.
+        """
+        total = torch.zeros((), device=self.device)
         names = ("ids", "segments", "positions", "labels")
-        ids, segments, positions, labels = (torch.from_numpy(batches[name][i]) for name in names)
-        mask = None
-        if documents:
-            seen = segments[:, :, None] == segments[:, None, :]
-            mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
-        rows = torch.arange(len(ids))[:, None] * ids.shape[1]
-        loss = loss_of(ids, mask, (rows + positions).flatten(), labels.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
-        optimizer.step()
-        return loss.detach()
+        parts = (self.batches[name][i].chunk(self.parts) for name in names)
+        for ids, segments, positions, labels in zip(*parts, strict=True):
+            mask = None
+            if self.documents:
+                seen = segments[:, :, None] == segments[:, None, :]
+                mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+                mask = mask.masked_fill_(~seen, -math.inf)[:, None]
+            rows = torch.arange(len(ids), device=self.device)[:, None] * ids.shape[1]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                loss = self.loss_of(ids, mask, (rows + positions).flatten(), labels.flatten())
+            loss = loss * (len(ids) / len(self.batches["ids"][i]))
+            loss.backward()
+            total += loss.detach()
+        return total
 
-    return step
+    def step(self, i: int) -> Tensor:
+        """Train on batch i and return its mean loss before that."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.gradient(i)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        self.optimizer.step()
+        return loss
+
+    def describe(self) -> dict[str, Any]:
+        """Return the number of parameters, the seconds that the start took, and what is known of a graphics card."""
+        parameters, memory, card = sum(p.numel() for p in self.model.parameters()), None, None
+        if self.device.type == "cuda":
+            memory, card = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+        return {"parameters": parameters, "start_seconds": self.start_seconds, "memory": memory, "card": card}
 
 
 def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
@@ -231,8 +274,8 @@ def start(folder: Path, name: str, threads: int) -> tuple[str, Answers]:
     keep_freed_memory()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    step = make_step(folder, compiled=name == "torch-compile")
-    return f"torch {torch.__version__}", step_answers(step)
+    trainer = Trainer(folder, name)
+    return f"torch {torch.__version__}", step_answers(trainer.step, trainer.describe)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""`ufbert bench train`: pretraining timed against PyTorch, on a CPU or on a graphics card."""
