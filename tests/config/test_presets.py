@@ -227,12 +227,17 @@ def test_impossible_settings_are_refused():
         convert({"n_layrs": 3}, ModelConfig, "config.json", exact=True)
 
 
-def test_the_modern_recipe_is_a_set_of_fields_over_the_same_model():
+def test_the_modern_recipe_is_a_set_of_fields():
     crammed = scaled(load_preset("crammed_bert"), "mini")
     assert with_recipe(crammed, "crammed", "mini") == crammed
     modern = with_recipe(crammed, "modern", "mini")
     assert (modern.train.optimizer, modern.train.schedule, modern.train.mask_rate[0]) == ("muon", "stable", 0.3)
-    assert replace(modern.model, zero_init_out=False, positions="scaled_sinusoid") == crammed.model
+    assert (modern.model.final_norm_start, modern.model.d_hidden, modern.train.aim_updates) == (0.0625, 128, 1500)
+    old = replace(modern.model, zero_init_out=False, positions="scaled_sinusoid", final_norm_start=1.0, d_hidden=512)
+    assert old == crammed.model
+    assert with_recipe(load_preset("crammed_bert"), "modern", "base").model.d_hidden == 1536
+    switch = scaled(load_preset("switch_8e"), "mini")
+    assert with_recipe(switch, "modern", "mini").model.d_hidden == switch.model.d_hidden
     assert with_recipe(load_preset("bert_base"), "modern", "base").model.positions == "learned"
     params = nn.init(replace(modern.model, n_layers=1), jax.random.key(0))["encoder"]["layer_00"]
     for part, name in (("attention", "out"), ("glu", "out")):

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from ufbert.config import RunConfig, Scale, TreeBackend
-from ufbert.config.presets import scaled
+from ufbert.config import Recipe, RunConfig, Scale, TreeBackend
+from ufbert.config.presets import scaled, with_recipe
 from ufbert.cost.flops import (
     forward_flops_per_token,
     routing_flops_per_token,
@@ -29,16 +29,23 @@ class ScaleChoice(NamedTuple):
 
 
 def choose_scale(
-    run: RunConfig, scale: Scale, seconds: float, speeds: Speeds, *, trees: TreeBackend, bfloat16: bool
+    run: RunConfig,
+    scale: Scale,
+    seconds: float,
+    speeds: Speeds,
+    *,
+    trees: TreeBackend,
+    bfloat16: bool,
+    recipe: Recipe = "crammed",
 ) -> ScaleChoice:
-    """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts.
+    """Resolve `scale` for a budget of `seconds` on a device of these speeds, from analytic counts of `run` with a recipe.
 
     `auto` takes the largest scale that sees TOKENS_PER_WEIGHT tokens for each weight that a token touches, and `tiny` if none
     does.
     """
 
     def at(name: Scale) -> ScaleChoice:
-        config = scaled(run, name)
+        config = with_recipe(scaled(run, name), recipe, name)
         flops = train_flops_per_token(config, masked_trees=trees == "masked")
         routing = routing_flops_per_token(config, masked_trees=trees == "masked")
         moved = train_bytes_per_token(config, trees=trees, bfloat16=bfloat16)

@@ -18,7 +18,7 @@ class RunOptions:
     """tiny 2x128, mini 4x256, small 4x512, base the preset's own size; auto picks one for the device and the budget."""
     recipe: Recipe = "crammed"
     """crammed: AdamW and a triangle, as published. modern: Muon, warm-up-stable-decay, masks from 30 to 15 %, rotary
-    positions."""
+    positions, and below base narrower feedforwards (docs/training.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
     train: PretrainConfig = field(default_factory=PretrainConfig)

@@ -92,7 +92,9 @@ def resolve(options: RunOptions, given: Given, budget: Budget, platform: Platfor
 
         def choice_for(preset: RunConfig, scale: Scale) -> ScaleChoice:
             trees = platform.trees(over(preset, backend))
-            return choose_scale(preset, scale, seconds, speeds, trees=trees, bfloat16=platform.bfloat16)
+            return choose_scale(
+                preset, scale, seconds, speeds, trees=trees, bfloat16=platform.bfloat16, recipe=options.recipe
+            )
 
         choice = choice_for(preset, scale)
         if scale == "auto":
