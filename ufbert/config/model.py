@@ -26,7 +26,7 @@ ONE_LENGTH = {"fourier"}
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "symmetric_gelu"]
 
 
-TreeBackend = Literal["masked", "gather", "native"]
+TreeBackend = Literal["masked", "gather", "native", "pallas"]
 
 
 NgramKey = Literal["around", "before", "after", "trigram"]

@@ -143,6 +143,8 @@ def _tree_traffic(config: ModelConfig, use: Use) -> float | int:
         return 0.0
     if use.trees == "masked":
         return 45 * config.n_trees * config.nodes_per_tree
+    if use.trees == "pallas":
+        return 10 * config.d_model * config.n_trees * (config.tree_depth + 1)
     return config.d_model * (60 + 7.4 * config.n_trees * (config.tree_depth + 1))
 
 
