@@ -20,7 +20,7 @@ OurEncoder = Literal[
 """A model of ours (BERT with trees; with Fourier mixing and trees; BERT) and the type of its weights."""
 EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
 """The dense BERT in ONNX Runtime, or by transformers in PyTorch, in float32 or with int8 weights."""
-Variant = Literal["masked", "gather", "native", "dense"]
+Variant = Literal["masked", "gather", "native", "pallas", "dense"]
 """The trees computed otherwise, or a dense layer in their place."""
 
 

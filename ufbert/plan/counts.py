@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ufbert.config import RunConfig, TreeBackend
-from ufbert.cost.flops import ngram_width, train_flops_per_token
+from ufbert.cost.flops import ngram_width, train_bytes_per_token, train_flops_per_token
 from ufbert.data.tokenizer import SpecialIds
+from ufbert.ops import native
 from ufbert.pretrain.schedules import Stage, stage, stages
 from ufbert.pretrain.step import StepInputs, build_steps, init_state
 
@@ -27,7 +28,8 @@ class StepCount(NamedTuple):
     flops: float
     """Floating-point operations; a multiply-add counts two."""
     bytes: float
-    """Bytes that its instructions read and write, after fusion; of hashed tables only the rows that tokens read."""
+    """Bytes that its instructions read and write, after fusion; of hashed tables only the rows that tokens read. Analytic where
+    a compiler cannot count them (see `moved_bytes`)."""
     memory: float
     """Bytes held while it runs: arguments, results that share no argument's buffer, and temporaries."""
     compile_seconds: float
@@ -75,6 +77,7 @@ class RunCounts(NamedTuple):
 
 def count_run(run: RunConfig, show: Callable[[str], None] = lambda text: None) -> RunCounts:
     """Compile the functions of `run` for the default backend, at its micro-batch and at half of it, and count."""
+    planned, run = run, compiled_for_cpu(run) if jax.default_backend() == "cpu" else run
     rows, seq_len = run.train.micro_rows, run.data.seq_len
     sizes = [rows, rows // 2] if rows > 1 else [1, 2]
     gradient = {}
@@ -86,7 +89,37 @@ def count_run(run: RunConfig, show: Callable[[str], None] = lambda text: None) -
     show("compiling the update and the evaluation")
     finish, evaluate = count_step(run, "finish", rows, seq_len), count_step(run, "evaluate", rows, seq_len)
     optimizer, state = _state_bytes(run)
+    by_kernels = analytic_bytes(planned) - analytic_bytes(run)
+    for (size, at), count in gradient.items():
+        gradient[size, at] = count._replace(bytes=count.bytes + size * seq_len * by_kernels)
     return RunCounts(gradient, finish, evaluate, optimizer, state)
+
+
+def compiled_for_cpu(run: RunConfig) -> RunConfig:
+    """Return `run` as a CPU can compile it: native kernels, or gather without a compiler, stand in for those of GPUs."""
+    if run.model.tree_backend != "pallas":
+        return run
+    return replace(run, model=replace(run.model, tree_backend="gather" if native.unavailable() else "native"))
+
+
+def analytic_bytes(run: RunConfig) -> float:
+    """Return the bytes that a micro-batch's gradient moves for a token, about, for a planned model."""
+    assert run.model.tree_backend != "auto"
+    return train_bytes_per_token(run, trees=run.model.tree_backend, bfloat16=run.model.dtype == "bfloat16")
+
+
+def moved_bytes(run: RunConfig, part: str, rows: int, counted: float, on_cpu: bool) -> float:
+    """Return the bytes that a function moves, of which its compiler has `counted` so many.
+
+    A compiler counts all rows of hashed tables, of which tokens read few. An accelerator's sees none of the bytes that kernels
+    of ours move, so the analytic count takes its place there.
+    """
+    if part in ("gradient", "step") and not on_cpu:
+        return rows * run.data.seq_len * analytic_bytes(run)
+    if part in WHOLE_TABLES:
+        unread = run.model.ngram_rows - rows * run.data.seq_len
+        counted -= WHOLE_TABLES[part] * 4.0 * ngram_width(run.model) * unread
+    return counted
 
 
 def count_step(run: RunConfig, part: str, rows: int, length: int, next_token: bool = False) -> StepCount:
@@ -95,10 +128,8 @@ def count_step(run: RunConfig, part: str, rows: int, length: int, next_token: bo
     compiled = lowered_step(run, part, rows, length, next_token).compile()
     seconds = time.perf_counter() - began
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    moved = float(cost.get("bytes accessed", 0.0))
-    if part in WHOLE_TABLES:
-        unread = run.model.ngram_rows - rows * run.data.seq_len
-        moved -= WHOLE_TABLES[part] * 4.0 * ngram_width(run.model) * unread
+    counted, on_cpu = float(cost.get("bytes accessed", 0.0)), jax.default_backend() == "cpu"
+    moved = moved_bytes(run, part, rows, counted, on_cpu)
     held = 0.0
     if memory is not None:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -23,7 +23,10 @@ def plan_facts(
     """Return everything that is shown, as JSON values: seconds, bytes, tokens, FLOP."""
     hours = (budget.seconds or plan.seconds.total) / 3600
     peak = target.peaks.products(run.model.dtype) if target.peaks else speeds.products / CPU_UTILISATION
-    activations = target.shares.memory if target.shares else 1.0
+    activations = 1.0
+    if target.shares:
+        gathers = "tree" in run.model.feedforward and run.model.tree_backend == "gather"
+        activations = target.shares.gathered if gathers else target.shares.memory
     return {
         "config": options.origin,
         "scale": options.scale,
@@ -48,6 +51,7 @@ def plan_facts(
         "money": hours * options.price if options.price else None,
         "preparation": preparation._asdict(),
         "evidence": target.evidence,
+        "activations": activations,
         "shares": target.shares and target.shares._asdict(),
         "check": check and {**check._asdict(), "ratio": check.ratio, "within_25_percent": check.holds},
     }
@@ -151,7 +155,7 @@ def _notes(facts: dict[str, Any]) -> list[str]:
     if facts["shares"]:
         notes.append(
             "this device is not here: the step was compiled for this CPU. An accelerator's compiler fuses more, so of its "
-            f"bytes moved {facts['shares']['traffic']:.0%} count, and of its activations {facts['shares']['memory']:.0%}; an "
+            f"bytes moved {facts['shares']['traffic']:.0%} count, and of its activations {facts['activations']:.0%}; an "
             "assumed speed may be off by half"
         )
     if facts["seconds"]["budget"] is not None and not facts["updates"]:

@@ -73,9 +73,10 @@ class Target:
         """Return the backend that computes trees there, which for an accelerator is not the one that jax runs on."""
         if self.local:
             return nn.tree_backend(run.model, run.micro_tokens)
-        if run.model.tree_backend in ("masked", "gather"):
-            return run.model.tree_backend
         assert self.peaks is not None
+        known = ("masked", "gather", "pallas") if self.peaks.platform == "gpu" else ("masked", "gather")
+        if run.model.tree_backend in known:
+            return run.model.tree_backend
         return usual_backend(self.peaks.platform, run.micro_tokens, run.model.tree_depth, native_kernels=False)
 
 

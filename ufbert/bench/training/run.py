@@ -88,7 +88,7 @@ def check_options(options: BenchTrainOptions) -> None:
 
 def check_beside(options: BenchTrainOptions, runs: Sequence[RunConfig]) -> None:
     """Raise UserError if trees shall be computed otherwise and no model has any."""
-    trees = sorted({"masked", "gather", "native"} & set(options.beside))
+    trees = sorted(set(options.beside) - {"dense"})
     if trees and not any("tree" in run.model.feedforward for run in runs):
         raise UserError(f"--beside {trees[0]} is another way to compute trees, and {options.config} has none.")
 
