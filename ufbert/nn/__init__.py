@@ -6,7 +6,7 @@ Outside this package a model is a `ModelConfig` and `params`, a nested dict of f
 
 from ufbert.nn.feedforward import tree_backend
 from ufbert.nn.heads import pool
-from ufbert.nn.layers import Aux, compute_dtype
+from ufbert.nn.layers import Aux, compute_dtype, gpu_kernels
 from ufbert.nn.model import (
     Params,
     apply_pooler,
@@ -17,6 +17,7 @@ from ufbert.nn.model import (
     init,
     init_classifier,
     masked_lm_logits,
+    masked_lm_sums,
     shapes,
 )
 
@@ -29,9 +30,11 @@ __all__ = [
     "compute_dtype",
     "count_params",
     "encode",
+    "gpu_kernels",
     "init",
     "init_classifier",
     "masked_lm_logits",
+    "masked_lm_sums",
     "pool",
     "shapes",
     "tree_backend",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import Context, compute_dtype, dense
+from ufbert.nn.layers import Context, compute_dtype, dense, gpu_kernels, side_by_side
 from ufbert.ops.mixing import attention, fourier_mix, rotate
 
 
@@ -23,7 +23,26 @@ class Attention(nn.Module):
         cfg = self.config
         x = x.astype(compute_dtype(cfg))
         heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
-        q, k, v = (dense(cfg, cfg.d_model, name)(x).reshape(heads) for name in ("query", "key", "value"))
+        parts = [dense(cfg, cfg.d_model, name) for name in ("query", "key", "value")]
+        out = dense(cfg, cfg.d_model, "out", closes_block=True)
+        drops = key is not None and cfg.dropout > 0
+        gpu = gpu_kernels() if cfg.attention_impl == "auto" and not drops else None
+        if gpu is not None and gpu.attention.fits(heads[1], heads[3], x.dtype):
+            packed = side_by_side(x, parts).reshape(*heads[:2], 3, *heads[2:])
+            if context.values is not None or cfg.qk_norm or cfg.positions == "rotary":
+                packed = jnp.stack(self._placed(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], context), axis=2)
+            return out(gpu.attention.attention(packed, context.segment_ids, context.causal).reshape(x.shape))
+        q, k, v = self._placed(*(part(x).reshape(heads) for part in parts), context)
+        implementation = None if cfg.attention_impl == "auto" else cfg.attention_impl
+        mask = context.attention_mask
+        mixed = attention(q, k, v, mask, dropout=cfg.dropout, key=key, implementation=implementation)
+        return out(mixed.reshape(x.shape)).astype(jnp.float32)
+
+    def _placed(
+        self, q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t h k"], context: Context
+    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h k"], Float[Array, "b t h k"]]:
+        """Add value embeddings, normalise and rotate, as far as the config says so."""
+        cfg, heads = self.config, q.shape
         if context.values is not None:
             v = v + context.values.reshape(heads).astype(v.dtype)
         if cfg.qk_norm:
@@ -33,10 +52,7 @@ class Attention(nn.Module):
             )
         if cfg.positions == "rotary":
             q, k = (rotate(part, context.position_ids, cfg.rotary_base) for part in (q, k))
-        implementation = None if cfg.attention_impl == "auto" else cfg.attention_impl
-        mask = context.attention_mask
-        mixed = attention(q, k, v, mask, dropout=cfg.dropout, key=key, implementation=implementation)
-        return dense(cfg, cfg.d_model, "out", closes_block=True)(mixed.reshape(x.shape)).astype(jnp.float32)
+        return q, k, v
 
 
 class Fourier(nn.Module):

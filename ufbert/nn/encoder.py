@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.nn.embeddings import Embeddings, ValueEmbeddings
-from ufbert.nn.layers import Aux, Context, layer_norm
+from ufbert.nn.layers import Aux, Context, compute_dtype, layer_norm
 from ufbert.nn.ngrams import Ngrams, Rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
 from ufbert.ops.dense import dropout
@@ -16,7 +16,11 @@ from ufbert.ops.mixing import attention_mask, causal_mask
 
 
 class Block(nn.Module):
-    """A token mixer and a feedforward, each with a residual connection. Also returns what the feedforward reports."""
+    """A token mixer and a feedforward, each with a residual connection.
+
+    The residual stream comes in as a sum x + y, whose y may be None, and goes out as one, so that a norm can take the sum on
+    its way. Also returns what the feedforward reports.
+    """
 
     config: ModelConfig
     mixer: str
@@ -25,21 +29,37 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None
-    ) -> tuple[Float[Array, "b t d"], Aux]:
+        self, x: Float[Array, "b t d"], y: Float[Array, "b t d"] | None, context: Context, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | None, Aux]:
         cfg = self.config
         weights_key, mixed_key, hidden_key, noise_key = (None,) * 4 if key is None else jax.random.split(key, 4)
         mix = MIXERS[self.mixer].module(cfg, name=self.mixer)
         feed = FEEDFORWARDS[self.feedforward].module(cfg, name=self.feedforward)
         feedforward_norm = layer_norm(cfg, "feedforward_norm")
         if cfg.norm == "pre":
-            normed = layer_norm(cfg, "mixer_norm")(x) if self.has_mixer_norm else x
-            x = x + dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
-            y, aux = feed(feedforward_norm(x), context, noise_key)
-            return x + dropout(y, cfg.dropout, hidden_key), aux
-        x = layer_norm(cfg, "mixer_norm")(x + dropout(mix(x, context, weights_key), cfg.dropout, mixed_key))
+            if self.has_mixer_norm:
+                x, normed = layer_norm(cfg, "mixer_norm").with_sum(x, y, read_dtype(cfg, self.mixer))
+            else:
+                x = normed = taken(x, y)
+            mixed = dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
+            x, normed = feedforward_norm.with_sum(x, mixed, read_dtype(cfg, self.feedforward))
+            y, aux = feed(normed, context, noise_key)
+            return x, dropout(y, cfg.dropout, hidden_key), aux
+        x = taken(x, y)
+        mixed = dropout(mix(x, context, weights_key), cfg.dropout, mixed_key)
+        x = layer_norm(cfg, "mixer_norm")(x, mixed)
         y, aux = feed(x, context, noise_key)
-        return feedforward_norm(x + dropout(y, cfg.dropout, hidden_key)), aux
+        return feedforward_norm(x, dropout(y, cfg.dropout, hidden_key)), None, aux
+
+
+def taken(x: Float[Array, "b t d"], y: Float[Array, "b t d"] | None) -> Float[Array, "b t d"]:
+    """Return x + y, or x if y is None."""
+    return x if y is None else x + y
+
+
+def read_dtype(config: ModelConfig, kind: str) -> jnp.dtype:
+    """Return the type in which a mixer or feedforward of this kind reads its input; that of products, if it can."""
+    return compute_dtype(config) if kind in ("attention", "dense", "glu") else jnp.dtype(jnp.float32)
 
 
 class Encoder(nn.Module):
@@ -87,7 +107,9 @@ class Encoder(nn.Module):
         mask = None if segment_ids is None else attention_mask(segment_ids)
         if causal:
             mask = causal_mask(*ids.shape) if mask is None else mask & causal_mask(*ids.shape)
-        context = Context(mask, segment_ids, real, position_ids, not deterministic, progress, statistics, ids=ids)
+        context = Context(
+            mask, segment_ids, real, position_ids, not deterministic, progress, statistics, ids=ids, causal=causal
+        )
         drop = not deterministic and key is not None
         keys = jax.random.split(key, cfg.n_layers + 1) if drop else [None] * (cfg.n_layers + 1)
         near = Ngrams(cfg, name="ngrams")(ids, segment_ids, ngrams, causal) if cfg.ngram_rows else None
@@ -96,17 +118,20 @@ class Encoder(nn.Module):
         values = ValueEmbeddings(cfg, name="value_embeddings")(ids) if cfg.value_embeddings else [None] * cfg.n_layers
         n_skips = cfg.n_layers // 2 if cfg.unet_skips else 0
         skip_scales = self.param("skip_scales", nn.initializers.ones, (n_skips,)) if n_skips else jnp.zeros(0)
+        y = None  # the residual stream is x + y
         aux: dict[str, Aux] = {}
         outputs: list[Float[Array, "b t d"]] = []
         for i, (mixer, feedforward) in enumerate(cfg.layers if self.has_blocks else ()):
             name = f"layer_{i:02d}"
             if near is not None and 0 < i == cfg.ngram_layer:
-                x = x + near
+                x, y = taken(x, y) + near, None
             if (lower := cfg.skips[i]) is not None:
-                x = x + skip_scales[lower] * outputs[lower]
+                x, y = taken(x, y) + skip_scales[lower] * outputs[lower], None
             block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
-            x, aux[name] = block(x, context._replace(values=values[i]), keys[i + 1])
-            outputs.append(x)
+            x, y, aux[name] = block(x, y, context._replace(values=values[i]), keys[i + 1])
+            if cfg.unet_skips:
+                x, y = taken(x, y), None
+                outputs.append(x)
         if cfg.final_norm:
-            x = layer_norm(cfg, "final_norm", cfg.final_norm_start)(x)
-        return x, aux
+            return layer_norm(cfg, "final_norm", cfg.final_norm_start)(x, y), aux
+        return taken(x, y), aux

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ufbert.config import ModelConfig, TreeBackend
-from ufbert.nn.layers import Aux, Context, compute_dtype, dense
+from ufbert.nn.layers import Aux, Context, compute_dtype, dense, gpu_kernels, side_by_side
 from ufbert.ops import fff, leaf_fff, native, routed_tree, switch, tree_kernels
 from ufbert.ops.dense import ACTIVATIONS
 
@@ -42,9 +42,15 @@ class GluFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
         cfg = self.config
-        gate = ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_hidden, "gate")(x))
-        hidden = gate * dense(cfg, cfg.d_hidden, "value")(x)
-        return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), Aux({})
+        d, f = x.shape[-1], cfg.d_hidden
+        gate, value = dense(cfg, f, "gate"), dense(cfg, f, "value")
+        out = dense(cfg, d, "out", closes_block=True)
+        gpu = gpu_kernels() if cfg.activation == "gelu" else None
+        if gpu is not None and gpu.gates.fits(x.size // d, f):
+            hidden = gpu.gates.gated_gelu(side_by_side(x, [gate, value]).reshape(-1, 2, f))
+            return out(hidden.reshape(*x.shape[:-1], f)), Aux({})
+        hidden = ACTIVATIONS[cfg.activation](gate(x)) * value(x)
+        return out(hidden).astype(jnp.float32), Aux({})
 
 
 class TreeFeedForward(nn.Module):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ufbert.config import ModelConfig
-from ufbert.nn.layers import compute_dtype, dense, layer_norm
+from ufbert.nn.layers import compute_dtype, dense, gpu_kernels, layer_norm
 from ufbert.ops.dense import ACTIVATIONS, dropout, token_logits
+from ufbert.ops.losses import Sums, cross_entropy
 
 
 class MaskedLMHead(nn.Module):
@@ -14,10 +15,34 @@ class MaskedLMHead(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(
         self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"]
     ) -> Float[Array, "*rows v"]:
+        hidden, decoder, bias = self.transformed(hidden, token_embedding)
+        logits = token_logits(hidden, decoder)
+        return logits if bias is None else logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
+
+    def sums(
+        self,
+        hidden: Float[Array, "*rows d"],
+        token_embedding: Float[Array, "v d"],
+        labels: Int[Array, "*rows"],
+        weights: Float[Array, "*rows"],
+    ) -> Sums:
+        """Return the loss of the labels and those that have the highest logit, as `cross_entropy` does."""
+        gpu = None if self.config.head_bias else gpu_kernels()
+        if gpu is None or not gpu.loss.fits(len(token_embedding)):
+            return cross_entropy(self(hidden, token_embedding), labels, weights)
+        hidden, decoder, _ = self.transformed(hidden, token_embedding)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        total, correct = gpu.loss.token_loss(flat, decoder, labels.reshape(-1), weights.reshape(-1))
+        return Sums(total, jnp.sum(weights), correct, jnp.zeros(()))
+
+    @nn.compact
+    def transformed(
+        self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"]
+    ) -> tuple[Float[Array, "*rows d"], Float[Array, "v d"], Float[Array, " v"] | None]:
+        """Return the rows that are multiplied by the decoder, and that, in the type of the product; and the logits' bias."""
         cfg = self.config
         if cfg.head_transform:
             hidden = layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_model, "transform")(hidden)))
@@ -25,11 +50,8 @@ class MaskedLMHead(nn.Module):
         decoder = token_embedding
         if not cfg.tie_head:
             decoder = self.param("decoder", nn.initializers.zeros, token_embedding.shape)
-        logits = token_logits(hidden.astype(dtype), decoder.astype(dtype))
-        if cfg.head_bias:
-            bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
-            logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
-        return logits
+        bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)) if cfg.head_bias else None
+        return hidden.astype(dtype), decoder.astype(dtype), bias
 
 
 def pool(

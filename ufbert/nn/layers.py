@@ -1,5 +1,7 @@
 """Linear layers and LayerNorm, and the context that every mixer and feedforward is called with."""
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ufbert.config import ModelConfig
+from ufbert.ops import gpu
 from ufbert.ops.dense import product
 
 
@@ -42,6 +45,18 @@ class Context(NamedTuple):
     """Added to the values of attention in this layer. None for nothing."""
     ids: Int[Array, "b t"] | None = None
     """The tokens, for layers that choose by them."""
+    causal: bool = False
+    """True if no token attends to one after it; `attention_mask` says so, too."""
+
+
+def gpu_kernels() -> ModuleType | None:
+    """Return `ufbert.ops.gpu` on a GPU that takes its kernels, and None elsewhere. This is the one place that decides it.
+
+    Without the kernels, layers leave everything to XLA, as they do for odd sizes. So they do on several GPUs: XLA, which knows
+    nothing of what is in a kernel, would have every device compute all rows.
+    """
+    alone = jax.default_backend() == "gpu" and jax.device_count() == 1
+    return gpu if alone and gpu.can_run() else None
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -59,14 +74,30 @@ class Linear(nn.Module):
     dtype: Any
     kernel_init: Any
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.width,))
-            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
-        return y
+        return affine(x, *self.weights(x.shape[-1]))
+
+    @nn.compact
+    def weights(self, d: int) -> tuple[Float[Array, "d f"], Float[Array, " f"] | None]:
+        """Return W and b in the type of the product."""
+        kernel = self.param("kernel", self.kernel_init, (d, self.width)).astype(self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+
+
+def affine(
+    x: Float[Array, "*rows d"], kernel: Float[Array, "d f"], bias: Float[Array, " f"] | None
+) -> Float[Array, "*rows f"]:
+    """Compute x W (+ b) in the type of W."""
+    y = product(x.astype(kernel.dtype), kernel)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def side_by_side(x: Float[Array, "*rows d"], layers: Sequence[Linear]) -> Float[Array, "*rows f"]:
+    """Compute the outputs of several layers for x in one product; they lie side by side."""
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    return affine(x, jnp.concatenate(kernels, axis=1), None if biases[0] is None else jnp.concatenate(biases))
 
 
 class LayerNorm(nn.Module):
@@ -77,15 +108,44 @@ class LayerNorm(nn.Module):
     start: float = 1.0
     """Start of the scale."""
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+    def __call__(self, x: Float[Array, "*rows d"], y: Float[Array, "*rows d"] | None = None) -> Float[Array, "*rows d"]:
+        """Return the norm of x + y, or of x if y is None."""
+        return self._of_sum(x, y, jnp.dtype(jnp.float32), keep=False)[1]
+
+    def with_sum(
+        self, x: Float[Array, "*rows d"], y: Float[Array, "*rows d"] | None, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "*rows d"], Float[Array, "*rows d"]]:
+        """Return x + y, or x if y is None, and its norm, which kernels for GPUs round to `dtype`."""
+        total, normed = self._of_sum(x, y, dtype, keep=True)
+        assert total is not None
+        return total, normed
+
+    def _plain(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         channels = (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.constant(self.start), x.shape[-1:]).reshape(channels)
+        scale, bias = self.weights(x.shape[-1])
         x = x.astype(jnp.float32)
         off = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(off).mean(axis=-1, keepdims=True)
-        y = off * (jax.lax.rsqrt(variance + self.epsilon) * scale)
-        return y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(channels) if self.use_bias else y
+        y = off * (jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(channels))
+        return y if bias is None else y + bias.reshape(channels)
+
+    @nn.compact
+    def weights(self, d: int) -> tuple[Float[Array, " d"], Float[Array, " d"] | None]:
+        """Return scale and bias."""
+        scale = self.param("scale", nn.initializers.constant(self.start), (d,))
+        return scale, self.param("bias", nn.initializers.zeros, (d,)) if self.use_bias else None
+
+    def _of_sum(
+        self, x: Float[Array, "*rows d"], y: Float[Array, "*rows d"] | None, dtype: jnp.dtype, keep: bool
+    ) -> tuple[Float[Array, "*rows d"] | None, Float[Array, "*rows d"]]:
+        d, kernels = x.shape[-1], gpu_kernels()
+        if kernels is None or not kernels.norm.fits(x.size // d, d):
+            x = x if y is None else x + y
+            return x, self._plain(x)
+        scale, bias = self.weights(d)
+        flat = (x.reshape(-1, d), None if y is None else y.reshape(-1, d))
+        total, normed = kernels.norm.add_and_norm(*flat, scale, bias, self.epsilon, dtype, keep)
+        return None if total is None else total.reshape(x.shape), normed.reshape(x.shape)
 
 
 def dense(

@@ -14,6 +14,7 @@ from ufbert.nn.encoder import Encoder
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
 from ufbert.nn.layers import Aux
 from ufbert.nn.ngrams import Rows
+from ufbert.ops.losses import Sums
 
 Params = Mapping[str, Any]
 
@@ -100,6 +101,19 @@ def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "
     """Compute token logits from hidden states, in float32."""
     apply: Any = MaskedLMHead(config).apply
     return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
+
+
+def masked_lm_sums(
+    params: Params,
+    config: ModelConfig,
+    hidden: Float[Array, "*rows d"],
+    labels: Int[Array, "*rows"],
+    weights: Float[Array, "*rows"],
+) -> Sums:
+    """Sum the loss of labels under the token logits of hidden states, as `cross_entropy` does."""
+    apply: Any = MaskedLMHead(config).apply
+    table = params["encoder"]["embeddings"]["tokens"]
+    return apply({"params": params["masked_lm"]}, hidden, table, labels, weights, method="sums")
 
 
 def apply_pooler(params: Params, config: ModelConfig, pooled: Float[Array, "b d"]) -> Float[Array, "b p"]:

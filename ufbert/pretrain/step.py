@@ -15,7 +15,7 @@ from ufbert import nn
 from ufbert.config import PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
-from ufbert.ops.losses import Sums, cross_entropy
+from ufbert.ops.losses import Sums
 from ufbert.ops.masking import Masked, mask_tokens, next_tokens
 from ufbert.ops.row_updates import (
     TablesState,
@@ -173,7 +173,10 @@ def apply_gradient(
     params, tables = split_tables(state.params)
     opt_state, squares = state.opt_state if tables else (state.opt_state, {})
     others = state._replace(params=params, opt_state=opt_state)
-    new = jax.lax.cond(applied, lambda: _updated(train, others, grads, inputs.lr), lambda: others)
+    if nn.gpu_kernels() is not None:  # a branch would keep the gradients' casts and means from being part of the update
+        new = jax.tree.map(partial(jnp.where, applied), _updated(train, others, grads, inputs.lr), others)
+    else:
+        new = jax.lax.cond(applied, lambda: _updated(train, others, grads, inputs.lr), lambda: others)
     if tables:
         of_tables = scaled(of_tables, 1.0 / jnp.maximum(sums.count, 1.0))
         tables, squares = update_tables(tables, squares, of_tables, inputs.lr * train.ngram_lr, applied)
@@ -250,8 +253,7 @@ def _segments(run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"]) -> I
 def _sums(run: RunConfig, params: Any, hidden: Float[Array, "b t d"], drawn: Masked, aux: dict[str, nn.Aux]) -> Sums:
     """Add up the losses of the labels at their positions, and those of the layers."""
     picked = jnp.take_along_axis(hidden, drawn.positions[..., None], axis=1)
-    logits = nn.masked_lm_logits(params, run.model, picked)
-    sums = cross_entropy(logits, drawn.labels, drawn.weights)
+    sums = nn.masked_lm_sums(params, run.model, picked, drawn.labels, drawn.weights)
     return sums._replace(extra=nn.aux_loss(aux) * sums.count)
 
 
