@@ -16,6 +16,7 @@ On a CPU the same kernels run through Pallas' interpreter, slowly: for tests.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ COLUMNS = 256
 """Columns of the weights that a program of these sums takes, where the width is a multiple."""
 TOGETHER = 4
 """Weight rows that a program of `mix` or `dots` loads before it uses the first: their latencies overlap."""
-ROWS_TOGETHER = 2
+ROWS_TOGETHER = 4
 """Rows of a chunk that are loaded together."""
 CHUNKS_TOGETHER = 8
 """Sums of chunks that are loaded together."""
@@ -234,16 +235,22 @@ def _sum_chunks(
             cs = [[jnp.where(there, c_ref[row, k * steps + s], 0.0) for c_ref in c_refs[:sides]] for s in range(steps)]
             return leaf_ref[k, i] + top, xs, cs
 
+        def close(at: Any, new: Any, levels: Any) -> Any:
+            """Write, and set to zero, the sums of the levels at which the next row visits another node."""
+            opened = []
+            for s, sums in enumerate(levels):
+                moved = lax.shift_right_logical(new, steps - 1 - s) != lax.shift_right_logical(at, steps - 1 - s)
+                pl.when(moved)(lambda s=s, sums=sums: write(s, at, sums))
+                opened.append([_zero_if(moved, total) for total in sums])
+            return opened
+
         def add(group: Any, carry: Any) -> Any:
             at, levels = carry
             for new, xs, cs in [load(start + group * ROWS_TOGETHER + j) for j in range(ROWS_TOGETHER)]:
-                added = []
-                for s, sums in enumerate(levels):
-                    moved = lax.shift_right_logical(new, steps - 1 - s) != lax.shift_right_logical(at, steps - 1 - s)
-                    pl.when(moved)(lambda at=at, s=s, sums=sums: write(s, at, sums))
-                    terms = [*(c * x for c, x in zip(cs[s], xs, strict=True)), cs[s][0]]
-                    added.append([_zero_if(moved, total) + term for total, term in zip(sums, terms, strict=True)])
-                at, levels = new, added
+                levels = lax.cond(new != at, functools.partial(close, at, new), lambda levels: levels, levels)
+                terms = [[*(c * x for c, x in zip(level, xs, strict=True)), level[0]] for level in cs]
+                levels = jax.tree.map(jnp.add, levels, terms)
+                at = new
             return at, levels
 
         zeros = [*(jnp.zeros((columns,), jnp.float32) for _ in range(sides)), jnp.float32(0.0)]
@@ -363,19 +370,23 @@ def _launch(
     """Run a program at every point of the grid. It gets its place, and references to all of `args` and of the results."""
     from jax.experimental.pallas import mosaic_gpu as plgpu  # a second to import, which only users of the kernels pay
 
-    names = tuple(f"axis_{i}" for i in range(len(grid)))
+    def place(program: Any) -> list[Any]:
+        ids = []
+        for size in reversed(grid):
+            ids.append(lax.rem(program, size))
+            program = lax.div(program, size)
+        return ids[::-1]
+
+    programs = math.prod(grid)  # on one axis of the GPU's three: the others end at 65,535
     compiled = plgpu.kernel(
-        lambda *refs: kernel(*map(lax.axis_index, names), *refs),
+        lambda *refs: kernel(*place(lax.axis_index("program")), *refs),
         out_type=out,
-        grid=grid,
-        grid_names=names,
+        grid=(programs,),
+        grid_names=("program",),
         # No thread reads what another one wrote.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
     interpreted = pl.pallas_call(
-        lambda *refs: kernel(*(pl.program_id(i) for i in range(len(grid))), *refs),
-        out_shape=out,
-        grid=grid,
-        interpret=True,
+        lambda *refs: kernel(*place(pl.program_id(0)), *refs), out_shape=out, grid=(programs,), interpret=True
     )
     return list(lax.platform_dependent(*args, cuda=compiled, default=interpreted))
