@@ -67,8 +67,8 @@ class ModelConfig:
     decisions above its 2^D leaves."""
     tree_backend: TreeBackend | Literal["auto"] = "auto"
     """Backend of tree layers; all give the same numbers in float32. native: C++ kernels for CPUs, compiled by the
-    system's compiler when first used. pallas: kernels for NVIDIA GPUs. auto: native on a CPU, and pallas on a GPU unless the
-    trees are shallow; where these cannot be had, gather, or masked if the trees are shallow; masked on a TPU."""
+    system's compiler when first used. pallas: kernels for one NVIDIA GPU, not yet timed. auto: native on a CPU; without a
+    compiler, and on a GPU, gather, or masked if the trees are shallow; masked on a TPU."""
     tree_activation: ActivationName = "gelu"
     """Nonlinearity of a tree's neurons. symmetric_gelu, z erf(z / sqrt 2), is as alive on the left as on the right, so a
     subtree does not die by its neurons' silence (arXiv 2604.08565 describes the dying)."""

@@ -271,19 +271,14 @@ def tree_backend(config: ModelConfig, rows: int) -> TreeBackend:
     if wanted == "pallas":
         why = tree_kernels.unavailable()
         return _instead("pallas", why, tree_backend(replace(config, tree_backend="auto"), rows)) if why else wanted
-    usual = functools.partial(fff.usual_backend, platform, rows, config.tree_depth)
-    alone, kinds = jax.device_count() == 1, set(config.feedforward)
-    if wanted == "auto" and platform == "gpu" and alone and "tree" in kinds:
-        why = tree_kernels.unavailable()
-        best = usual(native_kernels=False, gpu_kernels=not why)
-        return _instead("pallas", why, best) if why else best
-    has_trees = bool(kinds & {"tree", "leaf_tree"})  # else nothing need be compiled
+    alone = jax.device_count() == 1
+    has_trees = any(kind in ("tree", "leaf_tree") for kind in config.feedforward)  # else nothing need be compiled
     tried = has_trees and (wanted == "native" or (platform == "cpu" and alone))
     why = native.unavailable() if tried else ""
     if tried and wanted == "native" and not why:
         return "native"
-    best = usual(native_kernels=tried and not why, gpu_kernels=False)
-    return _instead("native", why, best) if why else best
+    usual = fff.usual_backend(platform, rows, config.tree_depth, native_kernels=tried and not why)
+    return _instead("native", why, usual) if why else usual
 
 
 def _instead(wanted: TreeBackend, why: str, backend: TreeBackend) -> TreeBackend:

@@ -16,7 +16,7 @@ product with the output weights, too):
   what an accelerator likes.
 - `gather` reads only the rows on the path, forward and backward.
 - `native` does so in C++ (`ufbert.ops.native`), on CPUs.
-- `pallas` does so in kernels for NVIDIA GPUs (`ufbert.ops.tree_kernels`).
+- `pallas` does so in kernels for NVIDIA GPUs (`ufbert.ops.tree_kernels`), which have not been run on one yet.
 
 Routing is float32 arithmetic whatever the type of the other products, and turns right on `z > 0` (strictly).
 """
@@ -47,16 +47,14 @@ def tree_depth(n: int) -> int:
     return depth
 
 
-def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool, gpu_kernels: bool = True) -> Backend:
+def usual_backend(platform: str, rows: int, depth: int, *, native_kernels: bool) -> Backend:
     """Choose the backend that `auto` computes `rows` rows with on a platform of jax (cpu, gpu or tpu).
 
     A CPU takes the native kernels if it has them. Without them it takes `masked` for shallow trees whose rows visit every
-    node anyway, and `gather` for others. A GPU takes `pallas` for trees that are not shallow. Without it, it takes `gather` for
-    deep ones. A TPU always takes `masked`: products are its strength. The depths were measured (docs/results/speed.md).
+    node anyway, and `gather` for others. A GPU takes `gather` for deep trees only: `pallas` was never timed. A TPU always takes
+    `masked`: products are its strength. The depths were measured (docs/results/speed.md).
     """
     if platform == "gpu":
-        if gpu_kernels and depth > 5:
-            return "pallas"
         return "gather" if depth > 9 else "masked"
     if platform != "cpu":
         return "masked"

@@ -17,7 +17,7 @@ On a CPU the same kernels run through Pallas' interpreter, slowly: for tests.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,7 @@ COLUMNS = 256
 """Columns of the weights that a program of these sums takes, where the width is a multiple."""
 TOGETHER = 4
 """Weight rows that a program of `mix` or `dots` loads before it uses the first: their latencies overlap."""
-ROWS_TOGETHER = 4
+ROWS_TOGETHER = 2
 """Rows of a chunk that are loaded together."""
 CHUNKS_TOGETHER = 8
 """Sums of chunks that are loaded together."""
@@ -74,12 +74,14 @@ def order_by_leaf(leaf: Int[Array, "b m"], n_leaves: int) -> Order:
     """Sort the rows of each tree by leaf."""
     by_tree, rows = leaf.T, jnp.arange(leaf.shape[0], dtype=jnp.int32)[None]
     if n_leaves * leaf.shape[0] < 2**31:  # a leaf and a row fit one number, and one number sorts faster than two
-        keys = jnp.sort(by_tree * leaf.shape[0] + rows, axis=-1)
+        keys = lax.sort(by_tree * leaf.shape[0] + rows, is_stable=False)
         return Order(keys % leaf.shape[0], keys // leaf.shape[0])
     row = jnp.argsort(by_tree, axis=-1, stable=True).astype(jnp.int32)
     return Order(row, jnp.take_along_axis(by_tree, row, axis=-1))
 
 
+# jit makes layers of one shape share one trace and one lowering of a kernel, which takes a tenth of a second or more.
+@jax.jit
 def walk(
     x: Float[Array, "b d"], w_in: Float[Array, "m n d"], bias: Float[Array, "m n"]
 ) -> tuple[Int[Array, "b m"], Float[Array, "b m s"]]:
@@ -108,6 +110,7 @@ def walk(
     return leaf, z.reshape(b, m, steps)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def mix(
     coefficients: Float[Array, "b m s"],
     order: Order,
@@ -142,6 +145,7 @@ def mix(
     return _launch(kernel, (pl.cdiv(b, ROWS),), (out,), flat, order.row[0], leaf, table)[0][:, :d]
 
 
+@jax.jit
 def dots(
     g: Float[Array, "b d"], order: Order, leaf: Int[Array, "b m"], weights: Float[Array, "m n d"]
 ) -> Float[Array, "b m s"]:
@@ -173,18 +177,14 @@ def dots(
     )
 
 
+@functools.partial(jax.jit, static_argnames="n")
 def node_sums(
-    order: Order, pairs: Sequence[tuple[Float[Array, "b m s"], Float[Array, "b d"]]], n: int
-) -> tuple[list[Float[Array, "m n d"]], Float[Array, "m n"]]:
-    """Sum coefficient * row over the rows that visit each node, for each pair of them, and the first pair's coefficients.
-
-    A node that no row visits gets zeros.
-    """
-    (m, b), d = order.row.shape, pairs[0][1].shape[1]
+    order: Order, coefficients: Float[Array, "b m s"], rows: Float[Array, "b d"], n: int
+) -> tuple[Float[Array, "m n d"], Float[Array, "m n"]]:
+    """Sum coefficient * row, and the coefficients, over the rows that visit each node; zeros where none does."""
+    (m, b), d = order.row.shape, rows.shape[1]
     steps, chunks = n.bit_length(), pl.cdiv(b, CHUNK)
-    coefficients = [c.reshape(b, -1) for c, _ in pairs]
-    rows = [_padded(row) for _, row in pairs]
-    begun, going_on = _sum_chunks(order, coefficients, rows, n, chunks)
+    begun, going_on = _sum_chunks(order, coefficients.reshape(b, -1), _padded(rows), n, chunks)
     # The rows of a node are those of the leaves below it.
     leaves = jnp.zeros((m, (n + 1) // 2), jnp.int32).at[jnp.arange(m)[:, None], order.leaf].add(1)
     ends = jnp.pad(jnp.cumsum(leaves, axis=1), ((0, 0), (1, 0)))
@@ -192,121 +192,107 @@ def node_sums(
     first_leaf = (np.arange(1, n + 1) << (steps - 1 - level)) - (n + 1) // 2
     start = ends[:, first_leaf].reshape(-1)
     stop = ends[:, first_leaf + (1 << (steps - 1 - level))].reshape(-1)
-    sums = _sum_nodes(start, stop, np.tile(level, m), begun, going_on, n, chunks)
-    return [total[:, :d].reshape(m, n, d) for total in sums[:-1]], sums[-1].reshape(m, n)
+    total, count = _sum_nodes(start, stop, np.tile(level, m), begun, going_on, n, chunks)
+    return total[:, :d].reshape(m, n, d), count.reshape(m, n)
 
 
 def _sum_chunks(
-    order: Order, coefficients: list[Array], rows: list[Array], n: int, chunks: int
-) -> tuple[list[Array], list[Array]]:
-    """Sum over the rows of each node in each chunk, for every pair of coefficients and rows, and the first coefficients.
+    order: Order, coefficients: Array, rows: Array, n: int, chunks: int
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Sum coefficient * row, and the coefficients, over the rows of each node in each chunk.
 
-    Returns arrays by node, of the chunk in which its rows begin (nothing is written for a node without rows), and arrays by
-    tree, chunk and level, of the node whose rows began in an earlier chunk (nothing is written where there is none).
+    Returns sums by node, of the chunk in which its rows begin (nothing is written for a node without rows), and sums by tree,
+    chunk and level, of the node whose rows began in an earlier chunk (nothing is written where there is none).
     """
-    (m, b), width = order.row.shape, rows[0].shape[1]
-    steps, sides = n.bit_length(), len(rows)
-    columns = _columns(width)
+    (m, b), width = order.row.shape, rows.shape[1]
+    steps, top, columns = n.bit_length(), (n + 1) // 2, _columns(width)
 
-    def kernel(chunk: Any, k: Any, block: Any, row_ref: Any, leaf_ref: Any, *refs: Any) -> None:
-        c_refs, x_refs, begun, going_on = (refs[i * sides + max(0, i - 2) :] for i in range(4))
+    def kernel(chunk: Any, k: Any, block: Any, row_ref: Any, leaf_ref: Any, c_ref: Any, x_ref: Any, *outs: Any) -> None:
         part = pl.ds(block * columns, columns)
         start, stop = chunk * CHUNK, jnp.minimum((chunk + 1) * CHUNK, b)
-        top = (n + 1) // 2
         before = jnp.where(chunk > 0, leaf_ref[k, jnp.maximum(start - 1, 0)] + top, 0)
 
-        def write(s: int, at: Any, sums: Sequence[Any]) -> None:
+        def write(s: int, at: Any, total: Any, count: Any) -> None:
             """Write the sums of level s, whose rows are all past: a later row visits another node."""
             old = lax.shift_right_logical(before, steps - 1 - s) == lax.shift_right_logical(at, steps - 1 - s)
 
-            def put(refs: Sequence[Any], index: Any) -> None:
-                for ref, total in zip(refs[:sides], sums[:-1], strict=True):
-                    ref[index, part] = total
-                refs[sides][index] = sums[-1]
+            def put(total_ref: Any, count_ref: Any, index: Any) -> None:
+                total_ref[index, part] = total
+                count_ref[index] = count
 
-            pl.when(old)(lambda: put(going_on, (k * chunks + chunk) * steps + s))
-            pl.when(~old)(lambda: put(begun, k * n + _node(at, s, steps)))
+            pl.when(old)(lambda: put(*outs[2:], (k * chunks + chunk) * steps + s))
+            pl.when(~old)(lambda: put(*outs[:2], k * n + _node(at, s, steps)))
 
-        def load(i: Any) -> tuple[Any, list[Any], list[list[Any]]]:
+        def load(i: Any) -> tuple[Any, Any, list[Any]]:
             """Load a row's leaf, its numbers and its coefficients; after the end, those of the last row, times 0."""
             there, i = i < stop, jnp.minimum(i, stop - 1)
             row = row_ref[k, i]
-            xs = [x_ref[row, part].astype(jnp.float32) for x_ref in x_refs[:sides]]
-            cs = [[jnp.where(there, c_ref[row, k * steps + s], 0.0) for c_ref in c_refs[:sides]] for s in range(steps)]
-            return leaf_ref[k, i] + top, xs, cs
+            cs = [jnp.where(there, c_ref[row, k * steps + s], 0.0) for s in range(steps)]
+            return leaf_ref[k, i] + top, x_ref[row, part].astype(jnp.float32), cs
 
         def close(at: Any, new: Any, levels: Any) -> Any:
             """Write, and set to zero, the sums of the levels at which the next row visits another node."""
             opened = []
             for s, sums in enumerate(levels):
                 moved = lax.shift_right_logical(new, steps - 1 - s) != lax.shift_right_logical(at, steps - 1 - s)
-                pl.when(moved)(lambda s=s, sums=sums: write(s, at, sums))
-                opened.append([_zero_if(moved, total) for total in sums])
+                pl.when(moved)(lambda s=s, sums=sums: write(s, at, *sums))
+                opened.append([_zero_if(moved, each) for each in sums])
             return opened
 
         def add(group: Any, carry: Any) -> Any:
             at, levels = carry
-            for new, xs, cs in [load(start + group * ROWS_TOGETHER + j) for j in range(ROWS_TOGETHER)]:
+            for new, x, cs in [load(start + group * ROWS_TOGETHER + j) for j in range(ROWS_TOGETHER)]:
                 levels = lax.cond(new != at, functools.partial(close, at, new), lambda levels: levels, levels)
-                terms = [[*(c * x for c, x in zip(level, xs, strict=True)), level[0]] for level in cs]
-                levels = jax.tree.map(jnp.add, levels, terms)
+                levels = [[total + c * x, count + c] for (total, count), c in zip(levels, cs, strict=True)]
                 at = new
             return at, levels
 
-        zeros = [*(jnp.zeros((columns,), jnp.float32) for _ in range(sides)), jnp.float32(0.0)]
-        at, levels = lax.fori_loop(
-            0,
-            lax.div(stop - start + ROWS_TOGETHER - 1, ROWS_TOGETHER),
-            add,
-            (leaf_ref[k, start] + top, [zeros] * steps),
-        )
+        zeros = [jnp.zeros((columns,), jnp.float32), jnp.float32(0.0)]
+        groups = lax.div(stop - start + ROWS_TOGETHER - 1, ROWS_TOGETHER)
+        at, levels = lax.fori_loop(0, groups, add, (leaf_ref[k, start] + top, [zeros] * steps))
         for s, sums in enumerate(levels):
-            write(s, at, sums)
+            write(s, at, *sums)
 
     def table(length: int) -> list[jax.ShapeDtypeStruct]:
-        return [
-            *(jax.ShapeDtypeStruct((length, width), jnp.float32) for _ in range(sides)),
-            jax.ShapeDtypeStruct((length,), jnp.float32),
-        ]
+        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((length, width), (length,))]
 
     out = (*table(m * n), *table(m * chunks * steps))
-    found = _launch(kernel, (chunks, m, width // columns), out, order.row, order.leaf, *coefficients, *rows)
-    return found[: sides + 1], found[sides + 1 :]
+    found = _launch(kernel, (chunks, m, width // columns), out, order.row, order.leaf, coefficients, rows)
+    return (found[0], found[1]), (found[2], found[3])
 
 
 def _sum_nodes(
-    start: Array, stop: Array, level: np.ndarray, begun: list[Array], going_on: list[Array], n: int, chunks: int
+    start: Array,
+    stop: Array,
+    level: np.ndarray,
+    begun: tuple[Array, Array],
+    going_on: tuple[Array, Array],
+    n: int,
+    chunks: int,
 ) -> list[Array]:
     """Add up each node's sums over chunks. A node's sorted rows are those from `start` on, before `stop`."""
-    (nodes,), steps, count = start.shape, n.bit_length(), len(begun)
-
-    width = begun[0].shape[1]
+    (nodes,), steps, width = start.shape, n.bit_length(), begun[0].shape[1]
     columns = _columns(width)
 
     def kernel(node: Any, block: Any, start_ref: Any, stop_ref: Any, level_ref: Any, *refs: Any) -> None:
-        begun, going_on, outs = refs[:count], refs[count : 2 * count], refs[2 * count :]
+        begun_total, begun_count, more_total, more_count, total_ref, count_ref = refs
         first, last = lax.div(start_ref[node], CHUNK), lax.div(stop_ref[node] - 1, CHUNK)
         visited, s = stop_ref[node] > start_ref[node], level_ref[node]
         base, part = lax.div(node, n) * chunks, pl.ds(block * columns, columns)
 
-        def load(ref: Any, at: Any) -> Any:
-            return ref[at, part] if len(ref.shape) == 2 else ref[at]
-
-        def add(i: Any, totals: Any) -> Any:
+        def add(i: Any, sums: Any) -> Any:
+            total, count = sums
             for chunk in [first + 1 + CHUNKS_TOGETHER * i + j for j in range(CHUNKS_TOGETHER)]:
                 at = (base + jnp.minimum(chunk, last)) * steps + s
-                more = [_zero_if(chunk > last, load(ref, at)) for ref in going_on]
-                totals = [total + term for total, term in zip(totals, more, strict=True)]
-            return totals
+                total = total + _zero_if(chunk > last, more_total[at, part])
+                count = count + _zero_if(chunk > last, more_count[at])
+            return total, count
 
-        totals = [_zero_if(~visited, load(ref, node)) for ref in begun]
         rounds = jnp.where(visited, lax.div(last - first + CHUNKS_TOGETHER - 1, CHUNKS_TOGETHER), 0)
-        totals = lax.fori_loop(0, rounds, add, totals)
-        for out, total in zip(outs[:-1], totals[:-1], strict=True):
-            out[node, part] = total
-        outs[-1][node] = totals[-1]
+        sums = _zero_if(~visited, begun_total[node, part]), _zero_if(~visited, begun_count[node])
+        total_ref[node, part], count_ref[node] = lax.fori_loop(0, rounds, add, sums)
 
-    out = tuple(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in begun)
+    out = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in begun)
     return _launch(kernel, (nodes, width // columns), out, start, stop, jnp.asarray(level), *begun, *going_on)
 
 
@@ -337,7 +323,10 @@ def backward(
     active, activation_vjp = jax.vjp(activation, z)
     (dz,) = activation_vjp(dots(g, order, leaf, w_out.astype(dtype)))
     dx = mix(dz, order, leaf, w_in.astype(dtype), x.dtype)
-    (d_in, d_out), d_bias = node_sums(order, [(dz, x), (active, g)], w_in.shape[1])
+    # One at a time, since Pallas takes four times as long to lay out twice as many vectors. The barrier keeps the result that
+    # nobody reads: without it the second call would be another program than the first, and be laid out again.
+    d_in, d_bias = node_sums(order, dz, x, w_in.shape[1])
+    d_out, _ = lax.optimization_barrier(node_sums(order, active, g, w_in.shape[1]))
     return dx, d_in.astype(w_in.dtype), d_bias, d_out.astype(w_out.dtype)
 
 
