@@ -263,7 +263,15 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero():
 
 def test_the_gradient_of_a_threshold_is_its_step_whatever_rate_and_clipping():
     params = {
-        "encoder": {"layer_00": {"routed_tree": {"node_bias": jnp.ones((1, 3)), "leaf_in": jnp.ones((1, 4, 8, 2))}}}
+        "encoder": {
+            "layer_00": {
+                "routed_tree": {
+                    "node_bias": jnp.ones((1, 3)),
+                    "node": jnp.ones((1, 3, 8)),
+                    "leaf_in": jnp.ones((1, 4, 8, 2)),
+                }
+            }
+        }
     }
     for kind in ("adamw", "muon"):
         optimizer = make_optimizer(PretrainConfig(optimizer=kind, clip_norm=0.1))
@@ -271,7 +279,8 @@ def test_the_gradient_of_a_threshold_is_its_step_whatever_rate_and_clipping():
         direction, _ = optimizer.update(grads, optimizer.init(params), params)
         new = apply_update(params, direction, jnp.float32(1e-3))["encoder"]["layer_00"]["routed_tree"]
         np.testing.assert_array_equal(new["node_bias"], 1.0 - 7.0)
-        assert np.abs(new["leaf_in"] - 1.0).max() < 2e-3
+        assert 0 < np.abs(new["leaf_in"] - 1.0).max() < 2e-3
+        np.testing.assert_allclose(new["node"], 1.0 - 0.05e-3, atol=2e-6, err_msg="decisions move slowly")
 
 
 def test_matrices_in_one_stack_come_out_as_each_by_itself():

@@ -51,6 +51,9 @@ class PretrainConfig:
     arXiv 2510.12402)."""
     position_scale_lr: NotNegative = 1.0
     """Learning rate of the scalar that multiplies the position sinusoid, over that of everything else."""
+    decision_lr: NotNegative = 0.05
+    """Learning rate of a routed_tree's decisions, over that of everything else. Their weights have length 1 in use, which a
+    full step of AdamW would turn into another direction within tens of updates, and leaves would see other tokens each time."""
     ngram_lr: NotNegative = 2.0
     """Learning rate of hashed tables, over that of everything else. Whatever the optimizer, their rows take steps of AdaGrad
     when they are read, and are neither clipped nor averaged."""
@@ -182,7 +185,7 @@ class RunConfig:
 
 
 LATER_FIELDS = {
-    "aim_updates", "cautious_decay", "final_norm_start", "leaf_ancestors", "muon_lr_share", "muon_stacks",
+    "aim_updates", "cautious_decay", "decision_lr", "final_norm_start", "leaf_ancestors", "muon_lr_share", "muon_stacks",
     "next_token_rate", "next_token_until", "ngram_keys", "ngram_layer", "ngram_lr", "ngram_rows", "ngram_width",
     "tie_head", "tree_even", "tree_gate", "tree_harden", "tree_router", "unet_skips", "value_embeddings",
 }  # fmt: skip

@@ -240,7 +240,7 @@ def routed_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[st
             leaf = g.reshape(g.add("Gather", g.constant(chosen[:, tree], np.int64), context["ids"]), -1)
         else:
             leaf, certain = _leaf_and_certainty(
-                g, np.asarray(directions(part["node"][tree])), part["node_bias"][tree], rows
+                g, np.asarray(directions(jnp.asarray(part["node"][tree]))), part["node_bias"][tree], rows
             )
             gate = g.number("Mul", certain, 2.0 / cfg.tree_depth) if cfg.tree_gate == "path" and cfg.tree_depth else ""
         w_in, w_out = (g.add("Gather", g.constant(leaves[side][tree]), leaf) for side in ("in", "out"))

@@ -65,8 +65,14 @@ def is_threshold(path: tuple[Any, ...]) -> bool:
     return _names(path)[-2:] == ["routed_tree", "node_bias"]
 
 
+def is_decision(path: tuple[Any, ...]) -> bool:
+    """Tell whether a parameter is the weights by which routed trees decide."""
+    return _names(path)[-2:] == ["routed_tree", "node"]
+
+
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Make clipped AdamW, or Muon and AdamW. Thresholds of routed trees pass as they are.
+    """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and thresholds' gradients
+    pass as they are.
 
     Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
     """
@@ -75,8 +81,11 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         rest = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_threshold(path) else g, updates)
         direction, state = others.update(rest, state, params)
-        taken = jax.tree_util.tree_map_with_path(lambda path, u, g: g if is_threshold(path) else u, direction, updates)
-        return taken, state
+
+        def taken(path: tuple[Any, ...], u: Array, g: Array) -> Array:
+            return g if is_threshold(path) else config.decision_lr * u if is_decision(path) else u
+
+        return jax.tree_util.tree_map_with_path(taken, direction, updates), state
 
     return optax.GradientTransformation(others.init, update)
 
