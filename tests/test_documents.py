@@ -55,6 +55,22 @@ def test_the_places_that_the_readme_names_hold_what_it_says(path, text, line):
     assert line in (ROOT / "ufbert" / path).read_text(encoding="utf-8")
 
 
+def test_the_table_of_routed_trees_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "notebooks" / "results" / "trees_40m_h200.json").read_text(encoding="utf-8"))["runs"]
+    losses = {run["name"]: {round(e["tokens"] / 1e6): e["heldout_loss"] for e in run["evaluations"]} for run in runs}
+    few, all_of_them, *trees = (losses[f"{name}-lr0.003-seed0"] for name in ("d122", "d2147", "wide", "deep"))
+    rows = re.findall(r"^\| (\d+) M \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    for tokens, cells in rows:
+        at = int(tokens)
+        expected = [f"{few[at]:.3f}", f"{all_of_them[at]:.3f}"]
+        for tree in trees:
+            share = (few[at] - tree[at]) / (few[at] - all_of_them[at]) if at in tree else 0.0
+            expected += [f"{tree[at]:.3f}", f"{share:+.2f}"] if at in tree else ["", ""]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
 def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
     page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*\(`(\w{7})`\) \| ([\d.]+) \| ([\d.]+) M \| ([\d,]+) \|$", page, re.MULTILINE)

@@ -283,6 +283,29 @@ def test_the_gradient_of_a_threshold_is_its_step_whatever_rate_and_clipping():
         np.testing.assert_allclose(new["node"], 1.0 - 0.05e-3, atol=2e-6, err_msg="decisions move slowly")
 
 
+def test_nodes_that_fewer_tokens_reach_learn_more_slowly_if_asked():
+    layer = {
+        "above_in": jnp.ones((2, 7, 4, 3)),
+        "leaf_in": jnp.ones((2, 8, 4, 3)),
+        "shared_in": {"kernel": jnp.ones((4, 3))},
+    }
+    params = {"encoder": {"layer_00": {"routed_tree": layer}}}
+
+    def updates(power):
+        optimizer = make_optimizer(PretrainConfig(leaf_lr_power=power, weight_decay=0.0))
+        direction, _ = optimizer.update(params, optimizer.init(params), params)
+        return direction["encoder"]["layer_00"]["routed_tree"]
+
+    full, less = updates(0.0), updates(0.5)
+    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), less, full)
+    by_level = 2.0 ** (-0.5 * np.array([0, 1, 1, 2, 2, 2, 2]))
+    np.testing.assert_allclose(
+        ratio["above_in"], np.broadcast_to(by_level[None, :, None, None], (2, 7, 4, 3)), rtol=1e-5
+    )
+    np.testing.assert_allclose(ratio["leaf_in"], 2.0**-1.5, rtol=1e-5)
+    np.testing.assert_allclose(ratio["shared_in"]["kernel"], 1.0, rtol=1e-5)
+
+
 def test_matrices_in_one_stack_come_out_as_each_by_itself():
     shapes = [(6, 4), (4, 6), (2, 3, 4, 6), (5, 6, 4), (4, 4), (1, 7, 2)]
     matrices = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]

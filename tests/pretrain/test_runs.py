@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ufbert.cli import call
 from ufbert.errors import UserError
 from ufbert.hub.folder import load_model
 from ufbert.pretrain import run
+from ufbert.pretrain.ahead import Ahead
 from ufbert.report import running_page
 from ufbert.report.run_report import write_report
 from ufbert.report.running_page import RunningPage
@@ -317,7 +319,26 @@ def test_a_second_start_compiles_nothing_again(corpus_file, tmp_path):
         "jit_masked_lm_sums",
     )  # what takes a moment only, a busy machine may keep at the second start
     assert {name.split("-")[0] for name in before} >= set(large)
+    twice = "what is compiled ahead and what is called are two programs"
+    assert [name.split("-")[0] for name in before].count("jit_train_step") == 1, twice
     assert not [name for name in made if name.startswith(large)]
+
+
+def test_a_budget_that_compiling_eats_up_ends_in_a_sentence(corpus_file, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=r"A budget of 1 s is too short to train in: after \d+ s the rest is needed for the end"):
+        call("train", ["--budget=1s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])
+    assert not (folder / "model").exists()
+
+
+def test_the_wait_for_the_first_update_ends_when_its_time_is_over():
+    waiting = Ahead.__new__(Ahead)
+    waiting._update, asked = Future(), []
+    assert not waiting.wait_for_update(lambda step: asked.append(step) or len(asked) > 1, 7)
+    assert asked == [7, 7]
+    waiting._update.set_exception(UserError("it does not fit"))
+    with pytest.raises(UserError, match="it does not fit"):
+        waiting.wait_for_update(lambda step: False, 7)
 
 
 def test_an_output_folder_that_cannot_be_written_is_a_sentence(corpus_file, tmp_path, command):

@@ -100,8 +100,8 @@ class ModelConfig:
     tree_harden: Share = 0.7
     """Share of the budget after which an annealed routed_tree is hard."""
     tree_even: Share = 0.1
-    """Share of the way that a routed_tree's thresholds go at every update towards the batch's mean logit at their node, which
-    splits the batch itself; the thresholds decide in inference. 0 leaves them at 0, and decisions as uneven as they come."""
+    """Share of the way that a routed_tree's thresholds go at every update towards the batch's mean logit at their node, so that
+    they are running means. 0 leaves them at 0, and decisions as uneven as they come."""
     tree_router: Literal["state", "token"] = "state"
     """A routed_tree chooses leaves by the hidden state, or by a hash of the token's id (Roller et al. 2021)."""
     leaf_ancestors: Literal["none", "root", "levels"] = "none"

@@ -54,6 +54,9 @@ class PretrainConfig:
     decision_lr: NotNegative = 0.05
     """Learning rate of a routed_tree's decisions, over that of everything else. Their weights have length 1 in use, which a
     full step of AdamW would turn into another direction within tens of updates, and leaves would see other tokens each time."""
+    leaf_lr_power: NotNegative = 0.0
+    """A node or leaf of a routed_tree at level l, which about 2^-l of the tokens reach, learns at the rate of everything else
+    times 2^(-l * leaf_lr_power): 0 for the same rate, 0.5 for as much less as its gradient is noisier."""
     ngram_lr: NotNegative = 2.0
     """Learning rate of hashed tables, over that of everything else. Whatever the optimizer, their rows take steps of AdaGrad
     when they are read, and are neither clipped nor averaged."""
@@ -185,9 +188,10 @@ class RunConfig:
 
 
 LATER_FIELDS = {
-    "aim_updates", "cautious_decay", "decision_lr", "final_norm_start", "leaf_ancestors", "muon_lr_share", "muon_stacks",
-    "next_token_rate", "next_token_until", "ngram_keys", "ngram_layer", "ngram_lr", "ngram_rows", "ngram_width",
-    "tie_head", "tree_even", "tree_gate", "tree_harden", "tree_router", "unet_skips", "value_embeddings",
+    "aim_updates", "cautious_decay", "decision_lr", "final_norm_start", "leaf_ancestors", "leaf_lr_power",
+    "muon_lr_share", "muon_stacks", "next_token_rate", "next_token_until", "ngram_keys", "ngram_layer", "ngram_lr",
+    "ngram_rows", "ngram_width", "tie_head", "tree_even", "tree_gate", "tree_harden", "tree_router", "unet_skips",
+    "value_embeddings",
 }  # fmt: skip
 """Fields that came after the first checkpoints, which know nothing of them."""
 

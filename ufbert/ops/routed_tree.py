@@ -6,8 +6,8 @@ training as in inference a token uses one leaf of each tree, so that nothing has
 useful, and what is done about it here:
 
 - *Decisions are uneven.* What hidden states have in common moves faster than a threshold can learn, and sends all of them one
-  way. So training splits the tokens of a node at their mean logit (`even_thresholds`), and the stored thresholds, which
-  decide in inference, follow those means (`following`), without a loss that pulls at the weights.
+  way. So a node's threshold is a running mean of its tokens' logits (`even_thresholds`, `following`), whatever the learning
+  rate, without a loss that pulls at the weights.
 - *A decision has no gradient.* `path_gate` multiplies a leaf's output by a number that grows with the margins of the decisions
   that led there, as a gate does in Switch; `leaf_shares` sends back the gradient of the soft mixture of all leaves;
   `annealed_shares` are that mixture, which hardens while it is trained.
@@ -112,9 +112,9 @@ def _products(right: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
 def even_thresholds(
     logits: Float[Array, "b m n"], node_bias: Float[Array, "m n"], real: Bool[Array, " b"] | None = None
 ) -> Float[Array, "m n"]:
-    """Find the thresholds that split every node's tokens at their mean logit: less that mean, root first, level by level.
+    """Find the thresholds that would split the tokens of every node at their mean logit: less that mean.
 
-    `logits` are without thresholds. A node that no token reaches keeps its `node_bias`.
+    `logits` are without thresholds; tokens go down by `node_bias`. A node that no token reaches keeps it.
     """
     b, m, n = logits.shape
     rows = jnp.ones(b) if real is None else real.astype(jnp.float32)
@@ -124,9 +124,8 @@ def even_thresholds(
         here = jax.nn.one_hot(node, 2**level)
         count = jnp.einsum("bmk,b->mk", here, rows)
         total = jnp.einsum("bmk,bmk,b->mk", here, logits[..., nodes], rows, precision=jax.lax.Precision.HIGHEST)
-        threshold = jnp.where(count > 0, -total / jnp.maximum(count, 1.0), node_bias[:, nodes])
-        thresholds.append(threshold)
-        node = 2 * node + (jnp.sum(here * (logits[..., nodes] + threshold[None]), axis=-1) > 0)
+        thresholds.append(jnp.where(count > 0, -total / jnp.maximum(count, 1.0), node_bias[:, nodes]))
+        node = 2 * node + (jnp.sum(here * (logits[..., nodes] + node_bias[None, :, nodes]), axis=-1) > 0)
     return jnp.concatenate(thresholds, axis=-1) if thresholds else node_bias
 
 

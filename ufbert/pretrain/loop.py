@@ -32,6 +32,7 @@ from ufbert.data.tokenizer import special_ids
 from ufbert.errors import Interrupted, UserError
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.nn.ngrams import averaged_params
+from ufbert.pretrain.ahead import Ahead
 from ufbert.pretrain.budget import Clock, EndCosts, guessed_save_seconds
 from ufbert.pretrain.checkpoint import Checkpoints
 from ufbert.pretrain.evaluation import Evaluation, Heldout, evaluate, heldout_of
@@ -86,6 +87,7 @@ class _Session:
     context: RunContext
     layout: Layout
     steps: Steps
+    ahead: Ahead
     heldout: Heldout
     checkpoints: Checkpoints
     signals: StopSignals
@@ -121,6 +123,7 @@ def train(context: RunContext) -> Summary:
     steps = build_steps(run, special_ids(context.data.tokenizer), layout)
     with phase("counting the words of the text"):
         heldout = heldout_of(run, context.data)
+    ahead = Ahead(run, steps, layout, heldout.batches.shape[1:])
     checkpoints = Checkpoints(context.folder / "checkpoints", context.identity, run.train.keep_checkpoints)
     with phase("making or restoring the weights"):
         restored = checkpoints.restore(state_shapes(run, layout), say)
@@ -130,13 +133,14 @@ def train(context: RunContext) -> Summary:
     metrics = context.open_writer(int(state.step) if context.restarts else None)
     reporter = Reporter(run, clock, metrics, context.reference, context.peak_flops * len(layout.devices))
     with StopSignals() as signals:
-        session = _Session(context, layout, steps, heldout, checkpoints, signals, reporter, costs, state)
+        session = _Session(context, layout, steps, ahead, heldout, checkpoints, signals, reporter, costs, state)
         try:
             if restored is not None:
                 reporter.resumption(session.step, restored.spent, len(layout.devices))
             if not clock.done(session.step):
                 began = time.monotonic()
                 with phase("compiling the evaluation"):
+                    ahead.wait_for_evaluation()
                     evaluate(steps, state.params, replace(heldout, batches=heldout.batches[:1]), layout)
                 compile_seconds = time.monotonic() - began
                 _evaluate(session, record=restored is None)
@@ -151,6 +155,11 @@ def train(context: RunContext) -> Summary:
                         _take_steps(session, key)
             if session.stop_signal() is not None:
                 raise _interruption(session)
+            if session.step == 0 and clock.seconds is not None:
+                raise UserError(
+                    f"A budget of {clock.seconds:,.0f} s is too short to train in: after {clock.spent():,.0f} s the rest is needed "
+                    "for the end. Give more; what was compiled is kept for the next run."
+                )
             return _finish(session)
         finally:
             metrics.close()
@@ -197,12 +206,13 @@ def _take_steps(session: _Session, key: jax.Array) -> None:
         session.signals.save_first()
         is_whole = len(picks) == cfg.micro_rows
         with nullcontext() if (at, is_whole) in compiled else phase("compiling the training step"):
+            if not compiled and not session.ahead.wait_for_update(session.is_over, step):
+                break
             metrics = _dispatch(session, step, picks, at, jax.random.fold_in(key, step + 1), inputs)
         compiled.add((at, is_whole))
         if metrics is None:
             break
         step, position = step + 1, position + len(picks)
-
         # While the device computes this step, read the numbers of the one before.
         _settle(session, in_flight)
         now = time.monotonic()

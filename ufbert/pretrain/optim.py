@@ -70,6 +70,17 @@ def is_decision(path: tuple[Any, ...]) -> bool:
     return _names(path)[-2:] == ["routed_tree", "node"]
 
 
+def _by_level(path: tuple[Any, ...], update: Array, power: float) -> Array:
+    """Scale the update of a routed tree's node at level l by 2^(-l * power); nodes are stored level by level."""
+    *_, layer, name = ["", *_names(path)]
+    if layer != "routed_tree" or not name.startswith(("above_", "leaf_")) or power == 0:
+        return update
+    n = update.shape[1]
+    first = n if name.startswith("leaf_") else 1  # a heap's number of the first node, from 1
+    levels = np.log2(np.arange(first, first + n)).astype(int)
+    return update * jnp.asarray(2.0 ** (-power * levels), update.dtype)[None, :, None, None]
+
+
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and thresholds' gradients
     pass as they are.
@@ -83,7 +94,9 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
         direction, state = others.update(rest, state, params)
 
         def taken(path: tuple[Any, ...], u: Array, g: Array) -> Array:
-            return g if is_threshold(path) else config.decision_lr * u if is_decision(path) else u
+            if is_threshold(path):
+                return g
+            return config.decision_lr * u if is_decision(path) else _by_level(path, u, config.leaf_lr_power)
 
         return jax.tree_util.tree_map_with_path(taken, direction, updates), state
 

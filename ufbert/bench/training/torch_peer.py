@@ -106,10 +106,10 @@ class MaskedTrees(nn.Module):
         logits = self.up(x).flatten(0, -2)
         return self.down(F.gelu(logits) * self.mask(logits)).view_as(x)
 
-    @torch.no_grad()
     def mask(self, logits: Tensor) -> Tensor:
         """One where a neuron is on the row's path, else zero."""
-        right = logits.view(-1, self.trees, self.nodes) > 0
+        # Not under no_grad: what autocast has cast there, torch.compile takes for float32 in the backward pass.
+        right = logits.detach().view(-1, self.trees, self.nodes) > 0
         mask = torch.zeros_like(right, dtype=logits.dtype)
         node = torch.zeros_like(right[..., :1], dtype=torch.long)
         mask.scatter_(2, node, 1.0)
