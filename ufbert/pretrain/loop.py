@@ -157,8 +157,8 @@ def train(context: RunContext) -> Summary:
                 raise _interruption(session)
             if session.step == 0 and clock.seconds is not None:
                 raise UserError(
-                    f"A budget of {clock.seconds:,.0f} s is too short to train in: after {clock.spent():,.0f} s the rest is needed "
-                    "for the end. Give more; what was compiled is kept for the next run."
+                    f"A budget of {clock.seconds:,.0f} s is too short to train in: after {clock.spent():,.0f} s the rest is "
+                    "needed for the end. Give more; what was compiled is kept for the next run."
                 )
             return _finish(session)
         finally:
