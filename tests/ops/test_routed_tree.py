@@ -111,14 +111,15 @@ def test_thresholds_that_follow_means_split_every_node_evenly():
     )  # what all tokens share is far larger than what tells them apart
     node_w, real = routed_tree.directions(node_w), jnp.arange(2000) < 1900
     np.testing.assert_allclose(jnp.linalg.norm(node_w, axis=-1), 1.0, rtol=1e-5)
-    logits = routed_tree.node_logits(x, node_w, jnp.zeros_like(node_b))
+
+    def path(bias):
+        return routed_tree.descend(routed_tree.node_logits(x, node_w, bias))
 
     def counts(bias):
-        leaf = routed_tree.descend(routed_tree.node_logits(x, node_w, bias)).leaf[:1900]
-        return np.stack([np.bincount(tree, minlength=8) for tree in np.asarray(leaf).T])
+        return np.stack([np.bincount(tree, minlength=8) for tree in np.asarray(path(bias).leaf[:1900]).T])
 
     def total(bias):
-        return routed_tree.following(bias, routed_tree.even_thresholds(logits, bias, real), 0.1)
+        return routed_tree.centred(path(bias), bias, 0.1, real)
 
     assert counts(node_b).max() > 1500
     assert float(total(node_b)) == 0.0
@@ -127,9 +128,9 @@ def test_thresholds_that_follow_means_split_every_node_evenly():
         bias = bias - slope(bias)
     assert counts(bias).min() > 150
     assert counts(bias).max() < 350
-    alone = routed_tree.even_thresholds(logits[:1], node_b)
-    off = np.asarray(alone == node_b).sum(axis=1)
-    np.testing.assert_array_equal(off, 7 - 3, err_msg="nodes that no token reaches keep their thresholds")
+    one = jax.tree.map(lambda part: part[:1], path(node_b))
+    still = jax.grad(lambda bias: routed_tree.centred(one, bias, 0.1))(node_b) == 0
+    np.testing.assert_array_equal(still.sum(axis=1), 7 - 3, err_msg="nodes that no token reaches keep their thresholds")
 
 
 def test_straight_through_is_the_leaf_in_value_and_the_mixture_in_gradient():

@@ -174,13 +174,11 @@ class RoutedTreeFeedForward(nn.Module):
         else:
             node = self.param("node", nn.initializers.normal(d**-0.5), (m, g - 1, d))
             node_bias = self.param("node_bias", nn.initializers.zeros, (m, g - 1))
-            node, aside = routed_tree.directions(node), jnp.zeros_like(node_bias)
-            if context.training and cfg.tree_even > 0 and g > 1:
-                even = routed_tree.even_thresholds(routed_tree.node_logits(rows, node, aside), node_bias, real)
-                aux = Aux({"tree_even": routed_tree.following(node_bias, even, cfg.tree_even)})
-            logits = routed_tree.node_logits(rows, node, node_bias)
+            logits = routed_tree.node_logits(rows, routed_tree.directions(node), node_bias)
             path = routed_tree.descend(logits)
             leaf = path.leaf
+            if context.training and cfg.tree_even > 0:
+                aux = Aux({"tree_even": routed_tree.centred(path, node_bias, cfg.tree_even, real)})
             if cfg.tree_gate in ("through", "anneal") and context.training:
                 shares = routed_tree.leaf_shares(logits)
                 if cfg.tree_gate == "anneal":

@@ -6,8 +6,8 @@ training as in inference a token uses one leaf of each tree, so that nothing has
 useful, and what is done about it here:
 
 - *Decisions are uneven.* What hidden states have in common moves faster than a threshold can learn, and sends all of them one
-  way. So a node's threshold is a running mean of its tokens' logits (`even_thresholds`, `following`), whatever the learning
-  rate, without a loss that pulls at the weights.
+  way. So a node's threshold is a running mean of its tokens' logits (`centred`), whatever the learning rate, without a loss
+  that pulls at the weights.
 - *A decision has no gradient.* `path_gate` multiplies a leaf's output by a number that grows with the margins of the decisions
   that led there, as a gate does in Switch; `leaf_shares` sends back the gradient of the soft mixture of all leaves;
   `annealed_shares` are that mixture, which hardens while it is trained.
@@ -40,7 +40,7 @@ class Path(NamedTuple):
 def node_logits(
     x: Float[Array, "b d"], node_w: Float[Array, "m n d"], node_bias: Float[Array, "m n"]
 ) -> Float[Array, "b m n"]:
-    """Compute the logit of every node, in float32. The threshold (`node_bias`) gets no gradient: it is moved by `following`."""
+    """Compute the logit of every node, in float32. The threshold (`node_bias`) gets no gradient: it is moved by `centred`."""
     z = jnp.einsum("bd,mnd->bmn", x, node_w, precision=jax.lax.Precision.HIGHEST)
     return z + jax.lax.stop_gradient(node_bias)[None]
 
@@ -109,34 +109,24 @@ def _products(right: Float[Array, "b m n"]) -> Float[Array, "b m g"]:
     return shares
 
 
-def even_thresholds(
-    logits: Float[Array, "b m n"], node_bias: Float[Array, "m n"], real: Bool[Array, " b"] | None = None
-) -> Float[Array, "m n"]:
-    """Find the thresholds that would split the tokens of every node at their mean logit: less that mean.
+def centred(
+    path: Path, node_bias: Float[Array, "m n"], share: float, real: Bool[Array, " b"] | None = None
+) -> Float[Array, ""]:
+    """Return 0, with a gradient for every threshold: `share` of the mean logit of the tokens that reach its node.
 
-    `logits` are without thresholds; tokens go down by `node_bias`. A node that no token reaches keeps it.
+    The optimizer takes it from the threshold as it is, whatever the learning rate (`pretrain.optim`), so that a threshold is
+    less a running mean, which splits its node's tokens evenly. A node that no token reaches keeps its threshold.
     """
-    b, m, n = logits.shape
-    rows = jnp.ones(b) if real is None else real.astype(jnp.float32)
-    logits, node, thresholds = jax.lax.stop_gradient(logits), jnp.zeros((b, m), jnp.int32), []
-    for level in range((n + 1).bit_length() - 1):
-        nodes = slice(2**level - 1, 2 ** (level + 1) - 1)
-        here = jax.nn.one_hot(node, 2**level)
-        count = jnp.einsum("bmk,b->mk", here, rows)
-        total = jnp.einsum("bmk,bmk,b->mk", here, logits[..., nodes], rows, precision=jax.lax.Precision.HIGHEST)
-        thresholds.append(jnp.where(count > 0, -total / jnp.maximum(count, 1.0), node_bias[:, nodes]))
-        node = 2 * node + (jnp.sum(here * (logits[..., nodes] + node_bias[None, :, nodes]), axis=-1) > 0)
-    return jnp.concatenate(thresholds, axis=-1) if thresholds else node_bias
-
-
-def following(node_bias: Float[Array, "m n"], wanted: Float[Array, "m n"], share: float) -> Float[Array, ""]:
-    """Return 0, with a gradient for every threshold: `share` of its way from `wanted`.
-
-    The optimizer takes it from the threshold as it is, whatever the learning rate (`pretrain.optim`), so that thresholds are
-    running means, with no state but themselves.
-    """
-    gap = jax.lax.stop_gradient(node_bias - wanted)
-    return share * jnp.sum(gap * (node_bias - jax.lax.stop_gradient(node_bias)))
+    rows = jnp.ones(path.leaf.shape[:1]) if real is None else real.astype(jnp.float32)
+    means = []
+    for level in range(path.nodes.shape[-1]):
+        here = jax.nn.one_hot(path.nodes[..., level] - (2**level - 1), 2**level) * rows[:, None, None]
+        total = jnp.einsum("bmk,bm->mk", here, path.logits[..., level], precision=jax.lax.Precision.HIGHEST)
+        means.append(total / jnp.maximum(here.sum(axis=0), 1.0))
+    if not means:
+        return jnp.zeros(())
+    step = jax.lax.stop_gradient(share * jnp.concatenate(means, axis=-1))
+    return jnp.sum(step * (node_bias - jax.lax.stop_gradient(node_bias)))
 
 
 def with_ancestors(leaves: Float[Array, "m g *shape"], above: Float[Array, "m a *shape"]) -> Float[Array, "m g *shape"]:
