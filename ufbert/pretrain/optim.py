@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from ufbert.config import PretrainConfig
 from ufbert.nn import Params
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.nn.updates import own_steps_apart
 
 Group = Literal["muon", "adamw"]
 
@@ -60,11 +61,6 @@ def is_position_scale(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position_scale", params)
 
 
-def is_threshold(path: tuple[Any, ...]) -> bool:
-    """Tell whether a parameter is the thresholds of routed trees, which follow means: their gradient is their step."""
-    return _names(path)[-2:] == ["routed_tree", "node_bias"]
-
-
 def is_decision(path: tuple[Any, ...]) -> bool:
     """Tell whether a parameter is the weights by which routed trees decide."""
     return _names(path)[-2:] == ["routed_tree", "node"]
@@ -82,25 +78,21 @@ def _by_level(path: tuple[Any, ...], update: Array, power: float) -> Array:
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and thresholds' gradients
-    pass as they are.
+    """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and leaves by their level.
 
     Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
     """
-    others = _optimizer(config)
+
+    optimizer = _optimizer(config)
+
+    def slowed(path: tuple[Any, ...], u: Array) -> Array:
+        return config.decision_lr * u if is_decision(path) else _by_level(path, u, config.leaf_lr_power)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rest = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_threshold(path) else g, updates)
-        direction, state = others.update(rest, state, params)
+        direction, state = optimizer.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(slowed, direction), state
 
-        def taken(path: tuple[Any, ...], u: Array, g: Array) -> Array:
-            if is_threshold(path):
-                return g
-            return config.decision_lr * u if is_decision(path) else _by_level(path, u, config.leaf_lr_power)
-
-        return jax.tree_util.tree_map_with_path(taken, direction, updates), state
-
-    return optax.GradientTransformation(others.init, update)
+    return own_steps_apart(optax.GradientTransformation(optimizer.init, update))
 
 
 def _optimizer(config: PretrainConfig) -> optax.GradientTransformation:
@@ -178,15 +170,6 @@ def orthogonalised_as_one(matrices: Sequence[Float[Array, "..."]]) -> list[Float
             part = part.reshape(lying[i].shape)
             results[i] = part.mT if matrices[i].shape != lying[i].shape else part
     return results
-
-
-def apply_update(params: Params, direction: Any, lr: jax.Array) -> Any:
-    """Return params - lr * direction; of thresholds, params - direction."""
-
-    def updated(path: tuple[Any, ...], p: Array, u: Array) -> Array:
-        return p - (1.0 if is_threshold(path) else lr) * u.astype(jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(updated, params, direction)
 
 
 def averaging_power(width: float) -> float:
