@@ -84,7 +84,8 @@ def _verdict(runs: Sequence[RunRecords], names: Sequence[str], ranked: Sequence[
     """Say which run is ahead, by how much, and why that may mean nothing."""
     best, next_best = ranked[0], ranked[1]
     loss, other = (runs[i].heldout_loss or math.nan for i in (best, next_best))
-    texts = [
+    texts = [] if _same_text(runs) else ["The runs have not read the same text, so that their losses do not compare."]
+    texts += [
         f"{names[best]} has the lowest held-out loss, {loss:.3f} nats a masked token, {other - loss:.3f} below "
         f"{names[next_best]}."
     ]
@@ -98,8 +99,6 @@ def _verdict(runs: Sequence[RunRecords], names: Sequence[str], ranked: Sequence[
     dead = [name for name, run in zip(names, runs, strict=True) if run.state in ("stopped", "ended")]
     if dead:
         texts.append(f"Without an end: {', '.join(dead)}.")
-    if not _same_text(runs):
-        texts.append("They have not read the same prepared text, so that their losses do not compare.")
     return texts
 
 
@@ -186,6 +185,10 @@ def _origins(runs: Sequence[RunRecords], names: Sequence[str]) -> Table:
 
 
 def _facts(runs: Sequence[RunRecords], names: Sequence[str]) -> dict[str, Any]:
-    """Return command, commit, processor and load of every run."""
-    facts = {name: run_facts(run) for name, run in zip(names, runs, strict=True)}
-    return {f"{fact} of {name}": values[fact] for name, values in facts.items() for fact in PROVENANCE}
+    """Return command, commit, processor and load: of all runs, or of each if they differ."""
+    facts = {}
+    for fact in PROVENANCE:
+        values = [str(run_facts(run)[fact]) for run in runs]
+        each = "; ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+        facts[fact] = values[0] if len(set(values)) == 1 else each
+    return facts

@@ -162,7 +162,8 @@ def _verdict(results: Results) -> list[str]:
         texts = ["No cell is finished yet."]
     else:
         best = min(rows, key=lambda row: row.loss.mean)
-        texts = [f"{best.variant} has the lowest held-out loss: {_spread(best.loss, '.3f')} nats a masked token."]
+        rank = "the lowest held-out loss" if len(rows) > 1 else "a held-out loss, the only one so far"
+        texts = [f"{best.variant} has {rank}: {_spread(best.loss, '.3f')} nats a masked token."]
     for row in rows:
         if row.difference is None:
             continue
@@ -227,21 +228,16 @@ def _pictures(rows: Sequence[Row]) -> list[LineChart | Scatter]:
     unit, factor = time_unit(max(row.seconds for row in rows))
     by_tokens = [Line(name, [(p.tokens / 1e6, p.loss) for p in curve], dots=True) for name, curve in curves.items()]
     by_time = [Line(name, [(p.seconds / factor, p.loss) for p in curve], dots=True) for name, curve in curves.items()]
-    dots = [
-        Dot(row.variant, max(row.neurons_used, 1), row.loss.mean, y_interval=_interval(row.loss), strong=False)
-        for row in rows
-    ]
+    dots = [Dot(row.variant, max(row.neurons_used, 1), row.loss.mean, y_interval=_interval(row.loss)) for row in rows]
     y = "held-out loss, nats"
+    x = "feedforward neurons that a token uses"
     return [
         LineChart("Held-out loss against tokens", "M tokens", y, by_tokens),
         LineChart("Held-out loss against time", f"{unit} of the budget", y, by_time),
-        Scatter(
-            "Held-out loss against neurons used",
-            "feedforward neurons that a token uses",
-            y,
-            dots,
-            frontier="lower",
-            log_x=True,
+        *(
+            [Scatter("Held-out loss against neurons used", x, y, dots, frontier="lower", log_x=True)]
+            if len(rows) > 1
+            else []
         ),
     ]
 
