@@ -16,6 +16,7 @@ from ufbert.glue.results import DevResult, GlueResults, TaskResult
 from ufbert.glue.tasks import TASKS
 from ufbert.report.charts import Intervals, Line, LineChart, Track
 from ufbert.report.page import Bullets, Page, Section, Table, html, markdown_grid
+from ufbert.report.run_report import duration
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.machine import PROVENANCE
 
@@ -195,7 +196,9 @@ def glue_page(results: GlueResults, folder: Path | None = None) -> Page:
         Section("Scores", [_overview(results), *([Bullets(texts)] if (texts := shortfalls(results)) else []), *scores])
         if results.tasks
         else None,
-        Section("Averages", [Bullets(averages)]) if averages else None,
+        Section("Averages", [Bullets(averages)], folded=all(a.value is None for a in results.averages.values()))
+        if averages
+        else None,
         Section("How each task was trained", [training]) if results.tasks else None,
         Section("Confusions", [_CONFUSION, *confusions], folded=True) if confusions else None,
         Section("Learning curves", curves, folded=True) if curves else None,
@@ -236,7 +239,7 @@ def _facts(results: GlueResults) -> dict[str, Any]:
         "model": results.model,
         "protocol": f"{results.protocol.name} ({results.protocol.mode}): {results.protocol.text}",
         "rows": results.source,
-        "seconds": sum(task.seconds for task in results.tasks.values()),
+        "time": duration(float(sum(task.seconds for task in results.tasks.values()))),
     }
     return first | about | {name: value for name, value in environment.items() if name not in PROVENANCE}
 

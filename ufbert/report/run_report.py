@@ -11,7 +11,7 @@ from ufbert.report.page import Page, Section, Table, html, number
 from ufbert.report.run_records import RunRecords, read_records_of
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.machine import PROVENANCE
-from ufbert.runtime.run_folder import Sample
+from ufbert.runtime.run_folder import Guess, Sample
 
 SMALL_GAIN = 0.1
 """Nats better than word frequency, up to which a model has learnt next to nothing."""
@@ -248,10 +248,16 @@ def _evaluations(run: RunRecords) -> Table:
     return Table(["step", "seconds", "M tokens", "loss, nats", "accuracy"], rows, numbers=range(5))
 
 
+def guess_words(guess: Guess) -> str:
+    """Write a guess and its probability, a mark in quotes."""
+    word = guess.token if guess.token.isalnum() else f'"{guess.token}"'
+    return f"{word} {guess.probability:.0%}"
+
+
 def _samples(samples: list[Sample]) -> list[Any]:
     """Tabulate what the model takes for likely at masked tokens of held-out text."""
     if not samples:
         return []
-    rows = [[s.text, s.token, ", ".join(f"{g.token} {g.probability:.0%}" for g in s.guesses)] for s in samples]
+    rows = [[s.text, s.token, ", ".join(map(guess_words, s.guesses))] for s in samples]
     about = "The trained model's likeliest word pieces for [MASK], in text that it has not seen."
     return [about, Table(["held-out text", "stood there", "guesses"], rows)]

@@ -13,7 +13,7 @@ from ufbert.report.run_records import RunRecords, read_records_of
 from ufbert.report.run_report import run_page
 from ufbert.runtime.files import write_text
 from ufbert.runtime.run_folder import CONFIG_FILE
-from ufbert.study.cells import STUDY_FILE, read_study
+from ufbert.study.cells import CELL_FILE, STUDY_FILE, read_study
 from ufbert.study.report import study_page
 from ufbert.study.results import results_of
 
@@ -40,7 +40,7 @@ def _page(folder: Path) -> Page:
 
 def _inner(folder: Path) -> Path:
     """Return the run folder within a cell of a study, or the folder itself."""
-    return folder / "run" if (folder / "run" / CONFIG_FILE).is_file() else folder
+    return folder / "run" if (folder / CELL_FILE).is_file() else folder
 
 
 def _run(folder: Path) -> RunRecords:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ufbert.report.charts import Dot, Line, LineChart, Scatter
 from ufbert.report.page import Bullets, Page, Section, Table, html, markdown_grid
-from ufbert.report.run_report import time_unit
+from ufbert.report.run_report import guess_words, time_unit
 from ufbert.runtime.files import to_json_text, write_json, write_text
 from ufbert.study.cells import StudyFile
 from ufbert.study.results import Results, Row, Spread, results_of
@@ -211,8 +211,7 @@ def _samples(rows: Sequence[Row]) -> list[Any]:
     guesses: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         for sample in row.samples:
-            first = sample.guesses[0] if sample.guesses else None
-            words = f"{first.token} {first.probability:.0%}" if first else "-"
+            words = guess_words(sample.guesses[0]) if sample.guesses else "-"
             guesses.setdefault((sample.text, sample.token), {})[row.variant] = words
     if not guesses:
         return []
