@@ -75,6 +75,13 @@ class RunRecords:
         return f"from {config.init_from}" if config.init_from else f"preset {config.config} at scale {config.scale}"
 
 
+@dataclass(frozen=True)
+class _Line:
+    """Any line of metrics.jsonl."""
+
+    event: str | None = None
+
+
 def read_records_of(folder: Path, ending: str = "") -> RunRecords:
     """Read a run folder. A run that has no summary and is claimed by no process has stopped, or has ended with `ending`.
 
@@ -85,15 +92,18 @@ def read_records_of(folder: Path, ending: str = "") -> RunRecords:
     state: State = "running" if is_claimed(folder) else "stopped"
     if summary or ending:
         state = "finished" if summary else "ended"
-    records = list(read_lines(metrics, dict[str, Any]))
+    lines = list(read_lines(metrics, _Line))
+    events = []
+    if any(line.event for line in lines):  # else all of it need not be decoded once more
+        events = [record for record in read_lines(metrics, dict[str, Any]) if "event" in record]
     return RunRecords(
         folder=folder,
         config=config,
         summary=summary,
         steps=[step for step in read_lines(metrics, StepRecord) if not step.skipped],
         evaluations=list(read_lines(metrics, EvaluationRecord)),
-        events=[record for record in records if "event" in record],
-        damaged=_count_lines(metrics) - len(records),
+        events=events,
+        damaged=_count_lines(metrics) - len(lines),
         state=state,
         ending=ending,
         samples=read_samples(folder),
