@@ -77,7 +77,7 @@ def _quality(run: RunRecords) -> str:
             f"{text}, as of the last evaluation, where it guesses {run.evaluations[-1].heldout_accuracy:.1%} of them."
         )
     gain = summary.unigram_loss - summary.heldout_loss
-    if run.evaluations:
+    if run.evaluations and run.evaluations[-1].heldout_loss == loss:  # else it is that of averaged weights
         text += f", where it guesses {run.evaluations[-1].heldout_accuracy:.1%} of them"
     text += f"; guessing by word frequency alone has {summary.unigram_loss:.3f}, "
     if gain <= SMALL_GAIN:
@@ -104,7 +104,7 @@ def _troubles(run: RunRecords) -> list[str]:
     if run.summary and run.summary.skipped_updates:
         texts.append(f"{run.summary.skipped_updates:,} updates were skipped, since their numbers were not finite.")
     if run.damaged:
-        texts.append(f"{run.damaged:,} lines of metrics.jsonl are damaged, and left out.")
+        texts.append(f"Damaged lines of metrics.jsonl, left out: {run.damaged:,}.")
     return texts
 
 
