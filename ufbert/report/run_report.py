@@ -17,14 +17,14 @@ SMALL_GAIN = 0.1
 """Nats better than word frequency, up to which a model has learnt next to nothing."""
 
 
-def write_report(folder: Path, ending: str = "") -> Path:
+def write_report(folder: Path, ending: str = "", at_work: bool = False) -> Path:
     """Draw a run folder's page into its `report.html`, whole or not at all, and return the path.
 
-    A run without a summary is running, or has ended with `ending`, a sentence. Raises UserError for a damaged folder, or if the
-    disk refuses.
+    A run without a summary has ended with `ending`, a sentence, or is `at_work`; else its lock tells. Raises UserError for a
+    damaged folder, or if the disk refuses.
     """
     path = folder / "report.html"
-    write_text(path, html(run_page(read_records_of(folder, ending))))
+    write_text(path, html(run_page(read_records_of(folder, ending, at_work))))
     return path
 
 
