@@ -25,6 +25,7 @@ from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTr
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
+from ufbert.options.report import ReportOptions
 from ufbert.options.study import StudyOptions
 from ufbert.options.train import PlanOptions, PrepareOptions, PresetsOptions, RunOptions, TrainOptions
 from ufbert.runtime import console, crash, signals
@@ -71,6 +72,11 @@ VERBS = {
         "compare variants of a pretraining run under one protocol, over seeds and learning rates",
         layered=True,
         makes_folder=True,
+    ),
+    "report": Verb(
+        ReportOptions,
+        "ufbert.study.draw:report",
+        "draw the page of a run as it stands, or of several over each other",
     ),
     "finetune": Verb(
         FinetuneOptions,

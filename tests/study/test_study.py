@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from pages import check_page, facts_of
 
 from ufbert import cli
 from ufbert.config.presets import load_preset
 from ufbert.errors import Interrupted, UserError
-from ufbert.runtime.run_folder import RunFile, Summary, read_run, write_run, write_summary
-from ufbert.study import cells, children, report, results
+from ufbert.runtime.machine import commit
+from ufbert.runtime.run_folder import Guess, RunFile, Sample, Summary, read_run, write_run, write_samples, write_summary
+from ufbert.study import cells, children, results
 from ufbert.study import run as study_run
 from ufbert.study.cells import Cell, CellFile, Session, StudyFile, VariantFile, read_cell
 from ufbert.study.report import show_results, write_results
@@ -129,7 +131,7 @@ def test_tables_and_page_hold_what_is_there(tmp_path, capsys, monkeypatch):
     assert "| all | 3.3500 ± 0.6364 | -0.1500 ± 0.0707 | 1.000 | 2 |" in table
     page = (tmp_path / "report.html").read_text()
     assert "no | luck &lt;b&gt;" in page
-    assert page.count("<svg") == 1
+    assert page.count('role="img"') == 3
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["rows"][0]["losses"] == {"0": 3.0, "1": 4.0}
     assert stored["failed"] == {"k-seed1": "no | luck <b>"}
@@ -195,7 +197,6 @@ def study_of(tmp_path, corpus_file, monkeypatch):
     (home / "calls.txt").touch()
     monkeypatch.setattr(children, "PROGRAM", (sys.executable, str(home / "train.py"), str(home)))
     monkeypatch.setattr(children, "POLL", 0.01)
-    monkeypatch.setattr(report, "_pictures", lambda rows: "")  # another test draws them
     monkeypatch.setenv("NPROC", "all")
 
     def call(*more: str, variants: tuple[str, ...] = ("a", "b: --model.n-trees=2")) -> list[str]:
@@ -228,7 +229,7 @@ def test_a_finished_cell_is_not_run_again_and_more_may_be_added(study_of, capsys
     assert "--train.batch-rows=8" in record.words
     assert session.exit_code == 0
     assert session.command.startswith("ufbert train --config=tiny")
-    assert session.commit == cells.commit()
+    assert session.commit == commit()
     assert session.cores >= 1
     with pytest.raises(UserError, match=r"variant b was started with .*n-trees=2; it cannot go on with .*n-trees=3"):
         study_of(variants=("a", "b: --model.n-trees=3"))
@@ -273,6 +274,27 @@ def test_a_report_is_drawn_of_what_is_there(tmp_path, capsys):
     assert "difference to k" in (tmp_path / "results.md").read_text()
     with pytest.raises(UserError, match="--baseline 'x' is no variant"):
         cli.call("study", ["--report", f"--out={tmp_path}", "--baseline=x"])
+
+
+def test_the_page_of_a_study_and_of_a_cell_says_who_is_ahead_and_how_it_came_about(tmp_path):
+    fill(tmp_path, trees=(3.0, 3.2), k=(3.5, 3.6))
+    guess = Sample("the [MASK] sees", "cat", [Guess("dog", 0.5)])
+    write_samples(tmp_path / "cells" / "trees-seed0" / "run", [guess])
+    cells.write_study(tmp_path, STUDY)
+    page = check_page(cli.call("report", [str(tmp_path)]).read_text())
+    assert not (tmp_path / "results.json").exists()
+    words = page.all("p")[0].text
+    assert words.startswith("trees has the lowest held-out loss: 3.100 ± 0.141 nats a masked token.")
+    assert "k is 0.450 above trees." in words
+    assert "Not run yet: all." in words
+    facts = facts_of(page)
+    assert facts["command"].startswith("ufbert study --corpus=demo --budget=5m --seeds=0,1")
+    assert (facts["commit"], facts["processor"]) == ("c0ffee", "a <CPU>")
+    assert facts["load"] == "0.50 to 0.50 before the cells"
+    assert "dog 50%" in page.text
+    cell = cli.call("report", [str(tmp_path / "cells" / "k-seed0")])
+    assert cell == tmp_path / "cells" / "k-seed0" / "run" / "report.html"
+    assert "The run is finished" in check_page(cell.read_text()).text
 
 
 @pytest.mark.long

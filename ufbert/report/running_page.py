@@ -11,10 +11,15 @@ from ufbert.report.run_report import write_report
 SHARE = 0.01
 """Largest share of a session's time that its pages may take."""
 FIRST_GUESS = 2.0
-"""Seconds that a page is taken to cost before one has been drawn: the first imports matplotlib."""
+"""Seconds that a page is taken to cost before one has been drawn. Of a long run, reading the metrics takes the most."""
 LAST = 0.95
 """Share of the budget after which no page is drawn, for the last one comes at the end. A page takes at most a hundredth of the
 time spent, which is less than what is left before: so none can delay the end of the budget."""
+
+
+def draw_running(folder: Path) -> Path:
+    """Draw the page of a run that this process trains. Raises UserError if the disk refuses."""
+    return write_report(folder, at_work=True)
 
 
 class RunningPage:
@@ -26,7 +31,7 @@ class RunningPage:
     def __init__(
         self,
         folder: Path,
-        draw: Callable[[Path], Any] = write_report,
+        draw: Callable[[Path], Any] = draw_running,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._draw, self._now = folder, draw, now

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ufbert.bench.harness import machine_facts
 from ufbert.errors import Interrupted, UserError
 from ufbert.options.study import StudyOptions
 from ufbert.pretrain.budget import parse_budget
 from ufbert.runtime.claim import claimed
 from ufbert.runtime.console import clock, phase, say, show
+from ufbert.runtime.machine import commit, machine_facts
 from ufbert.runtime.signals import StopSignals
 from ufbert.study.cells import (
     LOG_FILE,
@@ -25,7 +25,6 @@ from ufbert.study.cells import (
     CellFile,
     Session,
     StudyFile,
-    commit,
     finished_cells,
     n_cells,
     open_cells,

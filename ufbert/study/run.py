@@ -16,11 +16,11 @@ from ufbert.pretrain.resolve import Platform, local_platform
 from ufbert.runtime.claim import claimed
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
+from ufbert.runtime.machine import commit
 from ufbert.study.cells import (
     STUDY_FILE,
     StudyFile,
     VariantFile,
-    commit,
     finished_cells,
     n_cells,
     read_cell,
