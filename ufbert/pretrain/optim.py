@@ -37,10 +37,11 @@ def group(path: tuple[Any, ...]) -> Group:
 
 
 def decays(path: tuple[Any, ...]) -> bool:
-    """Tell whether weight decay applies to the parameter at a path: to all but norms, biases and the rows of hashed tables, of
-    which a rare one would decay while no text needs it."""
+    """Tell whether weight decay applies to the parameter at a path: to all but norms, biases, what never moves, and the rows of
+    hashed tables, of which a rare one would decay while no text needs it."""
     names = _names(path)
-    return not (names[1:-1] == ["ngrams"] or names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
+    no_matrix = names[-1].endswith("bias") or any(name.endswith("norm") for name in names)
+    return not (is_fixed(path) or names[1:-1] == ["ngrams"] or no_matrix)
 
 
 def groups(params: Params, stacks: bool = True) -> Any:
@@ -63,6 +64,11 @@ def is_position_scale(params: Params) -> Any:
 def is_threshold(path: tuple[Any, ...]) -> bool:
     """Tell whether a parameter is the thresholds of routed trees, which follow means: their gradient is their step."""
     return _names(path)[-2:] == ["routed_tree", "node_bias"]
+
+
+def is_fixed(path: tuple[Any, ...]) -> bool:
+    """Tell whether a parameter is the random decisions of fixed trees, which nothing moves: no gradient, no decay."""
+    return _names(path)[-2:] == ["fixed_tree", "route"]
 
 
 def is_decision(path: tuple[Any, ...]) -> bool:
@@ -206,4 +212,8 @@ def averaged(average: Params, params: Params, t: Int[Array, ""], gamma: float) -
     Its window grows with the run, so that it needs no knowledge of the end.
     """
     beta: Float[Array, ""] = (1.0 - 1.0 / t.astype(jnp.float32)) ** (gamma + 1.0)
-    return jax.tree.map(lambda a, p: beta * a + (1.0 - beta) * p, average, params)
+
+    def mixed(path: tuple[Any, ...], a: Array, p: Array) -> Array:
+        return p if is_fixed(path) else beta * a + (1.0 - beta) * p  # else rounding would move it
+
+    return jax.tree_util.tree_map_with_path(mixed, average, params)
