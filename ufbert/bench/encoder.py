@@ -29,7 +29,7 @@ from ufbert.bench.encoder_job import (
     write_job,
 )  # fmt: skip
 from ufbert.bench.encoder_models import run_models
-from ufbert.bench.harness import Entry, WorkerProcess, load, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.harness import Entry, WorkerProcess, load, our_program, start_processes, time_rounds
 from ufbert.bench.layer_gates import LEAVES
 from ufbert.bench.report import case_report, check_folders, figures, header, page, table, type_of, write_files
 from ufbert.errors import UserError
@@ -38,6 +38,7 @@ from ufbert.options.bench import BenchEncoderOptions
 from ufbert.report.page import markdown_grid
 from ufbert.runtime.console import phase
 from ufbert.runtime.device import usable_threads, use_device
+from ufbert.runtime.machine import machine_facts
 
 PEER_SCRIPT = Path(__file__).parent / "encoder_peer.py"
 

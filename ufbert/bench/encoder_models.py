@@ -2,7 +2,7 @@
 
 All models are timed by the engine behind `Predictor`, in one process, blocks in turns, on random ids that differ in every call.
 A ratio is taken of two neighbouring blocks, which see the same machine. Before a model is timed, its answers are compared with
-those of its training graph on three batches, and the middle one counts: a decision that turns by a hair's breadth may spoil one.
+those of its training graph on three batches. The middle one counts: a decision that turns by a hair's breadth may spoil one.
 """
 
 import statistics
@@ -19,7 +19,6 @@ from ufbert.bench.harness import (
     Times,
     WorkerProcess,
     load,
-    machine_facts,
     our_program,
     paired_ratio,
     quartiles,
@@ -36,6 +35,7 @@ from ufbert.options.bench import BenchEncoderOptions
 from ufbert.report.page import markdown_grid
 from ufbert.runtime.console import phase
 from ufbert.runtime.device import usable_threads
+from ufbert.runtime.machine import machine_facts
 from ufbert.runtime.typed import read_typed
 
 BATCHES_CHECKED = 3
@@ -239,8 +239,11 @@ def models_text(times: ModelTimes) -> str:
         for name, one in times.loaded.items()
     ]
     tables.append(f"### From a model folder\n\n{markdown_grid(head, starts, range(1, 4))}")
-    notes = "Ratios are medians and quartiles of the ratios of neighbouring blocks. Ids are random, so that trees take other ways\n"
-    return "\n".join([*lines, "", "\n\n".join(tables), "", notes + "than on text, of as many neurons."])
+    notes = (
+        "Ratios are medians and quartiles of the ratios of neighbouring blocks. Ids are random, so that trees take other\n"
+        "ways than on text, of as many neurons."
+    )
+    return "\n".join([*lines, "", "\n\n".join(tables), "", notes])
 
 
 def speed_grid(case: ShapeTimes, baseline: str) -> str:

@@ -1,6 +1,7 @@
 """Our process of `ufbert bench encoder`: `python -m ufbert.bench.encoder_ours FOLDER ufbert THREADS NAME ...`.
 
-A NAME is a model and a type, `tree-int8` say, and the model's folder lies in FOLDER. Besides the messages of `ufbert.bench.worker` it answers
+A NAME is a model and a type, `tree-int8` say, and the model's folder lies in FOLDER. Besides the messages of
+`ufbert.bench.worker` it answers
 
 - `{"do": "machine"}`: as `ufbert.bench.layer_ours`;
 - `{"do": "gate", "name": n, "shape": s, "batch": i}`: how far the engine is from the training graph on that batch, the

@@ -7,7 +7,6 @@ ratio is taken of two neighbouring blocks, which see the same machine. Read its 
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -244,12 +243,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the lower quartile, the median and the upper quartile."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return low, median, high
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the load of the last minute."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ufbert.bench.harness import Entry, load, machine_facts, our_program, start_processes, time_rounds
+from ufbert.bench.harness import Entry, load, our_program, start_processes, time_rounds
 from ufbert.bench.layer_gates import check_everything
 from ufbert.bench.layer_job import work, write_job
 from ufbert.bench.report import (
@@ -32,6 +32,7 @@ from ufbert.ops import native
 from ufbert.options.bench import BenchLayerOptions
 from ufbert.report.page import markdown_grid
 from ufbert.runtime.device import usable_threads, use_device
+from ufbert.runtime.machine import machine_facts
 
 PEER_SCRIPT = Path(__file__).parent / "layer_torch_peer.py"
 SINGLE_SHARE = 0.25

@@ -15,7 +15,7 @@ import rich.text
 from ufbert.glue.metrics import METRICS
 from ufbert.glue.results import DevResult, GlueResults, Point, TaskResult
 from ufbert.glue.tasks import TASKS
-from ufbert.report.page import facts, grid, markdown_grid, page, svg
+from ufbert.report.plain import facts, grid, markdown_grid, page, svg
 from ufbert.runtime.files import write_text
 
 

@@ -67,7 +67,7 @@ def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
             raise UserError(f"{tune.epochs:,} epochs of {data.task.folder} are 2^31 updates or more (--tune.epochs).")
     if skipped_tasks:
         say(f"not in {options.glue_source}, left out: {', '.join(skipped_tasks)}")
-    return SweepInputs(replace(options, tune=tune), protocol, model, tasks)
+    return SweepInputs(replace(options, tune=tune), protocol, model, tasks, given)
 
 
 @phase("reading the rows")

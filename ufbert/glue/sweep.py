@@ -1,7 +1,5 @@
 """A sweep: every task, every run, and the files that are written after each."""
 
-import importlib.metadata
-import platform as host
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,8 +20,10 @@ from ufbert.glue.scores import averages, dev_metrics, dev_result
 from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder, load_model, save_model
 from ufbert.options.finetune import FREE_ON_RESUME, FinetuneOptions
+from ufbert.options.given import Given, argument_words
 from ufbert.runtime.console import clock, phase, say, show
 from ufbert.runtime.files import write_json
+from ufbert.runtime.machine import environment
 from ufbert.runtime.typed import Count, read_typed
 
 
@@ -35,6 +35,8 @@ class SweepInputs(NamedTuple):
     protocol: Protocol
     model: ModelFolder
     tasks: list[TaskData]
+    given: Given
+    """The options that were named."""
 
 
 def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
@@ -42,7 +44,7 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
 
     Raises UserError if a task has no run with a finite loss, after the other tasks are done.
     """
-    options, protocol, model, tasks = inputs
+    options, protocol, model, tasks, _ = inputs
     results = _start_results(inputs, folder)
     teachers = {data.task.name: _teacher(options.teacher, data.task) for data in tasks} if options.teacher else {}
     say(f"protocol {protocol.name}: {protocol.text(model.config)}")
@@ -96,7 +98,7 @@ def sweep(inputs: SweepInputs, folder: Path) -> GlueResults:
 
 def _start_results(inputs: SweepInputs, folder: Path) -> GlueResults:
     """Write a new `glue.json`, or on resuming read the one of the folder. Raises UserError if that has other options."""
-    options, protocol, model, _ = inputs
+    options, protocol, model, _, given = inputs
     asked = {name: value for name, value in asdict(options).items() if name not in FREE_ON_RESUME}
     if options.resume:
         return _resumed_results(folder, asked)
@@ -104,10 +106,9 @@ def _start_results(inputs: SweepInputs, folder: Path) -> GlueResults:
     if options.teacher:
         mode += f", taught by {options.teacher}"
     run_protocol = ProtocolResult(protocol.name, f"{protocol.text(model.config)} ({protocol.source})", mode)
-    versions = {name: importlib.metadata.version(name) for name in ("ufbert", "jax", "flax", "optax")}
-    environment = {"python": host.python_version(), "machine": host.platform(), **versions}
+    facts = environment(["ufbert", "finetune", *argument_words(given)], ("ufbert", "jax", "flax", "optax"))
     source = options.task_file or options.train or options.glue_source
-    results = GlueResults(options.model, source, run_protocol, asked, environment, tasks={}, averages=averages({}))
+    results = GlueResults(options.model, source, run_protocol, asked, dict(facts), tasks={}, averages=averages({}))
     write_results(folder, results)
     return results
 

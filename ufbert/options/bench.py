@@ -158,12 +158,12 @@ class BenchLayerOptions(ForwardOptions):
 
 @dataclass(frozen=True)
 class BenchEncoderOptions(ForwardOptions):
-    """Time whole encoders on this CPU against the dense BERT that others compute, or trained models against each other (--model).
+    """Time whole encoders on this CPU against the dense BERT that others compute, or trained models against each other.
 
     Without --model, weights are random, and so are the ids of every call, which goes from ids to hidden states. Before
-    anything is timed, our engine's answers are compared with the training graph, the peers' with those of our dense BERT, and
-    tokens must spread over the leaves. Then short blocks of work alternate between processes. Printed are times, ratios of neighbouring
-    blocks, where the time goes, and how far each is from what the arithmetic of this machine allows.
+    anything is timed, our engine's answers are compared with the training graph, the peers' with those of our dense BERT,
+    and tokens must spread over the leaves. Then short blocks of work alternate between processes. Printed are times, ratios
+    of neighbouring blocks, where the time goes, and how far each is from what the arithmetic of this machine allows.
     """
 
     shapes: tuple[str, ...] = ("1x128", "8x128", "1x512")

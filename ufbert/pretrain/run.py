@@ -1,9 +1,7 @@
 """A whole pretraining run: corpus, tokenizer and rows, then the clock, the loop and the report."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform as host
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -19,7 +17,7 @@ from ufbert.cost.speeds import device_peak
 from ufbert.data.cache import reopen
 from ufbert.data.prepared import PreparedData
 from ufbert.errors import UserError
-from ufbert.options.given import Given
+from ufbert.options.given import Given, argument_words
 from ufbert.options.train import TrainOptions
 from ufbert.pretrain.budget import AgreedClock, Clock, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.corpus import fit_vocabulary, locate_rows, prepare_rows, with_text
@@ -34,6 +32,7 @@ from ufbert.runtime.claim import claimed, claimed_new, discard, new_folder, refu
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
 from ufbert.runtime.last_command import last_commands
+from ufbert.runtime.machine import environment
 from ufbert.runtime.metrics import (
     JsonlWriter,
     Sink,
@@ -104,7 +103,7 @@ def new_run(named: TrainOptions, given: Given, started: float) -> dict[str, Any]
         say(f"  scale {options.scale}: {resolved.reason}")
         if resolved.caution:
             say(f"  {resolved.caution}")
-        return _prepare_and_train(options, tokens, folder, started, held.close)
+        return _prepare_and_train(options, given, tokens, folder, started, held.close)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -113,14 +112,20 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _prepare_and_train(
-    options: TrainOptions, tokens_planned: float, folder: Path, started: float, release: Callable[[], None]
+    options: TrainOptions,
+    given: Given,
+    tokens_planned: float,
+    folder: Path,
+    started: float,
+    release: Callable[[], None],
 ) -> dict[str, Any]:
     """Prepare the text, start the clock and train, in a folder that this process has claimed until `release`."""
     started_at = time.time() - (time.monotonic() - started)
     options = replace(with_text(options, tokens_planned), out=str(folder))
     located = locate_rows(options)
     init_sha256 = start_sha256(options.init_from) if options.init_from else ""
-    write_run(folder, _run_file(options, started_at, init_sha256))
+    facts = _environment(given)
+    write_run(folder, _run_file(options, facts, started_at, init_sha256))
     with _ending(options, release):
         try:
             data = prepare_rows(located, tokens_planned)
@@ -128,7 +133,7 @@ def _prepare_and_train(
             discard(folder)  # there is nothing in it to go on with
             raise
         options = fit_vocabulary(options, data)
-        write_run(folder, _run_file(options, started_at, init_sha256, data))
+        write_run(folder, _run_file(options, facts, started_at, init_sha256, data))
         ledger, peak = Ledger(folder / "ledger.jsonl"), device_peak()[0]
         distributed.together("prepared")
         clock = _clock(options, ledger, None, started_at)
@@ -174,7 +179,7 @@ def resume_run(given: Given, folder: Path, started: float) -> dict[str, Any]:
         if not options.distributed:
             use_device(options.device)
         with _ending(options, held.close):
-            return _go_on(options, folder, started)
+            return _go_on(options, given, folder, started)
 
 
 def _summary(folder: Path) -> Summary | None:
@@ -198,7 +203,7 @@ def _finish_late(options: TrainOptions, summary: Summary, release: Callable[[], 
     raise UserError(f"The run in {folder} is finished; its model is in {folder / 'model'}.")
 
 
-def _go_on(options: TrainOptions, folder: Path, started: float) -> dict[str, Any]:
+def _go_on(options: TrainOptions, given: Given, folder: Path, started: float) -> dict[str, Any]:
     """Restore the text and the clock of a run and train on, in a folder that this process has claimed."""
     ledger, before = Ledger(folder / "ledger.jsonl"), read_run(folder)
     _make_good(ledger, folder)
@@ -212,7 +217,8 @@ def _go_on(options: TrainOptions, folder: Path, started: float) -> dict[str, Any
             )
     options = fit_vocabulary(options, data)
     kept = replace(options, **{name: getattr(options, name) or getattr(before, name) for name in COMMANDS})
-    write_run(folder, _run_file(kept, before.started_at, before.init_sha256, data))
+    facts = _environment(given) | {name: v for name, v in before.environment.items() if name == "command"}
+    write_run(folder, _run_file(kept, facts, before.started_at, before.init_sha256, data))
     restarts = len(ledger.sessions)
     clock = _clock(options, ledger, started if restarts else None, before.started_at)
     print(f"resuming {folder}: {ledger.spent_before:.1f} s spent by {restarts} earlier session(s); {clock.left(0)}")
@@ -357,19 +363,24 @@ def _headline(options: TrainOptions) -> str:
     return f"{options.origin}: {model.architecture(backend)}, {nn.count_params(model):,} parameters"
 
 
-def _run_file(options: TrainOptions, started_at: float, init_sha256: str, data: PreparedData | None = None) -> RunFile:
+def _environment(given: Given) -> dict[str, str]:
+    return environment(["ufbert", "train", *argument_words(given)], ("jax", "flax", "optax", "orbax-checkpoint"))
+
+
+def _run_file(
+    options: TrainOptions, facts: dict[str, str], started_at: float, init_sha256: str, data: PreparedData | None = None
+) -> RunFile:
     others = ("model", "train", "data", "resume", "distributed")
     values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in others}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     used = None
     if data is not None:
-        facts = data.manifest
-        used = PreparedText(str(data.folder.absolute()), facts.fingerprint, facts.recipe.vocab_size)
+        manifest = data.manifest
+        used = PreparedText(str(data.folder.absolute()), manifest.fingerprint, manifest.recipe.vocab_size)
     return RunFile(
         **values,
         run=options.run,
         started_at=started_at,
         prepared_data=used,
         init_sha256=init_sha256,
-        environment={"python": host.python_version(), "machine": host.platform(), **versions},
+        environment=facts,
     )

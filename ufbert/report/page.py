@@ -1,66 +1,151 @@
-"""The frame, tables and pictures of all report pages."""
+"""The pages of ufbert: plain values say what is on a page, and one template and one stylesheet draw it.
 
-import html
-import io
-from collections.abc import Iterable, Sequence
-from typing import Any
+    page = Page(
+        title="Three models of 10 M tokens",
+        verdict="Trees of 9 neurons are 2.1 times as fast as the dense layer and lose 0.14 nats.",
+        sections=[
+            Section("Loss", [
+                "Means over two seeds.",
+                Table(["model", "loss, nats"], [["trees", "3.21"], ["dense", "3.07"]], numbers=[1], strong_rows=[1]),
+                LineChart("Held-out loss", "M tokens", "nats", [Line("trees", [(1, 5.1), (10, 3.2)])]),
+                Scatter("Quality against latency", "ms", "nats", [Dot("trees", 2.0, 3.21)], frontier="lower"),
+            ]),
+            Section("Every evaluation", [Table(...)], folded=True),
+        ],
+        facts={"command": "ufbert compare ...", "commit": "abc", "processor": "...", "load": "0.1"},
+        configuration=json_text,
+    )
+    write_text(folder / "report.html", html(page))
+    write_text(folder / "report.md", markdown(page))
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { margin-top: 2.5rem } figure { margin: 1rem 0 } .note { color: #555 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
-th { text-align: left; font-weight: 600 } td { font-variant-numeric: tabular-nums }
-td.number, th.number { text-align: right } td.number { white-space: nowrap }
-svg { width: 100%; height: auto } pre { overflow-x: auto }
-.wide { overflow-x: auto } .row { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
+A page reads from top to bottom: title, verdict, sections, sample answers, facts, configuration. All texts are text: the
+template escapes them. Charts are values of `charts.py`, and carry a text alternative. `markdown` writes the same page, with
+these texts in place of the pictures.
 """
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-def page(title: str, body: str) -> str:
-    """Write a self-contained HTML page. `body` is HTML, `title` is text."""
-    title = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
-    )
+from ufbert.report.charts import Dot, Intervals, Line, LineChart, Scatter, Track, drawing_of
 
-
-def facts(values: dict[str, Any]) -> str:
-    """Write an HTML table of names and values."""
-    return grid([], ([name.replace("_", " "), number(value)] for name, value in values.items()))
+__all__ = ["Bullets", "Dot", "Intervals", "Line", "LineChart", "Page", "Scatter", "Section", "Table", "Track"]
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Write an HTML table of texts. The columns `numbers` are set flush right; an empty `head` is left out."""
+@dataclass(frozen=True)
+class Table:
+    """A table of texts. On a phone it scrolls inside a box of its own, and its first column stays."""
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = (f'{tag} class="number"' if i in numbers else tag for i in range(len(cells)))
-        return f"<tr>{''.join(f'<{kind}>{html.escape(x)}</{tag}>' for kind, x in zip(kinds, cells, strict=True))}</tr>"
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Collection[int] = ()
+    """Columns that are set flush right."""
+    caption: str = ""
+    strong_rows: Collection[int] = ()
+    """Rows to emphasise, counted from 0."""
+    strong_columns: Collection[int] = ()
+    shades: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """Share, from 0 to 1, by which a cell (row, column) is coloured."""
 
-    top = line(head, "th") if head else ""
-    return f'<div class="wide"><table>{top}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    texts: Sequence[str]
+
+
+Chart = LineChart | Scatter | Intervals
+Part = str | Bullets | Table | Chart
+"""A paragraph, a list, a table or a picture."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the parts below it."""
+
+    heading: str
+    parts: Sequence[Part]
+    folded: bool = False
+    """Only the heading is shown until a reader opens it; print shows all of it."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page. Parts that are empty are left out."""
+
+    title: str
+    verdict: str
+    """The first paragraph: in plain words, how it ended."""
+    sections: Sequence[Section] = ()
+    samples: Sequence[Part] = ()
+    """Sample answers: a table of texts and what the model makes of them, say."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """How it came about, by name: at least command, commit, processor and load. Names may have underscores."""
+    configuration: str = ""
+    """Text, such as JSON, that is shown folded and not printed."""
+
+    @property
+    def all_sections(self) -> list[Section]:
+        """The sections, sample answers among them."""
+        return [*self.sections, *([Section("Sample answers", self.samples)] if self.samples else [])]
+
+
+def html(page: Page) -> str:
+    """Write a page as self-contained HTML, for phones and wide screens, light and dark preference, and print."""
+    return _template().render(page=page)
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "template"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False,
+    )  # fmt: skip
+    environment.filters |= {"drawing": drawing_of, "shown": number, "kind": lambda part: type(part).__name__}
+    return environment.get_template("page.html.jinja")
+
+
+def markdown(page: Page) -> str:
+    """Write a page as Markdown, with the text alternatives of its charts."""
+    blocks = [f"# {page.title}", page.verdict]
+    for section in page.all_sections:
+        blocks += [f"## {section.heading}", *map(_markdown_part, section.parts)]
+    if page.facts:
+        facts = [f"- {name.replace('_', ' ')}: {number(value)}" for name, value in page.facts.items()]
+        blocks += ["## How it came about", "\n".join(facts)]
+    if page.configuration:
+        blocks += ["## Configuration", f"```\n{page.configuration.replace('```', "'''")}\n```"]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _markdown_part(part: Part) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Bullets):
+        return "\n".join(f"- {text}" for text in part.texts)
+    if isinstance(part, Table):
+        strong = [
+            [f"**{x}**" if x and (i in part.strong_rows or j in part.strong_columns) else x for j, x in enumerate(row)]
+            for i, row in enumerate(part.rows)
+        ]
+        return "\n\n".join(filter(None, (part.caption, markdown_grid(part.head, strong, part.numbers))))
+    return f"*{part.title}.* {drawing_of(part).text}"
 
 
 def number(value: Any) -> str:
     """Write a value for people: commas between thousands, four decimals of a float."""
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def svg(figure: Any) -> str:
-    """Write a matplotlib figure as an inline picture, with a light grid and open axes."""
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return "<figure>" + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</figure>"
-
-
-def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Write the table of `grid` in Markdown, without a final newline."""
+def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """Write a table in Markdown, without a final newline. The columns `numbers` are set flush right."""
     rule = ["--:" if i in numbers else "---" for i in range(len(head))]
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

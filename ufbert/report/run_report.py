@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ufbert.report.page import facts, grid, number, page, svg
+from ufbert.report.plain import facts, grid, number, page, svg
 from ufbert.runtime.files import to_json_text, write_text
 from ufbert.runtime.metrics import EvaluationRecord, StepRecord
 from ufbert.runtime.run_folder import SUMMARY_FILE, RunFile, read_run, read_summary

@@ -95,14 +95,14 @@ def read_run(folder: Path) -> RunFile:
     """Read config.json of a run folder. Raises UserError if there is none, or none of this version, or if it is damaged."""
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise UserError(f"There is no run in {folder} to resume.")
+        raise UserError(f"There is no run in {folder}.")
     data = read_whole(path)
     stamp = decode(data, _Stamp, str(path))
     if stamp.format != FORMAT:
-        raise UserError(f"{folder} is not a run folder of ufbert, so it cannot be resumed.")
+        raise UserError(f"{folder} is not a run folder of ufbert.")
     if stamp.format_version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {stamp.format_version}; this ufbert reads {FORMAT_VERSION}. Resume it with its own."
+            f"{path} has format version {stamp.format_version}; this ufbert reads {FORMAT_VERSION}. Use its own."
         )
     return decode(data, RunFile, str(path), exact=True)
 

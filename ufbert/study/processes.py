@@ -4,7 +4,6 @@ A process is asked to save and stop by a signal. If the one that started it is k
 and stops, too. So the same command goes on after any end.
 """
 
-import importlib.metadata
 import os
 import resource
 import shlex
@@ -19,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ufbert.bench.harness import machine_facts
 from ufbert.errors import Interrupted, UserError
 from ufbert.runtime.claim import claimed
 from ufbert.runtime.console import phase, show
+from ufbert.runtime.machine import commit, machine_facts
 from ufbert.runtime.run_folder import Number
 from ufbert.runtime.signals import StopSignals
 from ufbert.runtime.typed import Count
@@ -215,18 +214,6 @@ def _wait_until_free(run: Path) -> None:
             if time.monotonic() > until:
                 raise
             show(f"waiting for an earlier process to save {run}")
-
-
-def commit() -> str:
-    """Return the commit that the package's code lies in, with -dirty if it was changed, or the package's version."""
-    package = Path(__file__).parent.parent
-    git = ["git", "-C", str(package)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "cli.py"], capture_output=True, check=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return importlib.metadata.version("ufbert")
 
 
 def _busy_seconds() -> float | None:

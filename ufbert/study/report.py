@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ufbert.report.page import facts, grid, markdown_grid, page, svg
+from ufbert.report.plain import facts, grid, markdown_grid, page, svg
 from ufbert.runtime.files import write_json, write_text
 from ufbert.study.cells import StudyFile
 from ufbert.study.results import Results, Row, Spread, results_of

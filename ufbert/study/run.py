@@ -18,6 +18,7 @@ from ufbert.pretrain.resolve import Platform, local_platform
 from ufbert.runtime.claim import claimed
 from ufbert.runtime.console import phase, say
 from ufbert.runtime.device import use_device
+from ufbert.runtime.machine import commit
 from ufbert.study.cells import (
     STUDY_FILE,
     StudyFile,
@@ -32,7 +33,6 @@ from ufbert.study.cells import (
     write_study,
 )  # fmt: skip
 from ufbert.study.children import Runner
-from ufbert.study.processes import commit
 from ufbert.study.report import show_results, write_results
 from ufbert.study.results import Results
 from ufbert.study.variants import Variant, decide, expected_seconds, refuse_unequal, variants_of

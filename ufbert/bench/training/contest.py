@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ufbert.bench.harness import Times, WorkerProcess, machine_facts, paired_ratio
+from ufbert.bench.harness import Times, WorkerProcess, paired_ratio
 from ufbert.bench.report import machine_lines
 from ufbert.bench.training.kernels import KINDS
 from ufbert.config import RunConfig
@@ -19,6 +19,7 @@ from ufbert.cost.flops import train_flops_per_token
 from ufbert.options.bench import BenchTrainOptions
 from ufbert.runtime.console import say
 from ufbert.runtime.files import write_json
+from ufbert.runtime.machine import machine_facts
 
 
 class Contestant(NamedTuple):

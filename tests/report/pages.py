@@ -1,0 +1,93 @@
+"""Reads a page as a browser would, and checks what every page promises."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+VOID = {"meta", "line", "circle", "polyline", "br"}
+
+
+@dataclass
+class Element:
+    """An element, its attributes and what is in it."""
+
+    tag: str
+    attributes: dict[str, str | None]
+    children: list["Element | str"] = field(default_factory=list)
+
+    def all(self, tag: str) -> list["Element"]:
+        """Every element of this tag below, in order."""
+        own = [self] if self.tag == tag else []
+        return own + [e for child in self.children if isinstance(child, Element) for e in child.all(tag)]
+
+    @property
+    def text(self) -> str:
+        """The words in it, with single spaces."""
+        inner = (child if isinstance(child, str) else child.text for child in self.children)
+        return " ".join(" ".join(inner).split())
+
+
+class _Parser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("", {})]
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        element = Element(tag, dict(attrs))
+        self.open[-1].children.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            top = self.open.pop()
+            assert top.tag == tag, f"<{top.tag}> is ended by </{tag}>"
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def parse(text: str) -> Element:
+    """Parse a page, whose elements must all be ended in order."""
+    parser = _Parser()
+    parser.feed(text)
+    parser.close()
+    assert len(parser.open) == 1
+    return parser.open[0]
+
+
+def check_page(text: str) -> Element:
+    """Check what every page promises, and return it parsed."""
+    root = parse(text)
+    (body,) = root.all("main")
+    title, verdict = (child for child in body.children if isinstance(child, Element) if child.tag in ("h1", "p"))
+    assert title.tag == "h1"
+    assert verdict.attributes == {"class": "verdict"}
+    assert verdict.text.endswith(".")
+    assert not root.all("script") + root.all("img") + root.all("link")  # nothing runs, and nothing is fetched
+    ids = {e.attributes["id"]: e for tag in ("title", "desc") for e in root.all(tag) if "id" in e.attributes}
+    charts = [svg for svg in root.all("svg") if svg.attributes.get("role") == "img"]
+    for chart in charts:
+        for name in (chart.attributes["aria-labelledby"] or "").split():
+            assert ids[name].text
+    inner = {id(svg) for chart in charts for svg in chart.all("svg")}
+    for svg in root.all("svg"):
+        assert id(svg) in inner or svg.attributes.get("aria-hidden") == "true"
+    for table in root.all("table"):
+        heads = table.all("thead")[0].all("th")
+        assert heads
+        assert {th.attributes["scope"] for th in heads} == {"col"}
+        for row in table.all("tbody")[0].all("tr"):
+            cells = [child for child in row.children if isinstance(child, Element)]
+            assert len(cells) == len(heads)
+            assert cells[0].attributes["scope"] == "row"
+    return root
+
+
+def facts_of(root: Element) -> dict[str, str]:
+    """The list of facts on a page."""
+    names, values = root.all("dt"), root.all("dd")
+    return {name.text: value.text for name, value in zip(names, values, strict=True)}
