@@ -40,7 +40,7 @@ def refuse_too_large(runs: Mapping[str, RunConfig], target: Target, at_once: int
 
 
 def most_bytes(run: RunConfig) -> float:
-    """Return an upper bound of the bytes that training holds, without compiling it: the state twice, and all that a step moves."""
+    """Return a bound of the bytes that training holds, without compiling it: the state twice, and all that a step moves."""
     backend = run.model.tree_backend
     assert backend != "auto"  # a planned model has none
     moved = train_bytes_per_token(run, trees=backend, bfloat16=run.model.dtype == "bfloat16")

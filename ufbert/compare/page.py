@@ -188,8 +188,8 @@ def _glue(results: Comparison) -> list[Part]:
         f"Differences to {base}", "points of a hundred, with 95 % intervals", tracks, baseline=base, from_zero=True
     )
     return [
-        "Medians over the seeds of fine-tuning, times 100. In brackets the difference to the baseline with its 95 % interval, ≈ "
-        "where that contains 0. The interval holds the chance of dev rows and of those seeds.",
+        "Medians over the seeds of fine-tuning, times 100. In brackets the difference to the baseline with its 95 % interval, "
+        "≈ where that contains 0. The interval holds the chance of dev rows and of those seeds.",
         Table(head, rows, range(2, len(head))),
         *([chart] if tracks else []),
     ]
@@ -231,8 +231,8 @@ def _speed(results: Comparison) -> list[Part]:
     refused = [f"{name}: NOT TIMED: {reason}" for name, reason in times.refused.items()]
     load = f"load {machine['load']:.1f} before and {machine['load_after']:.1f} after"
     return [
-        f"{machine['cpu']}, {times.job['used_threads']} threads, {load}. Blocks of the models took turns; ratios are medians and "
-        "quartiles of neighbouring blocks, of weights of one type.",
+        f"{machine['cpu']}, {times.job['used_threads']} threads, {load}. Blocks of the models took turns; ratios are medians "
+        "and quartiles of neighbouring blocks, of weights of one type.",
         *parts,
         "Before anything was timed, answers were compared:",
         Bullets([*checked, *refused]),

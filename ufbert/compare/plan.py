@@ -35,8 +35,8 @@ def show_comparison_plan(options: CompareOptions, asked: ComparisonFile, studies
         glue = sum(waiting.values()) / 3600
         hours += glue
         say(
-            f"fine-tuning: {len(done)} cells, {len(done) - len(waiting)} finished; {glue:,.2f} hours for the rest (expected from "
-            "the speed of pretraining, to a factor of two)"
+            f"fine-tuning: {len(done)} cells, {len(done) - len(waiting)} finished; {glue:,.2f} hours for the rest (expected "
+            "from the speed of pretraining, to a factor of two)"
         )
     if asked.speed and speed_of(folder / SPEED) is None:
         calls = 2 * len(asked.models) * len(asked.shapes) * asked.blocks * asked.seconds_a_block

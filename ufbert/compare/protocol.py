@@ -98,7 +98,8 @@ def comparison_of(
             raise UserError(f"{flag} {shown(unknown[0])} is none of the models; {near_miss(unknown[0], models)}")
     rest = argument_words({name: value for name, value in given.items() if name != "presets"})
     return ComparisonFile(
-        command=shlex.join(["ufbert", "compare", *options.presets, *rest]), models=list(models), scale=options.scale, recipe=options.recipe, corpus=options.corpus, heldout=options.heldout,
+        command=shlex.join(["ufbert", "compare", *options.presets, *rest]), models=list(models), scale=options.scale,
+        recipe=options.recipe, corpus=options.corpus, heldout=options.heldout,
         budget=options.budget, tokens=tokens, seeds=list(options.seed_list), baseline=options.baseline or models[0],
         first_seed_only=first_only, tasks=list(tasks), source=options.source, glue_seeds=list(seeds_of(options.glue_seeds)),
         one_seed_tasks=list(one_seed_tasks), protocol=options.protocol, speed=options.speed, shapes=list(options.shapes),

@@ -47,8 +47,8 @@ class Decided(NamedTuple):
 def compare(options: CompareOptions, given: Given) -> Comparison | None:
     """Run the cells of a comparison that are not finished, write its tables and page, and return the results.
 
-    With `plan` nothing is run, and None is returned. Raises UserError for what cannot be compared, before anything runs; and if a
-    cell failed, after the others have run. Raises Interrupted when a signal has stopped it.
+    With `plan` nothing is run, and None is returned. Raises UserError for what cannot be compared, before anything runs; and if
+    a cell failed, after the others have run. Raises Interrupted when a signal has stopped it.
     """
     folder = Path(options.out)
     if options.report:

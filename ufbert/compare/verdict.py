@@ -58,7 +58,7 @@ def _best(results: Comparison, axis: Axis) -> str:
     if len(trained) < 2:
         return ""
     (best, ours), (second, theirs), *_ = sorted(trained, key=lambda pair: pair[1].loss.mean)
-    text = f"{after(results, axis).capitalize()}, {best.name} has the lowest held-out loss, {ours.loss.mean:.3f} nats"
+    text = f"A{after(results, axis)[1:]}, {best.name} has the lowest held-out loss, {ours.loss.mean:.3f} nats"
     gap = paired(theirs, ours)
     if gap is None:
         return f"{text}; {second.name} comes next, by no seed in common."

@@ -23,8 +23,8 @@ class CompareOptions(TextOptions):
     presets: Annotated[tuple[str, ...], Positional] = ()
     """Models: presets by name or file, or words such as "narrow: --config=crammed_bert --model.d-hidden=64"."""
     sweep: str = ""
-    """Also compare UltraFastBERTs of K trees, each as deep as the neurons of the 1x11 preset at the scale allow: comma-separated
-    numbers of trees, as in 1,8,64,all. `all` is a dense layer of all neurons, in which a token skips none."""
+    """Also compare UltraFastBERTs of K trees, each as deep as the neurons of the 1x11 preset at the scale allow:
+    comma-separated numbers of trees, as in 1,8,64,all. `all` is a dense layer of all neurons, in which a token skips none."""
     out: str = ""
     """Folder of the comparison."""
     budget: str = ""
@@ -61,8 +61,8 @@ class CompareOptions(TextOptions):
     price: float = 0.0
     """Price of an hour of this machine, in any currency; 0 leaves money out."""
     at_once: int = 1
-    """Cells that run side by side and share the processor's cores; their seconds then say little, and the report says so. Models
-    are always timed alone."""
+    """Cells that run side by side and share the processor's cores; their seconds then say little, and the report says so.
+    Models are always timed alone."""
     plan: bool = False
     """Only say what is to be done, and the hours and the money it will take."""
     report: bool = False
