@@ -68,7 +68,7 @@ def test_the_verdict_says_how_the_tree_stands_to_its_control(tmp_path):
         "(within twice the standard error over 2 seeds): the neurons that it skips are worth nothing."
     )
     assert sentence(results, "On GLUE").startswith(
-        "On GLUE (1 task(s), mean of medians) crammed_bert comes first with 80"
+        "On GLUE (1 task(s), mean of medians) crammed_bert comes first with 82.7"
     )
     assert "2 have an interval that leaves out 0" in sentence(results, "On GLUE")
     assert sentence(results, "This CPU").endswith(
