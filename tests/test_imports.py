@@ -24,7 +24,7 @@ BELOW = {
     "glue": {"config", "errors", "runtime", "options", "ops", "nn", "data", "hub", "report"},
     "inference": {"config", "errors", "runtime", "options", "ops", "nn", "data", "hub"},
     "study": {
-        "config", "errors", "runtime", "options", "cost", "report", "pretrain", "bench",
+        "config", "errors", "runtime", "options", "cost", "glue", "report", "pretrain", "bench",
     },
     "compare": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "report", "pretrain", "plan", "glue", "bench", "study",

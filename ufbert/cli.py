@@ -26,6 +26,7 @@ from ufbert.options.compare import CompareOptions
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
+from ufbert.options.report import ReportOptions
 from ufbert.options.study import StudyOptions
 from ufbert.options.train import PlanOptions, PrepareOptions, PresetsOptions, RunOptions, TrainOptions
 from ufbert.runtime import console, crash, signals
@@ -72,6 +73,11 @@ VERBS = {
         "compare variants of a pretraining run under one protocol, over seeds and learning rates",
         layered=True,
         makes_folder=True,
+    ),
+    "report": Verb(
+        ReportOptions,
+        "ufbert.study.draw:report",
+        "draw the page of a run as it stands, or of several over each other",
     ),
     "compare": Verb(
         CompareOptions,

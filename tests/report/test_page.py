@@ -60,7 +60,7 @@ PAGE = Page(
         "command": f"ufbert train {HOSTILE}",
         "commit": "abc",
         "processor": "one",
-        "load_before": 0.25,
+        "load before": 0.25,
         "tokens": 12345,
     },
     configuration=f'{{"a": "{HOSTILE}"}}',
@@ -77,7 +77,7 @@ def test_a_page_reads_from_verdict_to_configuration_and_texts_stay_texts():
         f"Part {HOSTILE}", "Folded", "Sample answers", "How it came about", "Configuration"
     ]  # fmt: skip
     assert facts_of(root) == {
-        "command": f"ufbert train {HOSTILE}", "commit": "abc", "processor": "one", "load before": "0.2500", "tokens": "12,345",
+        "command": f"ufbert train {HOSTILE}", "commit": "abc", "processor": "one", "load before": "0.25", "tokens": "12,345",
     }  # fmt: skip
     (configuration,) = [e for e in root.all("details") if e.attributes["class"] == "configuration"]
     assert "open" not in configuration.attributes
@@ -93,7 +93,7 @@ def test_the_same_page_is_written_in_markdown_with_the_texts_of_its_charts():
     text = markdown(PAGE)
     assert "| 3 | 4 |" in text
     assert "| **b** |" in text
-    assert "- load before: 0.2500" in text
+    assert "- load before: 0.25\n" in text
     for chart in (LINES, SCATTER, TRACKS):
         assert drawing_of(chart).text in text
 

@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+from pages import check_page
+
 from ufbert.errors import UserError
 from ufbert.report.run_report import write_report
 from ufbert.report.running_page import FIRST_GUESS, LAST, SHARE, RunningPage
+from ufbert.runtime.claim import LOCK, claimed
 
 RUN = Path(__file__).parent.parent / "fixtures" / "before_house" / "run"
 
@@ -65,10 +68,16 @@ def test_a_page_says_how_its_run_stands_and_what_was_trained(tmp_path):
     config = json.loads((run / "config.json").read_text())
     trained = f"{config['run']['model']['n_layers']} layers x {config['run']['model']['d_model']}"
     (run / "summary.json").unlink(missing_ok=True)
-    running = write_report(run).read_text()
+    with claimed(run):
+        running = write_report(run).read_text()
+    page = check_page(running)
     assert "running, as of step 50" in running or "running, as of step 60" in running
-    assert "<svg" in running
-    assert trained in running[: running.index("</h1>")]
+    assert page.all("svg")
+    assert trained in page.all("h1")[0].text
     stopped = write_report(run, "SIGTERM: saved at step 60").read_text()
     assert "SIGTERM: saved at step 60" in stopped
-    assert "running" not in stopped
+    assert "is running" not in stopped
+    (run / LOCK).write_text("{}")  # as a killed process leaves it
+    dead = write_report(run).read_text()
+    assert "without a word, killed perhaps" in dead
+    assert f"--resume --out={run}" in dead

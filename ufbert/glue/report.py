@@ -1,7 +1,5 @@
 """`glue.md` and `report.html` of a sweep: scores, learning curves, confusion tables, and how it all came about."""
 
-import html
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +11,21 @@ import rich.table
 import rich.text
 
 from ufbert.glue.metrics import METRICS
-from ufbert.glue.results import DevResult, GlueResults, Point, TaskResult
+from ufbert.glue.predictions import read_predictions
+from ufbert.glue.results import DevResult, GlueResults, TaskResult
 from ufbert.glue.tasks import TASKS
-from ufbert.report.plain import facts, grid, markdown_grid, page, svg
-from ufbert.runtime.files import write_text
+from ufbert.report.charts import Intervals, Line, LineChart, Track
+from ufbert.report.page import Bullets, Page, Section, Table, html, markdown_grid
+from ufbert.report.run_report import duration
+from ufbert.runtime.files import to_json_text, write_text
+from ufbert.runtime.machine import PROVENANCE
 
 
 def write_glue_report(folder: Path, results: GlueResults) -> str:
     """Write `glue.md`, whose text is returned, and `report.html`. Raises UserError if the disk refuses."""
     text = glue_markdown(results)
     write_text(folder / "glue.md", text)
-    write_text(folder / "report.html", glue_page(results))
+    write_text(folder / "report.html", html(glue_page(results, folder)))
     return text
 
 
@@ -178,99 +180,139 @@ def glue_markdown(results: GlueResults) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def glue_page(results: GlueResults) -> str:
-    """Write the page of a sweep as self-contained HTML."""
+def glue_page(results: GlueResults, folder: Path | None = None) -> Page:
+    """Return the page of a sweep, with sample answers of the prediction files in its folder."""
     head, rows = _score_grid(results)
-    pictures = [_overview(results)] if results.tasks else []
-    curves = [picture for task in results.tasks.values() if (picture := _curves(task))]
-    confusions = [_confusion(task, split, dev) for task, split, dev in _devs(results) if dev.confusion]
-    body = [
-        f"<p><b>{html.escape(results.protocol.name)}</b> ({html.escape(results.protocol.mode)}): "
-        f"{html.escape(results.protocol.text)}</p>",
-        *pictures,
-        grid(head, rows, numbers=range(2, len(head) - 1)),
-        *(f"<p><b>{html.escape(text)}</b></p>" for text in shortfalls(results)),
-        f'<p class="note">{_key(results)} Rows from {html.escape(results.source)}.</p>',
-        *(["<h2>Averages</h2>"] if is_official(results) else []),
-        *(f"<p><b>{html.escape(name)}</b>: {html.escape(text)}</p>" for name, text in _averages(results)),
-        "<h2>Training</h2>",
-        grid(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7)),
-        *(["<h2>Learning curves</h2>", *curves] if curves else []),
-        *(["<h2>Confusions</h2>", f'<div class="row">{"".join(confusions)}</div>'] if confusions else []),
-        f"<h2>Environment</h2>{facts(results.environment)}",
-        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(results.options, indent=2))}</pre>",
+    scores = [
+        Table(head, rows, range(2, len(head) - 1), strong_columns=[2]),
+        _key(results),
+        f"Rows from {results.source}.",
     ]
-    return page(heading(results), "\n".join(body))
+    averages = [f"{name}: {text}" for name, text in _averages(results)]
+    curves = [chart for task in results.tasks.values() for chart in _curves(task)]
+    confusions = [_confusion(task, split, dev) for task, split, dev in _devs(results) if dev.confusion]
+    training = Table(*_training_grid(results), numbers=(1, 2, 3, 5, 6, 7))
+    sections = [
+        Section("Scores", [_overview(results), *([Bullets(texts)] if (texts := shortfalls(results)) else []), *scores])
+        if results.tasks
+        else None,
+        Section("Averages", [Bullets(averages)], folded=all(a.value is None for a in results.averages.values()))
+        if averages
+        else None,
+        Section("How each task was trained", [training]) if results.tasks else None,
+        Section("Confusions", [_CONFUSION, *confusions], folded=True) if confusions else None,
+        Section("Learning curves", curves, folded=True) if curves else None,
+    ]
+    return Page(
+        title=heading(results),
+        verdict=" ".join(_verdict(results)),
+        sections=[section for section in sections if section],
+        samples=_samples(results, folder) if folder else [],
+        facts=_facts(results),
+        configuration=to_json_text(results.options, indent=2),
+    )
 
 
-def _overview(results: GlueResults) -> str:
+def _verdict(results: GlueResults) -> list[str]:
+    """Say in plain sentences what the model scores, and where that is no more than a model without knowledge would."""
+    if not results.tasks:
+        return ["No task is finished yet."]
+    tasks = results.tasks.values()
+    each = [f"{t.title(next(iter(t.dev)))} {t.metrics[0]} {points(t.deciding.median[t.metrics[0]])}" for t in tasks]
+    n_seeds = len(results.seeds)
+    of = f"medians of {n_seeds} seeds" if n_seeds > 1 else "one seed, so that no spread is known"
+    texts = [f"The model scores, times 100: {', '.join(each)} ({of})."]
+    short = {text.split(":", 1)[0]: "" for text in shortfalls(results)}
+    if short:
+        texts.append(f"It does no better than a model without any knowledge would on {', '.join(short)}.")
+    for average in results.averages.values() if is_official(results) else ():
+        if average.value is not None:
+            texts.append(f"{average.name}: {points(average.value)}.")
+    return texts
+
+
+def _facts(results: GlueResults) -> dict[str, Any]:
+    """Return how the sweep came about: command, commit, processor and load first."""
+    environment = results.environment
+    first = {name: environment.get(name, "not recorded") for name in PROVENANCE}
+    about = {
+        "model": results.model,
+        "protocol": f"{results.protocol.name} ({results.protocol.mode}): {results.protocol.text}",
+        "rows": results.source,
+        "time": duration(float(sum(task.seconds for task in results.tasks.values()))),
+    }
+    return first | about | {name: value for name, value in environment.items() if name not in PROVENANCE}
+
+
+def _overview(results: GlueResults) -> Intervals:
     """Draw the first metric of every dev split: each seed, the median, and the majority's score."""
-    import matplotlib.figure
-
-    devs = list(_devs(results))
-    figure = matplotlib.figure.Figure(figsize=(9, 0.8 + 0.42 * len(devs)), layout="constrained")
-    axis = figure.subplots()
-    for y, (task, _, dev) in enumerate(devs):
+    tracks = []
+    for task, split, dev in _devs(results):
         metric = task.metrics[0]
-        median, base = 100 * dev.median[metric], 100 * dev.majority[metric]
-        seeds = [100 * scores[metric] for scores in dev.seeds.values()]
-        axis.plot([base, median], [y, y], color=_BLUE, lw=6, alpha=0.18, solid_capstyle="butt")
-        axis.plot(base, y, "|", color="gray", ms=14, mew=2, label="" if y else "majority")
-        axis.plot(seeds, [y] * len(seeds), "o", color=_BLUE, ms=5, alpha=0.5, mew=0, label="" if y else "a seed")
-        axis.plot(median, y, "|", color=_BLUE, ms=18, mew=2.5, label="" if y else "median")
-        axis.annotate(f"{median:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center")
-    axis.set_yticks(range(len(devs)), [f"{task.title(split)}, {task.metrics[0]}" for task, split, _ in devs])
-    axis.set_ylim(len(devs) - 0.5, -0.5)
-    axis.set_xlim(min(0, *axis.get_xlim()), 100)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return svg(figure)
+        low, high = (100 * end for end in dev.spread[metric])
+        singles = [100 * scores[metric] for scores in dev.seeds.values()]
+        base, name = 100 * dev.majority[metric], f"{task.title(split)}, {metric}"
+        tracks.append(Track(name, 100 * dev.median[metric], low, high, singles, base))
+    return Intervals("Median and range over seeds", "score times 100", tracks, baseline="majority")
 
 
-_BLUE, _ORANGE = "tab:blue", "tab:orange"
+def _curves(task: TaskResult) -> list[LineChart]:
+    """Draw training loss and the first metric over epochs, a line for each seed; none if no curves were kept."""
+    kept, metric = {seed: curve for seed, curve in task.curves.items() if curve}, task.metrics[0]
+    if not kept:
+        return []
+
+    def lines(name: str, factor: float) -> list[Line]:
+        return [
+            Line(
+                f"seed {seed}", [(p["epoch"], factor * p[name]) for p in curve if name in p and "epoch" in p], dots=True
+            )
+            for seed, curve in kept.items()
+        ]
+
+    level = {"majority": 100 * task.deciding.majority[metric]}
+    return [
+        LineChart(f"{task.folder}: training loss", "epoch", "loss", lines("loss", 1.0)),
+        LineChart(f"{task.folder}: dev {metric}", "epoch", f"{metric} times 100", lines(metric, 100.0), levels=level),
+    ]
 
 
-def _curves(task: TaskResult) -> str:
-    """Draw training loss and the first metric over epochs, a line for each seed; "" if no curves were kept."""
-    import matplotlib.figure
-
-    curves, metric = [curve for curve in task.curves.values() if curve], task.metrics[0]
-    if not curves:
-        return ""
-    figure = matplotlib.figure.Figure(figsize=(9, 2.6), layout="constrained")
-    loss, score = figure.subplots(1, 2)
-    for curve in curves:
-        _draw_curve(loss, curve, "loss", 1.0, _ORANGE)
-        _draw_curve(score, curve, metric, 100.0, _BLUE)
-    score.axhline(100 * task.deciding.majority[metric], color="gray", ls="--", lw=1, label="majority")
-    score.legend(frameon=False, loc="lower right")
-    loss.set_ylabel("training loss")
-    score.set_ylabel(f"dev {metric}")
-    for axis in (loss, score):
-        axis.set_xlabel("epoch")
-        axis.locator_params(axis="x", integer=True)
-    return f"<h3>{html.escape(task.folder)}</h3>{svg(figure)}"
+_CONFUSION = "True class down, predicted class across, of the seed that was kept; the share is of the true class."
 
 
-def _draw_curve(axis: Any, curve: list[Point], name: str, factor: float, color: str) -> None:
-    drawn = [point for point in curve if name in point and "epoch" in point]
-    epochs, values = [point["epoch"] for point in drawn], [factor * point[name] for point in drawn]
-    axis.plot(epochs, values, "o-", color=color, lw=1.2, ms=3, alpha=0.6)
-
-
-def _confusion(task: TaskResult, split: str, dev: DevResult) -> str:
+def _confusion(task: TaskResult, split: str, dev: DevResult) -> Table:
     """Tabulate true class (down) by predicted class (across) of the seed that was kept, darker for a larger share."""
     seed = task.saved_seed if task.saved_seed in dev.confusion else min(dev.confusion)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in task.label_names)
-    lines = []
-    for name, counts in zip(task.label_names, dev.confusion[seed], strict=True):
+    rows, shades = [], {}
+    for i, (name, counts) in enumerate(zip(task.label_names, dev.confusion[seed], strict=True)):
         shares = [count / max(1, sum(counts)) for count in counts]
-        cells = "".join(
-            f'<td class="number" style="background: rgb(31 119 180 / {0.75 * share:.2f})">{count:,} '
-            f'<span class="note">{share:.0%}</span></td>'
-            for count, share in zip(counts, shares, strict=True)
-        )
-        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
-    return (
-        f"<div><h3>{html.escape(task.title(split))}, seed {seed}</h3>"
-        f"<table><tr><td class=note>true, given</td>{head}</tr>{''.join(lines)}</table></div>"
-    )
+        rows.append([name, *(f"{count:,} ({share:.0%})" for count, share in zip(counts, shares, strict=True))])
+        shades |= {(i, j + 1): share for j, share in enumerate(shares)}
+    head = ["true, given", *task.label_names]
+    caption = f"{task.title(split)}, seed {seed}"
+    return Table(head, rows, range(1, len(head)), caption=caption, shades=shades)
+
+
+SAMPLES = 2
+"""Right answers, and wrong ones, that are shown of a task."""
+
+
+def _samples(results: GlueResults, folder: Path) -> list[Any]:
+    """Tabulate the first right and the first wrong answers of every task, by the seed that was kept."""
+    rows = []
+    for name, task in results.tasks.items():
+        split = next(iter(task.dev))
+        kept = read_predictions(folder / "predictions" / f"{name}.{split}.tsv", task.label_names)
+        if kept is None or task.saved_seed not in kept.predicted:
+            continue
+        answers = kept.predicted[task.saved_seed]
+        if task.label_names:
+            right = answers == kept.labels
+            picks = [*np.flatnonzero(right)[:SAMPLES], *np.flatnonzero(~right)[:SAMPLES]]
+            shown = [(task.label_names[int(kept.labels[i])], task.label_names[int(answers[i])]) for i in picks]
+        else:
+            picks = list(range(min(2 * SAMPLES, len(answers))))
+            shown = [(f"{kept.labels[i]:.2f}", f"{answers[i]:.2f}") for i in picks]
+        texts = [" / ".join(kept.rows[i][1:-1]) for i in picks]
+        rows += [[task.title(split), text, given, answer] for text, (given, answer) in zip(texts, shown, strict=True)]
+    return [Table(["task", "text", "given", "answer"], rows)] if rows else []

@@ -24,6 +24,7 @@ from ufbert.pretrain.corpus import fit_vocabulary, locate_rows, prepare_rows, wi
 from ufbert.pretrain.loop import RunContext, train
 from ufbert.pretrain.reference import Reference, packaged_reference, reference_from_run
 from ufbert.pretrain.resolve import decided, local_platform, resolve, resumed_options, stored_options
+from ufbert.pretrain.samples import write_guesses
 from ufbert.pretrain.start import start_params, start_sha256
 from ufbert.report.run_report import write_report
 from ufbert.report.running_page import RunningPage
@@ -261,6 +262,7 @@ def _train(options: TrainOptions, data: PreparedData, clock: Clock, ledger: Ledg
     finally:
         ledger.close()
     with phase("drawing the report"):
+        write_guesses(folder, options.run, data)
         report = write_report(folder)
     say(
         f"held-out loss {summary.heldout_loss:.3f} nats; word frequency alone gives {summary.unigram_loss:.3f}, "

@@ -83,7 +83,7 @@ class Page:
     samples: Sequence[Part] = ()
     """Sample answers: a table of texts and what the model makes of them, say."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """How it came about, by name: at least command, commit, processor and load. Names may have underscores."""
+    """How it came about, by name: at least command, commit, processor and load."""
     configuration: str = ""
     """Text, such as JSON, that is shown folded and not printed."""
 
@@ -116,7 +116,7 @@ def markdown(page: Page) -> str:
     for section in page.all_sections:
         blocks += [f"## {section.heading}", *map(_markdown_part, section.parts)]
     if page.facts:
-        facts = [f"- {name.replace('_', ' ')}: {number(value)}" for name, value in page.facts.items()]
+        facts = [f"- {name}: {number(value)}" for name, value in page.facts.items()]
         blocks += ["## How it came about", "\n".join(facts)]
     if page.configuration:
         blocks += ["## Configuration", f"```\n{page.configuration.replace('```', "'''")}\n```"]
@@ -138,10 +138,10 @@ def _markdown_part(part: Part) -> str:
 
 
 def number(value: Any) -> str:
-    """Write a value for people: commas between thousands, four decimals of a float."""
+    """Write a value for people: commas between thousands, up to four decimals of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}"
 
 
 def markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:

@@ -11,7 +11,7 @@ from ufbert.report.run_report import write_report
 SHARE = 0.01
 """Largest share of a session's time that its pages may take."""
 FIRST_GUESS = 2.0
-"""Seconds that a page is taken to cost before one has been drawn: the first imports matplotlib."""
+"""Seconds that a page is taken to cost before one has been drawn. Of a long run, reading the metrics takes the most."""
 LAST = 0.95
 """Share of the budget after which no page is drawn, for the last one comes at the end. A page takes at most a hundredth of the
 time spent, which is less than what is left before: so none can delay the end of the budget."""

@@ -5,6 +5,7 @@ between machines, too, unless it is mounted with locks of its own machine only (
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -55,6 +56,21 @@ def claimed_new(folder: Path) -> Generator[None]:
     with claimed(folder):
         refuse_taken(folder)
         yield
+
+
+def is_claimed(folder: Path) -> bool:
+    """Tell if a living process has claimed a folder. On a file system without locks, one that was killed seems alive."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:  # held, or there are no locks
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def new_folder(root: Path, stem: str) -> Path:

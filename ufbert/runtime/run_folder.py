@@ -1,5 +1,6 @@
-"""The files of a run folder: config.json, summary.json and when_done.json. (metrics.jsonl: `metrics.py`.)"""
+"""The files of a run folder: config.json, summary.json, samples.json and when_done.json. (metrics.jsonl: `metrics.py`.)"""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from ufbert.runtime.typed import Count, decode, read_typed, read_whole
 FORMAT, FORMAT_VERSION = "ufbert-run", 1
 """A folder of a newer format is refused."""
 CONFIG_FILE, SUMMARY_FILE, WHEN_DONE_FILE = "config.json", "summary.json", "when_done.json"
+SAMPLES_FILE = "samples.json"
 COMMANDS = ("when_done", "when_finished", "when_failed")
 """Options that are commands to run at the end of a run."""
 
@@ -160,6 +162,39 @@ def write_summary(folder: Path, summary: Summary) -> None:
 def read_summary(folder: Path) -> Summary:
     """Read summary.json of a run folder. Raises UserError if there is none or if it is damaged."""
     return read_typed(folder / SUMMARY_FILE, Summary)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A word piece that the model takes for likely, as it is written within a text."""
+
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A masked token of held-out text, and what the trained model takes for likely there."""
+
+    text: str
+    """With [MASK] for the token in question; other masked tokens are there as they were."""
+    token: str
+    """The one that stood there."""
+    guesses: list[Guess]
+    """The likeliest first."""
+
+
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write samples.json of a run folder, whole or not at all. Raises UserError if the disk refuses."""
+    write_json(folder / SAMPLES_FILE, [asdict(sample) for sample in samples])
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """Read samples.json of a run folder; none if it is absent or damaged, since nothing depends on it."""
+    try:
+        return read_typed(folder / SAMPLES_FILE, list[Sample])
+    except UserError:
+        return []
 
 
 @dataclass(frozen=True)

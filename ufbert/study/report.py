@@ -1,17 +1,20 @@
 """The tables and the page of a study, of whatever is finished."""
 
-import html
+import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import rich.table
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ufbert.report.plain import facts, grid, markdown_grid, page, svg
-from ufbert.runtime.files import write_json, write_text
+from ufbert.report.charts import Dot, Line, LineChart, Scatter
+from ufbert.report.page import Bullets, Page, Section, Table, html, markdown_grid
+from ufbert.report.run_report import guess_words, time_unit
+from ufbert.runtime.files import to_json_text, write_json, write_text
 from ufbert.study.cells import StudyFile
 from ufbert.study.results import Results, Row, Spread, results_of
 
@@ -31,14 +34,14 @@ def write_results(folder: Path, study: StudyFile) -> Results:
     if curve_rows:
         lines += ["", "Held-out loss by tokens:", "", markdown_grid(curve_head, curve_rows, range(1, len(curve_head)))]
     write_text(folder / "results.md", "\n".join(lines) + "\n")
-    write_text(folder / "report.html", page(_title(study), _body(results, notes)))
+    write_text(folder / "report.html", html(study_page(results)))
     return results
 
 
 def show_results(results: Results) -> None:
     """Print the table, no wider than a terminal of 80 columns, and the notes."""
     console = Console(highlight=False, soft_wrap=False)
-    table = Table(title=escape(_title(results.study)), title_justify="left", box=None, pad_edge=False)
+    table = rich.table.Table(title=escape(_title(results.study)), title_justify="left", box=None, pad_edge=False)
     columns: dict[str, Callable[[Row], str]] = {
         "variant": lambda row: row.variant + ("" if row.rate is None else f" @{row.rate:g}"),
         "loss": lambda row: _spread(row.loss, ".3f"),
@@ -119,53 +122,126 @@ def _to_json(results: Results) -> dict[str, Any]:
     return {**results._asdict(), "study": asdict(results.study), "rows": rows}
 
 
-def _body(results: Results, notes: Sequence[str]) -> str:
-    head, rows = _table(results)
+def study_page(results: Results) -> Page:
+    """Return the page of a study."""
+    study, rows = results.study, results.rows
+    head, table = _table(results)
+    best = min(range(len(rows)), key=lambda i: rows[i].loss.mean, default=-1)
+    notes = [f"{note}." for note in [*results.notes, *_missing(results)]]
     curve_head, curve_rows = _curve_table(results)
-    study = results.study
-    protocol = {
-        "corpus": study.corpus, "held-out text": study.heldout or "a part of the corpus",
+    asked = [[row.variant, " ".join(row.options)] for row in rows]
+    rates = [[row.variant, ", ".join(f"{r}: {loss:.4f}" for r, loss in row.rates.items())] for row in rows]
+    numbers = range(1, len(head))
+    sections = [
+        Section("Results", [Table(head, table, numbers, strong_rows=[best]), Bullets(notes)]) if rows else None,
+        Section("Not there yet", [Bullets(notes)]) if notes and not rows else None,
+        Section("Curves", _pictures(rows)) if rows else None,
+        Section("Held-out loss by tokens", [_CURVES, Table(curve_head, curve_rows, range(1, len(curve_head)))])
+        if curve_rows
+        else None,
+        Section("Learning rates", [Table(["variant", "loss of the first seed"], rates)]) if study.rates else None,
+        Section("Variants", [Table(["variant", "options"], asked)]) if asked else None,
+    ]
+    return Page(
+        title=_title(study),
+        verdict=" ".join(_verdict(results)),
+        sections=[section for section in sections if section],
+        samples=_samples(rows),
+        facts=_facts(results),
+        configuration=to_json_text(asdict(study), indent=2),
+    )
+
+
+_CURVES = "Interpolated between the evaluations of each run, linearly in the logarithm of tokens; means over seeds."
+
+
+def _verdict(results: Results) -> list[str]:
+    """Say in plain sentences which variant is ahead, by how much, and what is missing."""
+    rows, baseline = results.rows, results.study.baseline
+    if not rows:
+        texts = ["No cell is finished yet."]
+    else:
+        best = min(rows, key=lambda row: row.loss.mean)
+        rank = "the lowest held-out loss" if len(rows) > 1 else "a held-out loss, the only one so far"
+        texts = [f"{best.variant} has {rank}: {_spread(best.loss, '.3f')} nats a masked token."]
+    for row in rows:
+        if row.difference is None:
+            continue
+        gap, error = row.difference.mean, 2.0 * (row.difference.deviation or 0.0) / math.sqrt(row.difference.n)
+        side = "above" if gap > 0 else "below"
+        doubt = " (one seed, so that the spread is not known)" if row.difference.n == 1 else ""
+        if row.difference.n > 1 and abs(gap) <= error:
+            doubt = " (within two standard errors: not to be told apart)"
+        texts.append(f"{row.variant} is {abs(gap):.3f} {side} {baseline}{doubt}.")
+    if results.failed:
+        texts.append(f"{len(results.failed)} cells failed.")
+    if results.waiting:
+        texts.append(f"Not run yet: {', '.join(results.waiting)}.")
+    return texts
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    """Return how the study came about: a command that is the same study, commits, processors and load."""
+    study, rows = results.study, results.rows
+    budget = f"--tokens={study.tokens:g}" if study.tokens else f"--budget={study.budget}"
+    ends = [
+        f"--{name.replace('_', '-')}={getattr(study, name)}" for name in ("heldout", "tokenizer", "gap_from", "gap_to")
+    ]
+    words = ["ufbert", "study", f"--corpus={study.corpus}", budget, f"--seeds={','.join(map(str, study.seeds))}"]
+    words += [f"--rates={','.join(f'{rate:g}' for rate in study.rates)}"] if study.rates else []
+    words += [f"--baseline={study.baseline}", *(word for word in ends if not word.endswith("="))]
+    words += [f"{name}: {shlex.join(variant.asked)}" for name, variant in study.variants.items()]
+    loads = [load for row in rows for load in row.loads]
+    return {
+        "command": shlex.join(words),
+        "commit": ", ".join(sorted({c for row in rows for c in row.commits})) or "not recorded",
+        "processor": "; ".join(sorted({c for row in rows for c in row.cpus})) or "not recorded",
+        "load": f"{min(loads):.2f} to {max(loads):.2f} before the cells" if loads else "not recorded",
+        "measured beside other work": ", ".join(name for row in rows for name in row.beside_other_work) or "no cell",
+        "corpus": study.corpus,
+        "held-out text": study.heldout or "a part of the corpus",
         "tokenizer": study.tokenizer or "trained",
-        "tokens of the corpus, at most": study.max_tokens, "seeds": ", ".join(map(str, study.seeds)),
-    }  # fmt: skip
-    asked = [[row.variant, " ".join(row.options)] for row in results.rows]
-    rates = [[row.variant, ", ".join(f"{r}: {loss:.4f}" for r, loss in row.rates.items())] for row in results.rows]
-    parts = [
-        grid(head, rows, range(1, len(head))),
-        "".join(f"<p>{html.escape(note)}.</p>" for note in notes),
-        *([_pictures(results.rows)] if results.rows else []),
+        "tokens of the corpus, at most": study.max_tokens,
+        "seeds": ", ".join(map(str, study.seeds)),
+    }
+
+
+def _samples(rows: Sequence[Row]) -> list[Any]:
+    """Tabulate the first guess of each variant at the same masked tokens of held-out text."""
+    guesses: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        for sample in row.samples:
+            words = guess_words(sample.guesses[0]) if sample.guesses else "-"
+            guesses.setdefault((sample.text, sample.token), {})[row.variant] = words
+    if not guesses:
+        return []
+    names = [row.variant for row in rows if row.samples]
+    table = [[text, token, *(own.get(name, "-") for name in names)] for (text, token), own in guesses.items()]
+    about = "The likeliest word piece for [MASK] in held-out text, by the first seed's model of each variant."
+    return [about, Table(["held-out text", "stood there", *names], table)]
+
+
+def _pictures(rows: Sequence[Row]) -> list[LineChart | Scatter]:
+    """Draw the held-out loss against tokens, seconds and neurons used."""
+    curves = {row.variant: [point for point in row.curve if point.tokens > 0] for row in rows}
+    unit, factor = time_unit(max(row.seconds for row in rows))
+    by_tokens = [Line(name, [(p.tokens / 1e6, p.loss) for p in curve], dots=True) for name, curve in curves.items()]
+    by_time = [Line(name, [(p.seconds / factor, p.loss) for p in curve], dots=True) for name, curve in curves.items()]
+    dots = [Dot(row.variant, max(row.neurons_used, 1), row.loss.mean, y_interval=_interval(row.loss)) for row in rows]
+    y = "held-out loss, nats"
+    x = "feedforward neurons that a token uses"
+    return [
+        LineChart("Held-out loss against tokens", "M tokens", y, by_tokens),
+        LineChart("Held-out loss against time", f"{unit} of the budget", y, by_time),
         *(
-            [f"<h2>Held-out loss by tokens</h2>{grid(curve_head, curve_rows, range(1, len(curve_head)))}"]
-            if curve_rows
+            [Scatter("Held-out loss against neurons used", x, y, dots, frontier="lower", log_x=True)]
+            if len(rows) > 1
             else []
         ),
-        "<p>Interpolated between the evaluations of each run, linearly in the logarithm of tokens; means over seeds.</p>",
-        *([f"<h2>Learning rates</h2>{grid(['variant', 'loss of the first seed'], rates)}"] if study.rates else []),
-        f"<h2>Protocol</h2>{facts(protocol)}<h2>Variants</h2>{grid(['variant', 'options'], asked)}",
     ]
-    return "\n".join(parts)
 
 
-def _pictures(rows: Sequence[Row]) -> str:
-    """Draw the held-out loss against tokens, seconds and neurons used."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(9, 9.6), layout="constrained")
-    by_tokens, by_seconds, by_neurons = figure.subplots(3, 1)
-    for row in rows:
-        curve = [point for point in row.curve if point.tokens > 0]
-        by_tokens.plot([p.tokens / 1e6 for p in curve], [p.loss for p in curve], "o-", ms=3, lw=1, label=row.variant)
-        by_seconds.plot([p.seconds for p in curve], [p.loss for p in curve], "o-", ms=3, lw=1)
-        by_neurons.errorbar(max(row.neurons_used, 1), row.loss.mean, yerr=row.loss.deviation or 0.0, fmt="o", capsize=3)
-        by_neurons.annotate(
-            row.variant, (max(row.neurons_used, 1), row.loss.mean), xytext=(5, 3), textcoords="offset points"
-        )
-    by_tokens.set_xlabel("M tokens")
-    by_seconds.set_xlabel("seconds of the budget")
-    by_neurons.set_xlabel("feedforward neurons that a token uses")
-    by_neurons.set_xscale("log")
-    by_neurons.margins(0.15)
-    for axis in figure.axes:
-        axis.set_ylabel("held-out loss, nats")
-    by_tokens.legend(frameon=False)
-    return svg(figure)
+def _interval(spread: Spread) -> tuple[float, float] | None:
+    if spread.deviation is None:
+        return None
+    return spread.mean - spread.deviation, spread.mean + spread.deviation

@@ -1,16 +1,16 @@
 """Results of a study: means, spreads over seeds, differences paired by seed, and curves, from the run folders of its cells."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from math import log, sqrt
+from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 from ufbert.cost.flops import neurons
+from ufbert.report.overlay import interpolated, marks
 from ufbert.runtime.metrics import EvaluationRecord
-from ufbert.runtime.run_folder import Summary, read_run
+from ufbert.runtime.run_folder import Sample, Summary, read_run, read_samples
 from ufbert.runtime.typed import read_lines
 from ufbert.study.cells import Cell, StudyFile, counted_cells, first_cells, heldout_loss, read_cell, summary_of
 
@@ -76,6 +76,10 @@ class Row:
     cpus: list[str]
     beside_other_work: list[str]
     """Cells that were measured beside other work: other cells, or other processes."""
+    loads: list[float] = field(default_factory=list)
+    """Load averages before each session."""
+    samples: list[Sample] = field(default_factory=list)
+    """Guesses of the first seed's model."""
 
 
 class Results(NamedTuple):
@@ -98,8 +102,8 @@ def results_of(folder: Path, study: StudyFile) -> Results:
         for name, cells in counted.items()
     }
     gap, notes = _gap(study, losses)
-    marks = _marks(max((s.tokens for cells in counted.values() for s in _summaries(folder, cells)), default=0))
-    rows = [_row(study, folder, name, cells, losses, gap, marks) for name, cells in counted.items()]
+    most = max((s.tokens for cells in counted.values() for s in _summaries(folder, cells)), default=0)
+    rows = [_row(study, folder, name, cells, losses, gap, marks(float(most), 2.5e6)) for name, cells in counted.items()]
     failed = {}
     for path in sorted((folder / "cells").glob("*")):
         if (stored := read_cell(path)) and stored.failed and summary_of(path) is None:
@@ -114,7 +118,7 @@ def _summaries(folder: Path, cells: Sequence[Cell]) -> list[Summary]:
 
 def _row(
     study: StudyFile, folder: Path, name: str, cells: list[Cell], losses: Mapping[str, Mapping[int, float]],
-    gap: Mapping[int, tuple[float, float]], marks: Sequence[float],
+    gap: Mapping[int, tuple[float, float]], at_marks: Sequence[float],
 ) -> Row:  # fmt: skip
     places = [cell.folder(folder) for cell in cells]
     summaries, own = _summaries(folder, cells), losses[name]
@@ -124,7 +128,7 @@ def _row(
     stored = [record for place in places if (record := read_cell(place))]
     sessions = [(record, session) for record in stored for session in record.sessions]
     curves = [evaluations(place) for place in places]
-    at = {f"{mark:.6g}": [loss for curve in curves if (loss := loss_at(curve, mark)) is not None] for mark in marks}
+    at = {f"{mark:.6g}": [loss for curve in curves if (loss := loss_at(curve, mark)) is not None] for mark in at_marks}
     used, all_neurons = neurons(read_run(places[0] / "run").run.model)
     return Row(
         variant=name,
@@ -156,6 +160,8 @@ def _row(
                 if session.beside_other_work
             }
         ),
+        loads=[float(session.load_before) for _, session in sessions],
+        samples=read_samples(places[0] / "run"),
     )
 
 
@@ -167,21 +173,12 @@ def evaluations(place: Path) -> list[Point]:
 
 def loss_at(curve: Sequence[Point], tokens: float) -> float | None:
     """Interpolate a curve at a number of tokens, linearly in their logarithm; None outside what was evaluated."""
-    for before, after in pairwise(curve):
-        if 0 < before.tokens <= tokens <= after.tokens:
-            share = log(tokens / before.tokens) / log(after.tokens / before.tokens)
-            return before.loss + share * (after.loss - before.loss)
-    return None
+    return interpolated([(point.tokens, point.loss) for point in curve], tokens)
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     """Average the curves of several seeds, evaluation by evaluation, as far as all have come."""
     return [Point(*(fmean(values) for values in zip(*points, strict=True))) for points in zip(*curves, strict=False)]
-
-
-def _marks(most: int) -> list[float]:
-    """Return up to five numbers of tokens at which curves are compared: 2.5, 5, 10, 20, 40 M, ..., or halves of 2.5 M."""
-    return [mark for k in range(-16, 20) if (mark := 2.5e6 * 2.0**k) <= 1.0001 * most][-5:]
 
 
 def _gap(

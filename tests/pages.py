@@ -1,8 +1,15 @@
 """Reads a page as a browser would, and checks what every page promises."""
 
+import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
+from pathlib import Path
+
+from ufbert.runtime.run_folder import Guess, Sample, Summary, write_samples, write_summary
+
+FIXTURES = Path(__file__).parent / "fixtures" / "before_house"
 
 VOID = {"meta", "line", "circle", "polyline", "br"}
 
@@ -91,3 +98,31 @@ def facts_of(root: Element) -> dict[str, str]:
     """The list of facts on a page."""
     names, values = root.all("dt"), root.all("dd")
     return {name.text: value.text for name, value in zip(names, values, strict=True)}
+
+
+def write_run(folder: Path, **changes: object) -> Path:
+    """A run folder as a run that has ended leaves it: that of an earlier version, with a summary, guesses and trees in use."""
+    shutil.copytree(FIXTURES / "run", folder, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((folder / "config.json").read_text())
+    config["environment"] |= {
+        "command": "ufbert train --budget=60steps",
+        "commit": "abc",
+        "processor": "one",
+        "load": "0.10",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    used = {"nodes_visited": 0.6, "leaves_in_use": 0.1, "dead_subtrees": 61.0}
+    for record in records:
+        if "heldout_loss" in record:
+            record["usage"] = {"layer_00": used, "layer_01": used}
+    records.append({"step": 60, "event": "resumed", "lost_seconds": 1.5, "start_seconds": 2.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    last = [record for record in records if "heldout_loss" in record][-1]
+    summary = Summary(
+        heldout_loss=last["heldout_loss"], unigram_loss=last["heldout_loss"] + 1.0, spent_seconds=60.0, steps=60, tokens=15360,
+        parameters=12345, flops_per_token=1e6, device="cpu", architecture="small",
+    )  # fmt: skip
+    write_summary(folder, replace(summary, **changes))
+    write_samples(folder, [Sample("the [MASK] sees <the> house ...", "cat", [Guess("dog", 0.5), Guess("cat", 0.25)])])
+    return folder

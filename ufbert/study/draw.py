@@ -1,0 +1,75 @@
+"""`ufbert report`: the page of any folder that has one, at any time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ufbert.errors import UserError
+from ufbert.glue.report import glue_page
+from ufbert.glue.results import read_results
+from ufbert.options.report import ReportOptions
+from ufbert.report.overlay import overlay_page
+from ufbert.report.page import Page, html
+from ufbert.report.run_records import RunRecords, read_records_of
+from ufbert.report.run_report import run_page
+from ufbert.runtime.files import write_text
+from ufbert.runtime.run_folder import CONFIG_FILE
+from ufbert.study.cells import CELL_FILE, STUDY_FILE, read_study
+from ufbert.study.report import study_page
+from ufbert.study.results import results_of
+
+
+def report(options: ReportOptions) -> Path:
+    """Draw the page of a folder, or of several runs, and return its path. Raises UserError for a folder that has no page."""
+    folders = [Path(folder) for folder in options.folders]
+    page = overlay_page([_run(folder) for folder in folders]) if len(folders) > 1 else _page(folders[0])
+    path = Path(options.out) if options.out else _inner(folders[0]) / "report.html"
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file, such as {path / 'report.html'}.")
+    write_text(path, html(page))
+    print(f"report {path}")
+    return path
+
+
+def _page(folder: Path) -> Page:
+    """Return the page of a folder, by the file that it holds."""
+    for file, draw in PAGES.items():
+        if (_inner(folder) / file).is_file():
+            return draw(_inner(folder))
+    raise _no_page(folder)
+
+
+def _inner(folder: Path) -> Path:
+    """Return the run folder within a cell of a study, or the folder itself."""
+    return folder / "run" if (folder / CELL_FILE).is_file() else folder
+
+
+def _run(folder: Path) -> RunRecords:
+    """Read a run. Raises UserError if the folder is no run's, or if nothing has been measured yet."""
+    inner = _inner(folder)
+    if not (inner / CONFIG_FILE).is_file():
+        kind = next((name for file, name in KINDS.items() if (inner / file).is_file()), None)
+        raise UserError(f"{folder} is {kind}; only runs are drawn over each other.") if kind else _no_page(folder)
+    run = read_records_of(inner)
+    if not run.steps and not run.evaluations:
+        damaged = f" {run.damaged:,} lines of its metrics.jsonl are damaged." if run.damaged else ""
+        raise UserError(f"The run in {folder} has no metrics yet, so there is nothing to draw.{damaged}")
+    return run
+
+
+def _no_page(folder: Path) -> UserError:
+    if not folder.is_dir():
+        return UserError(f"There is no folder {folder}.")
+    return UserError(f"{folder} is not a run folder; nor is it a study, or a sweep of `ufbert finetune`.")
+
+
+def _study_page(folder: Path) -> Page:
+    return study_page(results_of(folder, read_study(folder)))
+
+
+PAGES: dict[str, Callable[[Path], Page]] = {
+    STUDY_FILE: _study_page,
+    "glue.json": lambda folder: glue_page(read_results(folder), folder),
+    CONFIG_FILE: lambda folder: run_page(_run(folder)),
+}
+"""Who draws the page of a folder that holds this file; the first that is there counts."""
+KINDS = {STUDY_FILE: "a study", "glue.json": "a sweep"}
