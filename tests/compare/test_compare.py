@@ -96,7 +96,6 @@ def compare(tmp_path, corpus_file, prepared, monkeypatch):
     (home / "calls.txt").touch()
     monkeypatch.setattr(processes, "PROGRAM", (sys.executable, str(home / "stand_in.py"), str(home)))
     monkeypatch.setattr(processes, "POLL", 0.01)
-    monkeypatch.setattr("ufbert.study.report._pictures", lambda rows: "", raising=False)  # another test draws them
     speeds = Speeds(1e9, 1e9, 1e11, source="a test")
     platform = Platform(True, False, lambda run: speeds, lambda run: "gather")
     monkeypatch.setattr(compare_run, "local_platform", lambda name: platform)

@@ -11,7 +11,7 @@ from ufbert.compare.jobs import JobFile, write_job
 from ufbert.compare.page import draw_comparison, page_of
 from ufbert.compare.protocol import write_comparison
 from ufbert.compare.results import Spread, read_results
-from ufbert.compare.verdict import how_sure, is_settled
+from ufbert.compare.verdict import chance_beyond, how_sure, is_settled
 from ufbert.errors import UserError
 from ufbert.report.charts import Scatter
 
@@ -101,9 +101,18 @@ def test_one_seed_settles_nothing(tmp_path):
     assert sentence(results, "ultrafastbert_1x11 uses").endswith("worth anything is not settled.")
     assert results.waiting == ["tokens: crammed_bert-seed0"]
     assert "1 cell(s) are not measured yet" in results.verdict[-1]
+    assert not any(text.startswith("No model knows") for text in results.verdict)
+    known = comparison_results(tmp_path, replace(asked, models=["ultrafastbert_1x11"], baseline="ultrafastbert_1x11"))
+    assert known.unigram_loss == 9.0
+    write_study_of(tmp_path, asked, "tokens", {"ultrafastbert_1x11": [8.60]})
+    little = comparison_results(tmp_path, replace(asked, models=["ultrafastbert_1x11"], baseline="ultrafastbert_1x11"))
+    assert "word" in sentence(
+        little, "No model knows much more than the frequency of words, which alone gives 9.000 nats"
+    )
     assert (is_settled(Spread(1.0, None, 1)), is_settled(Spread(0.1, 0.07, 2)), is_settled(Spread(0.1, 0.08, 2))) == (
         False, True, False,
     )  # fmt: skip
+    assert [round(chance_beyond(n), 4) for n in (2, 3, 5, 100)] == [0.2952, 0.1835, 0.1161, 0.0482]
     assert how_sure(Spread(0.1, 0.08, 2)) == "within twice the standard error over 2 seeds"
 
 
@@ -120,8 +129,9 @@ def test_failures_other_work_and_other_commits_are_named(tmp_path):
     assert "2 cell(s) failed: glue: path_dense_1x11 on rte, speed: fnet-int8." in results.verdict
     text = (tmp_path / "results.md").read_text()
     for shown in (
-        "NOT ONE COMMIT: c0ffee, decade.", "NOT ONE PROCESSOR", "say little: tokens: crammed_bert-seed0", "BESIDE OTHER WORK",
-        "FAILED glue: path_dense_1x11 on rte: no luck.", "fnet-int8: NOT TIMED: it is off",
+        "Of differences that mean nothing, 30% lie beyond", "NOT ONE COMMIT: c0ffee, decade.", "NOT ONE PROCESSOR",
+        "say little: tokens: crammed_bert-seed0", "BESIDE OTHER WORK", "FAILED glue: path_dense_1x11 on rte: no luck.",
+        "fnet-int8: NOT TIMED: it is off",
     ):  # fmt: skip
         assert shown in text, shown
     (record,) = [cell for cell in results.cells if cell.name == "glue: path_dense_1x11 on rte"]

@@ -19,7 +19,7 @@ from ufbert.compare.jobs import (
 )
 from ufbert.compare.protocol import ComparisonFile
 from ufbert.compare.results import CellRecord, Comparison, CurvePoint, GlueScore, Model, Pretraining, Spread
-from ufbert.compare.verdict import verdict_of
+from ufbert.compare.verdict import chance_beyond, verdict_of
 from ufbert.config import ModelConfig
 from ufbert.cost.flops import forward_flops_per_token, neurons
 from ufbert.glue.compare import Difference, Sweep, compared
@@ -52,9 +52,19 @@ def comparison_results(folder: Path, asked: ComparisonFile) -> Comparison:
     records, failed, waiting = _cells(folder, asked, studies)
     if times:
         failed |= {f"{SPEED}: {name}": reason for name, reason in times.refused.items()}
-    results = Comparison(asked, models, times, records, failed, waiting, notes=[])
+    results = Comparison(asked, models, times, records, failed, waiting, notes=[], unigram_loss=_unigram_loss(studies))
     results = replace(results, notes=_notes(results, studies))
     return replace(results, verdict=verdict_of(results))
+
+
+def _unigram_loss(studies: Mapping[str, Study]) -> float | None:
+    """Return the held-out loss of guessing by word frequency, which is that of the text and so of all models."""
+    for study in studies.values():
+        for name in study.rows:
+            summary = summary_of(counted_cells(study.file, study.folder, name)[0].folder(study.folder))
+            if summary is not None:
+                return summary.unigram_loss
+    return None
 
 
 def _study(folder: Path, asked: ComparisonFile) -> Study | None:
@@ -260,6 +270,11 @@ def _notes(results: Comparison, studies: Mapping[str, Study]) -> list[str]:
     if counts:
         spread = "one seed has no spread" if counts == [1] else "± is the standard deviation over seeds (n - 1)"
         notes.append(f"Pretraining has {' or '.join(map(str, counts))} seed(s) of {len(asked.seeds)}; {spread}.")
+        if counts[-1] > 1:
+            notes.append(
+                f"Of differences that mean nothing, {chance_beyond(counts[-1]):.0%} lie beyond twice the standard error of "
+                f"{counts[-1]} seeds."
+            )
     if asked.tasks:
         notes.append(
             f"GLUE is of the models of seed {asked.seeds[0]} and equal tokens: the spread over pretraining seeds is not in it."

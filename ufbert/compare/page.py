@@ -57,12 +57,17 @@ def page_of(results: Comparison) -> Page:
     ]
     asked = results.asked
     return Page(
-        title=f"{len(asked.models)} models at scale {asked.scale}",
+        title=_title(asked),
         verdict=" ".join(results.verdict),
         sections=[section for section in sections if section.parts],
         facts=_facts(results),
         configuration=to_json_text(asdict(asked), indent=2),
     )
+
+
+def _title(asked: ComparisonFile) -> str:
+    few = ", ".join(asked.models[:-1]) + f" and {asked.models[-1]}"
+    return f"{few if len(asked.models) <= 4 else f'{len(asked.models)} models'} at scale {asked.scale}"
 
 
 def _section(heading: str, parts: Sequence[Part], folded: bool = False) -> Section:
@@ -128,7 +133,7 @@ def _pretraining(results: Comparison) -> list[Part]:
         rows = [
             [
                 model.name, _spread(t.loss), _spread(t.difference, "+"), _spread(t.to_control, "+"), f"{t.accuracy:.1%}",
-                f"{t.tokens / 1e6:,.2f}", f"{t.seconds / 60:,.1f}", f"{t.flops / 1e12:,.1f}",
+                f"{t.tokens / 1e6:,.2f}", f"{t.seconds / 60:,.1f}", f"{t.flops / 1e12:,.4g}",
             ]
             for model, t in trained
         ]  # fmt: skip
@@ -150,7 +155,8 @@ def _curves(results: Comparison, axis: Axis, name: str, x: Callable[[CurvePoint]
         for model in results.models
         if (t := model.trained(axis))
     ]
-    return LineChart(f"Held-out loss against {name}, {AXIS_NAMES[axis]}", name, "held-out loss, nats", lines)
+    levels = {} if results.unigram_loss is None else {"word frequency alone": results.unigram_loss}
+    return LineChart(f"Held-out loss against {name}, {AXIS_NAMES[axis]}", name, "held-out loss, nats", lines, levels)
 
 
 def _spread(spread: Spread | None, sign: str = "") -> str:

@@ -149,6 +149,8 @@ class Comparison:
     """Cells that have not run, or not to their end."""
     notes: list[str]
     """How it was measured, in sentences."""
+    unigram_loss: float | None = None
+    """Held-out loss of guessing by word frequency, in nats."""
     verdict: list[str] = field(default_factory=list)
     """What it amounts to, in sentences that follow from the numbers."""
     format: str = FORMAT

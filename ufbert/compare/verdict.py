@@ -1,19 +1,33 @@
 """The verdict: what a comparison amounts to, in sentences that follow from its numbers, whichever way they fall."""
 
 from collections.abc import Sequence
-from math import sqrt
+from math import gamma, pi, sqrt
 from statistics import fmean, stdev
 
 from ufbert.bench.encoder_models import ShapeTimes, Timed
 from ufbert.compare.results import Axis, Comparison, Model, Pretraining, Spread
 from ufbert.report.charts import frontier
 
+LEAST_GAIN = 0.5
+"""Nats below the loss of word frequency alone that a model must reach for differences to mean something."""
 AXES: tuple[Axis, ...] = ("tokens", "time")
 
 
 def is_settled(difference: Spread) -> bool:
     """Tell whether a difference lies beyond twice its standard error over seeds. That of one seed never does."""
     return difference.deviation is not None and abs(difference.mean) > 2 * difference.deviation / sqrt(difference.n)
+
+
+def chance_beyond(n: int) -> float:
+    """Return the chance that a difference of n seeds without a cause lies beyond twice its standard error.
+
+    That is 1 less the integral from -2 to 2 of Student's density with n - 1 degrees of freedom, here by Simpson's rule.
+    """
+    freedom, steps = n - 1, 200
+    scale = gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2))
+    density = [scale * (1 + (4 * i / steps - 2) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
+    inside = density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])
+    return 1 - inside * 4 / steps / 3
 
 
 def how_sure(difference: Spread) -> str:
@@ -34,6 +48,7 @@ def verdict_of(results: Comparison) -> list[str]:
     if not results.models:
         return ["No model is trained yet."]
     sentences = [text for axis in AXES if (text := _best(results, axis))]
+    sentences += [text for text in [_knows_little(results)] if text]
     sentences += [text for model in results.models if (text := _against_control(results, model))]
     sentences += [text for model in results.models if (text := _against_twin(results, model))]
     sentences += [text for text in (_glue(results), _speed(results), _frontier(results)) if text]
@@ -64,6 +79,17 @@ def _best(results: Comparison, axis: Axis) -> str:
         return f"{text}; {second.name} comes next, by no seed in common."
     told = "" if is_settled(gap) or gap.deviation is None else ": the two are not told apart"
     return f"{text}; {second.name} comes next, {gap.mean:.3f} higher ({how_sure(gap)}){told}."
+
+
+def _knows_little(results: Comparison) -> str:
+    """Warn if no model knows much more than the frequency of words."""
+    losses = [t.loss.mean for model in results.models for axis in AXES if (t := model.trained(axis))]
+    if results.unigram_loss is None or results.unigram_loss - min(losses) >= LEAST_GAIN:
+        return ""
+    return (
+        f"No model knows much more than the frequency of words, which alone gives {results.unigram_loss:.3f} nats: after so "
+        "little training, differences say nothing about trained models."
+    )
 
 
 def _against_control(results: Comparison, model: Model) -> str:
