@@ -145,5 +145,5 @@ def test_a_comparison_goes_on_with_its_rows_and_protocol_only():
     same_comparison(ASKED, replace(ASKED, models=[*ASKED.models, "fnet"], tasks=["rte", "cola"], seeds=[0, 1, 2]))
     with pytest.raises(UserError, match="started with --glue-source dir:glue; it cannot go on with hf"):
         same_comparison(ASKED, replace(ASKED, source="hf"))
-    with pytest.raises(UserError, match="'x' is none of its models"):
+    with pytest.raises(UserError, match="baseline is 'x', which is none of its models"):
         replace(ASKED, baseline="x")

@@ -63,9 +63,9 @@ class ComparisonFile:
     def __post_init__(self) -> None:
         if not self.models:
             raise UserError("models is empty.")
-        for name in (self.baseline, *self.first_seed_only):
-            if name not in self.models:
-                raise UserError(f"{shown(name)} is none of its models.")
+        for field_name, names in (("baseline", [self.baseline]), ("first_seed_only", self.first_seed_only)):
+            if unknown := [name for name in names if name not in self.models]:
+                raise UserError(f"{field_name} is {shown(unknown[0])}, which is none of its models.")
 
     def seeds_of_task(self, task: str) -> list[int]:
         """Return the seeds of a task's fine-tuning."""
