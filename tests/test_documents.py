@@ -46,7 +46,7 @@ def test_the_readme_and_the_guide_of_controls_list_every_preset_with_the_paramet
     [
         ("pretrain/step.py", "jax.value_and_grad", "jax.value_and_grad("),
         ("pretrain/schedules.py", "lr_share", "def lr_share("),
-        ("pretrain/optim.py", "apply_update", "def apply_update("),
+        ("nn/updates.py", "apply_update", "def apply_update("),
         ("ops/fff.py", "path_nodes", "node = 2 * node + 1 + (z > 0)"),
     ],
 )

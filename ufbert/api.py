@@ -1,5 +1,6 @@
 """The Python interface for notebooks. Every function imports what it needs when it is called."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def _model(config: RunConfig | ModelConfig) -> ModelConfig:
 
 
 def load(folder: str | Path) -> "ModelFolder":
-    """Load a model folder, or `hf:OWNER/NAME` of the Hugging Face hub.
+    """Load a model folder, `mini`, which comes with this package, or `hf:OWNER/NAME` of the Hugging Face hub.
 
     It has `.config`, `.params`, `.tokenizer` and, if fine-tuned, `.task`. Raises UserError.
     """
@@ -105,8 +106,9 @@ def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, *
 
 
 def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:
-    """Call a verb's function with the options named. A path may be a Path."""
-    given = named_values(cls, {name: str(value) if isinstance(value, Path) else value for name, value in named.items()})
+    """Call a verb's function with the options named. A path may be a Path, which is never taken for a model's name."""
+    words = {name: os.path.join(".", value) if isinstance(value, Path) else value for name, value in named.items()}
+    given = named_values(cls, words)
     console.PROGRESS.on_stdout = True
     try:
         return work(from_given(cls, given), given)

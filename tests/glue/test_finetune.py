@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ufbert import nn
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded, bucket, encode_texts
-from ufbert.glue.batches import epoch_batches
+from ufbert.glue.batches import Batches, TokenBatch, epoch_batches
 from ufbert.glue.finetune import Diverged, Run, Tuned, finetune_task, start_params
 from ufbert.glue.protocols import PROTOCOLS, find_protocol
-from ufbert.glue.step import learning_rate
+from ufbert.glue.step import Setting, finetune_steps, learning_rate, start_state
 from ufbert.glue.tasks import TASKS, Examples, TaskData
 from ufbert.hub.folder import load_model
 
@@ -74,6 +74,31 @@ def test_epochs_and_seeds_shuffle_and_padding_is_small():
     assert sum(batch.length * 16 for batch in one) < 1.1 * ideal
     fixed = epoch_batches(encoded(lengths, only_len=64), 16, 0, 0)
     assert {batch.length for batch in fixed} == {64}
+
+
+def test_thresholds_follow_their_tokens_whatever_the_learning_rate():
+    config = ModelConfig(
+        vocab_size=60, max_len=16, d_model=16, n_layers=1, n_heads=2, feedforward=("routed_tree",), n_trees=1, tree_depth=2,
+        leaf_width=4, pooler_width=8, dropout=0.0,
+    )  # fmt: skip
+    setting = Setting(config=config, tune=FinetuneConfig(dropout=0.0, weight_decay=0.1, clip_norm=1e-3))
+    params = {"encoder": nn.init(config, jax.random.key(0), ())["encoder"]}
+    params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
+    one_run = jax.tree.map(lambda leaf: leaf[None], params)
+    ids = jnp.asarray(np.random.default_rng(0).integers(5, 60, (1, 3, 8)))
+    batch = Batches(TokenBatch(ids, jnp.ones_like(ids), 0 * ids), jnp.zeros((1, 3)), jnp.ones((1, 3)), None)
+    rate = np.zeros(1, np.float32)
+    new, _ = finetune_steps(setting).update(
+        start_state(one_run, setting.tune), batch, jax.random.key(5)[None], np.int32(0), rate
+    )
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator=".").split(".")[-1]
+        for path, same in jax.tree.leaves_with_path(
+            jax.tree.map(lambda p, q: bool((p == q[0]).all()), params, new.params)
+        )
+        if not same
+    }
+    assert moved == {"node_bias"}
 
 
 @pytest.mark.parametrize("task", ["sst2", pytest.param("stsb", marks=pytest.mark.long)])

@@ -1,5 +1,6 @@
 """The kernels for GPUs compute what XLA does, values and gradients: interpreted on a CPU, and on a GPU where there is one."""
 
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ufbert.bench.training.kernels import Kernel, kind_of
 from ufbert.ops import mixing
 from ufbert.ops.dense import gelu
 from ufbert.ops.gpu import attention, gates, loss, norm
@@ -179,3 +181,35 @@ def test_kernels_work_for_several_runs_at_once():
     for i, seed in enumerate(seeds):
         alone = jax.value_and_grad(everything)(seed)
         np.testing.assert_allclose([part[i] for part in together], alone, rtol=1e-4)
+
+
+def test_a_profile_knows_our_kernels_by_their_names():
+    """A captured graph of launches says no more of a kernel than its name."""
+    half = jnp.dtype(jnp.bfloat16)
+
+    def everything(qkv, hidden, x, scale, embedding):
+        labels, weights = jnp.zeros(len(x), jnp.int32), jnp.ones(len(x))
+        mixed = attention.attention(qkv, jnp.ones(qkv.shape[:2], jnp.int32), False).astype(jnp.float32).sum()
+        gated = gates.gated_gelu(hidden).astype(jnp.float32).sum()
+        normed = norm.add_and_norm(x, x, scale, scale, 1e-5, half)[1]
+        return mixed + gated + loss.token_loss(normed, embedding, labels, weights)[0]
+
+    shapes = [
+        ((2, 64, 3, 1, 64), half),
+        ((256, 2, 512), half),
+        ((256, 128), half),
+        ((128,), jnp.float32),
+        ((256, 128), half),
+    ]
+    args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    step = str(jax.make_jaxpr(jax.grad(everything, argnums=(0, 1, 2, 3, 4)))(*args))
+    names = re.findall(r"name=(\w+)\s+out_avals=", step)  # of each call of a kernel, as Pallas hands it to the compiler
+    assert {name: kind_of(Kernel(name, "", 1.0), None) for name in names} == {
+        "attention_forward": "attention",
+        "attention_backward": "attention",
+        "gate_forward": "feedforward",
+        "gate_backward": "feedforward",
+        "norm_forward": "norms and sums",
+        "norm_backward": "norms and sums",
+        "token_loss": "embedding and loss",
+    }

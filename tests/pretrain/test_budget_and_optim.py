@@ -14,9 +14,9 @@ from ufbert import nn
 from ufbert.config import PretrainConfig
 from ufbert.config.presets import load_preset, preset_names
 from ufbert.errors import UserError
+from ufbert.nn.updates import apply_update
 from ufbert.pretrain.budget import Budget, Ledger, StepClock, WallClock, parse_budget
 from ufbert.pretrain.optim import (
-    apply_update,
     averaged,
     averaging_power,
     decay_mask,

@@ -22,6 +22,7 @@ from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.data.encode import Encoded
 from ufbert.glue.batches import Batches, TokenBatch, predict_rows
 from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
+from ufbert.nn.updates import apply_update, own_steps_apart
 from ufbert.ops.losses import cross_entropy, distillation, squared_error
 from ufbert.ops.row_updates import TablesState, row_gradient, start_tables, update_tables
 
@@ -86,7 +87,7 @@ def _update(
     gradient = jax.value_and_grad(_loss, argnums=(0, 1))
     loss, (grads, of_rows) = gradient(params, gathered, setting, batch, jax.random.fold_in(key, step))
     direction, opt_state = _optimizer(setting.tune).update(grads, opt_state, params)
-    params: Any = jax.tree.map(lambda p, u: p - lr * u, params, direction)
+    params: Any = apply_update(params, direction, lr)
     if tables:
         of_tables = {name: row_gradient(rows, of_rows[name]) for name, rows in read.items()}
         tables, squares = update_tables(tables, squares, of_tables, lr * NGRAM_LR)
@@ -162,7 +163,8 @@ def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
     ]
-    return optax.chain(*([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []), *parts)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return own_steps_apart(optax.chain(*clip, *parts))
 
 
 @jax.jit

@@ -1,4 +1,5 @@
-"""Models by their names on the Hugging Face hub: `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION` (a branch, a tag or a commit).
+"""Models by name: those that come with this package (`mini`), and those of the Hugging Face hub: `hf:OWNER/NAME`, or
+`hf:OWNER/NAME@REVISION` (a branch, a tag or a commit).
 
 What was downloaded stays in the library's own cache ($HF_HOME), and is read from there where the hub cannot be reached.
 """
@@ -19,12 +20,19 @@ CHECKPOINT_FILES = (
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 """Files of other libraries' checkpoints that are read. PyTorch's own are not."""
+SHIPPED = Path(__file__).parents[1] / "models"
+"""Model folders that come with this package."""
 _NAME = re.compile(r"hf:((?:[\w.-]+/)?[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
 def is_hub_name(place: str | Path) -> bool:
     """True for `hf:...`, whatever folder there may be; `./hf:...` is a folder."""
     return str(place).startswith("hf:")
+
+
+def is_shipped_name(place: str | Path) -> bool:
+    """True for the name of a model that comes with this package, whatever folder there may be; `./mini` is a folder."""
+    return isinstance(place, str) and place.isidentifier() and (SHIPPED / place / "config.json").is_file()
 
 
 def other_place(path: Path) -> str:
@@ -34,10 +42,12 @@ def other_place(path: Path) -> str:
 
 
 def model_folder(place: str | Path) -> Path:
-    """Return a path as it is, or the folder to which the model folder of a hub name is downloaded.
+    """Return a path as it is, or the folder of a shipped model's name, or that to which a hub name's folder is downloaded.
 
     Raises UserError if it cannot be had, or if the hub's files are another library's checkpoint.
     """
+    if is_shipped_name(place):
+        return SHIPPED / place
     if not is_hub_name(place):
         return Path(place)
     folder = _download(str(place), ("config.json",))

@@ -72,6 +72,8 @@ class Layer:
     muon: tuple[str, ...] = ()
     """Names of the parameters that Muon takes, each an (inputs, outputs) matrix: `("kernel",)` for linear layers. AdamW
     takes all others."""
+    own_steps: tuple[str, ...] = ()
+    """Names of the parameters that no optimizer moves: their gradient is their step, whatever the learning rate."""
     one_length: bool = False
     """True if padding is mixed in: a model with this layer reads rows of one length only."""
     fields: tuple[str, ...] = ()
@@ -277,6 +279,7 @@ FEEDFORWARDS = {
         neurons=_routed_tree_neurons,
         routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
         muon=("kernel", "leaf_in", "leaf_out", "above_in", "above_out"),
+        own_steps=("node_bias",),
         fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
         onnx=onnx_rules.routed_tree,
     ),

@@ -14,7 +14,7 @@ class AskOptions:
     """Options of both commands."""
 
     model: str
-    """Model folder, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
+    """Model folder; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Type of the weights of linear layers and trees, rounded when the model is loaded. Narrow ones are read and multiplied
     faster, and send some tokens another way through a tree (how many is printed)."""

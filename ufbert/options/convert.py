@@ -33,7 +33,8 @@ class ExportOptions:
     """Write a model folder in another library's layout, with its tokenizer."""
 
     folder: Annotated[str, Positional]
-    """Model folder, or a layer folder for fastfeedforward; hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
+    """Model folder, or a layer folder for fastfeedforward; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION]
+    for one on the Hugging Face hub."""
     to: Literal["hf", "ultrafastbert", "fastfeedforward", "onnx"]
     """hf: a BERT, FNet or ModernBERT that transformers loads without remote code. ultrafastbert: the layout of crammedBERT
     and UltraFastBERT. fastfeedforward: the state of that package. onnx: a graph of standard operators, trees included, for

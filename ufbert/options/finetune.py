@@ -17,7 +17,8 @@ class FinetuneOptions(EndOptions):
     and one model folder per task."""
 
     model: str
-    """Model folder to start from, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
+    """Model folder to start from; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION] for one on the Hugging
+    Face hub."""
     glue_source: str = "hf"
     """hf (the hub's GLUE) or hf:NAME (another hub name or a local folder), tfds:PATH (a prepared tensorflow_datasets folder),
     dir:PATH (official TSV files: PATH/SST-2/train.tsv, ...)."""

@@ -42,9 +42,9 @@ class StartOptions(RunOptions):
     """A preset to start from, or a model."""
 
     init_from: str = ""
-    """Model folder, or hf:OWNER/NAME of the Hugging Face hub, to start from instead of random weights. Architecture and
-    tokenizer are the model's, so --config, --scale and --model options that contradict it are refused; the peak learning rate
-    is a quarter of the recipe's unless --train.peak-lr gives it."""
+    """Model folder, mini, which comes with ufbert, or hf:OWNER/NAME of the Hugging Face hub, to start from instead of random
+    weights. Architecture and tokenizer are the model's, so --config, --scale and --model options that contradict it are
+    refused; the peak learning rate is a quarter of the recipe's unless --train.peak-lr gives it."""
 
     @property
     def origin(self) -> str:

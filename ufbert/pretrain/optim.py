@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from ufbert.config import PretrainConfig
 from ufbert.nn import Params
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
+from ufbert.nn.updates import own_steps_apart
 
 Group = Literal["muon", "adamw"]
 
@@ -37,11 +38,10 @@ def group(path: tuple[Any, ...]) -> Group:
 
 
 def decays(path: tuple[Any, ...]) -> bool:
-    """Tell whether weight decay applies to the parameter at a path: to all but norms, biases, what never moves, and the rows of
-    hashed tables, of which a rare one would decay while no text needs it."""
+    """Tell whether weight decay applies to the parameter at a path: to all but norms, biases and the rows of hashed tables, of
+    which a rare one would decay while no text needs it."""
     names = _names(path)
-    no_matrix = names[-1].endswith("bias") or any(name.endswith("norm") for name in names)
-    return not (is_fixed(path) or names[1:-1] == ["ngrams"] or no_matrix)
+    return not (names[1:-1] == ["ngrams"] or names[-1].endswith("bias") or any(name.endswith("norm") for name in names))
 
 
 def groups(params: Params, stacks: bool = True) -> Any:
@@ -61,16 +61,6 @@ def is_position_scale(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position_scale", params)
 
 
-def is_threshold(path: tuple[Any, ...]) -> bool:
-    """Tell whether a parameter is the thresholds of routed trees, which follow means: their gradient is their step."""
-    return _names(path)[-2:] == ["routed_tree", "node_bias"]
-
-
-def is_fixed(path: tuple[Any, ...]) -> bool:
-    """Tell whether a parameter is the random decisions of fixed trees, which nothing moves: no gradient, no decay."""
-    return _names(path)[-2:] == ["fixed_tree", "route"]
-
-
 def is_decision(path: tuple[Any, ...]) -> bool:
     """Tell whether a parameter is the weights by which routed trees decide."""
     return _names(path)[-2:] == ["routed_tree", "node"]
@@ -88,25 +78,21 @@ def _by_level(path: tuple[Any, ...], update: Array, power: float) -> Array:
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and thresholds' gradients
-    pass as they are.
+    """Make clipped AdamW, or Muon and AdamW. Of routed trees, decisions are slowed by `decision_lr`, and leaves by their level.
 
     Their updates lack the factor -lr: `apply_update` multiplies it in, for it is an argument of the step.
     """
-    others = _optimizer(config)
+
+    optimizer = _optimizer(config)
+
+    def slowed(path: tuple[Any, ...], u: Array) -> Array:
+        return config.decision_lr * u if is_decision(path) else _by_level(path, u, config.leaf_lr_power)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rest = jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_threshold(path) else g, updates)
-        direction, state = others.update(rest, state, params)
+        direction, state = optimizer.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(slowed, direction), state
 
-        def taken(path: tuple[Any, ...], u: Array, g: Array) -> Array:
-            if is_threshold(path):
-                return g
-            return config.decision_lr * u if is_decision(path) else _by_level(path, u, config.leaf_lr_power)
-
-        return jax.tree_util.tree_map_with_path(taken, direction, updates), state
-
-    return optax.GradientTransformation(others.init, update)
+    return own_steps_apart(optax.GradientTransformation(optimizer.init, update))
 
 
 def _optimizer(config: PretrainConfig) -> optax.GradientTransformation:
@@ -186,15 +172,6 @@ def orthogonalised_as_one(matrices: Sequence[Float[Array, "..."]]) -> list[Float
     return results
 
 
-def apply_update(params: Params, direction: Any, lr: jax.Array) -> Any:
-    """Return params - lr * direction; of thresholds, params - direction."""
-
-    def updated(path: tuple[Any, ...], p: Array, u: Array) -> Array:
-        return p - (1.0 if is_threshold(path) else lr) * u.astype(jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(updated, params, direction)
-
-
 def averaging_power(width: float) -> float:
     """Return gamma of the profile (t / T)^gamma whose standard deviation is `width` * T (Karras et al. 2024, arXiv 2312.02696,
     equation 11: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)))."""
@@ -212,8 +189,4 @@ def averaged(average: Params, params: Params, t: Int[Array, ""], gamma: float) -
     Its window grows with the run, so that it needs no knowledge of the end.
     """
     beta: Float[Array, ""] = (1.0 - 1.0 / t.astype(jnp.float32)) ** (gamma + 1.0)
-
-    def mixed(path: tuple[Any, ...], a: Array, p: Array) -> Array:
-        return p if is_fixed(path) else beta * a + (1.0 - beta) * p  # else rounding would move it
-
-    return jax.tree_util.tree_map_with_path(mixed, average, params)
+    return jax.tree.map(lambda a, p: a + (1.0 - beta) * (p - a), average, params)  # exact for what never moves

@@ -15,6 +15,7 @@ from ufbert import nn
 from ufbert.config import PretrainConfig, RunConfig
 from ufbert.data.tokenizer import SpecialIds
 from ufbert.nn.ngrams import Rows, join_tables, split_tables, table_rows
+from ufbert.nn.updates import apply_update
 from ufbert.ops.losses import Sums
 from ufbert.ops.masking import Masked, mask_tokens, next_tokens
 from ufbert.ops.row_updates import (
@@ -26,7 +27,7 @@ from ufbert.ops.row_updates import (
     start_tables,
     update_tables,
 )
-from ufbert.pretrain.optim import apply_update, averaged, averaging_power, make_optimizer
+from ufbert.pretrain.optim import averaged, averaging_power, make_optimizer
 from ufbert.pretrain.sharding import Layout
 
 

@@ -69,6 +69,7 @@ def _call(kernel: Any, qkv: Array, segment_ids: Array | None, dy: Array | None, 
         out_shape=jax.ShapeDtypeStruct(shape, qkv.dtype),
         compiler_params=tiles.triton(BACKWARD_WARPS if backward else FORWARD_WARPS),
         interpret=interpret,
+        name="attention_backward" if backward else "attention_forward",
     )(*arrays)
 
 

@@ -61,6 +61,7 @@ def _call(kernel: Any, arrays: list[Array], out: jax.ShapeDtypeStruct, interpret
         out_shape=out,
         compiler_params=tiles.triton(FORWARD_WARPS if kernel is _forward_kernel else BACKWARD_WARPS),
         interpret=interpret,
+        name="gate_forward" if kernel is _forward_kernel else "gate_backward",
     )(*arrays)
 
 

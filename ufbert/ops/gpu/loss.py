@@ -55,6 +55,7 @@ def _rows(x: Array, embedding: Array, labels: Array, weights: Array, interpret: 
         ],
         compiler_params=tiles.triton(WARPS),
         interpret=interpret,
+        name="token_loss",
     )(logits, labels, weights)
     return jnp.sum(loss), jnp.sum(correct), d_logits
 

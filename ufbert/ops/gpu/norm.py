@@ -84,6 +84,7 @@ def _sum_and_norm(
         out_shape=outputs,
         compiler_params=tiles.triton(WARPS),
         interpret=interpret,
+        name="norm_forward",
     )(*arrays)
     return x if y is None else out[1], out[0]
 
@@ -113,6 +114,7 @@ def _gradient(
         out_shape=outputs,
         compiler_params=tiles.triton(WARPS),
         interpret=interpret,
+        name="norm_backward",
     )(*arrays)
     return dx, None if y_dtype is None else (dy[0] if twice else dx), shares
 
