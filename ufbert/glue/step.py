@@ -161,7 +161,7 @@ def start_state(params: nn.Params, tune: FinetuneConfig) -> State:
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     parts = [
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)),
     ]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return own_steps_apart(optax.chain(*clip, *parts))
@@ -171,17 +171,3 @@ def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
 def pick_runs(better: Bool[Array, " r"], new: nn.Params, old: nn.Params) -> nn.Params:
     """Take the new arrays of the runs that are better, and the old ones of the others."""
     return jax.tree.map(lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
-
-
-def _decay_mask(params: nn.Params) -> Any:
-    """Map matrices to True, but for the random decisions of fixed trees, which nothing moves."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and getattr(path[-1], "key", "") != "route", params
-    )
-
-
-def _decay_mask(params: nn.Params) -> Any:
-    """Map matrices to True, but for the random decisions of fixed trees, which nothing moves."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and getattr(path[-1], "key", "") != "route", params
-    )

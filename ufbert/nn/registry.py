@@ -259,6 +259,7 @@ FEEDFORWARDS = {
         neurons=lambda config: (config.n_trees * (config.tree_depth + 1), config.n_trees * config.nodes_per_tree),
         routing_flops=lambda config, use: 2 * config.d_model * config.n_trees * (2 * config.tree_depth + 1),
         routing_traffic=lambda config, use: config.d_model * (60 + 10 * config.n_trees * (config.tree_depth + 1)),
+        own_steps=("route",),  # of length 0
         fields=("n_trees", "tree_depth", "tree_activation"),
         onnx=onnx_rules.tree,
     ),
