@@ -40,6 +40,8 @@ class _Parser(HTMLParser):
         self.open = [Element("", {})]
 
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # a place where a word may be broken
+            return
         element = Element(tag, dict(attrs))
         self.open[-1].children.append(element)
         if tag not in VOID:
@@ -54,7 +56,10 @@ class _Parser(HTMLParser):
             assert top.tag == tag, f"<{top.tag}> is ended by </{tag}>"
 
     def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
+        children = self.open[-1].children
+        if children and isinstance(children[-1], str):
+            data = children.pop() + data
+        children.append(data)
 
 
 def parse(text: str) -> Element:

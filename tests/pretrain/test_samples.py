@@ -1,6 +1,7 @@
 """The page of a finished run has sample answers, which are the model's own, and says how the run came about."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from pages import check_page, facts_of
 
@@ -36,7 +37,9 @@ def test_guesses_are_those_of_the_model_that_was_saved(run_folder):
     assert sample.token == model.tokenizer.decode([int(row[place])])
     row[place] = special.mask
     assert sample.text == _around(model.tokenizer, special, row, place)
-    _, logits = ufbert.apply(model.params, config.model, row[None])
+    logits = jax.jit(lambda params, ids: ufbert.apply(params, config.model, ids)[1])(
+        model.params, jnp.asarray(row)[None]
+    )
     shares = np.asarray(jax.nn.softmax(logits[0, place]))
     best = np.argsort(-shares)[: len(sample.guesses)]
     np.testing.assert_allclose([g.probability for g in sample.guesses], shares[best], atol=1e-3)

@@ -54,7 +54,7 @@ def test_a_run_at_work_and_a_dead_one_have_pages_and_damage_is_counted(tmp_path)
     with claimed(run):
         words = words_of(drawn(str(run)))
     assert "The run is running, as of step 60" in words
-    assert "3 lines of metrics.jsonl are damaged" in words
+    assert "Damaged lines of metrics.jsonl, left out: 3." in words
     assert "killed perhaps" in words_of(drawn(str(run)))
 
 

@@ -77,6 +77,9 @@ def test_a_page_says_how_its_run_stands_and_what_was_trained(tmp_path):
     stopped = write_report(run, "SIGTERM: saved at step 60").read_text()
     assert "SIGTERM: saved at step 60" in stopped
     assert "is running" not in stopped
+    assert (
+        "is running" in write_report(run, at_work=True).read_text()
+    )  # said by the process itself, where there are no locks
     (run / LOCK).write_text("{}")  # as a killed process leaves it
     dead = write_report(run).read_text()
     assert "without a word, killed perhaps" in dead

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from pages import check_page, facts_of
 
 from ufbert import cli
 from ufbert.config.presets import load_preset
 from ufbert.errors import Interrupted, UserError
 from ufbert.runtime.machine import commit
-from ufbert.runtime.run_folder import RunFile, Summary, read_run, write_run, write_summary
+from ufbert.runtime.run_folder import Guess, RunFile, Sample, Summary, read_run, write_run, write_samples, write_summary
 from ufbert.study import cells, processes, results
 from ufbert.study import run as study_run
 from ufbert.study.cells import Cell, CellFile, StudyFile, VariantFile, read_cell
@@ -284,6 +285,27 @@ def test_a_report_is_drawn_of_what_is_there(tmp_path, capsys):
     assert "difference to k" in (tmp_path / "results.md").read_text()
     with pytest.raises(UserError, match="--baseline 'x' is no variant"):
         cli.call("study", ["--report", f"--out={tmp_path}", "--baseline=x"])
+
+
+def test_the_page_of_a_study_and_of_a_cell_says_who_is_ahead_and_how_it_came_about(tmp_path):
+    fill(tmp_path, trees=(3.0, 3.2), k=(3.5, 3.6))
+    guess = Sample("the [MASK] sees", "cat", [Guess("dog", 0.5)])
+    write_samples(tmp_path / "cells" / "trees-seed0" / "run", [guess])
+    cells.write_study(tmp_path, STUDY)
+    page = check_page(cli.call("report", [str(tmp_path)]).read_text())
+    assert not (tmp_path / "results.json").exists()
+    words = page.all("p")[0].text
+    assert words.startswith("trees has the lowest held-out loss: 3.100 ± 0.141 nats a masked token.")
+    assert "k is 0.450 above trees." in words
+    assert "Not run yet: all." in words
+    facts = facts_of(page)
+    assert facts["command"].startswith("ufbert study --corpus=demo --budget=5m --seeds=0,1")
+    assert (facts["commit"], facts["processor"]) == ("c0ffee", "a <CPU>")
+    assert facts["load"] == "0.50 to 0.50 before the cells"
+    assert "dog 50%" in page.text
+    cell = cli.call("report", [str(tmp_path / "cells" / "k-seed0")])
+    assert cell == tmp_path / "cells" / "k-seed0" / "run" / "report.html"
+    assert "The run is finished" in check_page(cell.read_text()).text
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ from ufbert.data.prepared import PreparedData
 from ufbert.data.tokenizer import SpecialIds, special_ids
 from ufbert.errors import UserError, first_line
 from ufbert.hub.folder import load_model
-from ufbert.pretrain.step import segments_of
+from ufbert.pretrain.step import document_segments
 from ufbert.runtime.console import say
 from ufbert.runtime.run_folder import Guess, Sample, write_samples
 
@@ -58,10 +58,11 @@ def _likeliest(
     run: RunConfig, special: SpecialIds, params: Any, ids: Int[Array, "b t"], places: Int[Array, " b"]
 ) -> tuple[Float[Array, "b g"], Int[Array, "b g"]]:
     """Return the largest probabilities at a place of each row, and their word pieces."""
-    hidden, _ = nn.encode(params, run.model, ids, segments_of(run, special, ids))
+    hidden, _ = nn.encode(params, run.model, ids, document_segments(run, special, ids))
     picked = jnp.take_along_axis(hidden, places[:, None, None], axis=1)[:, 0]
     logits = nn.masked_lm_logits(params, run.model, picked).astype(jnp.float32)
-    return jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
+    shares, pieces = jax.lax.top_k(jax.nn.softmax(logits), GUESSES)
+    return shares, pieces
 
 
 def _word_at(words: Tokenizer, special: SpecialIds, row: Int[np.ndarray, " t"]) -> int:

@@ -82,14 +82,15 @@ class _Line:
     event: str | None = None
 
 
-def read_records_of(folder: Path, ending: str = "") -> RunRecords:
-    """Read a run folder. A run that has no summary and is claimed by no process has stopped, or has ended with `ending`.
+def read_records_of(folder: Path, ending: str = "", at_work: bool = False) -> RunRecords:
+    """Read a run folder. A run that has no summary has ended with `ending`, or is running if a process has claimed it.
 
-    Raises UserError if it is no run folder, or if config.json or summary.json is damaged.
+    Otherwise it has stopped. The process that trains says so with `at_work`, since there may be no locks. Raises UserError for
+    another folder, or if config.json or summary.json is damaged.
     """
     config, metrics = read_run(folder), folder / "metrics.jsonl"
     summary = read_summary(folder) if (folder / SUMMARY_FILE).exists() and not ending else None
-    state: State = "running" if is_claimed(folder) else "stopped"
+    state: State = "running" if at_work or is_claimed(folder) else "stopped"
     if summary or ending:
         state = "finished" if summary else "ended"
     lines = list(read_lines(metrics, _Line))

@@ -17,14 +17,14 @@ SMALL_GAIN = 0.1
 """Nats better than word frequency, up to which a model has learnt next to nothing."""
 
 
-def write_report(folder: Path, ending: str = "") -> Path:
+def write_report(folder: Path, ending: str = "", at_work: bool = False) -> Path:
     """Draw a run folder's page into its `report.html`, whole or not at all, and return the path.
 
-    A run without a summary is running, or has ended with `ending`, a sentence. Raises UserError for a damaged folder, or if the
-    disk refuses.
+    A run without a summary has ended with `ending`, a sentence, or is `at_work`; else its lock tells. Raises UserError for a
+    damaged folder, or if the disk refuses.
     """
     path = folder / "report.html"
-    write_text(path, html(run_page(read_records_of(folder, ending))))
+    write_text(path, html(run_page(read_records_of(folder, ending, at_work))))
     return path
 
 
@@ -77,7 +77,7 @@ def _quality(run: RunRecords) -> str:
             f"{text}, as of the last evaluation, where it guesses {run.evaluations[-1].heldout_accuracy:.1%} of them."
         )
     gain = summary.unigram_loss - summary.heldout_loss
-    if run.evaluations:
+    if run.evaluations and run.evaluations[-1].heldout_loss == loss:  # else it is that of averaged weights
         text += f", where it guesses {run.evaluations[-1].heldout_accuracy:.1%} of them"
     text += f"; guessing by word frequency alone has {summary.unigram_loss:.3f}, "
     if gain <= SMALL_GAIN:
@@ -104,7 +104,7 @@ def _troubles(run: RunRecords) -> list[str]:
     if run.summary and run.summary.skipped_updates:
         texts.append(f"{run.summary.skipped_updates:,} updates were skipped, since their numbers were not finite.")
     if run.damaged:
-        texts.append(f"{run.damaged:,} lines of metrics.jsonl are damaged, and left out.")
+        texts.append(f"Damaged lines of metrics.jsonl, left out: {run.damaged:,}.")
     return texts
 
 

@@ -17,6 +17,11 @@ LAST = 0.95
 time spent, which is less than what is left before: so none can delay the end of the budget."""
 
 
+def draw_running(folder: Path) -> Path:
+    """Draw the page of a run that this process trains. Raises UserError if the disk refuses."""
+    return write_report(folder, at_work=True)
+
+
 class RunningPage:
     """Draws `report.html` again and again while a run trains.
 
@@ -26,7 +31,7 @@ class RunningPage:
     def __init__(
         self,
         folder: Path,
-        draw: Callable[[Path], Any] = write_report,
+        draw: Callable[[Path], Any] = draw_running,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._draw, self._now = folder, draw, now

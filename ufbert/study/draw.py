@@ -51,7 +51,7 @@ def _run(folder: Path) -> RunRecords:
         raise UserError(f"{folder} is {kind}; only runs are drawn over each other.") if kind else _no_page(folder)
     run = read_records_of(inner)
     if not run.steps and not run.evaluations:
-        damaged = f" {run.damaged:,} lines of its metrics.jsonl are damaged." if run.damaged else ""
+        damaged = f" Damaged lines of its metrics.jsonl: {run.damaged:,}." if run.damaged else ""
         raise UserError(f"The run in {folder} has no metrics yet, so there is nothing to draw.{damaged}")
     return run
 

@@ -174,7 +174,7 @@ def _verdict(results: Results) -> list[str]:
             doubt = " (within two standard errors: not to be told apart)"
         texts.append(f"{row.variant} is {abs(gap):.3f} {side} {baseline}{doubt}.")
     if results.failed:
-        texts.append(f"{len(results.failed)} cells failed.")
+        texts.append(f"Failed: {', '.join(results.failed)}.")
     if results.waiting:
         texts.append(f"Not run yet: {', '.join(results.waiting)}.")
     return texts
