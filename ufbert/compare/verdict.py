@@ -10,6 +10,7 @@ from ufbert.report.charts import frontier
 
 LEAST_GAIN = 0.5
 """Nats below the loss of word frequency alone that a model must reach for differences to mean something."""
+UNSETTLED = "whether the neurons that it skips are worth anything is not settled"
 AXES: tuple[Axis, ...] = ("tokens", "time")
 
 
@@ -105,9 +106,10 @@ def _against_control(results: Comparison, model: Model) -> str:
         return ""
     used = f"{model.neurons_used:,} of its {model.neurons:,} neurons a token"
     differences = [t.to_control for axis in AXES if (t := model.trained(axis)) and t.to_control]
+    worth = UNSETTLED if _knows_little(results) else _worth(differences)
     return (
         f"{model.name} uses {used}; against {model.control}, which has those {model.neurons_used:,} and no others, it is "
-        f"{' and '.join(parts)}: {_worth(differences)}."
+        f"{' and '.join(parts)}: {worth}."
     )
 
 
@@ -119,7 +121,7 @@ def _worth(differences: Sequence[Spread]) -> str:
     """Say what the neurons that a token skips are worth, from differences to the control."""
     settled = [d for d in differences if is_settled(d)]
     if not settled:
-        return "whether the neurons that it skips are worth anything is not settled"
+        return UNSETTLED
     better = [d.mean < 0 for d in settled]
     if all(better):
         sure = "" if len(settled) == len(differences) else ", where that is settled"
