@@ -32,8 +32,9 @@ def test_the_readme_is_short_and_holds_the_two_commands():
     assert "pip install -q uv && uv run pytest" in README
 
 
-def test_the_readme_lists_every_preset_with_the_parameters_of_its_file():
-    counts = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \| [\d,]+ of [\d,]+ \|$", README, re.MULTILINE))
+def test_the_readme_and_the_guide_of_controls_list_every_preset_with_the_parameters_of_its_file():
+    text = README + (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    counts = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \| [\d,]+ of [\d,]+ \|$", text, re.MULTILINE))
     files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.py")}
     assert counts.keys() == files.keys()
     for name, count in counts.items():

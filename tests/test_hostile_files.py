@@ -21,6 +21,8 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 import pytest
 from conftest import write_sweep
 
+from ufbert.compare.jobs import JobFile, read_job
+from ufbert.compare.protocol import ComparisonFile, read_comparison
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.config.presets import preset_folder
 from ufbert.data.prepared import Manifest, read_manifest
@@ -95,6 +97,13 @@ CELL = {
         "load_before": 0.5, "load_after": 0.5, "seconds": 3.5, "other_work": 0.1, "exit_code": 0,
     }],
 }  # fmt: skip
+JOB = {"words": ["finetune", "--tasks=rte"], "sessions": CELL["sessions"], "failed": ""}
+COMPARISON = {
+    "models": ["trees", "dense"], "scale": "mini", "recipe": "modern", "corpus": "demo", "heldout": "", "budget": "20m",
+    "tokens": 1e7, "seeds": [0, 1], "baseline": "dense", "command": "ufbert compare", "first_seed_only": ["trees"],
+    "tasks": ["rte"], "source": "dir:glue", "glue_seeds": [0], "one_seed_tasks": ["rte"], "protocol": "small", "speed": True,
+    "shapes": ["1x128"], "blocks": 9, "seconds_a_block": 0.3, "price": 1.5, "format_version": 1,
+}  # fmt: skip
 VARIANTS = {
     "base": {"scale": "mini", "train.peak_lr": 0.003},
     "variants": {"trees": {"model": {"feedforward": ["tree"], "tree_depth": 3}, "train.weight_decay": 0.1}},
@@ -159,6 +168,8 @@ READERS = [
         "study", "study.json", written("study.json", STUDY), read_study, StudyFile,
     ),
     Reader("cell", "cell.json", written("cell.json", CELL), read_cell, CellFile),
+    Reader("comparison", "comparison.json", written("comparison.json", COMPARISON), read_comparison, ComparisonFile),
+    Reader("cell of a comparison", "cell.json", written("cell.json", JOB), read_job, JobFile),
     Reader(
         "variants", "variants.json", written("variants.json", VARIANTS),
         lambda folder: read_variants(folder / "variants.json"), VariantsFile,

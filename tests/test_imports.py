@@ -26,6 +26,9 @@ BELOW = {
     "study": {
         "config", "errors", "runtime", "options", "cost", "glue", "report", "pretrain", "bench",
     },
+    "compare": {
+        "config", "errors", "runtime", "options", "ops", "nn", "cost", "report", "pretrain", "plan", "glue", "bench", "study",
+    },
     "bench": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
     },

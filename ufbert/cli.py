@@ -22,6 +22,7 @@ from ufbert.config.presets import load_preset, scaled, with_recipe
 from ufbert.errors import Interrupted, UserError, near_miss
 from ufbert.options.ask import FillMaskOptions, PredictOptions
 from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTrainOptions
+from ufbert.options.compare import CompareOptions
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
@@ -77,6 +78,13 @@ VERBS = {
         ReportOptions,
         "ufbert.study.draw:report",
         "draw the page of a run as it stands, or of several over each other",
+    ),
+    "compare": Verb(
+        CompareOptions,
+        "ufbert.compare.run:compare",
+        "compare presets: pretraining for equal time and equal tokens, GLUE, speed on this CPU, and a verdict",
+        layered=True,
+        makes_folder=True,
     ),
     "finetune": Verb(
         FinetuneOptions,

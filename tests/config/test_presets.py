@@ -41,6 +41,11 @@ SPECIAL = SpecialIds(0, 1, 2, 3, 4)
         ("original_fff", {}, ("masked_lm",), 167_630_337),
         ("switch_8e", {}, ("masked_lm",), 402_754_561),
         ("tiny", {}, ("masked_lm",), 919_551),
+        ("path_dense_1x11", {}, ("masked_lm",), 63_261_697),
+        ("path_dense_128x4", {}, ("masked_lm",), 78_695_425),
+        ("fixed_tree_1x11", {}, ("masked_lm",), 188_824_561),
+        ("no_feedforward", {}, ("masked_lm",), 62_942_209),
+        ("routed_tree", {}, ("masked_lm",), 163_741_169),
     ],
 )
 def test_parameter_counts_are_those_of_the_references_and_documents(name, changes, heads, count):
@@ -75,8 +80,9 @@ def small(name: str) -> RunConfig:
     return RunConfig(model, train, replace(run.data, seq_len=32, short_until=0.0))
 
 
-REPEATS = ("tiny", "ultrafastbert_128x4", "fnet", "fnet_ultrafast")
-"""So small, these presets train what others do."""
+CONTROLS = ("path_dense_1x11", "path_dense_128x4", "no_feedforward", "fixed_tree_1x11")
+REPEATS = ("tiny", "ultrafastbert_128x4", "fnet", "fnet_ultrafast", *CONTROLS)
+"""So small, these presets train what others do, or what `nn/test_controls.py` does."""
 
 
 @pytest.mark.parametrize(
@@ -96,12 +102,14 @@ def test_a_training_step_lowers_the_loss(name):
     sums, counts = steps.heldout_sums(state.params, rows, jax.random.key(1))
     assert np.isfinite(float(sums.loss))
     kinds = {kind for _, kind in run.model.layers}
-    assert bool(jax.tree.leaves(counts)) == bool(kinds & {"tree", "leaf_tree", "switch"})
+    assert bool(jax.tree.leaves(counts)) == bool(kinds & {"tree", "fixed_tree", "leaf_tree", "routed_tree", "switch"})
     for found in jax.tree.leaves(counts):
         assert float(found.reshape(-1, found.shape[-1])[0, 0 if found.ndim > 1 else slice(None)].sum()) == 8 * 32
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in CONTROLS[:3] else ()) for name in preset_names()]
+)
 def test_the_whole_training_step_lowers_for_accelerators(name):
     """At full width; two layers, of which one is of each kind there is, since the others are more of the same."""
     run, two = load_preset(name), scaled(load_preset(name), "tiny").model

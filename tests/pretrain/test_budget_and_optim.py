@@ -167,10 +167,11 @@ def test_muon_and_adamw_share_out_every_parameter(name):
     found = groups(tree)
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     dense = r"layer_\d\d\.(attention\.(query|key|value|out)|dense\.(in|out)|glu\.(gate|value|out))\.kernel$"
+    leaves = r"\.routed_tree\.((leaf|above)_(in|out)|shared_(in|out)\.kernel)$"
     for path, leaf in jax.tree.leaves_with_path(tree):
         text = jax.tree_util.keystr(path, simple=True, separator=".")
-        assert group(path) == ("muon" if re.search(dense, text) else "adamw"), text
-        assert group(path) == "adamw" or leaf.ndim == 2, text
+        assert group(path) == ("muon" if re.search(f"{dense}|{leaves}", text) else "adamw"), text
+        assert group(path) == "adamw" or leaf.ndim == 2 or re.search(leaves, text), text
     config = PretrainConfig(optimizer="muon")
     state = jax.eval_shape(make_optimizer(config).init, tree)
     moved = [leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1]

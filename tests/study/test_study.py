@@ -16,9 +16,10 @@ from ufbert.config.presets import load_preset
 from ufbert.errors import Interrupted, UserError
 from ufbert.runtime.machine import commit
 from ufbert.runtime.run_folder import Guess, RunFile, Sample, Summary, read_run, write_run, write_samples, write_summary
-from ufbert.study import cells, children, results
+from ufbert.study import cells, processes, results
 from ufbert.study import run as study_run
-from ufbert.study.cells import Cell, CellFile, Session, StudyFile, VariantFile, read_cell
+from ufbert.study.cells import Cell, CellFile, StudyFile, VariantFile, read_cell
+from ufbert.study.processes import Session
 from ufbert.study.report import show_results, write_results
 
 STUDY = StudyFile(
@@ -57,6 +58,16 @@ def test_other_seeds_wait_for_the_first_and_take_its_best_rate(tmp_path):
     assert cells.n_cells(study) == 6
     (row,) = results.results_of(tmp_path, study).rows
     assert (row.rate, row.losses, row.rates) == (0.2, {0: 2.5, 1: 2.4}, {"0.1": 3.0, "0.2": 2.5})
+
+
+def test_some_variants_may_have_the_first_seed_only(tmp_path):
+    study = replace(STUDY, first_only=["k", "all"])
+    assert cells.n_cells(study) == 4
+    assert (cells.n_cells(cells.only(study, "trees")), cells.n_cells(cells.only(study, "k"))) == (2, 1)
+    fill(tmp_path, trees=(3.0,), k=(3.1,), all=(3.2,))
+    assert cells.open_cells(study, tmp_path, set()) == [Cell("trees", None, 1)]
+    with pytest.raises(UserError, match="first_only names 'x'"):
+        replace(study, first_only=["x"])
 
 
 def fill(folder: Path, **losses: tuple[float, ...]) -> None:
@@ -195,8 +206,8 @@ def study_of(tmp_path, corpus_file, monkeypatch):
         path.rename(home / path.name)
     (home / "train.py").write_text(TRAIN)
     (home / "calls.txt").touch()
-    monkeypatch.setattr(children, "PROGRAM", (sys.executable, str(home / "train.py"), str(home)))
-    monkeypatch.setattr(children, "POLL", 0.01)
+    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, str(home / "train.py"), str(home)))
+    monkeypatch.setattr(processes, "POLL", 0.01)
     monkeypatch.setenv("NPROC", "all")
 
     def call(*more: str, variants: tuple[str, ...] = ("a", "b: --model.n-trees=2")) -> list[str]:
@@ -241,7 +252,7 @@ def test_a_failed_cell_is_recorded_and_tried_again_while_the_others_go_on(study_
     with pytest.raises(UserError, match=r"1 of 2 cells failed: a-seed0 \(no luck\)"):
         study_of("--at-once=2")
     assert sorted(line.split()[0] for line in study_of.ran) == ["a-seed0", "b-seed0"]
-    assert {line.split()[2] for line in study_of.ran} == {str(max(1, children.machine_facts()["cores"] // 2))}
+    assert {line.split()[2] for line in study_of.ran} == {str(max(1, processes.machine_facts()["cores"] // 2))}
     record = read_cell(study_of.folder / "cells" / "a-seed0")
     assert record is not None
     assert record.failed == "no luck."

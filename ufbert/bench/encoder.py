@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from ufbert.bench.encoder_job import Shape, configs, parse_shape, relative_error, work, write_job
+from ufbert.bench.encoder_job import (
+    RELATIVE,
+    TOLERANCE,
+    UNCLEAR,
+    Shape,
+    configs,
+    parse_shape,
+    relative_error,
+    work,
+    write_job,
+)  # fmt: skip
+from ufbert.bench.encoder_models import run_models
 from ufbert.bench.harness import Entry, WorkerProcess, load, our_program, start_processes, time_rounds
 from ufbert.bench.layer_gates import LEAVES
 from ufbert.bench.report import case_report, check_folders, figures, header, page, table, type_of, write_files
@@ -30,19 +41,14 @@ from ufbert.runtime.device import usable_threads, use_device
 from ufbert.runtime.machine import machine_facts
 
 PEER_SCRIPT = Path(__file__).parent / "encoder_peer.py"
-TOLERANCE = 1e-4
-"""Largest absolute difference of our float32 answers from the training graph's, for tokens with clear routing decisions."""
-UNCLEAR = 0.01
-"""Largest share of other tokens."""
-RELATIVE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.4}
-"""Largest relative error by type, a median over tokens. Twelve layers of random weights add up rounding more than trained ones
-do; it is printed."""
 
 
 def run_encoder(options: BenchEncoderOptions) -> None:
-    """Print tables, and write a JSON file and a picture if asked. Raises UserError as `measure` does."""
+    """Print tables, and write a JSON file and a picture if asked. Raises UserError as `measure` or `run_models` does."""
     check_folders(options.json, options.plot)
     use_device("cpu")
+    if options.model:
+        return run_models(options)
     report = measure(options)
     print(text(report))
     write_files(report, options, draw)

@@ -1,10 +1,12 @@
 """Our process of `ufbert bench encoder`: `python -m ufbert.bench.encoder_ours FOLDER ufbert THREADS NAME ...`.
 
-A NAME is a model and a type, `tree-int8` say. Besides the messages of `ufbert.bench.worker` it answers
+A NAME is a model and a type, `tree-int8` say, and the model's folder lies in FOLDER. Besides the messages of
+`ufbert.bench.worker` it answers
 
 - `{"do": "machine"}`: as `ufbert.bench.layer_ours`;
-- `{"do": "gate", "name": n, "shape": s}`: how far the engine is from the training graph on the first batch: `error`,
-  the largest absolute difference over tokens whose routing decisions are clear; `relative`, the median over all tokens
+- `{"do": "gate", "name": n, "shape": s, "batch": i}`: how far the engine is from the training graph on that batch, the
+  first unless it is given: `error`, the largest absolute difference over tokens whose routing decisions are clear; `size`,
+  the largest absolute answer; `relative`, the median over all tokens
   of the difference over their length; `unclear`, the share of tokens with a decision that is not clear; `changed`, the
   share of tokens, mean over layers, that go another way than by float32 weights; `leaves`, the leaves in use, over
   those that even turns would use;
@@ -52,33 +54,33 @@ class OurEncoders(Worker):
         self.models = {name: load_model(folder / name) for name in {entry.split("-")[0] for entry in names}}
         self.engines = {entry: Engine(self.models[entry.split("-")[0]], type_of(entry)) for entry in names}
         calls: dict[str, dict[str, Call]] = {
-            entry: {"call": lambda i, rows, e=engine: e.hidden(rows._replace(only_len=e.config.only_len))}
+            entry: {"call": lambda i, rows, e=engine: e.hidden(fitted(rows, e.config))}
             for entry, engine in self.engines.items()
         }
         super().__init__(folder, calls, partial(encoded, next(iter(self.engines.values())).config))
 
-    def gate(self, name: str, shape: str) -> dict[str, Any]:
+    def gate(self, name: str, shape: str, batch: int = 0) -> dict[str, Any]:
         """Compare an engine with the training graph."""
-        model, engine = self.models[name.split("-")[0]], self.engines[name]
-        rows = encoded(engine.config, np.load(self.folder / f"{shape}.npy")[: parse_shape(shape).batch])
+        model, engine, size = self.models[name.split("-")[0]], self.engines[name], parse_shape(shape).batch
+        rows = encoded(engine.config, np.load(self.folder / f"{shape}.npy")[batch * size : (batch + 1) * size])
         hidden = np.concatenate(engine.hidden(rows))
         config = replace(engine.config, tree_backend="gather")
-        graph = jax.jit(lambda params, ids: nn.encode(params, config, ids)[0])
-        wanted = np.asarray(graph(model.params, np.asarray(rows.ids, np.int32))).reshape(hidden.shape)
+        wanted = np.asarray(training_graph(model.params, config, np.asarray(rows.ids, np.int32))).reshape(hidden.shape)
         error = np.abs(hidden - wanted).max(axis=1)
-        ((_, batch),) = engine.batches(rows)
-        trees = jax.tree.map(np.asarray, engine.routing(model, batch))
+        ((_, arranged),) = engine.batches(rows)
+        trees = jax.tree.map(np.asarray, engine.routing(model, arranged))
         clear = np.all([np.ones(len(error), bool), *(tree.margins[: len(error)] > CLEAR for tree in trees)], axis=0)
         visits = [tree.visits[:, config.nodes_per_tree // 2 :] for tree in trees]
-        leaves = 2**config.tree_depth
+        leaves = 2**config.tree_depth  # of one tree
         even = leaves * (1 - (1 - 1 / leaves) ** len(error))
         changed = [float(tree.changed) for tree in trees]
         return {
-            "error": float(error[clear].max()),
+            "error": float(error[clear].max(initial=0.0)),
+            "size": float(np.abs(wanted).max()),
             "relative": relative_error(hidden, wanted),
             "unclear": float(1 - clear.mean()),
             "changed": float(np.mean(changed)) if changed else 0.0,
-            "leaves": float(min((layer > 0).sum() for layer in visits) / even) if visits else 1.0,
+            "leaves": float(min((layer > 0).sum() / len(layer) for layer in visits) / even) if visits else 1.0,
         }
 
     def parts(self, name: str, shape: str) -> dict[str, Any]:
@@ -105,6 +107,17 @@ class OurEncoders(Worker):
         seconds = time.perf_counter() - start
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
         return {"seconds": seconds, "bytes": weights, "memory": private_memory() - before}
+
+
+@partial(jax.jit, static_argnums=1)
+def training_graph(params: Any, config: ModelConfig, ids: Array) -> Array:
+    """Compute the hidden states (b, t, d) of ids (b, t) as training does."""
+    return nn.encode(params, config, ids)[0]
+
+
+def fitted(rows: Encoded, config: ModelConfig) -> Encoded:
+    """Return a batch as a model of this configuration takes it."""
+    return rows._replace(only_len=config.only_len, max_len=config.max_len, pad_id=config.pad_id)
 
 
 def encoded(config: ModelConfig, ids: np.ndarray) -> Encoded:

@@ -15,7 +15,7 @@ MIXER_NAMES = ["attention", "fourier"]
 """Names of the token mixers. `ufbert.nn.registry` has an entry for each, and adds those that a user registers."""
 
 
-FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "routed_tree", "switch"]
+FEEDFORWARD_NAMES = ["dense", "glu", "tree", "fixed_tree", "leaf_tree", "routed_tree", "switch", "none"]
 """Names of the feedforwards, likewise."""
 
 
@@ -30,6 +30,9 @@ TreeBackend = Literal["masked", "gather", "native", "pallas"]
 
 
 NgramKey = Literal["around", "before", "after", "trigram"]
+
+
+HiddenFrom = Literal["d_hidden", "tree_path", "tree_all", "routed_path", "routed_all"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,15 @@ class ModelConfig:
     """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
     the bottom up."""
     feedforward: tuple[str, ...] = ("glu",)
-    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward),
-    routed_tree (trees with neurons in their leaves), switch (experts) or one of your own (docs/layers.md); a shorter tuple
-    is repeated from the bottom up."""
+    """Feedforward of each layer: dense, glu, tree (UltraFastBERT), fixed_tree (the same with random decisions that never
+    learn), leaf_tree (the original fast feedforward), routed_tree (trees with neurons in their leaves), switch (experts), none
+    (the mixer alone) or one of your own (docs/layers.md); a shorter tuple is repeated from the bottom up."""
     d_hidden: Size = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
+    hidden_from: HiddenFrom = "d_hidden"
+    """Origin of `d_hidden`: as given, or as many neurons as trees of these `n_trees` and `tree_depth` have, at any scale: those
+    that a token uses (tree_path) or all (tree_all) of a tree layer; of a routed_tree likewise (routed_path, routed_all),
+    decisions included. With `feedforward` dense this is the control of a tree layer."""
     activation: ActivationName = "gelu"
     """Nonlinearity of dense feedforwards, GLU gates, leaves, experts and the masked-LM head."""
     n_trees: Size = 1
@@ -212,6 +219,7 @@ class ModelConfig:
             if not 1 <= len(kinds) <= self.n_layers:
                 raise UserError(f"model.{name} names {len(kinds)} layers, the model has {self.n_layers}.")
             _check_known(name, kinds, known)
+        self._take_hidden()
         self._check_ngrams()
         self._check_depth()
         if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
@@ -220,6 +228,20 @@ class ModelConfig:
             raise UserError(f"model.pad_id is {self.pad_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
         if self.fixed_len > self.max_len:
             raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
+
+    def _take_hidden(self) -> None:
+        """Set `d_hidden` as `hidden_from` says. Raises UserError if there are more neurons than it may be."""
+        m, depth, leaves = self.n_trees, self.tree_depth, 2**self.tree_depth
+        decisions, nodes = (depth, leaves - 1) if self.tree_router == "state" else (0, 0)
+        d_hidden = {
+            "d_hidden": self.d_hidden,
+            "tree_path": m * (depth + 1),
+            "tree_all": m * self.nodes_per_tree,
+            "routed_path": m * (decisions + self.leaf_width) + self.master_leaf,
+            "routed_all": m * (nodes + leaves * self.leaf_width) + self.master_leaf,
+        }[self.hidden_from]
+        check_kinds(type(self), {"d_hidden": d_hidden}, f"model.hidden_from {self.hidden_from}: model.")
+        object.__setattr__(self, "d_hidden", d_hidden)
 
     def _check_ngrams(self) -> None:
         """Raise UserError if the fields of the hashed tables contradict each other."""
@@ -252,8 +274,9 @@ class ModelConfig:
     def architecture(self, backend: str = "") -> str:
         """Describe the size and the parts for a reader: `2 layers x 128, tree 1x8 (native) feedforward`."""
         mixers, kinds = (list(dict.fromkeys(layer[part] for layer in self.layers)) for part in (0, 1))
-        tree = f"tree {self.n_trees}x{self.tree_depth}{f' ({backend})' if backend else ''}"
-        names = [tree if kind == "tree" else kind for kind in kinds]
+        size = f"{self.n_trees}x{self.tree_depth}"
+        trees = {"tree": f"tree {size}{f' ({backend})' if backend else ''}", "fixed_tree": f"fixed_tree {size}"}
+        names = [trees.get(kind, kind) for kind in kinds]
         mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
         tables = f", {len(self.ngram_keys)} n-gram tables of {self.ngram_rows:,} rows" if self.ngram_rows else ""
         return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}"

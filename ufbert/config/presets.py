@@ -142,8 +142,9 @@ def with_recipe(config: RunConfig, recipe: Recipe, scale: Scale) -> RunConfig:
     `modern` is Muon on dense matrices, a warm-up, a plateau and a decay, masks from 30 to 15 %, dense blocks that start as
     the identity under a last norm that starts small, rotary instead of sinusoid positions, more and smaller updates, and an
     average of past weights, each a field of its own. Below `base`, whose budgets are short, dense and GLU feedforwards are at
-    most half as wide as the model: they cost most of a step, and in the same time a narrow one reads twice the text. It is for
-    dense models first: trees, leaves, routers and experts keep AdamW.
+    most half as wide as the model: they cost most of a step, and in the same time a narrow one reads twice the text (one whose
+    width comes from a tree, `hidden_from`, keeps it). It is for dense models first: trees, leaves, routers and experts keep
+    AdamW.
     """
     if recipe == "crammed":
         return config
@@ -182,7 +183,7 @@ def _scaled_depth(model: ModelConfig, n_trees: int, max_nodes: int) -> int:
 
     A routed tree's are those and its decisions, of all its trees, and those that every token uses.
     """
-    if "routed_tree" in model.feedforward:
+    if "routed_tree" in model.feedforward or model.hidden_from.startswith("routed"):
         return max(0, (max(0, max_nodes - model.master_leaf) // (n_trees * (model.leaf_width + 1))).bit_length() - 1)
     if "leaf_tree" not in model.feedforward:
         return deepest_tree(n_trees, max_nodes)

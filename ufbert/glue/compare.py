@@ -119,7 +119,7 @@ def _split_row(sweeps: Sequence[Sweep], name: str, split: str) -> TableRow:
     part = f" (a part of {TASKS[task.cut_of].folder})" if task.cut_of in TASKS else ""
     rows = " / ".join(dict.fromkeys(f"{dev.rows:,}" for dev in devs if dev))
     medians = [dev.median.get(metric) if dev else None for dev in devs]
-    differences = [_compared(sweeps[0], sweep, name, split, metric) for sweep in sweeps[1:]]
+    differences = [compared(sweeps[0], sweep, name, split, metric) for sweep in sweeps[1:]]
     return TableRow(task.title(split) + part, metric, rows, medians, differences)
 
 
@@ -135,7 +135,7 @@ def _average_rows(sweeps: Sequence[Sweep]) -> list[TableRow]:
     return rows
 
 
-def _compared(first: Sweep, other: Sweep, name: str, split: str, metric: str) -> Difference | str | None:
+def compared(first: Sweep, other: Sweep, name: str, split: str, metric: str) -> Difference | str | None:
     """Return the difference on one dev split; None if one of the two lacks it, a text if they cannot be compared."""
     devs = first.dev(name, split), other.dev(name, split)
     if devs[0] is None or devs[1] is None:

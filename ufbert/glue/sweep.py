@@ -259,7 +259,7 @@ class SweepProgress:
 
     def __init__(self, tasks: list[TaskData], protocol: Protocol) -> None:
         self._names = [data.task.name for data in tasks]
-        self._work, self._began = [_work(data, protocol) for data in tasks], time.monotonic()
+        self._work, self._began = [expected_work(data, protocol) for data in tasks], time.monotonic()
         self.current = 0
         """Number of the task at work."""
 
@@ -282,7 +282,7 @@ class SweepProgress:
         return f"[{self.current + 1}/{len(self._names)}] {self._names[self.current]}"
 
 
-def _work(data: TaskData, protocol: Protocol) -> float:
+def expected_work(data: TaskData, protocol: Protocol) -> float:
     """Estimate a task's cost in characters read: three passes' worth for a training row, one for a dev row, of every run."""
 
     def characters(examples: Examples) -> int:

@@ -190,7 +190,7 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
 
 UNEXPRESSED = (
     "tree_backend", "attention_impl", "dtype", "dropout", "init_std", "zero_init_out", "final_norm_start", "tree_init",
-    "tree_balance", "fourier_norm",
+    "tree_balance", "fourier_norm", "hidden_from",
 )  # fmt: skip
 """Fields that say how to compute or train, not what is computed; a foreign config may lose them."""
 ONLY_FOR = {

@@ -123,8 +123,10 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
         context["values"] = values[i]
         if (lower := cfg.skips[i]) is not None:
             x = g.add("Add", x, g.number("Mul", outputs[lower], float(params["skip_scales"][lower])))
-        mix, feed = _rule("mixer", mixer, MIXERS), _rule("feedforward", feedforward, FEEDFORWARDS)
-        for name, rule, norm in ((mixer, mix, "mixer_norm"), (feedforward, feed, "feedforward_norm")):
+        parts = [(mixer, _rule("mixer", mixer, MIXERS), "mixer_norm")]
+        if feedforward != "none":
+            parts += [(feedforward, _rule("feedforward", feedforward, FEEDFORWARDS), "feedforward_norm")]
+        for name, rule, norm in parts:
             is_normed = norm in layer  # not before the first mixer of some models
             normed = g.norm(x, layer[norm], cfg.norm_eps) if cfg.norm == "pre" and is_normed else x
             x = g.add("Add", x, rule(g, cfg, layer.get(name, {}), normed, context))

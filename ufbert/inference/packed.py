@@ -99,13 +99,15 @@ def forward(
         if config.norm == "pre":
             normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
             x = native.add(x, _compute(mixer, layer, config, normed, context))
-            inputs[name] = _layer_norm(layer["feedforward_norm"], config, x)
-            x = native.add(x, _compute(feedforward, layer, config, inputs[name], context))
+            if feedforward != "none":
+                inputs[name] = _layer_norm(layer["feedforward_norm"], config, x)
+                x = native.add(x, _compute(feedforward, layer, config, inputs[name], context))
         else:
             x = native.add(x, _compute(mixer, layer, config, x, context))
             inputs[name] = x = _layer_norm(layer["mixer_norm"], config, x)
-            x = native.add(x, _compute(feedforward, layer, config, x, context))
-            x = _layer_norm(layer["feedforward_norm"], config, x)
+            if feedforward != "none":
+                x = native.add(x, _compute(feedforward, layer, config, x, context))
+                x = _layer_norm(layer["feedforward_norm"], config, x)
         outputs.append(x)
     return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs
 

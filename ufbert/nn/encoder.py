@@ -42,12 +42,16 @@ class Block(nn.Module):
             else:
                 x = normed = taken(x, y)
             mixed = dropout(mix(normed, context, weights_key), cfg.dropout, mixed_key)
+            if self.feedforward == "none":
+                return x, mixed, Aux({})
             x, normed = feedforward_norm.with_sum(x, mixed, read_dtype(cfg, self.feedforward))
             y, aux = feed(normed, context, noise_key)
             return x, dropout(y, cfg.dropout, hidden_key), aux
         x = taken(x, y)
         mixed = dropout(mix(x, context, weights_key), cfg.dropout, mixed_key)
         x = layer_norm(cfg, "mixer_norm")(x, mixed)
+        if self.feedforward == "none":
+            return x, None, Aux({})
         y, aux = feed(x, context, noise_key)
         return feedforward_norm(x, dropout(y, cfg.dropout, hidden_key)), None, aux
 

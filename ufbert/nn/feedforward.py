@@ -91,6 +91,33 @@ class TreeFeedForward(nn.Module):
         return y, aux
 
 
+class FixedTreeFeedForward(nn.Module):
+    """K trees of depth D whose decisions are random and never learn: right where route . x > 0. Their neurons learn as those of
+    `TreeFeedForward` do, and so tell what learnt decisions are worth.
+
+    No gradient reaches `route`, and the optimizer leaves it alone. It starts at N(0, 1/d); only its directions decide.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
+        cfg = self.config
+        d, n, shape = cfg.d_model, cfg.nodes_per_tree, (cfg.n_trees, cfg.nodes_per_tree, cfg.d_model)
+        normal = nn.initializers.normal(cfg.init_std)
+        route = self.param("route", nn.initializers.normal(d**-0.5), (cfg.n_trees, n // 2, d))
+        w_in = self.param("w_in", normal, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[:2])
+        w_out = self.param("w_out", normal, shape)
+        rows = x.reshape(-1, d)
+        nodes = fff.decided_nodes(rows, jax.lax.stop_gradient(route))
+        y = fff.sum_of_nodes(ACTIVATIONS[cfg.tree_activation], rows, nodes, w_in, bias, w_out)
+        aux = Aux({})
+        if context.statistics:
+            aux = Aux({}, visits=fff.node_visits(nodes, n, None if context.real is None else context.real.reshape(-1)))
+        return y.reshape(x.shape), aux
+
+
 class LeafTreeFeedForward(nn.Module):
     """The original fast feedforward layer (`ufbert.ops.leaf_fff`), soft or straight-through in training, hard otherwise.
 
@@ -245,6 +272,15 @@ class SwitchFeedForward(nn.Module):
             weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
             counts = {"experts": jnp.zeros((e,)).at[routing.expert].add(weight)}
         return y.reshape(x.shape).astype(jnp.float32), Aux(losses, counts=counts)
+
+
+class NoFeedForward(nn.Module):
+    """Nothing. A block of this kind is its mixer alone, and has no norm for a feedforward."""
+
+    config: ModelConfig
+
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
+        return jnp.zeros_like(x), Aux({})
 
 
 def _uniform(fan: int) -> nn.initializers.Initializer:

@@ -178,13 +178,17 @@ def glu(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str])
 
 
 def tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
-    """Add the sum over trees and over the nodes of each row's path (`ufbert.ops.fff`)."""
+    """Add the sum over trees and over the nodes of each row's path (`ufbert.ops.fff`), which weights of its own decide if the
+    layer has `route`."""
     m, n, d = cfg.n_trees, cfg.nodes_per_tree, cfg.d_model
     rows = g.reshape(x, -1, d)
     wide, count = g.unsqueeze(rows, 1), g.add("Concat", g.rows(rows), g.constant([m], np.int64), axis=0)
     w_in, w_out = (g.constant(np.asarray(part[name]).reshape(m * n, d)) for name in ("w_in", "w_out"))
     bias = g.constant(np.asarray(part["bias"]).reshape(m * n))
     roots = g.constant(n * np.arange(m)[None], np.int64)
+    if "route" in part and cfg.tree_depth:
+        route, first = g.constant(np.asarray(part["route"]).reshape(m * (n // 2), d)), n // 2 * np.arange(m)[None]
+        route_roots = g.constant(first, np.int64)
     node = g.add("Expand", g.constant([[0]], np.int64), count)
     y = ""
     for level in range(cfg.tree_depth + 1):
@@ -195,6 +199,9 @@ def tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]
         found = g.total(g.add("Mul", weight, g.add("Gather", w_out, at)), 1)
         y = g.add("Add", y, found) if y else found
         if level < cfg.tree_depth:
+            if "route" in part:
+                decider = g.add("Gather", route, g.add("Add", node, route_roots) if m > 1 else node)
+                z = g.total(g.add("Mul", wide, decider), 2)
             right = g.add("Cast", g.add("Greater", z, g.constant(0.0)), to=7)
             left = g.add("Add", g.add("Add", node, node), g.constant(1, np.int64))
             node = g.add("Add", left, right)

@@ -252,6 +252,17 @@ FEEDFORWARDS = {
         timed=_tree_timed,
         onnx=onnx_rules.tree,
     ),
+    "fixed_tree": Layer(
+        module=feedforward.FixedTreeFeedForward,
+        flops=lambda config, use: 2 * config.d_model * (3 * config.n_trees * (config.tree_depth + 1) - config.n_trees),
+        traffic=_none,
+        neurons=lambda config: (config.n_trees * (config.tree_depth + 1), config.n_trees * config.nodes_per_tree),
+        routing_flops=lambda config, use: 2 * config.d_model * config.n_trees * (2 * config.tree_depth + 1),
+        routing_traffic=lambda config, use: config.d_model * (60 + 10 * config.n_trees * (config.tree_depth + 1)),
+        own_steps=("route",),  # of length 0
+        fields=("n_trees", "tree_depth", "tree_activation"),
+        onnx=onnx_rules.tree,
+    ),
     "leaf_tree": Layer(
         module=feedforward.LeafTreeFeedForward,
         flops=_leaf_tree_flops,
@@ -282,6 +293,13 @@ FEEDFORWARDS = {
         fields=("d_hidden", "activation", "n_experts"),
         timed=_hidden_timed,
         onnx=onnx_rules.switch,
+    ),
+    "none": Layer(
+        module=feedforward.NoFeedForward,
+        flops=_none,
+        traffic=lambda config, use: -35 * config.d_model,  # its norm and sum, which every block is taken to have
+        timed=lambda config, rows, seq_len: TimedPart(lambda x: x, [(rows * seq_len, config.d_model)]),
+        onnx="a block without one is exported without it.",
     ),
 }
 _PACKAGED = frozenset({*MIXERS, *FEEDFORWARDS})

@@ -1,7 +1,7 @@
 """How an update is applied, in pretraining and in fine-tuning.
 
-An optimizer moves all parameters but those with steps of their own, such as the thresholds of routed trees, which follow a mean:
-the registry names them (`Layer.own_steps`), and their gradient is their step, whatever the learning rate.
+An optimizer moves all parameters but those with steps of their own, such as the thresholds of routed trees, which follow a
+mean: the registry names them (`Layer.own_steps`), and their gradient is their step, whatever the learning rate.
 """
 
 from typing import Any

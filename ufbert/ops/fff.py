@@ -105,6 +105,19 @@ def path_nodes(
     return jnp.stack(nodes, -1), jnp.stack(logits, -1)
 
 
+def decided_nodes(x: Float[Array, "b d"], route: Float[Array, "m k d"]) -> Int[Array, "b m s"]:
+    """Find the nodes that each row visits in each tree, root first. Its k = 2^D - 1 inner nodes turn right on route . x > 0."""
+    m, k, d = route.shape
+    weights, offset = route.reshape(m * k, d), jnp.arange(m, dtype=jnp.int32)[None] * k
+    node = jnp.zeros((x.shape[0], m), jnp.int32)
+    nodes = [node]
+    for _ in range((k + 1).bit_length() - 1):
+        z = jnp.einsum("bd,bmd->bm", x, weights[node + offset], precision=jax.lax.Precision.HIGHEST)
+        node = 2 * node + 1 + (z > 0)
+        nodes.append(node)
+    return jnp.stack(nodes, -1)
+
+
 def path_mask(logits: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
     """Return 1 where a node is on the row's path and 0 elsewhere, from the logits of all nodes."""
     depth = tree_depth(logits.shape[-1])
@@ -181,15 +194,21 @@ def _gather_forward(
     w_out: Float[Array, "m n d"],
 ) -> tuple[Float[Array, "b d"], Int[Array, "b m s"], Float[Array, "b m s"]]:
     """Compute the output, the nodes of every path and their logits."""
-    m, n, d = w_in.shape
     nodes, z = path_nodes(x, w_in, bias)
-    active = activation(z)
+    return _weighted_rows(activation(z), nodes, w_out), nodes, z
+
+
+def _weighted_rows(
+    active: Float[Array, "b m s"], nodes: Int[Array, "b m s"], w_out: Float[Array, "m n d"]
+) -> Float[Array, "b d"]:
+    """Compute the sum over trees and levels of a node's activation times its output weights."""
+    m, n, d = w_out.shape
     flat = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n
     weights = w_out.reshape(m * n, d)
-    y = jnp.zeros_like(x)
+    y = jnp.zeros((len(nodes), d), active.dtype)
     for s in range(nodes.shape[-1]):  # a level at a time: all of them at once would be b * m * s * d gathered numbers
         y = y + jnp.einsum("bm,bmd->bd", active[..., s], weights[flat[..., s]])
-    return y, nodes, z
+    return y
 
 
 def _gather_backward(
@@ -215,6 +234,37 @@ def _gather_backward(
     d_out = _sum_by_node(nodes, active, g, n)
     d_bias = jnp.zeros((m * n,), z.dtype).at[flat.reshape(-1)].add(dz.reshape(-1)).reshape(m, n)
     return dx, d_in, d_bias, d_out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_of_nodes(
+    activation: Activation,
+    x: Float[Array, "b d"],
+    nodes: Int[Array, "b m s"],
+    w_in: Float[Array, "m n d"],
+    bias: Float[Array, "m n"],
+    w_out: Float[Array, "m n d"],
+) -> Float[Array, "b d"]:
+    """Compute the sum of activation(w_in . x + bias) w_out over given nodes of each row, root first, reading those alone."""
+    return _sum_of_nodes_forward(activation, x, nodes, w_in, bias, w_out)[0]
+
+
+def _sum_of_nodes_forward(
+    activation: Activation, x: Array, nodes: Array, w_in: Array, bias: Array, w_out: Array
+) -> tuple[Array, tuple[Any, ...]]:
+    m, n, d = w_in.shape
+    flat, weights = nodes + jnp.arange(m, dtype=jnp.int32)[None, :, None] * n, w_in.reshape(m * n, d)
+    by_level = [jnp.einsum("bd,bmd->bm", x, weights[flat[..., s]]) for s in range(nodes.shape[-1])]
+    z = jnp.stack(by_level, axis=-1) + bias.reshape(m * n)[flat]
+    return _weighted_rows(activation(z), nodes, w_out), (x, w_in, w_out, nodes, z)
+
+
+def _sum_of_nodes_backward(activation: Activation, saved: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+    dx, d_in, d_bias, d_out = _gather_backward(activation, *saved, g)
+    return dx, None, d_in, d_bias, d_out
+
+
+sum_of_nodes.defvjp(_sum_of_nodes_forward, _sum_of_nodes_backward)
 
 
 def _sum_by_node(

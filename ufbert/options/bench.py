@@ -20,6 +20,8 @@ OurEncoder = Literal[
 """A model of ours (BERT with trees; with Fourier mixing and trees; BERT) and the type of its weights."""
 EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
 """The dense BERT in ONNX Runtime, or by transformers in PyTorch, in float32 or with int8 weights."""
+WeightType = Literal["float32", "bfloat16", "int8"]
+"""Type of a model's weights in use."""
 Variant = Literal["masked", "gather", "native", "pallas", "dense"]
 """The trees computed otherwise, or a dense layer in their place."""
 
@@ -156,12 +158,12 @@ class BenchLayerOptions(ForwardOptions):
 
 @dataclass(frozen=True)
 class BenchEncoderOptions(ForwardOptions):
-    """Time whole encoders on this CPU against the dense BERT that others compute.
+    """Time whole encoders on this CPU against the dense BERT that others compute, or trained models against each other.
 
-    Weights are random, and so are the ids of every call, which goes from ids to hidden states. Before anything is timed, our
-    engine's answers are compared with the training graph, the peers' with those of our dense BERT, and tokens must spread over
-    the leaves. Then short blocks of work alternate between processes. Printed are times, ratios of neighbouring blocks, where
-    the time goes, and how far each is from what the arithmetic of this machine allows.
+    Without --model, weights are random, and so are the ids of every call, which goes from ids to hidden states. Before
+    anything is timed, our engine's answers are compared with the training graph, the peers' with those of our dense BERT,
+    and tokens must spread over the leaves. Then short blocks of work alternate between processes. Printed are times, ratios
+    of neighbouring blocks, where the time goes, and how far each is from what the arithmetic of this machine allows.
     """
 
     shapes: tuple[str, ...] = ("1x128", "8x128", "1x512")
@@ -182,6 +184,14 @@ class BenchEncoderOptions(ForwardOptions):
     """Ours to time."""
     peers: tuple[EncoderPeer, ...] = ("onnxruntime", "onnxruntime-int8", "torch")
     """The others to time; without --peer-python, by this interpreter."""
+    model: tuple[str, ...] = ()
+    """Model folders to time against each other instead, each FOLDER or NAME=FOLDER. Options of size, --ours and those of peers
+    then say nothing. A model whose answers are not those of its training graph is named and not timed, and the command ends
+    with status 2."""
+    types: tuple[WeightType, ...] = ("float32", "int8")
+    """Types of these models' weights in linear layers and trees."""
+    baseline: str = ""
+    """The model, by its name, whose times are divided by the others' of the same type; by default the first."""
     seconds_a_block: Positive = 0.5
     """Approximate length of a block; never less than a call."""
 
@@ -193,5 +203,7 @@ class BenchEncoderOptions(ForwardOptions):
             batch, _, tokens = shape.partition("x")
             if not (batch.isdecimal() and tokens.isdecimal() and int(batch) > 0 and int(tokens) > 0):
                 raise UserError(f"{shape!r} is not a shape; 8x128 is one.")
-        if not self.shapes or not self.ours:
-            raise UserError("Name at least one shape and one of ours.")
+        if not self.shapes or not self.ours or not self.types:
+            raise UserError("Name at least one shape, one of ours and one type.")
+        if self.baseline and not self.model:
+            raise UserError("--baseline is one of the models of --model.")

@@ -60,6 +60,12 @@ def over(config: RunConfig, given: Given) -> RunConfig:
         changes = {name.removeprefix(f"{part}."): value for name, value in given.items() if name.startswith(f"{part}.")}
         if changes:
             parts[part] = replace(getattr(config, part), **changes)
+    model = parts.get("model", config.model)
+    if given.get("model.d_hidden", model.d_hidden) != model.d_hidden:
+        raise UserError(
+            f"model.d_hidden {given['model.d_hidden']} contradicts model.hidden_from {model.hidden_from}, which makes it "
+            f"{model.d_hidden}; give model.hidden_from d_hidden as well."
+        )
     return replace(config, **parts)
 
 

@@ -190,6 +190,11 @@ def _state_shapes(run: RunConfig) -> Any:
     return jax.eval_shape(lambda key: init_state(run, key), jax.eval_shape(jax.random.key, 0))
 
 
+def state_bytes(run: RunConfig) -> float:
+    """Return the bytes of the whole training state of `run`, without compiling or allocating anything."""
+    return _state_bytes(run)[1]
+
+
 def _state_bytes(run: RunConfig) -> tuple[float, float]:
     """Return the bytes of the optimizer's state, and of the whole training state."""
     state = _state_shapes(run)

@@ -189,4 +189,4 @@ def averaged(average: Params, params: Params, t: Int[Array, ""], gamma: float) -
     Its window grows with the run, so that it needs no knowledge of the end.
     """
     beta: Float[Array, ""] = (1.0 - 1.0 / t.astype(jnp.float32)) ** (gamma + 1.0)
-    return jax.tree.map(lambda a, p: beta * a + (1.0 - beta) * p, average, params)
+    return jax.tree.map(lambda a, p: a + (1.0 - beta) * (p - a), average, params)  # exact for what never moves

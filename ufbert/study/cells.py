@@ -16,6 +16,7 @@ from ufbert.errors import UserError
 from ufbert.runtime.files import write_json
 from ufbert.runtime.run_folder import Number, Summary, read_summary
 from ufbert.runtime.typed import Count, read_typed
+from ufbert.study.processes import Session
 
 STUDY_FILE, CELL_FILE, LOG_FILE = "study.json", "cell.json", "log.txt"
 FORMAT = 1
@@ -48,6 +49,8 @@ class StudyFile:
     """Empty for each variant's own rate."""
     baseline: str
     tokenizer: str = ""
+    first_only: list[str] = field(default_factory=list)
+    """Variants that run with the first seed only."""
     heldout: str = ""
     fingerprint: str = ""
     """Of the prepared text; "" before it is there."""
@@ -61,28 +64,8 @@ class StudyFile:
                 raise UserError(f"{flag} is {shown(name)}, which is none of its variants.")
         if not self.seeds:
             raise UserError("seeds is empty.")
-
-
-@dataclass(frozen=True)
-class Session:
-    """A process that worked on a cell. What has a default is known when it has ended."""
-
-    command: str
-    commit: str
-    """Commit of the code, with -dirty for changes, or the version of the installed package."""
-    cpu: str
-    cores: Count
-    at_once: Count
-    """Cells that ran side by side, at most."""
-    began: Number
-    """Seconds since 1970."""
-    load_before: Number
-    """Load average of the last minute."""
-    load_after: Number | None = None
-    seconds: Number | None = None
-    other_work: Number | None = None
-    """Cores that other processes kept busy meanwhile, on average; None where the system does not say."""
-    exit_code: int | None = None
+        if unknown := [name for name in self.first_only if name not in self.variants]:
+            raise UserError(f"first_only names {shown(unknown[0])}, which is none of its variants.")
 
 
 @dataclass(frozen=True)
@@ -199,6 +182,8 @@ def open_cells(study: StudyFile, folder: Path, settled: set[Cell]) -> list[Cell]
     cells = [cell for seed_cells in firsts.values() for cell in seed_cells if is_open(cell)]
     for seed in study.seeds[1:]:
         for name, at_rates in firsts.items():
+            if name in study.first_only:
+                continue
             if any(is_open(cell) for cell in at_rates):
                 continue  # the rate is not chosen yet
             best = best_rate(study, folder, name)
@@ -221,6 +206,14 @@ def finished_cells(study: StudyFile, folder: Path) -> list[Cell]:
     return [cell for cell in cells if summary_of(cell.folder(folder)) is not None]
 
 
+def only(study: StudyFile, variant: str) -> StudyFile:
+    """Return the study of one of its variants alone."""
+    first_only = [name for name in study.first_only if name == variant]
+    ends = {"baseline": variant, "gap_from": "", "gap_to": ""}
+    return replace(study, variants={variant: study.variants[variant]}, first_only=first_only, **ends)
+
+
 def n_cells(study: StudyFile) -> int:
     """Count the cells of the whole study."""
-    return len(study.variants) * (max(1, len(study.rates)) + len(study.seeds) - 1)
+    firsts = len(study.variants) * max(1, len(study.rates))
+    return firsts + (len(study.variants) - len(study.first_only)) * (len(study.seeds) - 1)

@@ -16,8 +16,6 @@ from ufbert.study.cells import Cell, StudyFile, counted_cells, first_cells, held
 
 SMALLEST_GAP = 0.02
 """Nats that the two ends of a gap must lie apart; below, a share of it is noise."""
-IDLE = 0.25
-"""Cores of other work, on average, from which on a cell counts as measured beside it."""
 
 
 class Spread(NamedTuple):
@@ -159,7 +157,7 @@ def _row(
             {
                 Cell(record.variant, record.rate, record.seed).name
                 for record, session in sessions
-                if session.at_once > 1 or (session.other_work or 0.0) > IDLE
+                if session.beside_other_work
             }
         ),
         loads=[float(session.load_before) for _, session in sessions],

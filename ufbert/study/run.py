@@ -1,9 +1,11 @@
 """`ufbert study`: the order of events, from the variants to the tables."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
@@ -23,6 +25,7 @@ from ufbert.study.cells import (
     VariantFile,
     finished_cells,
     n_cells,
+    only,
     read_cell,
     read_study,
     same_study,
@@ -31,7 +34,17 @@ from ufbert.study.cells import (
 )  # fmt: skip
 from ufbert.study.children import Runner
 from ufbert.study.report import show_results, write_results
+from ufbert.study.results import Results
 from ufbert.study.variants import Variant, decide, expected_seconds, refuse_unequal, variants_of
+
+
+class DecidedStudy(NamedTuple):
+    """A study with everything decided, and nothing run yet."""
+
+    options: StudyOptions
+    protocol: StudyFile
+    variants: list[Variant]
+    platform: Platform
 
 
 def study(options: StudyOptions, given: Given) -> None:
@@ -46,35 +59,53 @@ def study(options: StudyOptions, given: Given) -> None:
         asked = replace(stored, **_named_ends(options, stored))
         return show_results(write_results(folder, asked))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the cells need the accelerator's memory
-    platform = local_platform(use_device(options.device))
-    asked_options = variants_of(options, given)
+    decided = decide_study(options, variants_of(options, given), local_platform(use_device(options.device)))
+    if options.plan:
+        hours = show_plan(decided)
+        cells, finished = n_cells(decided.protocol), len(finished_cells(decided.protocol, folder))
+        return say(f"{cells} cells, {finished} finished; {hours:,.2f} hours for the rest. Nothing was run.")
+    failed, results = run_study(decided)
+    show_results(results)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {n_cells(decided.protocol)} cells failed: {'; '.join(failed)}. The same command tries again."
+        )
+
+
+def decide_study(
+    options: StudyOptions, asked: Mapping[str, Given], platform: Platform, first_only: Sequence[str] = ()
+) -> DecidedStudy:
+    """Decide every variant of a study, from its options by name. Those of `first_only` run with the first seed only.
+
+    Raises UserError for what cannot be compared, or is not what the folder's study began with.
+    """
+    folder = Path(options.out)
     before = read_study(folder) if (folder / STUDY_FILE).exists() else None
     batches = {name: variant.batch_rows for name, variant in before.variants.items()} if before else {}
-    variants = [decide(options, name, asked, platform, batches.get(name, 0)) for name, asked in asked_options.items()]
+    variants = [decide(options, name, own, platform, batches.get(name, 0)) for name, own in asked.items()]
     refuse_unequal(variants)
     tokens = max(variant.tokens for variant in variants)
     options = replace(
         options, corpus=before.corpus if before and options.corpus == "auto" else choose_corpus(options, tokens)
     )
     bound = variants[0].run.data.max_tokens or corpus_bound(tokens)
-    protocol = _protocol(options, variants, bound)
-    if before:
-        protocol = same_study(before, protocol)
-    if options.plan:
-        return _show_plan(options, protocol, variants, platform)
+    protocol = replace(_protocol(options, variants, bound), first_only=list(first_only))
+    return DecidedStudy(options, same_study(before, protocol) if before else protocol, variants, platform)
+
+
+def run_study(decided: DecidedStudy) -> tuple[list[str], Results]:
+    """Run what is open of a study. Returns name and reason of each cell that failed, and the results."""
+    options, protocol, variants, _ = decided
+    folder = Path(options.out)
     with claimed(folder):
         protocol = replace(protocol, fingerprint=_prepare_text(options, protocol, variants[0]))
         write_study(folder, protocol)
         _name_other_commits(folder, protocol)
         runner = Runner(options, protocol, variants)
-        runner.run()
+        runner.run_all()
         with phase("drawing the report"):
             results = write_results(folder, protocol)
-        show_results(results)
-    if failed := runner.failed:
-        raise UserError(
-            f"{len(failed)} of {n_cells(protocol)} cells failed: {'; '.join(failed)}. The same command tries again."
-        )
+    return runner.failed, results
 
 
 def _named_ends(options: StudyOptions, stored: StudyFile) -> dict[str, str]:
@@ -122,11 +153,13 @@ def _name_other_commits(folder: Path, protocol: StudyFile) -> None:
         say(f"note: {', '.join(cells)} ran at commit {other}, not {now}; delete a cell's folder to run it again")
 
 
-def _show_plan(options: StudyOptions, protocol: StudyFile, variants: list[Variant], platform: Platform) -> None:
-    """Print the cells, and the hours of those still open: as the budget says, as finished cells took, or else as expected."""
-    folder, cells, hours = Path(options.out), n_cells(protocol) // len(variants), 0.0
+def show_plan(decided: DecidedStudy) -> float:
+    """Print the cells, and return the hours of those still open: as the budget says, as finished cells took, or as expected."""
+    options, protocol, variants, platform = decided
+    folder, hours = Path(options.out), 0.0
     finished = finished_cells(protocol, folder)
     for variant in variants:
+        cells = n_cells(only(protocol, variant.name))
         summaries = [s for cell in finished if cell.variant == variant.name and (s := summary_of(cell.folder(folder)))]
         source, seconds = "as given", parse_budget(variant.budget).seconds
         if seconds is None and summaries:
@@ -138,6 +171,5 @@ def _show_plan(options: StudyOptions, protocol: StudyFile, variants: list[Varian
             f"{variant.name}: {cells} cell(s), {len(summaries)} finished; each {variant.budget}, {seconds / 60:,.1f} min "
             f"({source})" + (f", {variant.tokens / 1e6:,.2f} M tokens" if variant.tokens else "")
         )
-    if parse_budget(variants[0].budget).seconds:
-        hours /= options.at_once  # cells of a budget of tokens share the cores, so that they gain little
-    say(f"{n_cells(protocol)} cells, {len(finished)} finished; {hours:,.2f} hours for the rest. Nothing was run.")
+    # Cells of a budget of tokens share the cores, so that they gain little by running side by side.
+    return hours / options.at_once if parse_budget(variants[0].budget).seconds else hours
