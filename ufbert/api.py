@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
-from ufbert.options.train import PrepareOptions, TrainOptions
+from ufbert.options.train import PlanOptions, PrepareOptions, TrainOptions
 from ufbert.runtime import console
 
 if TYPE_CHECKING:
@@ -80,6 +80,17 @@ def pretrain(out: str | Path, budget: str, **options: Any) -> dict[str, Any]:
     from ufbert.pretrain.run import pretrain as work
 
     return _call(work, TrainOptions, {"out": out, "budget": budget, **options})
+
+
+def plan(budget: str, **options: Any) -> dict[str, Any]:
+    """Say what a budget buys on a device, before it is spent, and return the figures: seconds, bytes, tokens, FLOP.
+
+    `options` are those of `ufbert plan` by name: `config`, `scale`, `device`, `price`, `check`, ... Raises UserError as the
+    command does.
+    """
+    from ufbert.plan.run import plan as work
+
+    return _call(work, PlanOptions, {"budget": budget, **options})
 
 
 def prepare(budget: str, **options: Any) -> Path:
