@@ -104,15 +104,18 @@ def prepare(budget: str, **options: Any) -> Path:
     return _call(work, PrepareOptions, {"budget": budget, **options})
 
 
-def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Fine-tune a model folder on GLUE tasks and return the contents of `glue.json`.
+def finetune(
+    model: str | Path, tasks: str = "", glue_source: str | Path = "", out: str | Path = "", **options: Any
+) -> dict[str, Any]:
+    """Fine-tune a model folder on GLUE tasks or a task of your own and return the contents of `glue.json`.
 
-    `options` are those of `finetune.py` by name; fields of `tune` as in `pretrain`. Raises UserError as the command does.
+    `options` are those of `finetune.py` by name; a task of your own is `train`, `dev`, `text` and `label`, without `tasks`
+    and `glue_source`. Fields of `tune` as in `pretrain`. Raises UserError as the command does.
     """
     from ufbert.glue.run import finetune as work
 
-    named = {"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options}
-    return _call(work, FinetuneOptions, named).to_json()
+    named = {name: value for name, value in (("tasks", tasks), ("glue_source", glue_source), ("out", out)) if value}
+    return _call(work, FinetuneOptions, {"model": model, **named, **options}).to_json()
 
 
 def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:
