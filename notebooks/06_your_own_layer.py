@@ -22,10 +22,12 @@
 # small experts, no capacity, and no balance loss.)
 
 # %%
+import io
 import json
 import os
 import random
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -187,9 +189,9 @@ print("hidden states", hidden.shape, "  token logits", logits.shape)
 # must be remembered pair by pair, which is the work of a feedforward.
 
 # %%
-first = "ada ben cleo dan eva finn gina hugo".split()
-last = "stone brook field hill wood lake marsh ford".split()
-hobbies = "coins maps stamps shells clocks masks bells knives".split()
+first = ["ada", "ben", "cleo", "dan", "eva", "finn", "gina", "hugo"]
+last = ["stone", "brook", "field", "hill", "wood", "lake", "marsh", "ford"]
+hobbies = ["coins", "maps", "stamps", "shells", "clocks", "masks", "bells", "knives"]
 rng = random.Random(0)
 facts = {f"{a} {b}": rng.choice(hobbies) for a in first for b in last}
 
@@ -211,24 +213,30 @@ variants = {
 }
 
 
-def train(name, seed):
-    return ufbert.pretrain(
-        f"{name}{seed}",
-        budget=BUDGET,
-        config="crammed_bert",
-        scale="tiny",
-        recipe="modern",
-        corpus="text:text.txt",
-        prepared="text",
-        device="cpu",
-        seed=seed,
-        model={**variants[name], "n_layers": 1},
-        train={"optimizer": "adamw", "batch_rows": 16, "micro_rows": 16, "n_evals": 5},
-        data={"short_until": 0.0},
+def heldout_loss(name, seed):
+    """Train a variant, without the lines that a run prints."""
+    with redirect_stdout(io.StringIO()):
+        summary = ufbert.pretrain(
+            f"{name}{seed}",
+            budget=BUDGET,
+            config="crammed_bert",
+            scale="tiny",
+            recipe="modern",
+            corpus="text:text.txt",
+            prepared="text",
+            device="cpu",
+            seed=seed,
+            model={**variants[name], "n_layers": 1},
+            train={"optimizer": "adamw", "batch_rows": 16, "micro_rows": 16, "n_evals": 5},
+            data={"short_until": 0.0},
+        )
+    print(
+        f"{name}, seed {seed}: {summary['heldout_loss']:.3f} nats; word frequency alone {summary['unigram_loss']:.3f}"
     )
+    return summary["heldout_loss"]
 
 
-losses = {name: {0: train(name, 0)["heldout_loss"]} for name in variants}
+losses = {name: {0: heldout_loss(name, 0)} for name in variants}
 
 # %% [markdown]
 # ## 5. One seed is an anecdote
@@ -247,7 +255,7 @@ print(f"seed 0 says: drawers are {abs(difference):.3f} nats {'worse' if differen
 # %%
 for seed in SEEDS[1:]:
     for name in variants:
-        losses[name][seed] = train(name, seed)["heldout_loss"]
+        losses[name][seed] = heldout_loss(name, seed)
 
 # %%
 differences = [losses["drawers"][seed] - losses["control"][seed] for seed in SEEDS]
@@ -280,13 +288,17 @@ print(
 # Look at the spread of the dots before you look at their mean. Each of them alone is a result that one could have published. With
 # three seeds even the interval is a rough guess, since a spread from three numbers is one itself.
 #
-# And the runs are far too short: the curves on the left are still on their way down. What decides there is who starts
-# to learn first. In `docs/results/pretraining.md` routed trees lead their control for eight million tokens, and are behind at twelve.
+# On the left, look how far apart the seeds of *one* layer are, and how close the two layers are at each seed. Had we compared seed 0
+# of one with seed 1 of the other, luck alone would have decided.
+#
+# And the runs are far too short: the curves are still on their way down, and what decides there is who starts to learn
+# first. In `docs/results/pretraining.md` routed trees lead their control for eight million tokens, and are behind at twelve.
 #
 # ## 6. Are all drawers used?
 #
 # A choice may die: a drawer that nobody opens learns nothing (notebook `01`, part 5). The layer counts its visitors, and each
-# evaluation writes what became of them.
+# evaluation writes what became of them. *Effective use* is exp(entropy) of the visits over 8: 100 % if all drawers are opened
+# equally often, one eighth if all tokens open the same one.
 
 # %%
 for seed in SEEDS:
