@@ -113,7 +113,7 @@ plt.show()
 #
 # GLUE's SST-2 is a folder with `train.tsv` and `dev.tsv`, each with a sentence and a label. We write one, with a twist: the
 # training rows use only *five* kind and *five* unkind adjectives, and the dev rows only the other thirty. Whoever learns the ten
-# words by heart gets nothing right on dev.
+# words by heart can only guess on dev.
 
 # %%
 folder = Path("glue/SST-2")
@@ -174,10 +174,14 @@ assert np.median(accuracies(pretrained)) > np.median(accuracies(scratch)) + 15
 # From random weights the model learns the ten words of the training rows, and that is worth nothing on thirty others. The
 # pretrained model is told ten words and knows forty.
 #
-# **Fine-tuning that never worked.** If your own scores sit at the dashed line, look at three things before anything else: is
-# the learning rate made for a model of this width (`protocol`: 4e-5 is for BERT's 768 and does nothing at 128, where `small`
-# takes 0.2 / width); did pretraining pass the line of word frequency (notebook `02`); and does the same code reach the line
-# from random weights, too? The package says so in words when a score takes no knowledge of the texts.
+# **Fine-tuning that never worked.** If your own scores sit at the dashed line, look at three things before anything else:
+#
+# - *The learning rate.* 4e-5 is made for BERT's width of 768 and is too low for narrow models. The protocol `small`, which is
+#   chosen for them, takes 0.2 / width (`docs/results/finetuning.md` has a table of rates).
+# - *The pretraining.* Has it passed the line of word frequency (notebook `02`)? What it fills in shows it at once.
+# - *The control.* If random weights do as well, the fault lies in what was pretrained. If they do better, it was harmful.
+#
+# The package says so in words when a score takes no knowledge of the texts, as it did above.
 #
 # ## 4. Ask it
 #
