@@ -21,7 +21,8 @@
 # after a crash. Nothing is downloaded, and no accelerator is needed.
 #
 # The line that matters is `BUDGET`. It says 120 updates, so that the notebook runs in a minute and gives everybody the
-# same numbers; all outputs that you see here are of that short run. Put `"15m"` there to cram in earnest.
+# same numbers; the outputs that you see here are of that short run, on the made-up language of section 3. Put `"15m"` there to
+# cram in earnest.
 
 # %%
 import json
@@ -118,7 +119,7 @@ figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True, layout="constr
 for axis, (name, machine), colour in zip(axes, machines.items(), (INK, ORANGE, BLUE), strict=True):
     minutes, rates = pretend_to_train(machine)
     axis.plot(minutes[::12], rates[::12], "o", ms=3.5, color=colour)
-    axis.set(xlabel="minutes", title=f"{name}: {len(rates)} updates", xlim=(-0.3, 15.3))
+    axis.set(xlabel="minutes", title=f"{name}: {len(rates)} updates", xlim=(-0.3, 15.3), xticks=[0, 5, 10, 15])
     assert minutes[-1] < 15 - 20 / 60  # nobody is late
     assert rates[-1] < 0.02  # and all have come down
 axes[0].set_ylabel("learning rate / its peak")
@@ -162,7 +163,7 @@ else:
         return rng.choice(
             [
                 f"The {mood} {animal} eats {foods[animal]}.",
-                f"In {town} a {animal} likes {foods[animal]}.",
+                f"In {town} the {animal} likes {foods[animal]}.",
                 f"The {animal} of {town} sleeps in {towns[town]}.",
                 f"{town} is a town in {towns[town]}.",
             ]
@@ -171,7 +172,7 @@ else:
     documents = ["\n".join(sentence() for _ in range(rng.randint(4, 12))) for _ in range(1500)]
     Path("toy.txt").write_text("\n\n".join(documents))
     corpus = "text:toy.txt"
-    questions = ["The hungry cat eats [MASK].", "The owl of tokyo sleeps in [MASK].", "In oslo a [MASK] likes honey."]
+    questions = ["The hungry cat eats [MASK].", "The owl of tokyo sleeps in [MASK].", "In oslo the [MASK] likes honey."]
     questions += ["The [MASK] fox eats hens."]
     print(documents[0])
 
@@ -182,7 +183,8 @@ else:
 # bytes, and divides by speeds that it has just measured. For a device that is not here, such as `device="h200"`, it takes
 # the vendor's figures and what others have reached. Its last table says which figure rests on what.
 #
-# If the machine is busy with something else now, the plan says so in its own way: it promises less.
+# If the machine is busy with something else, the plan promises less: on one and the same two cores it said 31.7 million tokens
+# when they had less to do, and 1.7 million beside sixteen other programs.
 
 # %%
 model = {
@@ -263,7 +265,8 @@ for question in questions:
 
 # %% [markdown]
 # In the made-up language it has learnt who eats what. What nobody can know stays open: the mood of the fox was drawn from six
-# by a die, and the model spreads its answer. That is why its loss does not reach zero, and should not.
+# by a die, and the model spreads its answer. That is why its loss does not reach zero, and should not. (On Wikipedia, 120
+# updates teach little more than which words are frequent.)
 #
 # ## 8. The real fifteen minutes
 #
@@ -303,11 +306,11 @@ from ufbert.errors import Interrupted
 def press_stop(metrics, at_update):
     """Interrupt this process once a run has written so many updates."""
     while not metrics.exists() or metrics.read_text().count('"loss"') < at_update:
-        time.sleep(0.1)
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-threading.Thread(target=press_stop, args=(Path("stopped/metrics.jsonl"), 60), daemon=True).start()
+threading.Thread(target=press_stop, args=(Path("stopped/metrics.jsonl"), 30), daemon=True).start()
 try:
     ufbert.pretrain("stopped", budget="120steps", **options)
 except Interrupted as stop:
