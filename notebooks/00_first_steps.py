@@ -18,6 +18,7 @@
 
 # %%
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import matplotlib.pyplot as plt
 
 import ufbert
 
-work = Path(tempfile.mkdtemp())
+os.chdir(tempfile.mkdtemp())  # everything below is written to a new folder, which the system clears one day
 
 # %% [markdown]
 # ## A model is a configuration and a tree of arrays
@@ -72,15 +73,15 @@ else:
     texts = [
         "\n".join(f"The {rng.choice(animals)} lives in {rng.choice(places)}." for _ in range(8)) for _ in range(600)
     ]
-    (work / "toy.txt").write_text("\n\n".join(texts))
-    corpus, question = f"text:{work / 'toy.txt'}", "The cat [MASK] in paris."
+    Path("toy.txt").write_text("\n\n".join(texts))
+    corpus, question = "text:toy.txt", "The cat [MASK] in paris."
 
 # %% [markdown]
 # A budget is a time (`"5m"`) or a number of updates (`"120steps"`). Every option of `train.py` works here by name.
 
 # %%
 summary = ufbert.pretrain(
-    work / "run",
+    "run",
     budget="60steps",
     config="tiny",
     scale="base",
@@ -90,7 +91,7 @@ summary = ufbert.pretrain(
 )
 
 # %%
-records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 updates = [r for r in records if "loss" in r]
 evals = [r for r in records if "heldout_loss" in r]
 figure, axis = plt.subplots(figsize=(7, 3))
@@ -110,7 +111,7 @@ plt.show()
 # %%
 from ufbert.inference.predictor import Predictor
 
-for guess in Predictor.load(work / "run" / "model").fill_mask(question)[0]:
+for guess in Predictor.load("run/model").fill_mask(question)[0]:
     print(f"{guess.probability:6.1%}  {guess.token}")
 
 # %% [markdown]
@@ -119,7 +120,7 @@ for guess in Predictor.load(work / "run" / "model").fill_mask(question)[0]:
 # `apply` is a pure function of parameters and ids, so `jax.jit`, `jax.grad` and `jax.vmap` work on it.
 
 # %%
-model = ufbert.load(work / "run" / "model")
+model = ufbert.load("run/model")
 ids = jnp.array([model.tokenizer.encode("a small sentence").ids])
 trained = ufbert.preset("tiny", vocab_size=model.config.vocab_size)
 hidden, token_logits = jax.jit(lambda p, i: ufbert.apply(p, trained, i))(model.params, ids)
@@ -132,20 +133,21 @@ print(hidden.shape, token_logits.shape)
 # positive if they contain "good".
 
 # %%
-(work / "glue" / "SST-2").mkdir(parents=True)
+folder = Path("glue/SST-2")
+folder.mkdir(parents=True)
 for split, count in (("train", 160), ("dev", 40)):
     rows = [f"the film is {'good' if i % 2 else 'bad'} in part {i % 7}\t{i % 2}" for i in range(count)]
-    (work / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
 
 results = ufbert.finetune(
-    work / "run" / "model",
+    "run/model",
     "sst2",
-    f"dir:{work / 'glue'}",
-    work / "tuned",
+    "dir:glue",
+    "tuned",
     seeds="0",
     device="cpu",
     tune={"epochs": 2, "lr": 1e-3},
 )
 
 # %%
-print(Predictor.load(work / "tuned" / "sst2").classify("a good film"))
+print(Predictor.load("tuned/sst2").classify("a good film"))

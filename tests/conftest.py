@@ -76,7 +76,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name == "01_the_fff_layer.ipynb":
+        if item.path.suffix == ".ipynb" and item.path.stem != "00_first_steps":
             item.add_marker("long")
 
 

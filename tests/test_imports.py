@@ -1,9 +1,12 @@
 """The house: who may import whom."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import ufbert
 
@@ -68,6 +71,12 @@ def test_only_the_command_line_and_the_python_interface_import_late():
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ufbert"
     ]
     assert late == []
+
+
+@pytest.mark.parametrize("name", ["plan", "pretrain"])
+def test_a_function_of_the_interface_outlives_the_import_of_the_package_of_its_name(name):
+    importlib.import_module(f"ufbert.{name}.run")
+    assert callable(getattr(ufbert, name))
 
 
 def test_few_modules_lie_loose_and_no_two_import_each_other():

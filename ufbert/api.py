@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ufbert.config import ModelConfig, RunConfig, Scale
 from ufbert.options.finetune import FinetuneOptions
 from ufbert.options.given import Given, from_given, named_values
-from ufbert.options.train import PrepareOptions, TrainOptions
+from ufbert.options.train import PlanOptions, PrepareOptions, TrainOptions
 from ufbert.runtime import console
 
 if TYPE_CHECKING:
@@ -83,6 +83,17 @@ def pretrain(out: str | Path, budget: str, **options: Any) -> dict[str, Any]:
     return _call(work, TrainOptions, {"out": out, "budget": budget, **options})
 
 
+def plan(budget: str, **options: Any) -> dict[str, Any]:
+    """Say what a budget buys on a device, before it is spent, and return the figures: seconds, bytes, tokens, FLOP.
+
+    `options` are those of `ufbert plan` by name: `config`, `scale`, `device`, `price`, `check`, ... Raises UserError as the
+    command does.
+    """
+    from ufbert.plan.run import plan as work
+
+    return _call(work, PlanOptions, {"budget": budget, **options})
+
+
 def prepare(budget: str, **options: Any) -> Path:
     """Prepare the text that `pretrain` with the same options will use, and return its folder.
 
@@ -94,15 +105,18 @@ def prepare(budget: str, **options: Any) -> Path:
     return _call(work, PrepareOptions, {"budget": budget, **options})
 
 
-def finetune(model: str | Path, tasks: str, glue_source: str, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Fine-tune a model folder on GLUE tasks and return the contents of `glue.json`.
+def finetune(
+    model: str | Path, tasks: str = "", glue_source: str | Path = "", out: str | Path = "", **options: Any
+) -> dict[str, Any]:
+    """Fine-tune a model folder on GLUE tasks or a task of your own and return the contents of `glue.json`.
 
-    `options` are those of `finetune.py` by name; fields of `tune` as in `pretrain`. Raises UserError as the command does.
+    `options` are those of `finetune.py` by name; a task of your own is `train`, `dev`, `text` and `label`, without `tasks`
+    and `glue_source`. Fields of `tune` as in `pretrain`. Raises UserError as the command does.
     """
     from ufbert.glue.run import finetune as work
 
-    named = {"model": model, "tasks": tasks, "glue_source": glue_source, "out": out, **options}
-    return _call(work, FinetuneOptions, named).to_json()
+    named = {name: value for name, value in (("tasks", tasks), ("glue_source", glue_source), ("out", out)) if value}
+    return _call(work, FinetuneOptions, {"model": model, **named, **options}).to_json()
 
 
 def _call[Options](work: Callable[[Options, Given], Any], cls: type[Options], named: Mapping[str, Any]) -> Any:

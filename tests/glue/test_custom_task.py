@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ufbert
 from ufbert.errors import UserError
 from ufbert.glue.sources.custom import CustomTask, read_custom, read_task_file
 from ufbert.glue.tasks import Examples
@@ -373,3 +374,21 @@ def test_a_damaged_gzip_file_and_a_folder_are_named(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=r"Cannot read .*folder\.csv: Is a directory"):
         read_custom(replace(put(tmp_path), train=str(tmp_path / "folder.csv")))
+
+
+def test_python_takes_a_task_of_ones_own_by_its_files_alone(monkeypatch):
+    asked = []
+
+    class Results:
+        def to_json(self):
+            return {}
+
+    def record(options, given):
+        asked.append(options)
+        return Results()
+
+    monkeypatch.setattr("ufbert.glue.run.finetune", record)
+    ufbert.finetune("model", out="own", train="a.tsv", dev="b.tsv", text="review", label="stars")
+    assert asked == [
+        FinetuneOptions(model="model", out="own", train="a.tsv", dev="b.tsv", text="review", label="stars")
+    ]

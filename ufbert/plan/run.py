@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ufbert.cost.parts import PartSpeeds
 from ufbert.errors import UserError
@@ -19,8 +20,11 @@ from ufbert.runtime.console import phase, say, show
 from ufbert.runtime.files import write_json
 
 
-def plan(options: PlanOptions, given: Given) -> None:
-    """Print what a budget buys, and write it as JSON where a file is named. Raises UserError for what cannot be planned."""
+def plan(options: PlanOptions, given: Given) -> dict[str, Any]:
+    """Print what a budget buys, and return the figures, which are also written as JSON where a file is named.
+
+    Raises UserError for what cannot be planned.
+    """
     budget = parse_budget(options.budget)
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: that folder does not exist.")
@@ -59,3 +63,4 @@ def plan(options: PlanOptions, given: Given) -> None:
     show_plan(facts)
     if options.json:
         write_json(Path(options.json), facts)
+    return facts
