@@ -81,10 +81,12 @@ def encode(
     statistics: bool = False,
     causal: bool = False,
     ngrams: Rows | None = None,
+    hidden_states: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal, "ngrams": ngrams}
+    options["hidden_states"] = hidden_states
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 
