@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ufbert.compress.job import Job
 from ufbert.compress.magnitude import magnitude
 from ufbert.compress.material import read_material
+from ufbert.compress.prune import prune
 from ufbert.compress.report import RESULTS_FILE
 from ufbert.compress.speed import parse_shape
 from ufbert.errors import UserError
@@ -28,6 +29,7 @@ from ufbert.runtime.last_command import last_commands
 from ufbert.runtime.typed import read_typed
 
 METHODS: dict[str, Callable[[Job], Any]] = {
+    "prune": prune,
     "magnitude": magnitude,
 }
 """The function of each method."""

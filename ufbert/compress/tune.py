@@ -33,8 +33,8 @@ from ufbert.runtime.signals import StopSignals
 
 SCHEDULE = FinetuneConfig(schedule="linear", warmup=0.1, adam_b2=0.999, clip_norm=1.0)
 """AdamW with a rate that rises for a tenth of the budget and then falls to zero."""
-SAVES = 10
-"""Checkpoints over the budget."""
+SAVE_SECONDS = 120.0
+"""Seconds of the budget between two checkpoints."""
 
 Masks = Mapping[str, Any]
 """A tree of 0 and 1 by the names of parameters, for those that are kept at zero in places; it broadcasts to their shape."""
@@ -68,8 +68,8 @@ def even_pairs(student_layers: int, teacher_layers: int) -> tuple[tuple[int, int
     return tuple((i, (i + 1) * teacher_layers // student_layers - 1) for i in range(student_layers))
 
 
-def start_state(lesson: Lesson, masks: Masks | None = None) -> TuneState:
-    """Return the state of a tuning that begins with the student's weights, zero where `masks` are."""
+def start_state(lesson: Lesson, masks: Masks | None = None, step: int = 0) -> TuneState:
+    """Return the state of a tuning that begins with the student's weights, zero where `masks` are, at update `step`."""
     params: dict[str, Any] = {"student": masked(lesson.student.params, masks or {})}
     teacher, width = lesson.teacher, lesson.student.config.d_model
     if teacher is not None and lesson.pairs and teacher.config.d_model != width:
@@ -77,7 +77,7 @@ def start_state(lesson: Lesson, masks: Masks | None = None) -> TuneState:
         params["projection"] = width**-0.5 * jax.random.normal(key, (width, teacher.config.d_model))
     params = jax.tree.map(jnp.array, params)  # its own: the state is donated
     opt_state = make_optimizer(SCHEDULE).init(params)
-    return TuneState(params, opt_state, jax.tree.map(jnp.asarray, dict(masks or {})), jnp.zeros((), jnp.int32))
+    return TuneState(params, opt_state, jax.tree.map(jnp.asarray, dict(masks or {})), jnp.array(step, jnp.int32))
 
 
 def masked(params: nn.Params, masks: Masks) -> dict[str, Any]:
@@ -125,13 +125,13 @@ class Tuning:
         key = jax.random.key(options.seed)
         metrics = Writer([JsonlWriter(self.folder / "metrics.jsonl", step)])
         in_flight: tuple[dict[str, Any], Array] | None = None
-        saved = int(SAVES * self.clock.fraction(step))
+        saved = self.clock.spent()
         try:
             with StopSignals() as signals, phase("tuning"):
                 while self.clock.fraction(step) < until and not self.clock.done(step):
                     fraction = self.clock.fraction(step)
-                    if signals.asked is not None or int(SAVES * fraction) > saved:
-                        saved = int(SAVES * fraction)
+                    if signals.asked is not None or self.clock.spent() > saved + SAVE_SECONDS:
+                        saved = self.clock.spent()
                         self._save(step, state, signals)
                     if signals.asked is not None:
                         raise Interrupted(
@@ -223,11 +223,16 @@ def hidden_distance(student: Array, teacher: Array, real: Array, projection: Arr
     return distance / jnp.maximum(jnp.sum(weight * jnp.square(teacher)), 1e-6)
 
 
-def tuned(lesson: Lesson, clock: Clock, folder: Path, masks: Masks | None = None, name: str = "tuning") -> ModelFolder:
-    """Tune a student to the end of the clock, or go on where an earlier session stopped, and return it."""
+def tuned(
+    lesson: Lesson, clock: Clock, folder: Path, masks: Masks | None = None, name: str = "tuning", step: int = 0
+) -> ModelFolder:
+    """Tune a student to the end of the clock, or go on where an earlier session stopped, and return it.
+
+    A part of a tuning has a `name`, and begins at update `step`.
+    """
     tuning = Tuning(lesson, clock, folder, name)
     try:
-        state = tuning.run(tuning.restored(start_state(lesson, masks)))
+        state = tuning.run(tuning.restored(start_state(lesson, masks, step)))
     finally:
         tuning.close()
     return replace(lesson.student, params=state.params["student"])

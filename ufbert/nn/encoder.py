@@ -129,7 +129,7 @@ class Encoder(nn.Module):
                 x, y = taken(x, y) + near, None
             if (lower := cfg.skips[i]) is not None:
                 x, y = taken(x, y) + skip_scales[lower] * outputs[lower], None
-            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
+            block = Block(cfg.of_layer(i), mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
             x, y, aux[name] = block(x, y, context._replace(values=values[i]), keys[i + 1])
             if cfg.unet_skips:
                 x, y = taken(x, y), None

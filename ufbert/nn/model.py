@@ -34,7 +34,7 @@ def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
     mixer, feedforward = config.layers[i]
     # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
-        config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
+        config.of_layer(i), n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
         tree_backend="gather", unet_skips=False, value_embeddings=0, ngram_layer=0,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from ufbert.config.checks import NotNegative, Positive, Seed, Share, Size, SizeO
 from ufbert.options.ending import EndOptions
 from ufbert.options.finetune import TaskOptions
 
-Method = Literal["magnitude"]
+Method = Literal["prune", "magnitude"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,43 @@ class TuneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(TuneOptions, TaskOptions, EndOptions):
+class PruneOptions:
+    """What pruning takes away, and how it chooses."""
+
+    keep_heads: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    """prune: heads of each layer that stay; 0 keeps all."""
+    keep_layers: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """prune: layers that stay; 0 keeps all. Those go first without which the loss is least."""
+    keep_depth: Annotated[int, Meta(ge=-1, le=20)] = -1
+    """prune: depth of trees after their least used branches have gone; -1 keeps it."""
+    target_latency: str = ""
+    """prune: milliseconds that a call of --shape with the first of --types may take, as 10ms. Instead of --keep and
+    --keep-heads, the largest share of neurons and heads is taken that reaches it on this machine."""
+    score: Literal["first-order", "magnitude"] = "first-order"
+    """prune: what chooses: the change of the loss to first order, |sum of w g| over --calibration batches, or the norm of the
+    weights. Without rows it is magnitude."""
+    spread: Literal["even", "free"] = "even"
+    """prune: even takes the same share from every layer; free lets the layers compete, so that they end up unequal."""
+    calibration: Size = 16
+    """prune: batches of rows that scores are computed on."""
+    ramp: Share = 0.4
+    """prune: share of the budget over which parts go, by a cubic schedule: many at first, few at last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(PruneOptions, TuneOptions, TaskOptions, EndOptions):
     """Make a smaller or faster child of a model folder, and state what it lost: points, or nats, against milliseconds. The
     child lies in OUT/model, a model folder like any other; OUT/report.html and report.md compare both."""
 
     folder: Annotated[str, Positional]
     """Model folder, pretrained or fine-tuned, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     method: Method
-    """magnitude: sets the smallest weights to zero, which makes nothing faster."""
+    """prune: takes away hidden neurons, heads, layers and branches of trees, with what is left taught by the whole model.
+    magnitude: sets the smallest weights to zero, which makes nothing faster."""
     out: str
     """Folder for the child and the report; it must not exist, or be what --resume goes on with."""
     keep: float = 1.0
-    """magnitude: share of the weights that stays."""
+    """prune: share of the hidden neurons of a feedforward, leaf or expert that stays. magnitude: share of the weights."""
     resume: bool = False
     """Go on with the compression in --out, within what is left of its budget; give the same options."""
     shape: str = "1x128"
@@ -77,6 +102,17 @@ class CompressOptions(TuneOptions, TaskOptions, EndOptions):
 
 
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "prune": (
+        "keep",
+        "keep_heads",
+        "keep_layers",
+        "keep_depth",
+        "target_latency",
+        "score",
+        "spread",
+        "calibration",
+        "ramp",
+    ),
     "magnitude": ("keep",),
 }
 """Options that belong to some methods only, by method; the others are everybody's."""
