@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ufbert import nn
-from ufbert.compress.depth import layer_pairs, layers_to_keep, with_depth, with_layers
+from ufbert.compress.depth import layer_pairs, layers_to_keep, with_depth, with_layers, with_own_leaves
 from ufbert.compress.job import Job, finish, usable_types
 from ufbert.compress.parts import (
     Group,
@@ -56,6 +56,7 @@ def prune(job: Job) -> None:
     if options.keep_depth >= 0:
         student = with_depth(student, options.keep_depth, material, options.calibration, options.seed)
         notes.append(f"Trees are {options.keep_depth} deep instead of {job.model.config.tree_depth}.")
+    student = with_own_leaves(student)
     plan = plan_of(job, student, choice.share)
     if job.tunes:
         pairs = layer_pairs(choice.layers, job.model.config.n_layers)
@@ -88,7 +89,7 @@ def _choice(job: Job) -> _Choice:
         layers = layers_to_keep(job.model, options.keep_layers, job.material, options.calibration, options.seed)
         notes.append(f"Layers that stay: {', '.join(map(str, layers))}.")
     if options.target_latency:
-        share, sentence = search_latency(job, with_layers(job.model, layers))
+        share, sentence = search_latency(job, with_own_leaves(with_layers(job.model, layers)))
         notes.append(sentence)
     for sentence in notes:
         say(sentence)
