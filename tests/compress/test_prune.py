@@ -169,33 +169,29 @@ def test_a_stopped_pruning_goes_on_to_the_same_child(tuned_folder, toy_task, tmp
     assert after.parameters < before.parameters
     assert after.flops < before.flops
     assert results.updates == 8
-    child = load_model(tmp_path / "whole" / "model")
+    child, out, plain = load_model(tmp_path / "whole" / "model"), tmp_path / "stopped", TaskMaterial.batch
     assert (child.config.d_hidden, child.config.n_heads, child.config.head_width) == (12, 1, 16)
-    for stop in (2, 6):  # during the ramp, and after it
-        plain, asked = TaskMaterial.batch, {stop}
+    stops = [6, 3]  # after the ramp, and before that during it, at its first stages' end
 
-        def batch(self, step, plain=plain, asked=asked):
-            if step in asked:
-                asked.clear()
-                signal.raise_signal(signal.SIGTERM)
-            return plain(self, step)
+    def batch(self, step):
+        if step >= 2 and step == stops[-1]:
+            stops.pop()
+            stops.insert(0, 10**6)
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, step)
 
-        out = tmp_path / f"stopped-{stop}"
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(Interrupted, match="go on with the same command and --resume"),
-        ):
-            patch.setattr(TaskMaterial, "batch", batch)
-            patch.setattr(prune, "by_first_order", lambda params, config, groups, *rest: by_magnitude(params, groups))
-            call("compress", options(tuned_folder, out, *cut, "--score=magnitude"))
-        with pytest.raises(UserError, match="was started with --keep=0.5; it cannot go on with --keep=0.25"):
-            call("compress", options(tuned_folder, out, *cut, "--score=magnitude", "--keep=0.25", "--resume"))
-        call("compress", options(tuned_folder, out, *cut, "--score=magnitude", "--resume"))
-        with pytest.raises(UserError, match="is finished"):
-            call("compress", options(tuned_folder, out, *cut, "--score=magnitude", "--resume"))
-    first, second = (flatten(load_model(tmp_path / f"stopped-{stop}" / "model").params) for stop in (2, 6))
-    for path, array in first.items():
-        np.testing.assert_array_equal(array, second[path], err_msg=path)
+    monkeypatch.setattr(TaskMaterial, "batch", batch)
+    for resume in ([], ["--resume"]):
+        with pytest.raises(Interrupted, match="go on with the same command and --resume"):
+            call("compress", options(tuned_folder, out, *cut, *resume))
+    with pytest.raises(UserError, match=r"was started with --keep=0\.5; it cannot go on with --keep=0\.25"):
+        call("compress", options(tuned_folder, out, *cut, "--keep=0.25", "--resume"))
+    call("compress", options(tuned_folder, out, *cut, "--resume"))
+    with pytest.raises(UserError, match="is finished"):
+        call("compress", options(tuned_folder, out, *cut, "--resume"))
+    wanted, found = flatten(child.params), flatten(load_model(out / "model").params)
+    for path, array in wanted.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
 @pytest.mark.parametrize(
