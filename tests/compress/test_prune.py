@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import COMPRESS
 
@@ -22,7 +23,9 @@ from ufbert.compress.tune import masked
 from ufbert.cost.flops import forward_flops_per_token
 from ufbert.data.encode import Encoded
 from ufbert.errors import Interrupted, UserError
+from ufbert.hub.convert import export_model, import_weights, read_checkpoint
 from ufbert.hub.folder import ModelFolder, flatten, load_model, save_model
+from ufbert.hub.onnx_export import export_onnx
 from ufbert.inference.engine import Engine
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(5, 60, (3, 40)))
@@ -83,6 +86,27 @@ def test_layers_that_compete_end_up_unequal_and_travel_everywhere(numbered, tmp_
         np.testing.assert_allclose(found, hidden(reference), atol=tolerance)
     fresh = nn.init(config, jax.random.key(0))
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, dict(loaded.params))
+    export_onnx(loaded, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = np.asarray(IDS[:, :16], np.int64)
+    found = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+    np.testing.assert_allclose(found, hidden(reference), atol=1e-4)
+    with pytest.raises(UserError, match=r"cannot express this model: .*head_width=8"):
+        export_model(loaded, tmp_path / "hf", "hf")
+
+
+def test_a_model_of_fewer_neurons_alone_travels_to_hugging_face_and_back(numbered, tmp_path):
+    model = numbered("bert", "masked_lm", pooler_width=32)
+    groups = neuron_groups(model.config)
+    kept = keep_best(by_magnitude(model.params, groups), groups, {group.out: 9 for group in groups})
+    params, config = without(model.params, model.config, kept, groups)
+    assert (config.d_hidden, config.layer_hidden) == (9, ())
+    export_model(replace(model, params=params, config=config), tmp_path / "hf", "hf")
+    tensors, values, _ = read_checkpoint(tmp_path / "hf")
+    assert values["intermediate_size"] == 9
+    back = import_weights(tensors, values, "it")
+    for path, array in flatten(params).items():
+        np.testing.assert_array_equal(flatten(back.params)[path], array)
 
 
 def forced(model: ModelFolder, path: str, node: int, right: bool) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ufbert import nn
-from ufbert.compress.material import Material, group_gradients
+from ufbert.compress.material import Material, loss_gradient
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, flatten, unflatten
@@ -163,7 +163,7 @@ def _branch_scores(
 
     if material is None:
         return {path: each(path, np.sqrt(np.square(flat[path]).sum(-1))) for path in paths}
-    gradient, key = group_gradients(material, config), jax.random.key(seed)
+    gradient, key = loss_gradient(material, config), jax.random.key(seed)
     scores: dict[str, Any] = dict.fromkeys(paths, 0.0)
     with phase("scoring the branches"):
         for number in range(batches):

@@ -106,8 +106,7 @@ class Tuning:
         self.config = config if teacher is None else replace(config, dropout=0.0)
         self._update = jax.jit(partial(_update, lesson, self.config), donate_argnums=0)
         self._teacher = None if teacher is None else jax.tree.map(jnp.asarray, dict(teacher.params))
-        identity = {"tuning": f"{name} {lesson.options}"}
-        self._checkpoints = Checkpoints(folder / "checkpoints" / name, identity, keep=1)
+        self._checkpoints = Checkpoints(folder / "checkpoints" / name, {"tuning": name}, keep=1)
         self._compiled: set[tuple[Any, ...]] = set()
 
     def restored(self, fresh: TuneState) -> TuneState:
