@@ -80,3 +80,18 @@ def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
         (commit, f"{s['heldout_loss']:.3f}", f"{s['tokens'] / 1e6:.2f}", f"{s['steps']:,}") for commit, s in facts
     ]
     assert len(rows) == 7
+
+
+def test_the_table_of_pruned_models_is_that_of_its_file():
+    page = (ROOT / "docs" / "compression.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (SST-2|STS-B) \| \w+ ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| .* \| ([\d.]+) .* \| ([\d.]+) ", page, re.M
+    )
+    runs = json.loads((ROOT / "notebooks" / "results" / "prune_minilm.json").read_text(encoding="utf-8"))["runs"]
+    expected = []
+    for run in runs:
+        (before, after), metric = run["rows"], run["metrics"][0]
+        scores = [f"{100 * row['scores'][metric]:.1f}" for row in (before, after)]
+        faster = [f"{after['faster'][kind][1]:.2f}" for kind in ("float32", "int8")]
+        expected.append((run["material"].split(":")[0], *scores, f"{after['lost']:.1f}", *faster))
+    assert rows == expected
