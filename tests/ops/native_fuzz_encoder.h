@@ -50,7 +50,7 @@ struct Layer {
     return packed.data + (size - start % size) % size;
   }
   void run(const float* rows, int64_t count, float* to, int64_t threads) const {
-    const Linear l{count, d, f, rows, at(), type == kInt8 ? scale.data : nullptr, biased ? bias.data : nullptr, to, type};
+    const Linear l{count, d, f, rows, at(), type == kInt8 ? scale.data : nullptr, biased ? bias.data : nullptr, nullptr, to, type};
     if (ufbert_linear(&l, threads)) mismatch("there are no kernels");
   }
 

@@ -82,6 +82,26 @@ def test_a_row_s_product_depends_neither_on_its_company_nor_on_threads(dtype):
         )
 
 
+@pytest.mark.parametrize("shape", WIDTHS)
+def test_rows_rounded_by_a_given_step_are_the_product_of_what_they_are_rounded_to(shape):
+    b, d, f = shape
+    x, scale = draw(b, d), np.abs(draw(f, seed=1)) + np.float32(0.1)
+    w = np.random.default_rng(2).integers(-127, 128, (d, f)).astype(np.int8)
+    step, zero = np.float32(0.011), 97
+    packed = native.pack_rounded(w, scale, np.array([step, zero], np.float32))
+    n = np.clip(np.rint(x * (np.float32(1) / step)) + zero, 0, 255) - zero
+    wanted = (n @ w.astype(np.float64)) * (scale.astype(np.float64) * step)
+    np.testing.assert_allclose(linear(x, packed, None, f), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_are_rounded_already_are_packed_as_they_are():
+    x, w = draw(9, 33), draw(33, 40, seed=1)
+    scale = np.abs(w).max(axis=0) / np.float32(127)
+    rounded = np.rint(w / scale).astype(np.int8)
+    found = linear(x, native.pack_rounded(rounded, scale, np.zeros(0, np.float32)), None, 40)
+    np.testing.assert_array_equal(found, linear(x, native.pack(w, "int8"), None, 40))
+
+
 @pytest.mark.parametrize("dtype", native.TYPES)
 def test_what_is_no_number_stays_none(dtype):
     x, packed = draw(4, 40), native.pack(draw(40, 20, seed=1), dtype)
@@ -146,8 +166,8 @@ def test_layer_norm_is_its_formula(shape):
 
 
 WRONG = [
-    ("linear", (2, 4), [zeros(20), zeros(0), zeros(0)], (2, 3), "not packed for rows of this width"),
-    ("linear", (2, 4), [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0)], (2, 3), "float32, bfloat16 or int8"),
+    ("linear", (2, 4), [zeros(20), zeros(0), zeros(0), zeros(0)], (2, 3), "not packed for rows of this width"),
+    ("linear", (2, 4), [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0), zeros(0)], (2, 3), "float32, bfloat16 or int8"),
     ("norm", (2, 4), [zeros(3), zeros(0)], (2, 4), "rows' shapes do not fit"),
     ("norm", (8,), [zeros(4), zeros(0)], (8,), "rows are"),
     ("attention", (1, 2, 3, 1, 4), [zeros(1, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),

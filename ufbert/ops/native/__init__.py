@@ -12,6 +12,7 @@ from ufbert.ops.native.calls import (
     leaf_forward,
     linear,
     pack,
+    pack_rounded,
     quantize,
     restore,
     routed_forward,

@@ -55,7 +55,10 @@ extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // 
   return kernels ? kernels->packed_size(d, f, Type(type)) : -1;
 }
 extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads) {
-  return compute(&Kernels::pack, Pack{d, f, w, packed, scale, Type(type)}, threads);
+  return compute(&Kernels::pack, Pack{d, f, w, nullptr, packed, scale, Type(type)}, threads);
+}
+extern "C" int ufbert_pack_rounded(int64_t d, int64_t f, const int8_t* rounded, void* packed, int64_t threads) {
+  return compute(&Kernels::pack, Pack{d, f, nullptr, rounded, packed, nullptr, kInt8}, threads);
 }
 #define C_FUNCTION(kernel, Call) \
   extern "C" int ufbert_##kernel(const Call* call, int64_t threads) { return compute(&Kernels::kernel, *call, threads); }
@@ -269,7 +272,7 @@ ffi::Error add(F32 left, F32 right, ffi::Result<F32> y, int64_t threads) {
   return run(&Kernels::add, a, threads);
 }
 
-ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result<F32> y, int64_t threads) {
+ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, F32 input, ffi::Result<F32> y, int64_t threads) {
   Linear l{};
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
   l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
@@ -279,6 +282,8 @@ ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result
   if (int64_t(packed.size_bytes()) != kernels->packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
     return wrong("these weights were not packed for rows of this width by kernels like these");
   if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
+  if (!(has(input, 0) || (l.type == kInt8 && has(input, 2)))) return wrong("rows are rounded by a step and a zero, with int8 weights");
+  l.input = data_or_null(input);
   l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
   l.y = y->typed_data();
   return run(&Kernels::linear, l, threads);
@@ -317,7 +322,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_norm, norm,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_add, add,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_linear, linear,
-                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
+                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<int64_t>("threads"));
 
 #endif

@@ -41,14 +41,25 @@ void pack_as(const Pack& p, Pool& pool, F element) {
     auto* w = out + first * kPanel * depth;
     for (int64_t i = 0; i < depth; i += Kind::kDeep)
       for (int64_t c = first * kPanel; c < (first + 1) * kPanel; ++c)
-        for (int64_t j = i; j < i + Kind::kDeep; ++j) *w++ = j < p.d && c < p.f ? element(p.w[j * p.f + c], c) : 0;
+        for (int64_t j = i; j < i + Kind::kDeep; ++j) *w++ = j < p.d && c < p.f ? element(j, c) : 0;
   };
   for_each(pool, whole(p.f, kPanel) / kPanel, panel);
 }
 
+// Bytes, and the sums of their columns.
+template <typename F>
+void pack_bytes(const Pack& p, Pool& pool, F element) {
+  pack_as<Bytes8>(p, pool, element);
+  auto* sums = reinterpret_cast<int32_t*>(static_cast<int8_t*>(p.packed) + packed_elements<Bytes8>(p.d, p.f));
+  std::memset(sums, 0, 4 * whole(p.f, kPanel));
+  for (int64_t i = 0; i < p.d; ++i)
+    for (int64_t c = 0; c < p.f; ++c) sums[c] += element(i, c);
+}
+
 void pack(const Pack& p, Pool& pool) {
-  if (p.type == kFloat32) return pack_as<Floats>(p, pool, [](float x, int64_t) { return x; });
-  if (p.type == kBfloat16) return pack_as<Halfs>(p, pool, [](float x, int64_t) { return half(x); });
+  if (p.type == kFloat32) return pack_as<Floats>(p, pool, [&](int64_t i, int64_t c) { return p.w[i * p.f + c]; });
+  if (p.type == kBfloat16) return pack_as<Halfs>(p, pool, [&](int64_t i, int64_t c) { return half(p.w[i * p.f + c]); });
+  if (p.rounded) return pack_bytes(p, pool, [&](int64_t i, int64_t c) { return p.rounded[i * p.f + c]; });
   std::vector<float> nothing(p.f, 0.0f);
   for (int64_t c = 0; c < p.f; ++c) p.scale[c] = 0.0f;
   for (int64_t i = 0; i < p.d; ++i)
@@ -57,12 +68,9 @@ void pack(const Pack& p, Pool& pool) {
       nothing[c] += p.w[i * p.f + c] * 0.0f;  // stays zero unless there is an infinity or NaN: then the column is NaN
     }
   for (int64_t c = 0; c < p.f; ++c) p.scale[c] = nothing[c] == 0.0f ? std::max(p.scale[c], 1e-35f) / 127.0f : NAN;
-  auto element = [&](float x, int64_t c) { return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(x / p.scale[c])) : int8_t(0); };
-  pack_as<Bytes8>(p, pool, element);
-  auto* sums = reinterpret_cast<int32_t*>(static_cast<int8_t*>(p.packed) + packed_elements<Bytes8>(p.d, p.f));
-  std::memset(sums, 0, 4 * whole(p.f, kPanel));
-  for (int64_t i = 0; i < p.d; ++i)
-    for (int64_t c = 0; c < p.f; ++c) sums[c] += element(p.w[i * p.f + c], c);
+  pack_bytes(p, pool, [&](int64_t i, int64_t c) {
+    return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(p.w[i * p.f + c] / p.scale[c])) : int8_t(0);
+  });
 }
 
 // Pieces of the output: some rows by some panels. Panels are divided first, so that each weight is read by one thread.
@@ -122,8 +130,8 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-// Round a row to int8; `scale` is the factor that restores it.
-void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float& scale) {
+// Round a row to int8, by a step and a zero that are given or else its own; `scale` is the step, or NaN.
+void round_row(const float* x, int64_t d, const float* input, Bytes8::Row* to, int64_t depth, float& scale) {
   Vector most = {}, nothing = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
@@ -139,14 +147,20 @@ void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float&
     scale = NAN;
     return;
   }
-  scale = std::max(largest, 1e-35f) / 127.0f;  // the floor keeps a row of zeros from a division by zero
+  scale = input ? input[0] : std::max(largest, 1e-35f) / 127.0f;  // the floor keeps a row of zeros from a division by zero
+  const float low = input ? -input[1] : -127.0f, high = input ? 255.0f - input[1] : 127.0f;
+  const int32_t added = Bytes8::kAdded ? (input ? int32_t(input[1]) : 128) : 0;
   const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
   typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
-  for (i = 0; i + kLanes <= d; i += kLanes) {
-    const Vector n = (load(x + i) * factor + shift) - shift;
-    *reinterpret_cast<Rows*>(to + i) = __builtin_convertvector(__builtin_convertvector(n, Ints) + int32_t(Bytes8::kAdded), Rows);
+  for (i = 0; i < depth; i += kLanes) {
+    const Vector v = load_part(x + i, d - i) * factor;
+    const Vector n = ((v < fill(low) ? fill(low) : (v > fill(high) ? fill(high) : v)) + shift) - shift;
+    const Rows rounded = __builtin_convertvector(__builtin_convertvector(n, Ints) + added, Rows);
+    if (i + kLanes <= depth)
+      *reinterpret_cast<Rows*>(to + i) = rounded;
+    else
+      std::memcpy(to + i, &rounded, sizeof(Bytes8::Row) * (depth - i));
   }
-  for (; i < depth; ++i) to[i] = Bytes8::Row((i < d ? int32_t(std::nearbyint(x[i] * factor[0])) : 0) + Bytes8::kAdded);
 }
 
 void linear_bytes(const Linear& l, Pool& pool) {
@@ -158,9 +172,10 @@ void linear_bytes(const Linear& l, Pool& pool) {
   const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, l.b / 16));
   auto round = [&](int64_t p) {
     for (int64_t i = edge(l.b, parts, p); i < edge(l.b, parts, p + 1); ++i)
-      round_row(l.x + i * l.d, l.d, &rounded[i * depth], depth, scale[i]);
+      round_row(l.x + i * l.d, l.d, l.input, &rounded[i * depth], depth, scale[i]);
   };
   for_each(pool, parts, round);
+  const int32_t zero = !Bytes8::kAdded ? 0 : l.input ? int32_t(l.input[1]) : int32_t(Bytes8::kAdded);
   const Pieces pieces(l.b, l.f, depth * sizeof(rounded[0]), pool.threads);
   auto piece = [&](int64_t i) {
     const int64_t r = i % pieces.rows, c = i / pieces.rows;
@@ -171,9 +186,9 @@ void linear_bytes(const Linear& l, Pool& pool) {
       Vector factor[kWide], bias[kWide] = {};
       for (int64_t v = 0; v < kWide; ++v) {
         const int64_t at = first + v * kLanes;
-        // Rows hold kAdded too much in every element, which adds kAdded times the sum of the column.
+        // Rows hold `zero` too much in every element, which adds as often the sum of the column.
         std::memcpy(&added[v], sums + at, sizeof added[v]);  // padded to whole panels
-        added[v] *= int32_t(Bytes8::kAdded);
+        added[v] *= zero;
         factor[v] = load_part(l.scale + at, l.f - at);
         if (l.bias) bias[v] = load_part(l.bias + at, l.f - at);
       }

@@ -110,23 +110,26 @@ struct Add {
   float* y;
 };
 
-// Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps.
+// Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps, unless
+// they are `rounded` already, with factors that the caller keeps.
 struct Pack {
   int64_t d, f;
-  const float* w;  // d f
-  void* packed;    // packed_size(d, f, type) bytes
-  float* scale;    // f, with int8: the factor of each column
+  const float* w;         // d f; not read with `rounded`
+  const int8_t* rounded;  // d f, optional, with int8
+  void* packed;           // packed_size(d, f, type) bytes
+  float* scale;           // f, with int8: the factor of each column; not written with `rounded`
   Type type;
 };
 
-// y = x w + bias, from packed weights. With int8, rows are rounded to 255 even steps, too; with bfloat16, where the processor
-// multiplies such numbers.
+// y = x w + bias, from packed weights. With int8, rows are rounded, too: to step * (n - zero), n = 0 .. 255, where the caller
+// fixes the two, and else each to 255 even steps of its own. With bfloat16 they are where the processor multiplies such numbers.
 struct Linear {
   int64_t b, d, f;
   const float* x;       // b d
   const void* packed;   // of type
   const float* scale;   // f, with int8
   const float* bias;    // f, optional
+  const float* input;   // step and zero, optional, with int8
   float* y;             // b f
   Type type;
 };
