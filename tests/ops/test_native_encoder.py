@@ -167,7 +167,13 @@ def test_layer_norm_is_its_formula(shape):
 
 WRONG = [
     ("linear", (2, 4), [zeros(20), zeros(0), zeros(0), zeros(0)], (2, 3), "not packed for rows of this width"),
-    ("linear", (2, 4), [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0), zeros(0)], (2, 3), "float32, bfloat16 or int8"),
+    (
+        "linear",
+        (2, 4),
+        [zeros(4 * 40, dtype=jnp.float16), zeros(0), zeros(0), zeros(0)],
+        (2, 3),
+        "float32, bfloat16 or int8",
+    ),
     ("norm", (2, 4), [zeros(3), zeros(0)], (2, 4), "rows' shapes do not fit"),
     ("norm", (8,), [zeros(4), zeros(0)], (8,), "rows are"),
     ("attention", (1, 2, 3, 1, 4), [zeros(1, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),

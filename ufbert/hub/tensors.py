@@ -200,16 +200,23 @@ class StoredTensor:
         array[...] = stored
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def as_stored(self) -> np.ndarray:
+        """Read the numbers in the type that the file has."""
+        return np.array(np.memmap(self.path, self.stored, "r", self.offset, self.shape))
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Find every tensor of a safetensors file and read none. Raises UserError if the file is damaged, or holds anything but
-    floating point numbers."""
+
+def stored_tensors(path: Path, *, with_int8: bool = False) -> dict[str, StoredTensor]:
+    """Find every tensor of a safetensors file and read none.
+
+    Raises UserError if the file is damaged, or holds anything but floating point numbers; int8 is let through `with_int8`.
+    """
     length, header = _read_header(path)
     tensors = {
         name: StoredTensor(path, np.dtype(KINDS[entry.dtype]), entry.shape, 8 + length + entry.data_offsets[0])
         for name, entry in header.items()
     }
-    check_floats({name: tensor.stored for name, tensor in tensors.items()}, str(path))
+    types = {name: tensor.stored for name, tensor in tensors.items()}
+    check_floats({name: kind for name, kind in types.items() if not (with_int8 and kind == np.int8)}, str(path))
     return tensors
 
 

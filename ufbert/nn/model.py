@@ -1,10 +1,11 @@
 """A whole model as functions of a configuration and parameters: initialisation, the encoder, and its heads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from ufbert.config import ModelConfig
 from ufbert.nn.encoder import Encoder
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
-from ufbert.nn.layers import Aux
+from ufbert.nn.layers import Aux, Linear
 from ufbert.nn.ngrams import Rows
 from ufbert.ops.losses import Sums
 
@@ -88,6 +89,28 @@ def encode(
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 
+def linear_inputs(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    type_ids: Int[Array, "b t"],
+) -> dict[str, Float[Array, "b t d"]]:
+    """Compute the input of every linear layer of the encoder, by the layer's path. Some on a GPU, which joins layers, are left
+    out."""
+    inputs: dict[str, Array] = {}
+
+    def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: flax.linen.module.InterceptorContext) -> Any:
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            x = args[0].astype(jnp.float32)
+            inputs[".".join(("encoder", *context.module.path))] = x.reshape(*ids.shape, x.shape[-1])
+        return call(*args, **kwargs)
+
+    with flax.linen.intercept_methods(watch):
+        encode(params, config, ids, segment_ids, type_ids=type_ids)
+    return inputs
+
+
 def aux_loss(aux: Mapping[str, Aux]) -> Float[Array, ""]:
     """Add up the weighted losses that layers reported: a mean per token, zero for dense models."""
     totals: dict[str, Float[Array, ""]] = {}
@@ -101,6 +124,15 @@ def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "
     """Compute token logits from hidden states, in float32."""
     apply: Any = MaskedLMHead(config).apply
     return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
+
+
+def masked_lm_rows(
+    params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]
+) -> tuple[Float[Array, "*rows d"], Float[Array, " v"] | None]:
+    """Compute the rows that the decoder of a masked-LM head is multiplied by, and the bias of its logits."""
+    apply: Any = MaskedLMHead(config).apply
+    rows, _, bias = apply({"params": params["masked_lm"]}, hidden, None, method="transformed")
+    return rows, bias
 
 
 def masked_lm_sums(

@@ -5,6 +5,7 @@ from ufbert.ops.native.calls import (
     TYPES,
     Packed,
     Quantized,
+    Weights,
     add,
     attention,
     instruction_set,
