@@ -29,6 +29,10 @@ BELOW = {
     "bench": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
     },
+    "compress": {
+        "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
+        "bench",
+    },
 }  # fmt: skip
 LAUNCHERS = {"api", "cli", "__main__", "__init__"}
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import SMALL
 
 from ufbert import cli
+from ufbert.bench import harness
 from ufbert.config.presets import load_preset
 from ufbert.errors import Interrupted, UserError
 from ufbert.runtime.run_folder import RunFile, Summary, read_run, write_run, write_summary
@@ -228,7 +229,7 @@ def test_a_finished_cell_is_not_run_again_and_more_may_be_added(study_of, capsys
     assert "--train.batch-rows=8" in record.words
     assert session.exit_code == 0
     assert session.command.startswith("ufbert train --config=tiny")
-    assert session.commit == cells.commit()
+    assert session.commit == harness.commit()
     assert session.cores >= 1
     with pytest.raises(UserError, match=r"variant b was started with .*n-trees=2; it cannot go on with .*n-trees=3"):
         study_of(variants=("a", "b: --model.n-trees=3"))

@@ -5,6 +5,7 @@ disturb the other's. Blocks of equal work alternate between them; who begins a r
 ratio is taken of two neighbouring blocks, which see the same machine. Read its median first, then its quartiles.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -253,3 +254,15 @@ def machine_facts() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}
+
+
+def commit() -> str:
+    """Return the commit that the package's code lies in, with -dirty if it was changed, or the package's version."""
+    package = Path(__file__).parent.parent
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "cli.py"], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return importlib.metadata.version("ufbert")

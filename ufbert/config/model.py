@@ -2,7 +2,7 @@
 
 import os
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ MIXER_NAMES = ["attention", "fourier"]
 """Names of the token mixers. `ufbert.nn.registry` has an entry for each, and adds those that a user registers."""
 
 
-FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "routed_tree", "switch"]
+FEEDFORWARD_NAMES = ["dense", "glu", "tree", "leaf_tree", "routed_tree", "switch", "none"]
 """Names of the feedforwards, likewise."""
 
 
@@ -48,16 +48,24 @@ class ModelConfig:
     n_layers: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Number of blocks, each a token mixer and a feedforward."""
     n_heads: Size = 12
-    """Attention heads; `d_model` must be a multiple of it."""
+    """Attention heads; `d_model` must be a multiple of it, unless `head_width` says how wide they are."""
+    head_width: SizeOrNone = 0
+    """Width of a head; 0 for `d_model` / `n_heads`. A model that has lost heads keeps the width of the others."""
+    layer_heads: tuple[Size, ...] = ()
+    """Heads of each layer, bottom first, where they differ, as pruning may leave them; empty for `n_heads` in every layer.
+    Needs `head_width`."""
     mixer: tuple[str, ...] = ("attention",)
     """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
     the bottom up."""
     feedforward: tuple[str, ...] = ("glu",)
     """Feedforward of each layer: dense, glu, tree (UltraFastBERT), leaf_tree (the original fast feedforward),
-    routed_tree (trees with neurons in their leaves), switch (experts) or one of your own (docs/layers.md); a shorter tuple
-    is repeated from the bottom up."""
+    routed_tree (trees with neurons in their leaves), switch (experts), none or one of your own (docs/layers.md); a shorter
+    tuple is repeated from the bottom up."""
     d_hidden: Size = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
+    layer_hidden: tuple[Size, ...] = ()
+    """Hidden width of each layer, bottom first, where they differ, as pruning may leave them; empty for `d_hidden` in every
+    layer."""
     activation: ActivationName = "gelu"
     """Nonlinearity of dense feedforwards, GLU gates, leaves, experts and the masked-LM head."""
     n_trees: Size = 1
@@ -198,8 +206,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "model.")
-        if self.d_model % self.n_heads:
-            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        self._check_widths()
         if self.n_trees * self.nodes_per_tree > 2**24:
             raise UserError(
                 f"model.n_trees {self.n_trees} of model.tree_depth {self.tree_depth} have more than 2^24 nodes."
@@ -214,12 +221,27 @@ class ModelConfig:
             _check_known(name, kinds, known)
         self._check_ngrams()
         self._check_depth()
-        if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
-            raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
+        if self.positions == "rotary" and self.width_of_head % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.width_of_head}.")
         if self.pad_id >= self.vocab_size:
             raise UserError(f"model.pad_id is {self.pad_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
         if self.fixed_len > self.max_len:
             raise UserError(f"model.fixed_len {self.fixed_len} is longer than model.max_len {self.max_len}.")
+
+    def _check_widths(self) -> None:
+        """Raise UserError for heads and hidden widths that do not fit the model."""
+        if not self.head_width and self.d_model % self.n_heads:
+            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        for name in ("layer_heads", "layer_hidden"):
+            widths = tuple(getattr(self, name))
+            object.__setattr__(self, name, widths)
+            if len(widths) not in (0, self.n_layers):
+                raise UserError(f"model.{name} has {len(widths)} entries, and the model {self.n_layers} layers.")
+        if self.layer_heads and not self.head_width:
+            raise UserError("model.layer_heads needs model.head_width, for heads of different layers are equally wide.")
+        heads = set(self.layer_heads) or {self.n_heads}
+        if self.value_embeddings and heads != {self.d_model // self.width_of_head}:
+            raise UserError("model.value_embeddings are as wide as the model, and its heads together are not.")
 
     def _check_ngrams(self) -> None:
         """Raise UserError if the fields of the hashed tables contradict each other."""
@@ -256,7 +278,32 @@ class ModelConfig:
         names = [tree if kind == "tree" else kind for kind in kinds]
         mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
         tables = f", {len(self.ngram_keys)} n-gram tables of {self.ngram_rows:,} rows" if self.ngram_rows else ""
-        return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}"
+        return (
+            f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}{self._left_over()}"
+        )
+
+    def _left_over(self) -> str:
+        """Describe heads and hidden widths that are other than the model's width lets expect, as after pruning."""
+        heads, hidden = (" to ".join(map(str, sorted({min(w), max(w)}))) if w else "" for w in self._uneven)
+        heads = f", {heads} heads of {self.head_width}" if heads else ""
+        return heads + (f", {hidden} hidden neurons" if hidden else "")
+
+    @property
+    def _uneven(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.layer_heads or ((self.n_heads,) if self.head_width else ()), self.layer_hidden
+
+    def of_layer(self, i: int) -> "ModelConfig":
+        """Return the configuration that layer i is computed by: heads and hidden width are its own."""
+        if not self.layer_heads and not self.layer_hidden:
+            return self
+        heads = self.layer_heads[i] if self.layer_heads else self.n_heads
+        hidden = self.layer_hidden[i] if self.layer_hidden else self.d_hidden
+        return replace(self, n_heads=heads, d_hidden=hidden, layer_heads=(), layer_hidden=())
+
+    @property
+    def width_of_head(self) -> int:
+        """`head_width`, with 0 resolved."""
+        return self.head_width or self.d_model // self.n_heads
 
     @property
     def nodes_per_tree(self) -> int:

@@ -227,6 +227,9 @@ def deciding_fields(model: ModelConfig, stored: Shapes, expected: Shapes) -> lis
             if size != wanted:
                 fields += [field for field in SIZES if getattr(model, field) == wanted]
                 fields += ["tree_depth"] if wanted in depth and "tree." in path else []
+                fields += ["layer_hidden"] if wanted in model.layer_hidden else []
+                is_heads = ".attention." in path and wanted != model.d_model
+                fields += ["head_width", "layer_heads" if model.layer_heads else "n_heads"] if is_heads else []
     known = {field: f"model.{field}={getattr(model, field)}" for field in vars(model)}
     return [known.get(field, field) for field in dict.fromkeys(fields)]
 

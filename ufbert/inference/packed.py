@@ -115,7 +115,7 @@ def forward(
     if config.value_embeddings:
         values = token_values(config, **encoder["value_embeddings"], ids=ids)
     for i, (mixer, feedforward) in enumerate(config.layers):
-        layer = encoder[name := f"layer_{i:02d}"]
+        layer, cfg = encoder[name := f"layer_{i:02d}"], config.of_layer(i)
         if near is not None and 0 < i == config.ngram_layer:
             x = native.add(x, near)
         context = context._replace(values=values[i])
@@ -123,13 +123,13 @@ def forward(
             x = x + encoder["skip_scales"][lower] * outputs[1 + lower]
         if config.norm == "pre":
             normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
-            x = native.add(x, _compute(mixer, layer, config, normed, context))
+            x = native.add(x, _compute(mixer, layer, cfg, normed, context))
             inputs[name] = _layer_norm(layer["feedforward_norm"], config, x)
-            x = native.add(x, _compute(feedforward, layer, config, inputs[name], context))
+            x = native.add(x, _compute(feedforward, layer, cfg, inputs[name], context))
         else:
-            x = native.add(x, _compute(mixer, layer, config, x, context))
+            x = native.add(x, _compute(mixer, layer, cfg, x, context))
             inputs[name] = x = _layer_norm(layer["mixer_norm"], config, x)
-            x = native.add(x, _compute(feedforward, layer, config, x, context))
+            x = native.add(x, _compute(feedforward, layer, cfg, x, context))
             x = _layer_norm(layer["feedforward_norm"], config, x)
         outputs.append(x)
     return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs, outputs
@@ -219,10 +219,10 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
-    (b, t, d), h = x.shape, config.n_heads
-    qkv = _linear(params["qkv"], x, 3 * d).reshape(b, t, 3, h, d // h)
+    (b, t, d), h, k = x.shape, config.n_heads, config.width_of_head
+    qkv = _linear(params["qkv"], x, 3 * h * k).reshape(b, t, 3, h, k)
     if context.values is not None:
-        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, d // h))
+        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, k))
     if config.qk_norm or config.positions == "rotary":
         q, k = qkv[:, :, 0], qkv[:, :, 1]
         if config.qk_norm:
@@ -232,7 +232,7 @@ def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context)
         qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
     # Fourier mixers of other layers read padding too, so there it must hold what it holds in training.
     mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0)
-    return _linear(params["out"], mixed.reshape(x.shape), d)
+    return _linear(params["out"], mixed.reshape(b, t, h * k), d)
 
 
 def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:

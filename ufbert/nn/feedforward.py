@@ -34,6 +34,16 @@ class DenseFeedForward(nn.Module):
         return dense(cfg, x.shape[-1], "out", closes_block=True)(hidden).astype(jnp.float32), Aux({})
 
 
+class NoFeedForward(nn.Module):
+    """0: the layer is its mixer alone. It has no parameters."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Output:
+        return jnp.zeros_like(x), Aux({})
+
+
 class GluFeedForward(nn.Module):
     """(activation(x W_gate) * x W_value) W_out: GEGLU with the default GELU (Shazeer 2020, arXiv 2002.05202)."""
 

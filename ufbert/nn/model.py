@@ -35,7 +35,7 @@ def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
     mixer, feedforward = config.layers[i]
     # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
-        config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
+        config.of_layer(i), n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
         tree_backend="gather", unet_skips=False, value_embeddings=0, ngram_layer=0,
     )  # fmt: skip
 
@@ -82,10 +82,12 @@ def encode(
     statistics: bool = False,
     causal: bool = False,
     ngrams: Rows | None = None,
+    hidden_states: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal, "ngrams": ngrams}
+    options["hidden_states"] = hidden_states
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
 
 

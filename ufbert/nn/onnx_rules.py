@@ -129,7 +129,7 @@ def ngrams(g: Graph, cfg: ModelConfig, part: Part) -> str:
 
 def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
     """Add multi-head attention."""
-    k = cfg.d_model // cfg.n_heads
+    k = cfg.width_of_head
 
     def heads(name: str) -> str:
         y = g.linear(x, part[name])
@@ -153,7 +153,7 @@ def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
     logits = g.number("Div", g.add("MatMul", heads("query"), heads("key")), math.sqrt(k))
     odds = g.add("Softmax", g.add("Add", logits, context["hidden"]), axis=-1)
     mixed = g.add("Transpose", g.add("MatMul", odds, heads("value")), perm=[0, 2, 1, 3])
-    return g.linear(g.reshape(mixed, 0, 0, cfg.d_model), part["out"])
+    return g.linear(g.reshape(mixed, 0, 0, cfg.n_heads * k), part["out"])
 
 
 def fourier(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
@@ -175,6 +175,11 @@ def glu(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str])
     """Add (activation(x W_gate) * x W_value) W_out."""
     gate = g.activate(g.linear(x, part["gate"]), cfg.activation)
     return g.linear(g.add("Mul", gate, g.linear(x, part["value"])), part["out"])
+
+
+def none(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
+    """Add 0."""
+    return g.constant(0.0)
 
 
 def tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:

@@ -148,7 +148,7 @@ def gradient(
     read: dict[str, Any] = {}
     if tables:
         ids = rows if next_token else mask_rows(run, special, rows, key, inputs.mask_rate).ids
-        read = table_rows(run.model, ids, _segments(run, special, rows), causal=next_token)
+        read = table_rows(run.model, ids, document_segments(run, special, rows), causal=next_token)
 
     def loss(params: Any, gathered: Any) -> tuple[Float[Array, ""], Sums]:
         sums, _ = objective(run, special, params, rows, key, inputs, gathered or None)
@@ -211,7 +211,7 @@ def masked_lm_sums(
     nothing dropped, no noise; and they count what they use. `ngrams` are the rows of hashed tables, if they were looked up.
     """
     masked = mask_rows(run, special, rows, key, None if inputs is None else inputs.mask_rate)
-    model, segments = replace(run.model, dropout=0.0), _segments(run, special, rows)
+    model, segments = replace(run.model, dropout=0.0), document_segments(run, special, rows)
     if inputs is None:
         hidden, aux = nn.encode(params, model, masked.ids, segments, statistics=True, ngrams=ngrams)
     else:
@@ -237,7 +237,7 @@ def next_token_sums(
     `train.next_token_rate` of the positions. `ngrams` are the rows of hashed tables, if they were looked up.
     """
     drawn = next_tokens(rows, key, rate=run.train.next_token_rate, special_ids=(special.pad, special.cls, special.sep))
-    model, segments = replace(run.model, dropout=0.0), _segments(run, special, rows)
+    model, segments = replace(run.model, dropout=0.0), document_segments(run, special, rows)
     noise, progress = jax.random.fold_in(key, 1), inputs.progress
     hidden, aux = nn.encode(
         params, model, rows, segments, key=noise, deterministic=False, progress=progress, causal=True, ngrams=ngrams
@@ -245,7 +245,7 @@ def next_token_sums(
     return _sums(run, params, hidden, drawn, aux), aux
 
 
-def _segments(run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"]) -> Int[Array, "b t"] | None:
+def document_segments(run: RunConfig, special: SpecialIds, rows: Int[Array, "b t"]) -> Int[Array, "b t"] | None:
     """Number the documents of packed rows, if tokens attend to their own only."""
     return 1 + jnp.cumsum(rows == special.cls, axis=1) if run.data.document_attention else None
 

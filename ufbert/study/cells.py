@@ -4,8 +4,6 @@ A study's folder holds `study.json` and, for every cell, `cells/NAME/` with `cel
 `train` printed) and `run/`, an ordinary run folder.
 """
 
-import importlib.metadata
-import subprocess
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -226,15 +224,3 @@ def finished_cells(study: StudyFile, folder: Path) -> list[Cell]:
 def n_cells(study: StudyFile) -> int:
     """Count the cells of the whole study."""
     return len(study.variants) * (max(1, len(study.rates)) + len(study.seeds) - 1)
-
-
-def commit() -> str:
-    """Return the commit that the package's code lies in, with -dirty if it was changed, or the package's version."""
-    package = Path(__file__).parent.parent
-    git = ["git", "-C", str(package)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "cli.py"], capture_output=True, check=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return importlib.metadata.version("ufbert")

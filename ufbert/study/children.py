@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ufbert.bench.harness import machine_facts
+from ufbert.bench.harness import commit, machine_facts
 from ufbert.errors import Interrupted, UserError
 from ufbert.options.study import StudyOptions
 from ufbert.pretrain.budget import parse_budget
@@ -25,7 +25,6 @@ from ufbert.study.cells import (
     CellFile,
     Session,
     StudyFile,
-    commit,
     finished_cells,
     n_cells,
     open_cells,

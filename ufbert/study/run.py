@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from ufbert.bench.harness import commit
 from ufbert.config.checks import shown
 from ufbert.errors import UserError
 from ufbert.options.given import Given, argument_words
@@ -20,7 +21,6 @@ from ufbert.study.cells import (
     STUDY_FILE,
     StudyFile,
     VariantFile,
-    commit,
     finished_cells,
     n_cells,
     read_cell,

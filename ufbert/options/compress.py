@@ -1,0 +1,123 @@
+"""Options of `ufbert compress`. Imports no jax."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+from tyro.conf import Positional
+
+from ufbert.config import Device
+from ufbert.config.checks import NotNegative, Positive, Seed, Share, Size, SizeOrNone
+from ufbert.options.ending import EndOptions
+from ufbert.options.finetune import TaskOptions
+
+Method = Literal["prune", "magnitude"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """The tuning that follows, and the data that it and the scores use."""
+
+    tasks: str = ""
+    """The one GLUE task to tune on and to score, for a model that was fine-tuned for it. Other options describe a task of your
+    own, as for `ufbert finetune`. Without a task, and without --corpus, nothing is tuned or scored."""
+    corpus: str = ""
+    """Text to tune on and to score by masked-LM loss, for a model with that head, instead of a task: demo, text:PATH[,PATH] or
+    hf:NAME[:CONFIG[:FIELD]]."""
+    prepared: str = ""
+    """Folder that keeps prepared text for later runs; by default prepared/ under $UFBERT_CACHE or ~/.cache/ufbert."""
+    max_tokens: Annotated[int, Meta(ge=1, le=10**12)] = 20_000_000
+    """Stop reading the corpus after this many tokens."""
+    train_rows: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    """Use this many training rows of the task, drawn with the seed; 0 uses all."""
+    budget: str = "10m"
+    """Time or updates of the tuning, 24h, 90m, 300s or 200steps; none tunes nothing. Scores, calibration and timing come on
+    top."""
+    lr: NotNegative = 0.0
+    """Peak learning rate; 0 takes 0.04 / d_model, about 5e-5 for BERT's width."""
+    batch_rows: Size = 32
+    """Rows of an update."""
+    max_len: SizeOrNone = 128
+    """Longest row in tokens; longer ones are cut."""
+    teacher_weight: Share = 0.9
+    """Share of the loss that the teacher's logits make up; the labels, or the masked words, make up the rest."""
+    temperature: Positive = 2.0
+    """Divisor of both sides' logits before they become the probabilities that are compared."""
+    hidden_weight: NotNegative = 1.0
+    """Weight of the distance between the hidden states of student and teacher, a mean square over that of the teacher's."""
+    seed: Seed = 0
+    """Seed of the row order, masking and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """What pruning takes away, and how it chooses."""
+
+    keep_heads: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    """prune: heads of each layer that stay; 0 keeps all."""
+    keep_layers: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """prune: layers that stay; 0 keeps all. Those go first without which the loss is least."""
+    keep_depth: Annotated[int, Meta(ge=-1, le=20)] = -1
+    """prune: depth of trees after their least used branches have gone; -1 keeps it."""
+    target_latency: str = ""
+    """prune: milliseconds that a call of --shape with the first of --types may take, as 10ms. Instead of --keep and
+    --keep-heads, the largest share of neurons and heads is taken that reaches it on this machine."""
+    score: Literal["first-order", "magnitude"] = "first-order"
+    """prune: what chooses: the change of the loss to first order, |sum of w g| over --calibration batches, or the norm of the
+    weights. Without rows it is magnitude."""
+    spread: Literal["even", "free"] = "even"
+    """prune: even takes the same share from every layer; free lets the layers compete, so that they end up unequal."""
+    calibration: Size = 16
+    """prune: batches of rows that scores are computed on."""
+    ramp: Share = 0.4
+    """prune: share of the budget over which parts go, by a cubic schedule: many at first, few at last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(PruneOptions, TuneOptions, TaskOptions, EndOptions):
+    """Make a smaller or faster child of a model folder, and state what it lost: points, or nats, against milliseconds. The
+    child lies in OUT/model, a model folder like any other; OUT/report.html and report.md compare both."""
+
+    folder: Annotated[str, Positional]
+    """Model folder, pretrained or fine-tuned, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
+    method: Method
+    """prune: takes away hidden neurons, heads, layers and branches of trees, with what is left taught by the whole model.
+    magnitude: sets the smallest weights to zero, which makes nothing faster."""
+    out: str
+    """Folder for the child and the report; it must not exist, or be what --resume goes on with."""
+    keep: float = 1.0
+    """prune: share of the hidden neurons of a feedforward, leaf or expert that stays. magnitude: share of the weights."""
+    resume: bool = False
+    """Go on with the compression in --out, within what is left of its budget; give the same options."""
+    shape: str = "1x128"
+    """BATCHxTOKENS of a call when both models are timed."""
+    types: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32", "int8")
+    """Types of the weights in the timing; int8 and bfloat16 need the native kernels."""
+    blocks: Size = 10
+    """Rounds of the timing, which alternate between the models; 0.3 s each."""
+    threads: Annotated[int, Meta(ge=0, le=4096)] = 0
+    """Threads on a CPU; 0 takes all cores."""
+    device: Device = "auto"
+    """cpu, gpu or tpu."""
+
+
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "prune": (
+        "keep",
+        "keep_heads",
+        "keep_layers",
+        "keep_depth",
+        "target_latency",
+        "score",
+        "spread",
+        "calibration",
+        "ramp",
+    ),
+    "magnitude": ("keep",),
+}
+"""Options that belong to some methods only, by method; the others are everybody's."""
+
+FREE_ON_RESUME = (
+    "out", "resume", "device", "threads", "prepared", "types", "blocks", "when_done", "when_finished", "when_failed",
+)  # fmt: skip
+"""Options that do not change the child, so that a resumed compression may change them."""
