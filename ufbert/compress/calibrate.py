@@ -62,7 +62,7 @@ def quantized(model: ModelFolder, how: Quantization, rows: Encoded) -> ModelFold
     if absent:
         raise UserError(f"There is no layer {absent[0]} to keep wide; the layers are 0 to {model.config.n_layers - 1}.")
     model = _folded(model)
-    flat = flatten(model.params)
+    flat: dict[str, Any] = {**flatten(model.params)}
     bad = [path for path, array in flat.items() if not np.isfinite(array).all()]
     if bad:
         raise UserError(f"{bad[0]} has numbers that are not finite; take another model folder.")

@@ -24,6 +24,7 @@ from ufbert.glue.scores import dev_metrics
 from ufbert.glue.step import Setting, finetune_steps
 from ufbert.glue.tasks import Examples, Task, TaskData
 from ufbert.hub.folder import ModelFolder
+from ufbert.inference.engine import Engine
 from ufbert.ops.losses import Sums, cross_entropy, distillation, squared_error
 from ufbert.options.compress import CompressOptions
 from ufbert.options.train import TextOptions
@@ -231,6 +232,11 @@ class TaskMaterial(Material):
         return distillation(student.logits, teacher.logits, student.weights, temperature)
 
     def score(self, model: ModelFolder) -> dict[str, float]:
+        if model.quantized is not None:
+            engine = Engine(model)
+            return dev_metrics(self.data, {split: engine.scores(rows) for split, rows in self.dev.items()})[
+                self.data.deciding_split
+            ]
         predict = finetune_steps(Setting(config=model.config, tune=FinetuneConfig())).predict
         stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], model.params)
         with phase("scoring the dev rows", stays=False):

@@ -12,6 +12,7 @@ from ufbert.compress.job import Job
 from ufbert.compress.magnitude import magnitude
 from ufbert.compress.material import read_material
 from ufbert.compress.prune import prune
+from ufbert.compress.quantize import quantize
 from ufbert.compress.report import RESULTS_FILE
 from ufbert.compress.speed import parse_shape
 from ufbert.errors import UserError
@@ -31,6 +32,7 @@ from ufbert.runtime.typed import read_typed
 METHODS: dict[str, Callable[[Job], Any]] = {
     "prune": prune,
     "magnitude": magnitude,
+    "quantize": quantize,
 }
 """The function of each method."""
 

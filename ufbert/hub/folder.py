@@ -140,7 +140,9 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     """Read a model folder, or one of the Hugging Face hub (`hf:OWNER/NAME`), whole or not at all.
 
     With `lazily`, parameters are read whenever they are asked for their numbers, and not kept: an engine that packs them never
-    holds both. Without, those of a quantised folder are made float32, and the model is no longer quantised. Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
+    holds both. Without, those of a quantised folder are made float32, and the model is no longer quantised.
+
+    Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
     """
     folder = model_folder(folder)
     paths = [folder / name for name in MODEL_FILES]

@@ -9,6 +9,7 @@ With static activations each linear layer also has `NAME.input`, float32, two nu
 is rounded, to step * (n - zero), n = 0 .. 255.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from jaxtyping import Float, Int
 
 from ufbert.config.checks import check_kinds
 from ufbert.errors import UserError
-from ufbert.hub.layout import Shapes
 from ufbert.hub.tensors import StoredTensor, first_few
 
 Side = Literal["rows", "columns"]
@@ -85,6 +85,11 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape."""
         return self.whole.shape
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
 
     def integers(self) -> Int[np.ndarray, "..."]:
         """Return the int8 numbers."""

@@ -1,5 +1,6 @@
 """Folders and tensor files, read and written whole or not at all."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,11 @@ class StoredTensor:
     offset: int
     dtype: ClassVar[np.dtype] = np.dtype(np.float32)
     """Type of the numbers it gives; jax takes an array's word for it."""
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         stored = np.memmap(self.path, self.stored, "r", self.offset, self.shape)

@@ -82,13 +82,8 @@ def _predictor(options: AskOptions, model: ModelFolder, texts: Sequence[str]) ->
     """Make the predictor, and print how many of the texts' tokens its narrow weights route otherwise."""
     predictor = Predictor(model, options.dtype, options.exact_routing, truncate=options.truncate)
     narrow = predictor.engine.dtype
-    if (
-        texts
-        and narrow != "float32"
-        and model.quantized is None
-        and not options.exact_routing
-        and "tree" in model.config.feedforward
-    ):
+    rounds_routes = narrow != "float32" and not options.exact_routing and "tree" in model.config.feedforward
+    if texts and rounds_routes and model.quantized is None:
         share = changed_routes(predictor.engine, model, texts[:100])
         print(f"{narrow} weights send {share:.2%} of these tokens another way through a tree", file=sys.stderr)
     return predictor

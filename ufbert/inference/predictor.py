@@ -346,7 +346,12 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
 
     Both paths start from the same hidden state. A model without trees has a share of 0.
     """
-    rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
+    return changed_shares(engine, model, encode_texts(model.tokenizer, list(texts), None, model.config))
+
+
+def changed_shares(engine: Engine, model: ModelFolder, rows: Encoded) -> float:
+    """Measure what `changed_routes` does on encoded texts."""
+    shares = []
     for picks, batch in engine.batches(rows):
         changed = [float(layer.changed) for layer in engine.routing(model, batch)]
         shares.append((sum(changed) / max(1, len(changed)), sum(len(rows.ids[i]) for i in picks)))

@@ -11,7 +11,7 @@ from ufbert.config.checks import NotNegative, Positive, Seed, Share, Size, SizeO
 from ufbert.options.ending import EndOptions
 from ufbert.options.finetune import TaskOptions
 
-Method = Literal["prune", "magnitude"]
+Method = Literal["prune", "magnitude", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,26 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(PruneOptions, TuneOptions, TaskOptions, EndOptions):
+class QuantizeOptions:
+    """How weights are rounded to int8, and on which text that is chosen."""
+
+    texts: tuple[str, ...] = ()
+    """quantize: UTF-8 files with a text on each line, on which factors are chosen and errors measured. By default rows of the
+    task or the corpus are."""
+    activations: Literal["dynamic", "static"] = "dynamic"
+    """quantize: rounding of a linear layer's input. dynamic gives each token a step of its own when it is computed; static
+    fixes one step and zero for all, chosen on the text, which is a little faster and less exact."""
+    keep_wide: str = "none"
+    """quantize: layers whose weights stay float32: none, numbers as 0,5, or auto for those whose rounding alone moves the last
+    hidden states more than twice as far as the median layer's."""
+    wide_tables: bool = False
+    """quantize: keep embeddings and other tables float32."""
+    exact_routing: bool = False
+    """quantize: keep the input weights of trees float32, so that no token takes another way for their rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(QuantizeOptions, PruneOptions, TuneOptions, TaskOptions, EndOptions):
     """Make a smaller or faster child of a model folder, and state what it lost: points, or nats, against milliseconds. The
     child lies in OUT/model, a model folder like any other; OUT/report.html and report.md compare both."""
 
@@ -82,7 +101,8 @@ class CompressOptions(PruneOptions, TuneOptions, TaskOptions, EndOptions):
     """Model folder, pretrained or fine-tuned, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     method: Method
     """prune: takes away hidden neurons, heads, layers and branches of trees, with what is left taught by the whole model.
-    magnitude: sets the smallest weights to zero, which makes nothing faster."""
+    magnitude: sets the smallest weights to zero, which makes nothing faster. quantize: rounds weights to int8, a quarter of
+    the size."""
     out: str
     """Folder for the child and the report; it must not exist, or be what --resume goes on with."""
     keep: float = 1.0
@@ -114,6 +134,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
         "ramp",
     ),
     "magnitude": ("keep",),
+    "quantize": ("texts", "activations", "keep_wide", "wide_tables", "exact_routing"),
 }
 """Options that belong to some methods only, by method; the others are everybody's."""
 
