@@ -240,9 +240,8 @@ def test_the_command_makes_a_folder_and_states_what_it_changed(family, tmp_path,
     assert "mask 1" in capsys.readouterr().out
     call("export", [str(folder / "model"), "--to=onnx", f"--out={tmp_path / 'onnx'}"])
     assert "made float32" in capsys.readouterr().err
-    (tmp_path / "again").mkdir()
+    options = ["--method=quantize", f"--texts={lines}", "--device=cpu", "--blocks=1", "--shape=1x8"]
     with pytest.raises(UserError, match="is quantised already"):
-        options = ["--method=quantize", f"--texts={lines}", "--device=cpu", "--blocks=1", "--shape=1x8"]
         call("compress", [str(folder / "model"), *options, f"--out={tmp_path / 'twice'}"])
 
 

@@ -18,8 +18,8 @@ OurEncoder = Literal[
     "tree-float32", "tree-bfloat16", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8"
 ]
 """A model of ours (BERT with trees; with Fourier mixing and trees; BERT) and the type of its weights."""
-EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
-"""The dense BERT in ONNX Runtime, or by transformers in PyTorch, in float32 or with int8 weights."""
+EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "torch", "torch-int8"]
+"""The dense BERT in ONNX Runtime, in OpenVINO, or by transformers in PyTorch, in float32 or with int8 weights."""
 Variant = Literal["masked", "gather", "native", "pallas", "dense"]
 """The trees computed otherwise, or a dense layer in their place."""
 
@@ -30,7 +30,7 @@ class BenchOptions:
 
     peer_python: str = ""
     """Interpreter of an environment with what the peers need: torch and numpy (torch 2.13 was tried); for encoders torch and
-    transformers, or onnxruntime, onnx and sympy."""
+    transformers, or onnxruntime, onnx and sympy, or openvino and nncf (2026.4 and 3.4 were tried)."""
     peer_script: str = ""
     """Script to run instead of the packaged peer; `ufbert/bench/worker.py` describes what it must answer."""
     blocks: Size = 9
