@@ -250,8 +250,14 @@ def _pack_linears(params: Params, dtype: Width, exact_routing: bool) -> dict[str
 
 
 def _dense(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
-    hidden = ACTIVATIONS[config.activation](_linear(params["in"], x, config.d_hidden))
-    return _linear(params["out"], hidden, config.d_model)
+    return _two_layers(params["in"], params["out"], config, x, config.d_hidden)
+
+
+def _two_layers(first: Params, second: Params, config: ModelConfig, x: Hidden, width: int) -> Hidden:
+    """Compute a linear layer of `width` outputs, the activation, and a linear layer back."""
+    weights = (first["kernel"], first.get("bias"), second["kernel"], second.get("bias"))
+    rows, widths = x.reshape(-1, x.shape[-1]), (width, config.d_model)
+    return native.feed_forward(rows, *weights, widths, activation=config.activation).reshape(x.shape)
 
 
 def _glu(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:

@@ -8,6 +8,7 @@ from ufbert.ops.native.calls import (
     Weights,
     add,
     attention,
+    feed_forward,
     instruction_set,
     layer_norm,
     leaf_forward,

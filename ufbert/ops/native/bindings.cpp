@@ -70,6 +70,7 @@ C_FUNCTION(attention, Attention)
 C_FUNCTION(norm, Norm)
 C_FUNCTION(add, Add)
 C_FUNCTION(linear, Linear)
+C_FUNCTION(feed_forward, FeedForward)
 
 #ifndef UFBERT_WITHOUT_XLA
 
@@ -272,21 +273,43 @@ ffi::Error add(F32 left, F32 right, ffi::Result<F32> y, int64_t threads) {
   return run(&Kernels::add, a, threads);
 }
 
+// Reads the weights of a layer from d to f numbers. Returns what does not fit, or null.
+const char* read_layer(ffi::AnyBuffer packed, F32 scale, F32 bias, F32 input, const Kernels& kernels, Linear& l) {
+  if (!read_type(packed, l.type)) return "weights are float32, bfloat16 or int8";
+  if (int64_t(packed.size_bytes()) != kernels.packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
+    return "these weights were not packed for rows of this width by kernels like these";
+  if (!(has(bias, 0) || has(bias, l.f))) return kUnfitRows;
+  if (!(has(input, 0) || (l.type == kInt8 && has(input, 2)))) return "rows are rounded by a step and a zero, with int8 weights";
+  l.packed = packed.untyped_data(), l.scale = data_or_null(scale);
+  l.bias = data_or_null(bias), l.input = data_or_null(input);
+  return nullptr;
+}
+
 ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, F32 input, ffi::Result<F32> y, int64_t threads) {
   Linear l{};
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
-  l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
-  if (!read_type(packed, l.type)) return wrong("weights are float32, bfloat16 or int8");
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
-  if (int64_t(packed.size_bytes()) != kernels->packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
-    return wrong("these weights were not packed for rows of this width by kernels like these");
-  if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
-  if (!(has(input, 0) || (l.type == kInt8 && has(input, 2)))) return wrong("rows are rounded by a step and a zero, with int8 weights");
-  l.input = data_or_null(input);
-  l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
-  l.y = y->typed_data();
+  l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
+  if (const char* why = read_layer(packed, scale, bias, input, *kernels, l)) return wrong(why);
+  if (y->dimensions()[0] != l.b) return wrong(kUnfitRows);
+  l.x = x.typed_data(), l.y = y->typed_data();
   return run(&Kernels::linear, l, threads);
+}
+
+ffi::Error feed_forward(F32 x, ffi::AnyBuffer in, F32 in_scale, F32 in_bias, F32 in_input, ffi::AnyBuffer out, F32 out_scale,
+                        F32 out_bias, F32 out_input, ffi::Result<F32> y, int64_t width, int32_t activation, int64_t threads) {
+  FeedForward f{};
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 || width < 0) return wrong("rows are (b, d) and (b, o)");
+  if (x.dimensions()[0] != y->dimensions()[0]) return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  f.in.b = f.out.b = x.dimensions()[0], f.in.d = x.dimensions()[1], f.in.f = f.out.d = width, f.out.f = y->dimensions()[1];
+  if (const char* why = read_layer(in, in_scale, in_bias, in_input, *kernels, f.in)) return wrong(why);
+  if (const char* why = read_layer(out, out_scale, out_bias, out_input, *kernels, f.out)) return wrong(why);
+  f.in.x = x.typed_data(), f.out.y = y->typed_data(), f.activation = Activation(activation);
+  return run(&Kernels::feed_forward, f, threads);
 }
 
 }  // namespace
@@ -324,5 +347,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_add, add,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_linear, linear,
                               ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_feed_forward, feed_forward,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
+                                  .Attr<int64_t>("width").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 
 #endif

@@ -59,6 +59,7 @@ def _register(library: ctypes.CDLL) -> None:
         "norm",
         "add",
         "linear",
+        "feed_forward",
     ):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
@@ -101,6 +102,7 @@ _ARGUMENTS = {
     "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
     "routed_forward": "x node_w node_b w_in w_in_scale w_out w_out_scale",
     "linear": "x packed scale bias input",
+    "feed_forward": "x packed scale bias input packed scale bias input",
     "norm": "x scale bias",
     "add": "x y",
     "attention": "qkv segment_ids",
@@ -308,6 +310,31 @@ def linear(
     bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
     args = (x, packed.weights, packed.scale, bias, packed.input)
     return _call("linear", _shape(x.shape[0], width), *args, threads=threads)
+
+
+def feed_forward(
+    x: Float[Array, "b d"],
+    packed_in: Packed,
+    bias_in: Float[Array, " f"] | None,
+    packed_out: Packed,
+    bias_out: Float[Array, " o"] | None,
+    widths: tuple[int, int],
+    *,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> Float[Array, "b o"]:
+    """Compute activation(x w_in + bias_in) w_out + bias_out, as two calls of `linear` would; `widths` are f and o.
+
+    If the input of the second layer is rounded by a given step, its rows are never written in float32.
+    """
+    nothing, (f, o) = jnp.zeros((0,), jnp.float32), widths
+    layers = ((packed_in, bias_in), (packed_out, bias_out))
+    args = [
+        part
+        for packed, bias in layers
+        for part in (packed.weights, packed.scale, nothing if bias is None else bias, packed.input)
+    ]
+    return _call("feed_forward", _shape(x.shape[0], o), x, *args, activation=activation, threads=threads, width=f)
 
 
 def layer_norm(

@@ -94,9 +94,22 @@ INLINE void fetch(const void* p, int64_t bytes, int64_t tile, int64_t tiles) {
     __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 2);
 }
 
+// What becomes of each vector of outputs: numbers at column `at` of a row and beyond.
+struct Store {
+  const Linear& l;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const { store_part(l.y + row * l.f + at, v, l.f - at); }
+};
+struct StoreActivated {
+  const Linear& l;
+  Activation activation;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const {
+    store_part(l.y + row * l.f + at, activated(activation, v), l.f - at);
+  }
+};
+
 // Floats: sums over kDeepest elements at a time are added to y.
-template <typename Kind>
-void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
+template <typename Kind, typename F>
+void multiply_floats(const Linear& l, const typename Kind::Row* x, Pool& pool, F finish) {
   const auto* packed = static_cast<const typename Kind::Weight*>(l.packed);
   const int64_t depth = whole(l.d, Kind::kDeep);
   const Pieces pieces(l.b, l.f, std::min(depth, kDeepest) * sizeof(*x), pool.threads);
@@ -121,7 +134,8 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
             for (int64_t v = 0; v < kWide; ++v) {
               const int64_t at = first + v * kLanes;
               float* y = l.y + (row + r) * l.f + at;
-              store_part(y, sum[r][v] + (k > 0 ? load_part(y, l.f - at) : bias[v]), l.f - at);
+              const Vector so_far = sum[r][v] + (k > 0 ? load_part(y, l.f - at) : bias[v]);
+              k + deep < depth ? store_part(y, so_far, l.f - at) : finish(row + r, at, so_far);
             }
         }
       }
@@ -130,8 +144,40 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-// Round a row to int8, by a step and a zero that are given or else its own; `scale` is the step, or NaN.
-void round_row(const float* x, int64_t d, const float* input, Bytes8::Row* to, int64_t depth, float& scale) {
+// How numbers become int8: the nearest of step * n, n = low .. high, stored as n + added.
+struct Steps {
+  float step, low, high;
+  int32_t added;
+
+  explicit Steps(float largest)  // of a row; the floor keeps a row of zeros from a division by zero
+      : step(std::max(largest, 1e-35f) / 127.0f), low(-127.0f), high(127.0f), added(int32_t(Bytes8::kAdded)) {}
+  explicit Steps(const float* input)
+      : step(input[0]), low(-input[1]), high(255.0f - input[1]), added(Bytes8::kAdded ? int32_t(input[1]) : 0) {}
+
+  // Round kLanes numbers, and store the first `count`.
+  INLINE_MEMBER void store(Vector v, Vector factor, Bytes8::Row* to, int64_t count) const {
+    typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
+    const Vector shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
+    v *= factor;
+    const Vector n = ((v < fill(low) ? fill(low) : (v > fill(high) ? fill(high) : v)) + shift) - shift;
+    const Rows rounded = __builtin_convertvector(__builtin_convertvector(n, Ints) + added, Rows);
+    if (count >= kLanes)
+      *reinterpret_cast<Rows*>(to) = rounded;
+    else
+      std::memcpy(to, &rounded, sizeof(Bytes8::Row) * count);
+  }
+};
+
+// Rows in int8, each with the step that restores it, or NaN.
+struct Rounded {
+  int64_t depth;
+  std::unique_ptr<Bytes8::Row[]> rows;
+  std::unique_ptr<float[]> step;
+  Rounded(int64_t b, int64_t d)
+      : depth(whole(d, Bytes8::kDeep)), rows(new Bytes8::Row[b * depth]), step(new float[b]) {}
+};
+
+void round_row(const float* x, int64_t d, const float* input, Bytes8::Row* to, int64_t depth, float& step) {
   Vector most = {}, nothing = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
@@ -144,39 +190,33 @@ void round_row(const float* x, int64_t d, const float* input, Bytes8::Row* to, i
   for (; i < d; ++i) largest = std::max(largest, std::fabs(x[i])), last += x[i] * 0.0f;
   if (last != 0.0f) {
     std::fill(to, to + depth, Bytes8::Row(Bytes8::kAdded));
-    scale = NAN;
+    step = NAN;
     return;
   }
-  scale = input ? input[0] : std::max(largest, 1e-35f) / 127.0f;  // the floor keeps a row of zeros from a division by zero
-  const float low = input ? -input[1] : -127.0f, high = input ? 255.0f - input[1] : 127.0f;
-  const int32_t added = Bytes8::kAdded ? (input ? int32_t(input[1]) : 128) : 0;
-  const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
-  typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
-  for (i = 0; i < depth; i += kLanes) {
-    const Vector v = load_part(x + i, d - i) * factor;
-    const Vector n = ((v < fill(low) ? fill(low) : (v > fill(high) ? fill(high) : v)) + shift) - shift;
-    const Rows rounded = __builtin_convertvector(__builtin_convertvector(n, Ints) + added, Rows);
-    if (i + kLanes <= depth)
-      *reinterpret_cast<Rows*>(to + i) = rounded;
-    else
-      std::memcpy(to + i, &rounded, sizeof(Bytes8::Row) * (depth - i));
-  }
+  const Steps steps = input ? Steps(input) : Steps(largest);
+  const Vector factor = fill(1.0f / steps.step);
+  for (i = 0; i < depth; i += kLanes) steps.store(load_part(x + i, d - i), factor, to + i, depth - i);
+  step = steps.step;
 }
 
-void linear_bytes(const Linear& l, Pool& pool) {
-  const auto* packed = static_cast<const int8_t*>(l.packed);
-  const auto* sums = reinterpret_cast<const int32_t*>(packed + packed_elements<Bytes8>(l.d, l.f));
-  const int64_t depth = whole(l.d, Bytes8::kDeep);
-  std::vector<Bytes8::Row> rounded(l.b * depth);
-  std::vector<float> scale(l.b);
+Rounded round_rows(const Linear& l, Pool& pool) {
+  Rounded r(l.b, l.d);
   const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, l.b / 16));
   auto round = [&](int64_t p) {
     for (int64_t i = edge(l.b, parts, p); i < edge(l.b, parts, p + 1); ++i)
-      round_row(l.x + i * l.d, l.d, l.input, &rounded[i * depth], depth, scale[i]);
+      round_row(l.x + i * l.d, l.d, l.input, &r.rows[i * r.depth], r.depth, r.step[i]);
   };
   for_each(pool, parts, round);
+  return r;
+}
+
+template <typename F>
+void multiply_bytes(const Linear& l, const Rounded& x, Pool& pool, F finish) {
+  const auto* packed = static_cast<const int8_t*>(l.packed);
+  const auto* sums = reinterpret_cast<const int32_t*>(packed + packed_elements<Bytes8>(l.d, l.f));
+  const int64_t depth = x.depth;
   const int32_t zero = !Bytes8::kAdded ? 0 : l.input ? int32_t(l.input[1]) : int32_t(Bytes8::kAdded);
-  const Pieces pieces(l.b, l.f, depth * sizeof(rounded[0]), pool.threads);
+  const Pieces pieces(l.b, l.f, depth * sizeof(x.rows[0]), pool.threads);
   auto piece = [&](int64_t i) {
     const int64_t r = i % pieces.rows, c = i / pieces.rows;
     const int64_t top = pieces.row(r), end = pieces.row(r + 1);
@@ -196,14 +236,13 @@ void linear_bytes(const Linear& l, Pool& pool) {
         const int64_t rows = std::min<int64_t>(kTall, end - row);
         fetch(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall, (end - top + kTall - 1) / kTall);
         Ints sum[kTall][kWide];
-        multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
+        multiply<Bytes8>(rows, &x.rows[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
                          kPanel);
         for (int64_t r = 0; r < rows; ++r) {
-          const Vector by = fill(scale[row + r]);
+          const Vector by = fill(x.step[row + r]);
           for (int64_t v = 0; v < kWide; ++v) {
-            const int64_t at = first + v * kLanes;
             const Vector exact = __builtin_convertvector(sum[r][v] - added[v], Vector);
-            store_part(l.y + (row + r) * l.f + at, exact * (factor[v] * by) + bias[v], l.f - at);
+            finish(row + r, first + v * kLanes, exact * (factor[v] * by) + bias[v]);
           }
         }
       }
@@ -212,14 +251,16 @@ void linear_bytes(const Linear& l, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-void linear(const Linear& l, Pool& pool) {
+template <typename F>
+void linear_as(const Linear& l, Pool& pool, F finish) {
   if (l.b == 0 || l.f == 0) return;
   if (l.d == 0) {
-    for (int64_t i = 0; i < l.b * l.f; ++i) l.y[i] = l.bias ? l.bias[i % l.f] : 0.0f;
+    for (int64_t i = 0; i < l.b; ++i)
+      for (int64_t at = 0; at < l.f; at += kLanes) finish(i, at, l.bias ? load_part(l.bias + at, l.f - at) : Vector{});
     return;
   }
-  if (l.type == kInt8) return linear_bytes(l, pool);
-  if (l.type == kFloat32) return linear_floats<Floats>(l, l.x, pool);
+  if (l.type == kInt8) return multiply_bytes(l, round_rows(l, pool), pool, finish);
+  if (l.type == kFloat32) return multiply_floats<Floats>(l, l.x, pool, finish);
 #if defined(__AVX512BF16__)
   const int64_t depth = whole(l.d, Halfs::kDeep);
   std::vector<uint16_t> rounded(l.b * depth);
@@ -229,10 +270,42 @@ void linear(const Linear& l, Pool& pool) {
       for (int64_t j = 0; j < l.d; ++j) rounded[i * depth + j] = half(l.x[i * l.d + j]);
   };
   for_each(pool, parts, round);
-  linear_floats<Halfs>(l, rounded.data(), pool);
+  multiply_floats<Halfs>(l, rounded.data(), pool, finish);
 #else
-  linear_floats<Halfs>(l, l.x, pool);
+  multiply_floats<Halfs>(l, l.x, pool, finish);
 #endif
+}
+
+void linear(const Linear& l, Pool& pool) { linear_as(l, pool, Store{l}); }
+
+// The outputs of a layer as the rows that the next one reads, whose steps are given.
+struct StoreRounded {
+  Activation activation;
+  Rounded& to;
+  Steps steps;
+  Vector factor;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const {
+    if (at < to.depth) steps.store(activated(activation, v), factor, &to.rows[row * to.depth + at], to.depth - at);
+  }
+};
+
+void feed_forward(const FeedForward& f, Pool& pool) {
+  const Linear& in = f.in;
+  bool direct = in.type == kInt8 && f.out.type == kInt8 && f.out.input && in.b > 0 && in.d > 0 && in.f > 0;
+  // A bias or factor that is no number would be rounded to one.
+  for (int64_t c = 0; direct && c < in.f; ++c) direct = std::isfinite(in.scale[c]) && !(in.bias && !std::isfinite(in.bias[c]));
+  if (direct) {
+    const Rounded x = round_rows(in, pool);
+    Rounded hidden(in.b, in.f);
+    for (int64_t i = 0; i < in.b; ++i) hidden.step[i] = std::isnan(x.step[i]) ? NAN : f.out.input[0];
+    multiply_bytes(in, x, pool, StoreRounded{f.activation, hidden, Steps(f.out.input), fill(1.0f / f.out.input[0])});
+    return multiply_bytes(f.out, hidden, pool, Store{f.out});
+  }
+  const std::unique_ptr<float[]> hidden(new float[in.b * in.f]);
+  Linear first = in, second = f.out;
+  first.y = hidden.get(), second.x = hidden.get();
+  linear_as(first, pool, StoreActivated{first, f.activation});
+  linear(second, pool);
 }
 
 // ---- attention ----
@@ -398,6 +471,7 @@ namespace ours = JOIN(isa_, UFBERT_ISA);
 namespace trees = JOIN(isa_, UFBERT_TREES);
 const Kernels JOIN(kernels_, UFBERT_ISA) = {
     TEXT(UFBERT_ISA), ours::supported,   trees::forward,  trees::backward, trees::leaf_forward, trees::routed_forward,
-    ours::attention,  ours::norm,        ours::add,       ours::packed_size, ours::pack,        ours::linear};
+    ours::attention,  ours::norm,        ours::add,       ours::packed_size, ours::pack,        ours::linear,
+    ours::feed_forward};
 
 }  // namespace ufbert

@@ -134,6 +134,12 @@ struct Linear {
   Type type;
 };
 
+// y = activation(x w + bias) w + bias, by the weights of `in` and `out`. Between the two, nothing is written but what `out` reads.
+struct FeedForward {
+  Linear in, out;       // in.y and out.x are not used
+  Activation activation;
+};
+
 // One set of kernels for each instruction set.
 struct Kernels {
   const char* name;
@@ -148,6 +154,7 @@ struct Kernels {
   int64_t (*packed_size)(int64_t d, int64_t f, Type);
   void (*pack)(const Pack&, Pool&);
   void (*linear)(const Linear&, Pool&);
+  void (*feed_forward)(const FeedForward&, Pool&);
 };
 
 extern const Kernels kernels_plain;

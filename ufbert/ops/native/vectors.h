@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -14,6 +15,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -150,6 +152,16 @@ INLINE void activate(Activation activation, const float* z, float* value, int64_
     }
     store(value + s, a);
   }
+}
+
+// activation(v), for the layers of an encoder. The tanh of GELU's approximation is written as a logistic function.
+INLINE Vector activated(Activation activation, Vector v) {
+  if (activation == kRelu) return v > Vector{} ? v : (v == v ? Vector{} : v);  // NaN stays NaN
+  if (activation == kGelu) return fill(0.5f) * v * (fill(1.0f) + erf(v * fill(kRootHalf)));
+  if (activation == kSymmetricGelu) return v * erf(v * fill(kRootHalf));
+  const Vector u = fill(-2.0f * kRootTwoOverPi) * (v + fill(kCubic) * v * v * v);
+  const Vector y = v / (fill(1.0f) + exp(u));
+  return v == v ? y : v;
 }
 
 template <typename F>
