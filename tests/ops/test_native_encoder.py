@@ -197,6 +197,24 @@ def test_attention_keeps_to_documents(shape, sees):
         np.testing.assert_array_equal(alone(qkv, ids), found)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 5), (1, 130, 2, 64), (3, 33, 2, 24), (1, 65, 1, 80)])
+def test_attention_of_bfloat16_is_that_of_rounded_numbers(shape, isa):
+    b, t, _, k = shape
+    q, key, v = (jnp.asarray(draw(*shape, seed=i)) for i in range(3))
+    if isa != "avx512bf16":
+        qkv = jnp.stack([q, key, v], axis=2)
+        np.testing.assert_array_equal(native.attention(qkv, narrow=True), native.attention(qkv))
+        return
+    near = [jnp.asarray(halved(part), jnp.float32) for part in (q, key / np.sqrt(np.float32(k)), v)]
+    ids = segments(1, b, t)
+    found = np.asarray(native.attention(jnp.stack([q, key, v], axis=2), jnp.asarray(ids), narrow=True))
+    wanted = np.asarray(attention(near[0], near[1] * np.sqrt(np.float32(k)), near[2], attention_mask(jnp.asarray(ids))))
+    # Shares are rounded, too: each by at most 2^-8 of itself, and they add up to 1.
+    np.testing.assert_allclose(found, np.where((ids != 0)[:, :, None, None], wanted, 0), atol=np.abs(v).max() / 256)
+    one = native.attention(jnp.stack([q, key, v], axis=2), jnp.asarray(ids), narrow=True, threads=1)
+    np.testing.assert_array_equal(one, found)
+
+
 def test_attention_survives_large_logits_and_lets_what_is_no_number_through():
     q, k, v = (jnp.asarray(draw(1, 9, 1, 8, seed=i)) for i in range(3))
     large = native.attention(jnp.stack([900 * q, k, v], axis=2))
@@ -232,7 +250,7 @@ WRONG = [
     ("attention", (1, 2, 3, 1, 4), [zeros(1, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),
     ("attention", (1, 2, 2, 1, 4), [zeros(0, dtype=jnp.int32)], (1, 2, 1, 4), r"are \(b, t, 3, h, k\)"),
 ]
-NUMBERS = {"feed_forward": {"width": np.int64(3), "activation": np.int32(0)}, "linear": {}, "norm": {"eps": np.float32(0)}, "attention": {"padding_sees": np.bool_(False)}}
+NUMBERS = {"feed_forward": {"width": np.int64(3), "activation": np.int32(0)}, "linear": {}, "norm": {"eps": np.float32(0)}, "attention": {"padding_sees": np.bool_(False), "narrow": np.bool_(False)}}
 
 
 @pytest.mark.parametrize(("name", "first", "rest", "out", "message"), WRONG)

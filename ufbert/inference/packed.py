@@ -231,7 +231,8 @@ def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context)
             q, k = (rotate(part, context.position_ids, config.rotary_base) for part in (q, k))
         qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
     # Fourier mixers of other layers read padding too, so there it must hold what it holds in training.
-    mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0)
+    narrow = params["qkv"]["kernel"].weights.dtype != jnp.float32
+    mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0, narrow=narrow)
     return _linear(params["out"], mixed.reshape(b, t, h * k), d)
 
 

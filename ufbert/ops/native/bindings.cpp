@@ -247,7 +247,7 @@ ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F3
   return run(&Kernels::routed_forward, f, threads);
 }
 
-ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
+ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, bool narrow, int64_t threads) {
   const auto shape = qkv.dimensions();
   if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
   Attention a{};
@@ -255,7 +255,7 @@ ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees
   if (!has(*y, a.b * a.t * a.h * a.k) || !(has(segment, 0) || has(segment, a.b * a.t))) return wrong(kUnfitRows);
   a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
-  a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
+  a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees, a.narrow = narrow;
   return run(&Kernels::attention, a, threads);
 }
 
@@ -338,7 +338,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_routed_forward, routed_forward,
                                   .Attr<bool>("gated").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
                               ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Ret<F32>().Attr<bool>("padding_sees")
-                                  .Attr<int64_t>("threads"));
+                                  .Attr<bool>("narrow").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_norm, norm,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<float>("eps").Attr<int64_t>("threads"));

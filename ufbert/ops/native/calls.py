@@ -355,13 +355,15 @@ def attention(
     segment_ids: Int[Array, "b t"] | None = None,
     *,
     padding_sees: bool = False,
+    narrow: bool = False,
     threads: int = 0,
 ) -> Float[Array, "b t h k"]:
     """Compute `ufbert.ops.mixing.attention` among the tokens of each document, without forming its mask.
 
     The documents of a row lie one after the other. Padding (segment 0) gets zeros; with `padding_sees` it attends to every
-    real token, as it does there.
+    real token, as it does there. With `narrow` its products are those of bfloat16 numbers, where the processor has such.
     """
     segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     out = _shape(*qkv.shape[:2], *qkv.shape[3:])
-    return _call("attention", out, qkv, segments, padding_sees=np.bool_(padding_sees), threads=threads)
+    flags = {"padding_sees": np.bool_(padding_sees), "narrow": np.bool_(narrow)}
+    return _call("attention", out, qkv, segments, threads=threads, **flags)

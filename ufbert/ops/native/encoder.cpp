@@ -1,5 +1,4 @@
-// What an encoder computes apart from its trees: linear layers from packed weights, attention among the tokens of a document,
-// LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
+// What an encoder computes apart from its trees and attention: linear layers from packed weights, LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
 
 #include "tiles.h"
 
@@ -308,94 +307,6 @@ void feed_forward(const FeedForward& f, Pool& pool) {
   linear(second, pool);
 }
 
-// ---- attention ----
-
-constexpr int64_t kQueries = 258;  // most queries of a head and document in a piece of work; a multiple of kTall
-
-// Queries [from, to) of a row of tokens and a head, which attend to its tokens [first, first + n).
-struct Look {
-  int64_t row, head, from, to, first, n;
-};
-
-void look(const Attention& a, const Look& l) {
-  const int64_t d = a.h * a.k, apart = 3 * d, n = l.n;
-  const float* queries = a.qkv + l.row * a.t * apart + l.head * a.k;
-  float* y = a.y + l.row * a.t * d + l.head * a.k;
-  const int64_t seen = whole(n, kPanel), wide = whole(a.k, kPanel);
-  std::vector<float> keys(seen * a.k), values(n * wide), odds(kTall * seen);
-  // Keys and values are copied into panels, as packed weights are: keys in panels of tokens, values in panels of channels.
-  for (int64_t j = 0; j < seen; ++j) {
-    float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
-    const float* from = queries + d + (l.first + j) * apart;
-    for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] * a.scale : 0.0f;
-  }
-  for (int64_t c = 0; c < wide; c += kPanel)
-    for (int64_t j = 0; j < n; ++j) {
-      const float* from = queries + 2 * d + (l.first + j) * apart + c;
-      for (int64_t v = 0; v < kPanel; v += kLanes) store(&values[c * n + j * kPanel + v], load_part(from + v, a.k - c - v));
-    }
-  for (int64_t q = l.from; q < l.to; q += kTall) {
-    const int64_t rows = std::min<int64_t>(kTall, l.to - q);
-    for (int64_t j = 0; j < seen; j += kPanel)
-      multiply<Floats>(rows, queries + q * apart, apart, &keys[j * a.k], a.k, &odds[j], seen);
-    Vector total[kTall];
-    for (int64_t r = 0; r < rows; ++r) {
-      float* z = &odds[r * seen];
-      std::fill(z + n, z + seen, z[0]);  // so that what pads a panel is not the maximum
-      Vector most = load(z);
-      for (int64_t j = kLanes; j < seen; j += kLanes) {
-        const Vector v = load(z + j);
-        most = v > most ? v : most;
-      }
-      float largest = most[0];
-      for (int64_t j = 1; j < kLanes; ++j) largest = std::max(largest, most[j]);
-      std::fill(z + n, z + seen, -INFINITY);  // exp makes 1e-38 of it: too little for the sum, and no product reads it
-      Vector sums = {};
-      for (int64_t j = 0; j < seen; j += kLanes) {
-        const Vector odd = exp(load(z + j) - fill(largest));
-        store(z + j, odd);
-        sums += odd;
-      }
-      total[r] = fill(1.0f / sum(sums));
-    }
-    for (int64_t c = 0; c < a.k; c += kPanel) {
-      Vector mixed[kTall][kWide];
-      multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, reinterpret_cast<float*>(mixed), kPanel);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int v = 0; v < kWide; ++v)
-          store_part(y + (q + r) * d + c + v * kLanes, mixed[r][v] * total[r], a.k - c - v * kLanes);
-    }
-  }
-}
-
-void attention(const Attention& a, Pool& pool) {
-  std::vector<Look> work;
-  auto add_work = [&](int64_t row, int64_t from, int64_t to, int64_t first, int64_t n) {
-    const int64_t parts = (to - from + kQueries - 1) / kQueries;
-    for (int64_t head = 0; head < a.h; ++head)
-      for (int64_t p = 0; p < parts; ++p)
-        work.push_back({row, head, from + edge(to - from, parts, p), from + edge(to - from, parts, p + 1), first, n});
-  };
-  for (int64_t row = 0; row < a.b; ++row) {
-    const int32_t* segment = a.segment ? a.segment + row * a.t : nullptr;
-    int64_t real = a.t;  // the end of the last document
-    while (segment && real > 0 && !segment[real - 1]) --real;
-    for (int64_t from = 0, to; from < a.t; from = to) {
-      for (to = from + 1; segment && to < a.t && segment[to] == segment[from];) ++to;
-      if (!segment) to = a.t;
-      if (!segment || segment[from]) {
-        add_work(row, from, to, from, to - from);
-      } else if (a.padding_sees && real > 0) {
-        add_work(row, from, to, 0, real);
-      } else {
-        std::memset(a.y + (row * a.t + from) * a.h * a.k, 0, 4 * (to - from) * a.h * a.k);
-      }
-    }
-  }
-  auto piece = [&](int64_t i) { look(a, work[i]); };
-  if (!work.empty() && a.k > 0) for_each(pool, int64_t(work.size()), piece);
-}
-
 // ---- LayerNorm ----
 
 void norm(const Norm& m, Pool& pool) {
@@ -461,6 +372,9 @@ bool supported() {
 #ifndef UFBERT_TREES
 #define UFBERT_TREES UFBERT_ISA
 #endif
+namespace JOIN(isa_, UFBERT_ISA) {
+void attention(const Attention& a, Pool& pool);
+}  // namespace
 namespace JOIN(isa_, UFBERT_TREES) {
 void forward(const Forward& f, Pool& pool);
 void backward(const Backward& g, Pool& pool);

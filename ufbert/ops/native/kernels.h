@@ -93,6 +93,7 @@ struct Attention {
   float* y;                // b t h k
   float scale;
   bool padding_sees;
+  bool narrow;             // products of bfloat16, where the processor multiplies such numbers
 };
 
 // y = (x - mean) / sqrt(variance + eps) * scale + bias, row by row.
