@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ufbert.cli import call
-from ufbert.compress.calibrate import hurting, layer_errors, quantized, widened
 from ufbert.compress.report import read_results
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, flatten, load_model, save_model
 from ufbert.hub.quantized import Quantization, QuantizedTensor
+from ufbert.inference.calibrate import hurting, layer_errors, quantized, widened
 from ufbert.inference.predictor import Predictor
 from ufbert.ops import native
 

@@ -250,7 +250,12 @@ WRONG = [
     ("attention", (1, 2, 3, 1, 4), [zeros(1, dtype=jnp.int32)], (1, 2, 1, 4), "do not fit"),
     ("attention", (1, 2, 2, 1, 4), [zeros(0, dtype=jnp.int32)], (1, 2, 1, 4), r"are \(b, t, 3, h, k\)"),
 ]
-NUMBERS = {"feed_forward": {"width": np.int64(3), "activation": np.int32(0)}, "linear": {}, "norm": {"eps": np.float32(0)}, "attention": {"padding_sees": np.bool_(False), "narrow": np.bool_(False)}}
+NUMBERS = {
+    "feed_forward": {"width": np.int64(3), "activation": np.int32(0)},
+    "linear": {},
+    "norm": {"eps": np.float32(0)},
+    "attention": {"padding_sees": np.bool_(False), "narrow": np.bool_(False)},
+}
 
 
 @pytest.mark.parametrize(("name", "first", "rest", "out", "message"), WRONG)

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ufbert.compress.calibrate import LayerError, hurting, layer_errors, quantized, widened
 from ufbert.compress.job import Candidate, Job, compare
 from ufbert.compress.material import Material, TaskMaterial, TextMaterial
 from ufbert.data.encode import Encoded, encode_texts
@@ -13,6 +12,7 @@ from ufbert.data.text_files import read_lines
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, load_model, save_model
 from ufbert.hub.quantized import Quantization
+from ufbert.inference.calibrate import LayerError, hurting, layer_errors, quantized, widened
 from ufbert.inference.engine import Engine
 from ufbert.inference.predictor import changed_shares
 from ufbert.ops import native

@@ -365,5 +365,5 @@ def attention(
     """
     segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     out = _shape(*qkv.shape[:2], *qkv.shape[3:])
-    flags = {"padding_sees": np.bool_(padding_sees), "narrow": np.bool_(narrow)}
-    return _call("attention", out, qkv, segments, threads=threads, **flags)
+    sees, is_narrow = np.bool_(padding_sees), np.bool_(narrow)
+    return _call("attention", out, qkv, segments, threads=threads, padding_sees=sees, narrow=is_narrow)

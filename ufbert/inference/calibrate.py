@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ufbert import nn
-from ufbert.compress.rounding import input_rounding, rounded_columns
 from ufbert.config import ModelConfig
 from ufbert.data.encode import Encoded
 from ufbert.errors import UserError
@@ -19,6 +18,7 @@ from ufbert.hub.folder import ModelFolder, flatten, unflatten
 from ufbert.hub.quantized import Quantization, QuantizedTensor
 from ufbert.inference import packed
 from ufbert.inference.engine import Engine
+from ufbert.ops.rounding import input_rounding, rounded_columns
 from ufbert.ops.routed_tree import folded
 
 SAMPLE = 512
