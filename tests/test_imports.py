@@ -101,7 +101,16 @@ def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
         assert not any(name.endswith("_peer") for name in imports_of(path)), path
-    allowed = {"torch", "numpy", "worker", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
+    allowed = {
+        "torch",
+        "numpy",
+        "worker",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+    } | sys.stdlib_module_names
     for path in peers:
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
     assert imports_of(ROOT / "bench" / "worker.py") <= {"numpy", *sys.stdlib_module_names, "collections.abc"}

@@ -121,7 +121,7 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
     for (int64_t i = 0; i < t; ++i) segment[row * t + i] = i >= end ? 0 : (document += i > 0 && random.chance(8));
   }
   Array<float> y(random, size), again(random, size);
-  Attention a{b, t, h, k, qkv.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees};
+  Attention a{b, t, h, k, qkv.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees, false};
   const int64_t threads = random.in(1, 4);
   if (ufbert_attention(&a, threads)) mismatch("there are no kernels");
   a.y = again.data;

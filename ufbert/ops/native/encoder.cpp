@@ -85,12 +85,12 @@ struct Pieces {
   int64_t panel(int64_t c) const { return edge(panels, columns, c); }
 };
 
-// Prefetch part `tile` of `tiles` of `bytes` bytes into L2. So the next panel, which comes from memory, arrives while the tiles of
-// this one are computed.
-INLINE void fetch(const void* p, int64_t bytes, int64_t tile, int64_t tiles) {
-  const int64_t lines = tiles < 4 ? 0 : (bytes + 63) / 64;  // few rows wait for all of it anyway
-  for (int64_t i = edge(lines, tiles, tile); i < edge(lines, tiles, tile + 1); ++i)
-    __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 2);
+// Part `tile` of `tiles` of `bytes` bytes, to be prefetched in `steps` steps of a product. So the next panel, which comes from
+// memory, arrives while the tiles of this one are computed.
+INLINE Ahead part_of(const void* p, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
+  if (tiles < 4) return {};  // few rows wait for all of it anyway
+  const int64_t first = edge(bytes, tiles, tile), size = edge(bytes, tiles, tile + 1) - first;
+  return {static_cast<const char*>(p) + first, (size + steps - 1) / steps};
 }
 
 // What becomes of each vector of outputs: numbers at column `at` of a row and beyond.
@@ -126,9 +126,10 @@ void multiply_floats(const Linear& l, const typename Kind::Row* x, Pool& pool, F
         const auto* next = last ? packed + pieces.panel(c) * kPanel * depth + (k + deep) * kPanel : w + kPanel * depth;
         for (int64_t row = top; row < end; row += kTall) {
           const int64_t rows = std::min<int64_t>(kTall, end - row);
-          fetch(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall);
+          const Ahead ahead = part_of(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall,
+                                      deep / Kind::kDeep);
           Vector sum[kTall][kWide];
-          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, reinterpret_cast<float*>(sum), kPanel);
+          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, reinterpret_cast<float*>(sum), kPanel, ahead);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < kWide; ++v) {
               const int64_t at = first + v * kLanes;
@@ -233,10 +234,11 @@ void multiply_bytes(const Linear& l, const Rounded& x, Pool& pool, F finish) {
       }
       for (int64_t row = top; row < end; row += kTall) {
         const int64_t rows = std::min<int64_t>(kTall, end - row);
-        fetch(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall, (end - top + kTall - 1) / kTall);
+        const Ahead ahead = part_of(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall,
+                                    (end - top + kTall - 1) / kTall, depth / Bytes8::kDeep);
         Ints sum[kTall][kWide];
         multiply<Bytes8>(rows, &x.rows[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
-                         kPanel);
+                         kPanel, ahead);
         for (int64_t r = 0; r < rows; ++r) {
           const Vector by = fill(x.step[row + r]);
           for (int64_t v = 0; v < kWide; ++v) {
