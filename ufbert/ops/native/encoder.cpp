@@ -156,6 +156,13 @@ struct Steps {
 
   // Round kLanes numbers, and store the first `count`.
   INLINE_MEMBER void store(Vector v, Vector factor, Bytes8::Row* to, int64_t count) const {
+#if defined(__AVX512VNNI__)  // compilers make of the portable lines three times as many instructions
+    const __m512 most = _mm512_set1_ps(high), least = _mm512_set1_ps(low);
+    const __m512 kept = _mm512_min_ps(_mm512_max_ps((__m512)(v * factor), least), most);
+    const __m512i numbers = _mm512_add_epi32(_mm512_cvtps_epi32(kept), _mm512_set1_epi32(added));
+    const __m128i bytes = _mm512_cvtepi32_epi8(numbers);
+    count >= kLanes ? _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes) : (void)std::memcpy(to, &bytes, count);
+#else
     typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
     const Vector shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
     v *= factor;
@@ -165,6 +172,7 @@ struct Steps {
       *reinterpret_cast<Rows*>(to) = rounded;
     else
       std::memcpy(to, &rounded, sizeof(Bytes8::Row) * count);
+#endif
   }
 };
 
