@@ -71,6 +71,40 @@ def test_the_table_of_routed_trees_is_that_of_its_file():
         assert [cell.strip() for cell in cells.split("|")] == expected
 
 
+def test_the_table_of_int8_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
+    bench = json.loads((ROOT / "notebooks" / "results" / "int8_one_core.json").read_text(encoding="utf-8"))["bench"]
+    head = page.index("| BERT, 12 x 768, 1 x 128 tokens |")
+    rows = [line.strip("|").split("|")[1:] for line in page[head:].split("\n\n")[0].strip().splitlines()[2:]]
+    names = ["dense-int8", "static-int8", "openvino-int8", "onnxruntime-int8"]
+    assert len(rows) == len(names)
+    for name, cells in zip(names, rows, strict=True):
+        expected = []
+        for threads in ("1", "2"):
+            ratio = bench[threads]["ratios"].get(name, {}).get("openvino-int8")
+            expected.append(f"{1e3 * bench[threads]['seconds'][name]['median']:.1f}")
+            expected.append("{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else "")
+        assert [cell.strip() for cell in cells] == expected
+
+
+def test_the_points_that_int8_loses_are_those_of_its_file():
+    page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "notebooks" / "results" / "int8_one_core.json").read_text(encoding="utf-8"))["minilm"]
+    rows = re.findall(r"^\| (SST-2|STS-B), (\w+) \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for task, activations, cells in rows:
+        run = runs[f"{task.lower().replace('-', '')} {activations}"]
+        before, after = ([row["scores"][run["metrics"][0]], row["bytes"]] for row in run["rows"])
+        expected = [
+            f"{before[1] / 1e6:.1f}",
+            f"{after[1] / 1e6:.1f}",
+            f"{100 * before[0]:.1f}",
+            f"{100 * after[0]:.1f}",
+        ]
+        expected.append(f"{100 * (before[0] - after[0]):.2f}")
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
 def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
     page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*\(`(\w{7})`\) \| ([\d.]+) \| ([\d.]+) M \| ([\d,]+) \|$", page, re.MULTILINE)
