@@ -198,9 +198,13 @@ def family(run_folder):
 @pytest.fixture(scope="session")
 def numbered():
     """(name of a family, its heads, changed fields) -> the same, whose words are word0, word1, ...; no run is needed for it."""
+    from tokenizers import pre_tokenizers
+
     from ufbert.bench.encoder_job import numbered_words
 
-    return functools.partial(small_model, numbered_words(60))
+    tokenizer = numbered_words(60)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return functools.partial(small_model, tokenizer)
 
 
 @pytest.fixture(scope="session")

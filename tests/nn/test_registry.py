@@ -80,7 +80,8 @@ def test_the_entry_of_every_kind_holds_for_its_layer(preset, kind):
     assert (model.only_len > 0) == layer.one_length
 
     used, in_all = neurons(model)
-    assert 0 < used <= in_all
+    assert 0 <= used <= in_all
+    assert (used > 0) == (kind != "none")
     for masked in (False, True):
         trains, infers = (forward_flops_per_token(model, 8, masked_trees=masked, training=t) for t in (True, False))
         assert 0 < infers <= trains

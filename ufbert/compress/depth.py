@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ufbert import nn
-from ufbert.compress.material import Material, group_gradients
+from ufbert.compress.material import Material, loss_gradient
 from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.hub.folder import ModelFolder, flatten, unflatten
@@ -112,11 +112,9 @@ def with_depth(model: ModelFolder, depth: int, material: Material | None, batche
             f"The routed trees of this model {why}, so none of their branches can go without changing the others; --keep takes "
             "neurons out of their leaves."
         )
-    flat = flatten(model.params)
-    if "routed_tree" in kinds:
-        flat, config = _folded(model), replace(config, leaf_ancestors="none")
-    params = _with_empty(unflatten(flat), model.params)
-    sizes = _branch_scores(params, config, material, batches, seed)
+    model = with_own_leaves(model)
+    flat, config = flatten(model.params), model.config
+    sizes = _branch_scores(model.params, config, material, batches, seed)
     for path, scores in sizes.items():
         prefix, kind = path.rpartition(".")[0], path.split(".")[2]
         trees = [cut_tree(of_tree, config.tree_depth, depth, leaves=kind != "tree") for of_tree in scores]
@@ -132,8 +130,10 @@ def _with_empty(params: dict[str, Any], like: nn.Params) -> dict[str, Any]:
     return {**params, **{name: {} for name in like if name not in params}}
 
 
-def _folded(model: ModelFolder) -> dict[str, np.ndarray]:
-    """Return flat parameters in which leaves hold the sums with the nodes above them."""
+def with_own_leaves(model: ModelFolder) -> ModelFolder:
+    """Return a model that answers alike, in which the leaves of routed trees hold the sums with the nodes above them."""
+    if model.config.leaf_ancestors == "none":
+        return model
     flat = flatten(model.params)
     for i, (_, kind) in enumerate(model.config.layers):
         if kind == "routed_tree":
@@ -141,7 +141,8 @@ def _folded(model: ModelFolder) -> dict[str, np.ndarray]:
             for side in ("in", "out"):
                 flat.pop(f"{prefix}above_{side}", None)
                 flat[f"{prefix}leaf_{side}"] = np.asarray(folded(own, side))
-    return flat
+    params = _with_empty(jax.tree.map(jnp.asarray, unflatten(flat)), model.params)
+    return replace(model, config=replace(model.config, leaf_ancestors="none"), params=params)
 
 
 def _branch_scores(
@@ -162,7 +163,7 @@ def _branch_scores(
 
     if material is None:
         return {path: each(path, np.sqrt(np.square(flat[path]).sum(-1))) for path in paths}
-    gradient, key = group_gradients(material, config), jax.random.key(seed)
+    gradient, key = loss_gradient(material, config), jax.random.key(seed)
     scores: dict[str, Any] = dict.fromkeys(paths, 0.0)
     with phase("scoring the branches"):
         for number in range(batches):

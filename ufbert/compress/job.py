@@ -94,7 +94,7 @@ def compare(job: Job, children: Sequence[Candidate], notes: Sequence[str] = ()) 
         updates=updates[-1].step if updates else 0,
         spent_seconds=updates[-1].spent if updates else 0.0,
         notes=[*notes, *missing],
-        options=asdict(options),
+        options={name: value for name, value in asdict(options).items() if name != "model"} | _student_fields(job),
         environment=environment(options),
     )
     with phase("drawing the report"):
@@ -102,6 +102,10 @@ def compare(job: Job, children: Sequence[Candidate], notes: Sequence[str] = ()) 
     print(text)
     say(f"report {job.folder / 'report.html'}\nmodel  {job.child}")
     return results
+
+
+def _student_fields(job: Job) -> dict[str, Any]:
+    return {name: value for name, value in job.given.items() if name.startswith("model.")}
 
 
 @dataclass(frozen=True)

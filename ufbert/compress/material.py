@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -332,11 +332,11 @@ def _states(aux: dict[str, nn.Aux]) -> tuple[Float[Array, "b t d"], ...]:
     return tuple(layer.hidden for layer in aux.values() if layer.hidden is not None)
 
 
-def group_gradients(material: Material, config: ModelConfig) -> Callable[..., Any]:
-    """Return the jitted (params, batch, key) -> gradient of the mean loss of labels or masked words, without dropout."""
+def loss_gradient(material: Material, config: ModelConfig) -> Callable[..., Any]:
+    """Return the jitted (params, batch, key) -> gradient of the mean loss of labels or masked words, as in inference."""
 
     def loss(params: nn.Params, batch: Any, key: Key[Array, ""]) -> Float[Array, ""]:
-        sums = material.outputs(replace(config, dropout=0.0), params, batch, key, training=False).sums
+        sums = material.outputs(config, params, batch, key, training=False).sums
         return sums.loss / jnp.maximum(sums.count, 1.0)
 
-    return jax.jit(partial(jax.grad(loss)))
+    return jax.jit(jax.grad(loss))

@@ -4,7 +4,7 @@ A part is a block of rows of the matrix that writes to the residual stream (`out
 that compute them. A model whose rows of `out` are zero, the masked model, answers as the one without the part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ufbert import nn
-from ufbert.compress.material import Material, group_gradients
+from ufbert.compress.material import Material
 from ufbert.config import ModelConfig
 from ufbert.hub.folder import flatten, unflatten
 
@@ -98,14 +98,20 @@ def by_magnitude(params: nn.Params, groups: Sequence[Group]) -> Scores:
 
 
 def by_first_order(
-    params: nn.Params, config: ModelConfig, groups: Sequence[Group], material: Material, batches: int, seed: int
+    params: nn.Params,
+    groups: Sequence[Group],
+    gradient: Callable[..., Any],
+    material: Material,
+    batches: int,
+    seed: int,
 ) -> Scores:
     """Score parts by how much the loss would change, to first order, without them: |sum of w * g| over the rows of `out`.
 
     That is the derivative by a gate on the part (Michel et al. 2019, equation 3; Molchanov et al. 2019). It is summed over
-    `batches` batches, the first of the training rows; the loss is that of labels or masked words.
+    `batches` batches, the first of the training rows; `gradient` is that of the loss of labels or masked words
+    (`material.loss_gradient`).
     """
-    gradient, key = group_gradients(material, config), jax.random.key(seed)
+    key = jax.random.key(seed)
     totals = {group.out: np.zeros(0) for group in groups}
     flat = flatten(params)
     for number in range(batches):
@@ -115,6 +121,12 @@ def by_first_order(
             change = np.abs(_parts(products, group).sum(-1))
             totals[group.out] = totals[group.out] + change if number else change
     return totals
+
+
+def alive(params: nn.Params, groups: Sequence[Group]) -> Kept:
+    """Return which parts write anything at all, as those that were masked do not."""
+    flat = flatten(params)
+    return {group.out: _parts(np.abs(flat[group.out]).sum(-1), group).sum(-1) > 0 for group in groups}
 
 
 def _parts(rows: np.ndarray, group: Group) -> np.ndarray:

@@ -6,15 +6,18 @@ model is tuned for the rest of the budget. The unpruned model is the teacher thr
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ufbert import nn
-from ufbert.compress.depth import layer_pairs, layers_to_keep, with_depth, with_layers
+from ufbert.compress.depth import layer_pairs, layers_to_keep, with_depth, with_layers, with_own_leaves
 from ufbert.compress.job import Job, finish, usable_types
+from ufbert.compress.material import loss_gradient
 from ufbert.compress.parts import (
     Group,
     Kept,
+    alive,
     by_first_order,
     by_magnitude,
     head_groups,
@@ -56,12 +59,13 @@ def prune(job: Job) -> None:
     if options.keep_depth >= 0:
         student = with_depth(student, options.keep_depth, material, options.calibration, options.seed)
         notes.append(f"Trees are {options.keep_depth} deep instead of {job.model.config.tree_depth}.")
+    student = with_own_leaves(student)
     plan = plan_of(job, student, choice.share)
     if job.tunes:
         pairs = layer_pairs(choice.layers, job.model.config.n_layers)
         child = with_clock(options, job.folder, lambda clock: _tuned(job, student, plan, pairs, clock))
     else:
-        kept = choose(job, student.params, student, plan, 1.0)
+        kept = choose(job, student.params, plan, 1.0, _gradient(job, student))
         params, config = without(student.params, student.config, kept, plan.groups)
         child = replace(student, params=params, config=config)
     finish(job, child, notes)
@@ -88,7 +92,7 @@ def _choice(job: Job) -> _Choice:
         layers = layers_to_keep(job.model, options.keep_layers, job.material, options.calibration, options.seed)
         notes.append(f"Layers that stay: {', '.join(map(str, layers))}.")
     if options.target_latency:
-        share, sentence = search_latency(job, with_layers(job.model, layers))
+        share, sentence = search_latency(job, with_own_leaves(with_layers(job.model, layers)))
         notes.append(sentence)
     for sentence in notes:
         say(sentence)
@@ -133,15 +137,29 @@ def plan_of(job: Job, student: ModelFolder, share: float = 0.0) -> Plan:
     return Plan(groups, counts)
 
 
-def choose(job: Job, params: nn.Params, student: ModelFolder, plan: Plan, progress: float) -> Kept:
-    """Choose the parts that stay when this share of the ramp is over."""
+Gradient = Callable[..., Any]
+
+
+def _gradient(job: Job, student: ModelFolder) -> Gradient | None:
+    """Return the gradient that scores parts to first order; None if magnitude scores them."""
+    if job.options.score == "magnitude" or job.material is None:
+        return None
+    return loss_gradient(job.material, student.config)
+
+
+def choose(job: Job, params: nn.Params, plan: Plan, progress: float, gradient: Gradient | None) -> Kept:
+    """Choose the parts that stay when this share of the ramp is over. Those that are masked do not come back."""
     options, groups = job.options, plan.groups
     now = {g.out: cubic(g.count, plan.counts[g.out], progress) for g in groups}
-    if options.score == "magnitude" or job.material is None:
-        scores = by_magnitude(params, groups)
-    else:
-        with phase("scoring the parts", stays=False):
-            scores = by_first_order(params, student.config, groups, job.material, options.calibration, options.seed)
+    with phase("scoring the parts", stays=False):
+        if gradient is None:
+            scores = by_magnitude(params, groups)
+        else:
+            assert job.material is not None
+            scores = by_first_order(params, groups, gradient, job.material, options.calibration, options.seed)
+    scores = {
+        path: score * mask for (path, score), mask in zip(scores.items(), alive(params, groups).values(), strict=True)
+    }
     kept: Kept = {}
     for some in ([g for g in groups if g.kind == "attention"], [g for g in groups if g.kind in ("dense", "glu")]):
         if some:
@@ -179,7 +197,7 @@ def _ramp(job: Job, lesson: Lesson, plan: Plan, clock: Clock) -> tuple[ModelFold
     """Mask more and more parts while the model is tuned; return the model without them, and the updates so far."""
     student, ramp = lesson.student, job.options.ramp
     ones = {g.out: _all(g, student.params) for g in plan.groups}
-    tuning = Tuning(lesson, clock, job.folder, "ramp")
+    tuning, gradient = Tuning(lesson, clock, job.folder, "ramp"), _gradient(job, student)
     kept = ones
     try:
         state = tuning.restored(start_state(lesson, masks_of(ones, plan.groups)))
@@ -187,7 +205,7 @@ def _ramp(job: Job, lesson: Lesson, plan: Plan, clock: Clock) -> tuple[ModelFold
             until = ramp * stage / STAGES
             if stage < STAGES and clock.fraction(int(state.step)) >= until:
                 continue  # an earlier session has been there
-            kept = choose(job, state.params["student"], student, plan, stage / STAGES)
+            kept = choose(job, state.params["student"], plan, stage / STAGES, gradient)
             masks: Any = masks_of(kept, plan.groups)
             params = {**state.params, "student": masked(state.params["student"], masks)}
             state = tuning.run(state._replace(params=params, masks=masks), until)

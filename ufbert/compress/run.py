@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from ufbert.compress.distill import distill
+from ufbert.compress.drop import drop_feedforward
 from ufbert.compress.job import Job
 from ufbert.compress.magnitude import magnitude
 from ufbert.compress.material import read_material
@@ -31,6 +33,8 @@ from ufbert.runtime.typed import read_typed
 
 METHODS: dict[str, Callable[[Job], Any]] = {
     "prune": prune,
+    "distill": distill,
+    "drop-feedforward": drop_feedforward,
     "magnitude": magnitude,
     "quantize": quantize,
 }
@@ -62,7 +66,7 @@ def compress(options: CompressOptions, given: Given) -> None:
     with ExitStack() as held:
         held.enter_context((claimed if options.resume else claimed_new)(folder))
         if options.resume:
-            _check_resumed(folder, options)
+            _check_resumed(folder, options, given)
         use_device(options.device, threads=options.threads)
         model = load_model(options.folder)
         bad = [path for path, array in flatten(model.params).items() if not jnp.isfinite(array).all()]
@@ -74,9 +78,16 @@ def compress(options: CompressOptions, given: Given) -> None:
         say(f"  {job.material.describe()}" if job.material else "  no task and no --corpus: nothing is tuned or scored")
         if not options.resume:
             sha256 = folder_sha256(model_folder(options.folder))
-            write_json(folder / CONFIG_FILE, asdict(CompressFile("ufbert-compress-run", 1, asdict(options), sha256)))
+            asked = asked_options(options, given)
+            write_json(folder / CONFIG_FILE, asdict(CompressFile("ufbert-compress-run", 1, asked, sha256)))
         with last_commands(options.last_commands, folder, held.close):
             METHODS[options.method](job)
+
+
+def asked_options(options: CompressOptions, given: Given) -> dict[str, Any]:
+    """Return all options by name, and of a student's fields those that were named."""
+    fields = {name: value for name, value in given.items() if name.startswith("model.")}
+    return {name: value for name, value in asdict(options).items() if name != "model"} | fields
 
 
 def refuse_others(options: CompressOptions, given: Given) -> None:
@@ -92,15 +103,17 @@ def refuse_others(options: CompressOptions, given: Given) -> None:
             )
 
 
-def _check_resumed(folder: Path, options: CompressOptions) -> None:
+def _check_resumed(folder: Path, options: CompressOptions, given: Given) -> None:
     """Raise UserError if a folder holds no compression to go on with, a finished one, or one of other options or weights."""
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"There is no compression in {folder} to resume.")
     stored = read_typed(folder / CONFIG_FILE, CompressFile)
     if (folder / RESULTS_FILE).exists():
         raise UserError(f"The compression in {folder} is finished; its model is in {folder / 'model'}.")
-    for name, value in _json(asdict(options)).items():
-        before = stored.options.get(name, value)
+    asked = _json(asked_options(options, given))
+    for name in {**stored.options, **asked}:
+        value = asked.get(name)
+        before = stored.options.get(name, None if "." in name else value)  # an option that is newer had its default
         if name not in FREE_ON_RESUME and before != value:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{folder} was started with {flag}={before}; it cannot go on with {flag}={value}.")

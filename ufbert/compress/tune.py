@@ -106,8 +106,7 @@ class Tuning:
         self.config = config if teacher is None else replace(config, dropout=0.0)
         self._update = jax.jit(partial(_update, lesson, self.config), donate_argnums=0)
         self._teacher = None if teacher is None else jax.tree.map(jnp.asarray, dict(teacher.params))
-        identity = {"tuning": f"{name} {lesson.options}"}
-        self._checkpoints = Checkpoints(folder / "checkpoints" / name, identity, keep=1)
+        self._checkpoints = Checkpoints(folder / "checkpoints" / name, {"tuning": name}, keep=1)
         self._compiled: set[tuple[Any, ...]] = set()
 
     def restored(self, fresh: TuneState) -> TuneState:
@@ -130,14 +129,11 @@ class Tuning:
             with StopSignals() as signals, phase("tuning"):
                 while self.clock.fraction(step) < until and not self.clock.done(step):
                     fraction = self.clock.fraction(step)
-                    if signals.asked is not None or self.clock.spent() > saved + SAVE_SECONDS:
+                    if signals.asked is not None:
+                        break
+                    if self.clock.spent() > saved + SAVE_SECONDS:
                         saved = self.clock.spent()
                         self._save(step, state, signals)
-                    if signals.asked is not None:
-                        raise Interrupted(
-                            f"{signals.asked.name}: saved at update {step:,}; go on with the same command and --resume",
-                            128 + signals.asked,
-                        )
                     lr = peak * learning_rate(int(fraction * 1e6), 1_000_000, SCHEDULE)
                     batch = self.lesson.material.batch(step)
                     shapes = tuple(map(jnp.shape, jax.tree.leaves(batch)))
@@ -150,8 +146,13 @@ class Tuning:
                     self._note(metrics, in_flight)
                     in_flight = {"step": step, "lr": lr, "spent": self.clock.spent()}, loss
                 self._note(metrics, in_flight)
-                if until == 1.0:
+                if until == 1.0 or signals.asked is not None:
                     self._save(step, state, signals)
+                if signals.asked is not None:
+                    raise Interrupted(
+                        f"{signals.asked.name}: saved at update {step:,}; go on with the same command and --resume",
+                        128 + signals.asked,
+                    )
         finally:
             metrics.close()
         return state

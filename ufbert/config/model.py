@@ -285,7 +285,7 @@ class ModelConfig:
     def _left_over(self) -> str:
         """Describe heads and hidden widths that are other than the model's width lets expect, as after pruning."""
         heads, hidden = (" to ".join(map(str, sorted({min(w), max(w)}))) if w else "" for w in self._uneven)
-        heads = f", {heads} heads of {self.head_width}" if heads else ""
+        heads = f", {heads} head{'' if heads == '1' else 's'} of {self.head_width}" if heads else ""
         return heads + (f", {hidden} hidden neurons" if hidden else "")
 
     @property

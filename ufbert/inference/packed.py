@@ -219,10 +219,10 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
-    (b, t, d), h, k = x.shape, config.n_heads, config.width_of_head
-    qkv = _linear(params["qkv"], x, 3 * h * k).reshape(b, t, 3, h, k)
+    (b, t, d), h, width = x.shape, config.n_heads, config.width_of_head
+    qkv = _linear(params["qkv"], x, 3 * h * width).reshape(b, t, 3, h, width)
     if context.values is not None:
-        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, k))
+        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, width))
     if config.qk_norm or config.positions == "rotary":
         q, k = qkv[:, :, 0], qkv[:, :, 1]
         if config.qk_norm:
@@ -233,7 +233,7 @@ def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context)
     # Fourier mixers of other layers read padding too, so there it must hold what it holds in training.
     narrow = params["qkv"]["kernel"].weights.dtype != jnp.float32
     mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0, narrow=narrow)
-    return _linear(params["out"], mixed.reshape(b, t, h * k), d)
+    return _linear(params["out"], mixed.reshape(b, t, h * width), d)
 
 
 def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:

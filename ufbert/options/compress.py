@@ -1,17 +1,17 @@
 """Options of `ufbert compress`. Imports no jax."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from msgspec import Meta
 from tyro.conf import Positional
 
-from ufbert.config import Device
+from ufbert.config import Device, ModelConfig
 from ufbert.config.checks import NotNegative, Positive, Seed, Share, Size, SizeOrNone
 from ufbert.options.ending import EndOptions
 from ufbert.options.finetune import TaskOptions
 
-Method = Literal["prune", "magnitude", "quantize"]
+Method = Literal["prune", "distill", "drop-feedforward", "magnitude", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,21 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(QuantizeOptions, PruneOptions, TuneOptions, TaskOptions, EndOptions):
+class DistillOptions:
+    """The student of a distillation."""
+
+    student: str = ""
+    """distill: preset of the student, or its model folder; by default it is like its teacher, but for --model options and
+    --from-layers."""
+    from_layers: str = ""
+    """distill: comma-separated numbers of the teacher's layers, from 0, that the student's layers start from; their widths are
+    cut to the student's. Without it, a student that is no model folder starts from random weights."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """distill: fields of the student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(QuantizeOptions, DistillOptions, PruneOptions, TuneOptions, TaskOptions, EndOptions):
     """Make a smaller or faster child of a model folder, and state what it lost: points, or nats, against milliseconds. The
     child lies in OUT/model, a model folder like any other; OUT/report.html and report.md compare both."""
 
@@ -101,6 +115,7 @@ class CompressOptions(QuantizeOptions, PruneOptions, TuneOptions, TaskOptions, E
     """Model folder, pretrained or fine-tuned, or hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
     method: Method
     """prune: takes away hidden neurons, heads, layers and branches of trees, with what is left taught by the whole model.
+    distill: teaches a student of another configuration. drop-feedforward: leaves every feedforward out, as a control.
     magnitude: sets the smallest weights to zero, which makes nothing faster. quantize: rounds weights to int8, a quarter of
     the size."""
     out: str
@@ -133,6 +148,8 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
         "calibration",
         "ramp",
     ),
+    "distill": ("student", "from_layers", "model"),
+    "drop-feedforward": (),
     "magnitude": ("keep",),
     "quantize": ("texts", "activations", "keep_wide", "wide_tables", "exact_routing"),
 }
