@@ -40,10 +40,13 @@ def distance(one, other) -> float:
     )
 
 
+PRUNED = {"layer_heads": (1, 2), "layer_hidden": (8, 24), "head_width": 16}
+
+
 @needs_kernels
-@pytest.mark.parametrize("kind", ["bert", "trees", "leaf tree", "routed trees", "ngrams"])
+@pytest.mark.parametrize("kind", ["bert", "pruned", "trees", "leaf tree", "routed trees", "ngrams"])
 def test_rounding_moves_hidden_states_little(family, kind):
-    model = family(kind, "masked_lm")
+    model = family("bert", "masked_lm", **PRUNED) if kind == "pruned" else family(kind, "masked_lm")
     rows = encode_texts(model.tokenizer, TEXTS, None, model.config)
     how = Quantization("static" if kind in ("bert", "routed trees") else "dynamic", exact_routing=True)
     errors = layer_errors(model, quantized(model, how, rows), rows)

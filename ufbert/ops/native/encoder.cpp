@@ -101,9 +101,7 @@ struct Store {
 struct StoreActivated {
   const Linear& l;
   Activation activation;
-  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const {
-    store_part(l.y + row * l.f + at, activated(activation, v), l.f - at);
-  }
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const { Store{l}(row, at, activated(activation, v)); }
 };
 
 // Floats: sums over kDeepest elements at a time are added to y.
@@ -166,7 +164,8 @@ struct Steps {
     typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
     const Vector shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
     v *= factor;
-    const Vector n = ((v < fill(low) ? fill(low) : (v > fill(high) ? fill(high) : v)) + shift) - shift;
+    v = v > fill(low) ? v : fill(low);  // NaN, too, whose row has a step of NaN
+    const Vector n = ((v > fill(high) ? fill(high) : v) + shift) - shift;
     const Rows rounded = __builtin_convertvector(__builtin_convertvector(n, Ints) + added, Rows);
     if (count >= kLanes)
       *reinterpret_cast<Rows*>(to) = rounded;
