@@ -147,7 +147,7 @@ FAMILIES = {
     },
     "routed trees": {
         "feedforward": ("routed_tree",), "n_trees": 2, "tree_depth": 2, "leaf_width": 4, "master_leaf": 3,
-        "leaf_ancestors": "levels",
+        "leaf_ancestors": "levels", "leaf_bias": True,
     },
     "hashed leaves": {"feedforward": ("routed_tree",), "tree_depth": 3, "leaf_width": 4, "tree_router": "token"},
     "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
@@ -178,6 +178,10 @@ def small_model(tokenizer, name: str, *heads: str, **changes):
     for i, table in enumerate(split_tables(params)[1]):  # they start at zero
         shape = params["encoder"]["ngrams"][table].shape
         params["encoder"]["ngrams"][table] = 0.2 * jax.random.normal(jax.random.key(2 + i), shape)
+    for i in range(config.n_layers if config.leaf_bias else 0):  # those start at zero, too
+        layer, key = params["encoder"][f"layer_{i:02d}"]["routed_tree"], jax.random.key(10 + i)
+        layer["shared_in"]["bias"] = jax.random.normal(key, layer["shared_in"]["bias"].shape)
+        layer |= {part: jax.random.normal(key, layer[part].shape) for part in ("leaf_in_bias", "leaf_out_bias")}
     if "decoder" in params.get("masked_lm", {}):  # it starts at zero
         params["masked_lm"]["decoder"] = params["encoder"]["embeddings"]["tokens"][::-1]
     task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None

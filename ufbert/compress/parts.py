@@ -39,7 +39,7 @@ KINDS = {
     "glu": Kind("out.kernel", ("gate.kernel", "gate.bias", "value.kernel", "value.bias")),
     "switch": Kind("w_out", ("w_in",)),
     "leaf_tree": Kind("leaf_out", ("leaf_in", "leaf_in_bias")),
-    "routed_tree": Kind("leaf_out", ("leaf_in",)),
+    "routed_tree": Kind("leaf_out", ("leaf_in", "leaf_in_bias")),
 }
 
 

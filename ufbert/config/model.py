@@ -115,6 +115,8 @@ class ModelConfig:
     leaf_ancestors: Literal["none", "root", "levels"] = "none"
     """Weights that a routed_tree's leaves share while they are trained: none; those of the root, added to each leaf's own;
     or those of every node above a leaf."""
+    leaf_bias: bool = False
+    """Biases in a routed_tree: of its neurons, and of the output of each leaf."""
     n_experts: Size = 8
     """Experts of a switch layer."""
     capacity_factor: Positive = 1.25

@@ -182,7 +182,8 @@ SWITCHES = {
     r".*embeddings\.position": "positions", r".*embeddings\.projection": "embedding_projection",
     r".*norm\.bias": "norm_bias", r".*embeddings\.norm": "embedding_norm", r".*(query|key)_norm\.": "qk_norm",
     r".*final_norm\.": "final_norm", r".*mixer_norm\.": "first_norm", r".*leaf_tree\.master": "master_leaf",
-    r".*routed_tree\.shared": "master_leaf", r".*routed_tree\.above": "leaf_ancestors", r".*routed_tree\.node": "tree_router",
+    r".*routed_tree\.(leaf|shared).*bias": "leaf_bias", r".*routed_tree\.shared": "master_leaf",
+    r".*routed_tree\.above": "leaf_ancestors", r".*routed_tree\.node": "tree_router",
     r".*layer_\d+\..*\.bias": "use_bias", r".*layer_\d+\.(attention|fourier)\.": "mixer", r".*layer_\d+\.": "feedforward",
 }  # fmt: skip
 """Beginnings of parameters' paths, and the field that decides whether there are such parameters; the first counts."""

@@ -230,7 +230,7 @@ def _narrow(weights: Any, dtype: Dtype) -> Any:
 
 def _pack_routed_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
     """Add up the weights of leaves and of the nodes above them, a neuron a row. Decisions stay float32."""
-    packed = {name: part for name, part in params.items() if name.startswith("node")}
+    packed = {name: part for name, part in params.items() if name.startswith("node") or name.endswith("bias")}
     if "node" in packed:
         packed["node"] = routed_tree.directions(jnp.asarray(packed["node"]))
     for side in ("in", "out"):
@@ -242,14 +242,16 @@ def _pack_routed_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict
 
 def _routed_tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
     rows, activation = x.reshape(-1, config.d_model), ACTIVATIONS[config.activation]
+    bias = routed_tree.leaf_bias(params)
     if config.tree_router == "token":
         assert context.ids is not None
         w_in, w_out = native.restore(params["in"]).swapaxes(2, 3), native.restore(params["out"])
         leaf = routed_tree.hashed_leaves(context.ids.reshape(-1), *w_in.shape[:2])
-        y = routed_tree.grouped(rows, leaf, jnp.ones(leaf.shape), w_in, w_out, activation)
+        y = routed_tree.grouped(rows, leaf, jnp.ones(leaf.shape), w_in, w_out, activation, bias)
     else:
         weights = (params["node"], params["node_bias"], params["in"], params["out"])
-        y = native.routed_forward(rows, *weights, gated=config.tree_gate == "path", activation=config.activation)
+        gated = config.tree_gate == "path"
+        y = native.routed_forward(rows, *weights, *(bias or ()), gated=gated, activation=config.activation)
     y = y.reshape(x.shape)
     if config.master_leaf:
         hidden = activation(_linear(params["shared_in"], x, config.master_leaf))

@@ -267,7 +267,16 @@ FEEDFORWARDS = {
         neurons=_routed_tree_neurons,
         routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
         muon=("kernel", "leaf_in", "leaf_out", "above_in", "above_out"),
-        fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
+        fields=(
+            "n_trees",
+            "tree_depth",
+            "activation",
+            "leaf_width",
+            "master_leaf",
+            "tree_gate",
+            "tree_router",
+            "leaf_bias",
+        ),
         onnx=onnx_rules.routed_tree,
     ),
     "switch": Layer(

@@ -221,8 +221,8 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   return run(&Kernels::leaf_forward, f, threads);
 }
 
-ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, ffi::AnyBuffer w_out, F32 out_scale,
-                          ffi::Result<F32> y, bool gated, int32_t activation, int64_t threads) {
+ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in, ffi::AnyBuffer w_out,
+                          F32 out_scale, F32 b_out, ffi::Result<F32> y, bool gated, int32_t activation, int64_t threads) {
   RoutedForward f{};
   const auto in = w_in.dimensions(), out = w_out.dimensions();
   if (in.size() != 4 || x.dimensions().size() != 2) return wrong("rows are (b, d), leaves (m, g, w, d)");
@@ -234,6 +234,8 @@ ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F3
   if (!has(node_w, f.m * (f.g - 1) * f.d) || !std::equal(in.begin(), in.end(), out.begin(), out.end()) || !has(in_scale, scales) ||
       !has(out_scale, scales) || f.m < 1 || f.w < 1)
     return wrong(kUnfit);
+  f.b_in = data_or_null(b_in), f.b_out = data_or_null(b_out);
+  if ((f.b_in && !has(b_in, f.m * f.g * f.w)) || (f.b_out && !has(b_out, f.m * f.g * f.d))) return wrong(kUnfit);
   if (x.dimensions()[1] != f.d || !has(*y, f.b * f.d)) return wrong(kUnfitRows);
   if (!known(activation)) return wrong(kUnknown);
   f.x = x.typed_data(), f.node_w = node_w.typed_data(), f.node_b = node_b.typed_data();
@@ -306,7 +308,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_routed_forward, routed_forward,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>()
-                                  .Arg<ffi::AnyBuffer>().Arg<F32>().Ret<F32>()
+                                  .Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<bool>("gated").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
                               ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Ret<F32>().Attr<bool>("padding_sees")

@@ -99,7 +99,7 @@ _ARGUMENTS = {
     "forward_saving": _TREES,
     "backward": "x w_in w_out nodes z g",
     "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
-    "routed_forward": "x node_w node_b w_in w_in_scale w_out w_out_scale",
+    "routed_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
     "linear": "x packed scale bias",
     "norm": "x scale bias",
     "add": "x y",
@@ -234,6 +234,8 @@ def routed_forward(
     node_b: Float[Array, "m n"],
     w_in: Weights,
     w_out: Weights,
+    b_in: Float[Array, "m g w"] | None = None,
+    b_out: Float[Array, "m g d"] | None = None,
     *,
     gated: bool,
     activation: str = "gelu",
@@ -243,7 +245,9 @@ def routed_forward(
 
     `w_in` and `w_out`, (m, g, w, d), are of one type: a neuron is one row of each.
     """
-    args = (x, node_w, node_b, *_parts(w_in), *_parts(w_out))
+    none = jnp.zeros((0,), jnp.float32)
+    b_in, b_out = none if b_in is None else b_in, none if b_out is None else b_out
+    args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
     return _call(
         "routed_forward", _shape(*x.shape), *args, activation=activation, threads=threads, gated=np.bool_(gated)
     )

@@ -67,8 +67,8 @@ struct LeafForward {
   Activation activation;
 };
 
-// Trees that end in leaves of w neurons: y = the sum over trees of gate * activation(w_in[leaf] x) w_out[leaf]. A row turns right
-// where its logit is above 0. The gate is the mean of 2 sigmoid(|logit|) over the decisions, or 1.
+// Trees that end in leaves of w neurons: y = the sum over trees of gate * (activation(w_in[leaf] x + b_in[leaf]) w_out[leaf] +
+// b_out[leaf]). A row turns right where its logit is above 0. The gate is the mean of 2 sigmoid(|logit|) over the decisions, or 1.
 struct RoutedForward {
   int64_t b, m, g, w, d;   // m trees of g leaves and g - 1 nodes
   const float* x;          // b d
@@ -76,8 +76,10 @@ struct RoutedForward {
   const float* node_b;     // m g-1
   const void* w_in;        // m g w d of type; an int8 row counts as row * in_scale
   const float* in_scale;   // m g w, with int8
+  const float* b_in;       // m g w, or null
   const void* w_out;       // m g w d of type
   const float* out_scale;  // m g w, with int8
+  const float* b_out;      // m g d, or null
   float* y;                // b d
   Type type;
   Activation activation;
