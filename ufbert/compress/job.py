@@ -17,6 +17,7 @@ from ufbert.cost.flops import forward_flops_per_token
 from ufbert.hub.download import model_folder
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.inference.engine import Dtype
+from ufbert.nn.registry import FEEDFORWARDS
 from ufbert.ops import native
 from ufbert.options.compress import CompressOptions
 from ufbert.options.given import Given
@@ -144,8 +145,10 @@ def _row(job: Job, candidate: Candidate, timings: dict[str, Any]) -> Row:
         if candidate.name != "before" and base is not None:
             ratio = paired_ratio(seconds.tolist(), base.tolist())
             faster[dtype] = (ratio.low, ratio.median, ratio.high)
+    layers = enumerate(kind for _, kind in config.layers)
     return Row(
         name=candidate.name,
+        neurons=max(FEEDFORWARDS[kind].neurons(config.of_layer(i))[0] for i, kind in layers),
         architecture=config.architecture(),
         parameters=sum(int(leaf.size) for leaf in jax.tree.leaves(dict(candidate.model.params))),
         bytes=(candidate.place / "model.safetensors").stat().st_size,

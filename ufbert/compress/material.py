@@ -67,6 +67,10 @@ class Material(ABC):
         """Return the rows of update `step`, as arrays."""
 
     @abstractmethod
+    def tokens(self, step: int) -> TokenBatch:
+        """Return the tokens of those rows, as a model reads them."""
+
+    @abstractmethod
     def outputs(
         self, config: ModelConfig, params: nn.Params, batch: Any, key: Key[Array, ""], *, training: bool
     ) -> Outputs:
@@ -138,7 +142,8 @@ def _text_material(options: CompressOptions, model: ModelFolder) -> "TextMateria
     text = TextOptions(
         model=config, data=data, corpus=options.corpus, prepared=options.prepared, init_from=options.folder
     )
-    return TextMaterial(prepare_rows(locate_rows(text), 0.0), data, options.corpus, options.batch_rows, options.seed)
+    rows = prepare_rows(locate_rows(text), 0.0)
+    return TextMaterial(config, rows, data, options.corpus, options.batch_rows, options.seed)
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,11 @@ class TaskMaterial(Material):
         picks, weights, length = self._epoch(step // each)[step % each]
         inputs = TokenBatch(*map(jnp.asarray, self.rows.pad(picks, length)))
         return Batches(inputs, jnp.asarray(self.labels[picks]), jnp.asarray(weights), None)
+
+    def tokens(self, step: int) -> TokenBatch:
+        inputs = self.batch(step).inputs
+        assert isinstance(inputs, TokenBatch)
+        return inputs
 
     @cached_property
     def _epoch(self) -> Callable[[int], Any]:
@@ -249,6 +259,8 @@ class TaskMaterial(Material):
 class TextMaterial(Material):
     """Packed rows of text, of which a quarter of the words are masked, as in pretraining."""
 
+    config: ModelConfig
+    """Of the model that reads them first."""
     data: PreparedData
     shape: DataConfig
     corpus: str
@@ -269,6 +281,13 @@ class TextMaterial(Material):
 
     def batch(self, step: int) -> Array:
         return jnp.asarray(self.data.train.take(self._order.take(step * self.batch_rows, self.batch_rows)))
+
+    def tokens(self, step: int) -> TokenBatch:
+        run, special = self.run(self.config), special_ids(self.data.tokenizer)
+        batch = self.batch(step)
+        masked = mask_rows(run, special, batch, jax.random.key(step), max(run.train.mask_rate))
+        segments = document_segments(run, special, batch)
+        return TokenBatch(masked.ids, jnp.ones_like(batch) if segments is None else segments, jnp.zeros_like(batch))
 
     @cached_property
     def _order(self) -> RowOrder:

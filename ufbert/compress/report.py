@@ -33,6 +33,8 @@ class Row:
     """Of a call, by the type of the weights."""
     faster: dict[str, Spread] = field(default_factory=dict)
     """Times as fast as the first row, of neighbouring blocks, by the type of the weights."""
+    neurons: Count = 0
+    """Feedforward neurons that a token uses, in the layer where it uses most."""
     lost: float | None = None
     """Of the deciding score against the first row, in `unit`; negative for a gain."""
 
@@ -151,7 +153,7 @@ def html_page(folder: Path, results: CompressResults) -> str:
     head, rows = table(results)
     said = "".join(f"<p>{html.escape(line)}</p>" for line in lines(results))
     shapes = grid([], ([row.name, row.architecture] for row in results.rows))
-    body = f"""{said}{grid(head, rows, range(1, len(head)))}{_points_picture(results)}{shapes}
+    body = f"""{said}{grid(head, rows, range(1, len(head)))}{_points_picture(results)}{_neurons_picture(results)}{shapes}
 {_loss_picture(folder)}
 <h2>Environment</h2>{facts(results.environment)}
 <h2>Options</h2><pre>{html.escape(to_json_text(results.options, indent=2))}</pre>"""
@@ -173,6 +175,34 @@ def _points_picture(results: CompressResults) -> str:
         for x, y, name in points:
             axis.annotate(name, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
     axis.set_xlabel(f"milliseconds a call of {results.shape}")
+    axis.set_ylabel(f"lost, {results.unit}")
+    axis.legend(frameon=False)
+    return svg(figure)
+
+
+def _neurons_picture(results: CompressResults) -> str:
+    """Draw what was lost against the neurons that a token uses, a line for each family of children; nothing without families.
+
+    Children of a family are called after it and their neurons: `tree_64`, `tree_128`.
+    """
+    families: dict[str, list[Row]] = {}
+    for row in results.rows:
+        name, _, number = row.name.rpartition("_")
+        if row.lost is not None and number.isdecimal():
+            families.setdefault(name, []).append(row)
+    if not any(len(rows) > 1 for rows in families.values()):
+        return ""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, rows in families.items():
+        points = sorted((row.neurons, row.lost or 0.0) for row in rows)
+        axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+    for lost in (row.lost for row in results.rows if row.name == "none" and row.lost is not None):
+        axis.axhline(lost, lw=1, ls=":", color="gray", label="no feedforward")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("feedforward neurons that a token uses in a layer")
     axis.set_ylabel(f"lost, {results.unit}")
     axis.legend(frameon=False)
     return svg(figure)

@@ -16,6 +16,7 @@ from ufbert.compress.material import read_material
 from ufbert.compress.prune import prune
 from ufbert.compress.report import RESULTS_FILE
 from ufbert.compress.speed import parse_shape
+from ufbert.compress.to_tree.method import trees
 from ufbert.errors import UserError
 from ufbert.hub.download import model_folder
 from ufbert.hub.folder import flatten, folder_sha256, load_model
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[[Job], Any]] = {
     "distill": distill,
     "drop-feedforward": drop_feedforward,
     "magnitude": magnitude,
+    "to-tree": trees,
 }
 """The function of each method."""
 

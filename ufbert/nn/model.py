@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -14,6 +15,7 @@ from ufbert.nn.encoder import Encoder
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
 from ufbert.nn.layers import Aux
 from ufbert.nn.ngrams import Rows
+from ufbert.nn.registry import FEEDFORWARDS
 from ufbert.ops.losses import Sums
 
 Params = Mapping[str, Any]
@@ -88,6 +90,26 @@ def encode(
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal, "ngrams": ngrams}
     options["hidden_states"] = hidden_states
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
+
+
+def feedforward_inputs(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    type_ids: Int[Array, "b t"],
+) -> list[Float[Array, "b t d"]]:
+    """Compute what each layer's feedforward reads, bottom first."""
+    inputs: list[Float[Array, "b t d"]] = []
+
+    def recorded(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and context.module.name in FEEDFORWARDS:
+            inputs.append(args[0])
+        return call(*args, **kwargs)
+
+    with flax.linen.intercept_methods(recorded):
+        encode(params, config, ids, segment_ids, type_ids=type_ids)
+    return inputs
 
 
 def aux_loss(aux: Mapping[str, Aux]) -> Float[Array, ""]:

@@ -11,7 +11,11 @@ from ufbert.config.checks import NotNegative, Positive, Seed, Share, Size, SizeO
 from ufbert.options.ending import EndOptions
 from ufbert.options.finetune import TaskOptions
 
-Method = Literal["prune", "distill", "drop-feedforward", "magnitude"]
+Method = Literal["prune", "distill", "drop-feedforward", "magnitude", "to-tree"]
+Split = Literal["neurons", "tokens", "random"]
+Choice = Literal["greedy", "contribution", "cluster"]
+Refit = Literal["ridge", "mean", "none"]
+Control = Literal["narrow", "pruned", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +101,36 @@ class CompressOptions(DistillOptions, PruneOptions, TuneOptions, TaskOptions, En
     method: Method
     """prune: takes away hidden neurons, heads, layers and branches of trees, with what is left taught by the whole model.
     distill: teaches a student of another configuration. drop-feedforward: leaves every feedforward out, as a control.
-    magnitude: sets the smallest weights to zero, which makes nothing faster."""
+    magnitude: sets the smallest weights to zero, which makes nothing faster. to-tree: makes a tree of each dense feedforward,
+    fitted to what it reads (docs/compression.md)."""
     out: str
     """Folder for the child and the report; it must not exist, or be what --resume goes on with."""
     keep: float = 1.0
     """prune: share of the hidden neurons of a feedforward, leaf or expert that stays. magnitude: share of the weights."""
+    neurons: tuple[Size, ...] = (128,)
+    """to-tree: feedforward neurons that a token uses in a layer, its decisions among them. Each number makes a child; the first
+    is OUT/model, the others are OUT/tree_NUMBER/model."""
+    tree_depth: Annotated[int, Meta(ge=0, le=12)] = 4
+    """to-tree: decisions of a token, of which there are 2^D leaves."""
+    shared_neurons: SizeOrNone = 0
+    """to-tree: neurons that every token uses besides those of its leaf, among --neurons."""
+    split: Split = "neurons"
+    """to-tree: what the decisions are fitted to: clusters of neurons that are active together, clusters of tokens that use the
+    same neurons, or nothing (random)."""
+    choice: Choice = "greedy"
+    """to-tree: neurons of a leaf. greedy: those that can best answer for all, for its tokens; contribution: those that
+    contribute most; cluster: likewise, those of its own cluster first."""
+    refit: Refit = "ridge"
+    """to-tree: what kept neurons do for the others. ridge: they get output weights that answer for them, too; mean: the bias
+    takes their mean; none: nothing."""
+    ridge: NotNegative = 0.1
+    """to-tree: weight that holds a refit near the weights that were there, over the neurons' mean variance."""
+    calibration_tokens: Size = 16_384
+    """to-tree: tokens of the training rows that it looks at; they set the time it takes."""
+    controls: tuple[Control, ...] = ()
+    """to-tree: children to compare with, in OUT/NAME_NUMBER. narrow: dense layers of as many neurons, the same for all tokens,
+    chosen and refitted likewise; pruned: those that contribute most, not refitted; none: feedforwards that answer all tokens
+    alike."""
     resume: bool = False
     """Go on with the compression in --out, within what is left of its budget; give the same options."""
     shape: str = "1x128"
@@ -131,7 +160,10 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "distill": ("student", "from_layers", "model"),
     "drop-feedforward": (),
     "magnitude": ("keep",),
-}
+    "to-tree": (
+        "neurons", "tree_depth", "shared_neurons", "split", "choice", "refit", "ridge", "calibration_tokens", "controls",
+    ),
+}  # fmt: skip
 """Options that belong to some methods only, by method; the others are everybody's."""
 
 FREE_ON_RESUME = (
