@@ -80,3 +80,29 @@ def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
         (commit, f"{s['heldout_loss']:.3f}", f"{s['tokens'] / 1e6:.2f}", f"{s['steps']:,}") for commit, s in facts
     ]
     assert len(rows) == 7
+
+
+def test_the_table_of_trees_from_a_dense_model_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "trees.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "notebooks" / "results" / "minilm_to_trees.json").read_text(encoding="utf-8"))["runs"]
+    lost = [{row["name"]: f"{row['lost']:.1f}" for row in run["rows"]} for run in runs if run["budget"] == "none"]
+    rows = re.findall(r"^\| (\d+) neurons \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for n, cells in rows:
+        expected = [run[f"{kind}_{n}"] for kind in ("tree", "narrow", "pruned") for run in lost]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+    assert f"lose {lost[0]['none']} and {lost[1]['none']} points" in " ".join(page.split())
+
+
+STEPS = (
+    "none", "pruned", "narrow", "tree", "tree_depth3", "tree_depth5", "tree_shared_half", "tree_cluster",
+    "cluster_unrefitted", "tree_tokens", "tree_random_ridge001",
+)  # fmt: skip
+
+
+def test_the_table_of_what_each_step_to_a_tree_is_worth_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "trees.md").read_text(encoding="utf-8").partition("## What each step")[2]
+    results = json.loads((ROOT / "notebooks" / "results" / "minilm_to_trees.json").read_text(encoding="utf-8"))
+    errors = results["layers"]["errors"]
+    rows = re.findall(r"^\|.*?\| \**([\d.]+)\** \| \**([\d.]*)\** *\|$", page, re.MULTILINE)
+    assert rows == [tuple(f"{errors[i][name]:.3f}" if name in errors[i] else "" for i in "25") for name in STEPS]
