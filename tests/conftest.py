@@ -28,6 +28,7 @@ from jaxtyping import install_import_hook
 install_import_hook("ufbert", "beartype.beartype")
 
 import dataclasses
+import functools
 import gc
 import random
 import subprocess
@@ -146,7 +147,7 @@ FAMILIES = {
     },
     "routed trees": {
         "feedforward": ("routed_tree",), "n_trees": 2, "tree_depth": 2, "leaf_width": 4, "master_leaf": 3,
-        "leaf_ancestors": "levels",
+        "leaf_ancestors": "levels", "leaf_bias": True,
     },
     "hashed leaves": {"feedforward": ("routed_tree",), "tree_depth": 3, "leaf_width": 4, "tree_router": "token"},
     "switch": {"feedforward": ("switch",), "n_experts": 3, "activation": "gelu_tanh"},
@@ -160,34 +161,92 @@ FAMILIES = {
 """Fields of small models that have every kind of part between them."""
 
 
-@pytest.fixture(scope="session")
-def family(run_folder):
-    """(name of a family, its heads, changed fields) -> a small model of random weights that reads 48 word pieces."""
+def small_model(tokenizer, name: str, *heads: str, **changes):
+    """Return a model folder of a family, with its heads and changed fields, that reads 48 word pieces of a tokenizer; its
+    weights are random."""
     from ufbert import nn
     from ufbert.config import ModelConfig
-    from ufbert.hub.folder import ModelFolder, TaskInfo, load_model
+    from ufbert.hub.folder import ModelFolder, TaskInfo
     from ufbert.nn.ngrams import split_tables
 
-    tokenizer = load_model(run_folder / "model").tokenizer
     base = ModelConfig(
         max_len=48, d_model=32, n_layers=2, n_heads=2, d_hidden=24, pooler_width=16, init_std=0.2, tree_depth=5,
         vocab_size=tokenizer.get_vocab_size(),
     )  # fmt: skip
+    config = dataclasses.replace(base, **{**FAMILIES[name], **changes})
+    params = nn.init(config, jax.random.key(0), ("masked_lm",) if "masked_lm" in heads else ())
+    for i, table in enumerate(split_tables(params)[1]):  # they start at zero
+        shape = params["encoder"]["ngrams"][table].shape
+        params["encoder"]["ngrams"][table] = 0.2 * jax.random.normal(jax.random.key(2 + i), shape)
+    for i in range(config.n_layers if config.leaf_bias else 0):  # those start at zero, too
+        layer, key = params["encoder"][f"layer_{i:02d}"]["routed_tree"], jax.random.key(10 + i)
+        layer["shared_in"]["bias"] = jax.random.normal(key, layer["shared_in"]["bias"].shape)
+        layer |= {part: jax.random.normal(key, layer[part].shape) for part in ("leaf_in_bias", "leaf_out_bias")}
+    if "decoder" in params.get("masked_lm", {}):  # it starts at zero
+        params["masked_lm"]["decoder"] = params["encoder"]["embeddings"]["tokens"][::-1]
+    task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
+    if task:
+        params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
+    return ModelFolder(config, params, tokenizer, task)
 
-    def make(name: str, *heads: str, **changes) -> ModelFolder:
-        config = dataclasses.replace(base, **{**FAMILIES[name], **changes})
-        params = nn.init(config, jax.random.key(0), ("masked_lm",) if "masked_lm" in heads else ())
-        for i, table in enumerate(split_tables(params)[1]):  # they start at zero
-            shape = params["encoder"]["ngrams"][table].shape
-            params["encoder"]["ngrams"][table] = 0.2 * jax.random.normal(jax.random.key(2 + i), shape)
-        if "decoder" in params.get("masked_lm", {}):  # it starts at zero
-            params["masked_lm"]["decoder"] = params["encoder"]["embeddings"]["tokens"][::-1]
-        task = TaskInfo("toy", ("no", "yes"), {}) if "classifier" in heads else None
-        if task:
-            params["classifier"] = nn.init_classifier(config, jax.random.key(1), 2)
-        return ModelFolder(config, params, tokenizer, task)
 
-    return make
+@pytest.fixture(scope="session")
+def family(run_folder):
+    """(name of a family, its heads, changed fields) -> a small model of random weights that reads 48 word pieces."""
+    from ufbert.hub.folder import load_model
+
+    tokenizer = load_model(run_folder / "model").tokenizer
+    return functools.partial(small_model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def numbered():
+    """(name of a family, its heads, changed fields) -> the same, whose words are word0, word1, ...; no run is needed for it."""
+    from tokenizers import pre_tokenizers
+
+    from ufbert.bench.encoder_job import numbered_words
+
+    tokenizer = numbered_words(60)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return functools.partial(small_model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def toy_task(tmp_path_factory) -> list[str]:
+    """Options of a task on such words that word7 decides."""
+    folder, rng = tmp_path_factory.mktemp("toy"), random.Random(0)
+
+    def row() -> str:
+        words = [f"word{rng.randint(10, 30)}" for _ in range(rng.randint(2, 9))]
+        has_it = rng.random() < 0.5
+        return f"{' '.join([*words, 'word7'] if has_it else words)}\t{'yes' if has_it else 'no'}\n"
+
+    for split, n in (("train", 96), ("dev", 64)):
+        (folder / f"{split}.tsv").write_text("text\tlabel\n" + "".join(row() for _ in range(n)))
+    return [f"--train={folder / 'train.tsv'}", f"--dev={folder / 'dev.tsv'}", "--text=text", "--label=label"]
+
+
+@pytest.fixture(scope="session")
+def tuned_folder(numbered, tmp_path_factory) -> Path:
+    """A model folder with a classifier of random weights, for the labels of that task."""
+    from ufbert.hub.folder import save_model
+
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    save_model(folder, numbered("bert", "classifier"))
+    return folder
+
+
+COMPRESS = [
+    "--device=cpu",
+    "--types",
+    "float32",
+    "--blocks=2",
+    "--shape=1x16",
+    "--batch-rows=8",
+    "--lr=1e-3",
+    "--max-len=32",
+]
+"""Options of a compression that takes seconds."""
 
 
 def gradients_close(found, wanted, zero: float = 0.0) -> None:

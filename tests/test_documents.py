@@ -72,6 +72,40 @@ def test_the_table_of_routed_trees_is_that_of_its_file():
         assert [cell.strip() for cell in cells.split("|")] == expected
 
 
+def test_the_table_of_int8_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
+    bench = json.loads((ROOT / "notebooks" / "results" / "int8_one_core.json").read_text(encoding="utf-8"))["bench"]
+    head = page.index("| BERT, 12 x 768, 1 x 128 tokens |")
+    rows = [line.strip("|").split("|")[1:] for line in page[head:].split("\n\n")[0].strip().splitlines()[2:]]
+    names = ["dense-int8", "static-int8", "openvino-int8", "onnxruntime-int8"]
+    assert len(rows) == len(names)
+    for name, cells in zip(names, rows, strict=True):
+        expected = []
+        for threads in ("1", "2"):
+            ratio = bench[threads]["ratios"].get(name, {}).get("openvino-int8")
+            expected.append(f"{1e3 * bench[threads]['seconds'][name]['median']:.1f}")
+            expected.append("{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else "")
+        assert [cell.strip() for cell in cells] == expected
+
+
+def test_the_points_that_int8_loses_are_those_of_its_file():
+    page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "notebooks" / "results" / "int8_one_core.json").read_text(encoding="utf-8"))["minilm"]
+    rows = re.findall(r"^\| (SST-2|STS-B), (\w+) \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for task, activations, cells in rows:
+        run = runs[f"{task.lower().replace('-', '')} {activations}"]
+        before, after = ([row["scores"][run["metrics"][0]], row["bytes"]] for row in run["rows"])
+        expected = [
+            f"{before[1] / 1e6:.1f}",
+            f"{after[1] / 1e6:.1f}",
+            f"{100 * before[0]:.1f}",
+            f"{100 * after[0]:.1f}",
+        ]
+        expected.append(f"{100 * (before[0] - after[0]):.2f}")
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
 def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
     page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*\(`(\w{7})`\) \| ([\d.]+) \| ([\d.]+) M \| ([\d,]+) \|$", page, re.MULTILINE)
@@ -81,3 +115,44 @@ def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
         (commit, f"{s['heldout_loss']:.3f}", f"{s['tokens'] / 1e6:.2f}", f"{s['steps']:,}") for commit, s in facts
     ]
     assert len(rows) == 7
+
+
+def test_the_table_of_trees_from_a_dense_model_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "trees.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "notebooks" / "results" / "minilm_to_trees.json").read_text(encoding="utf-8"))["runs"]
+    lost = [{row["name"]: f"{row['lost']:.1f}" for row in run["rows"]} for run in runs if run["budget"] == "none"]
+    rows = re.findall(r"^\| (\d+) neurons \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for n, cells in rows:
+        expected = [run[f"{kind}_{n}"] for kind in ("tree", "narrow", "pruned") for run in lost]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+    assert f"lose {lost[0]['none']} and {lost[1]['none']} points" in " ".join(page.split())
+
+
+STEPS = (
+    "none", "pruned", "narrow", "tree", "tree_depth3", "tree_depth5", "tree_shared_half", "tree_cluster",
+    "cluster_unrefitted", "tree_tokens", "tree_random_ridge001",
+)  # fmt: skip
+
+
+def test_the_table_of_what_each_step_to_a_tree_is_worth_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "trees.md").read_text(encoding="utf-8").partition("## What each step")[2]
+    results = json.loads((ROOT / "notebooks" / "results" / "minilm_to_trees.json").read_text(encoding="utf-8"))
+    errors = results["layers"]["errors"]
+    rows = re.findall(r"^\|.*?\| \**([\d.]+)\** \| \**([\d.]*)\** *\|$", page, re.MULTILINE)
+    assert rows == [tuple(f"{errors[i][name]:.3f}" if name in errors[i] else "" for i in "25") for name in STEPS]
+
+
+def test_the_table_of_pruned_models_is_that_of_its_file():
+    page = (ROOT / "docs" / "compression.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (SST-2|STS-B) \| \w+ ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| .* \| ([\d.]+) .* \| ([\d.]+) ", page, re.M
+    )
+    runs = json.loads((ROOT / "notebooks" / "results" / "prune_minilm.json").read_text(encoding="utf-8"))["runs"]
+    expected = []
+    for run in runs:
+        (before, after), metric = run["rows"], run["metrics"][0]
+        scores = [f"{100 * row['scores'][metric]:.1f}" for row in (before, after)]
+        faster = [f"{after['faster'][kind][1]:.2f}" for kind in ("float32", "int8")]
+        expected.append((run["material"].split(":")[0], *scores, f"{after['lost']:.1f}", *faster))
+    assert rows == expected

@@ -35,6 +35,10 @@ BELOW = {
     "bench": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
     },
+    "compress": {
+        "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",
+        "bench",
+    },
 }  # fmt: skip
 LAUNCHERS = {"api", "cli", "__main__", "__init__"}
 
@@ -109,7 +113,16 @@ def test_only_the_stand_alone_peers_import_torch_and_they_import_nothing_of_the_
     for path in set(ROOT.rglob("*.py")) - set(peers):
         assert not any(name.split(".")[0] == "torch" for name in imports_of(path)), path
         assert not any(name.endswith("_peer") for name in imports_of(path)), path
-    allowed = {"torch", "numpy", "worker", "transformers", "onnx", "onnxruntime"} | sys.stdlib_module_names
+    allowed = {
+        "torch",
+        "numpy",
+        "worker",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+    } | sys.stdlib_module_names
     for path in peers:
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path
     assert imports_of(ROOT / "bench" / "worker.py") <= {"numpy", *sys.stdlib_module_names, "collections.abc"}

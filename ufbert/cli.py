@@ -23,6 +23,7 @@ from ufbert.errors import Interrupted, UserError, near_miss
 from ufbert.options.ask import FillMaskOptions, PredictOptions
 from ufbert.options.bench import BenchEncoderOptions, BenchLayerOptions, BenchTrainOptions
 from ufbert.options.compare import CompareOptions
+from ufbert.options.compress import CompressOptions
 from ufbert.options.convert import ExportOptions, ImportOptions
 from ufbert.options.finetune import FinetuneOptions, GlueTableOptions
 from ufbert.options.given import Given, from_given, option_names
@@ -76,7 +77,7 @@ VERBS = {
     ),
     "report": Verb(
         ReportOptions,
-        "ufbert.study.draw:report",
+        "ufbert.compare.draw:report",
         "draw the page of a run as it stands, or of several over each other",
     ),
     "compare": Verb(
@@ -90,6 +91,13 @@ VERBS = {
         FinetuneOptions,
         "ufbert.glue.run:finetune",
         "fine-tune a model folder on GLUE or a task of your own (also: python finetune.py)",
+        layered=True,
+        makes_folder=True,
+    ),
+    "compress": Verb(
+        CompressOptions,
+        "ufbert.compress.run:compress",
+        "make a smaller or faster child of a model folder, and state what it lost",
         layered=True,
         makes_folder=True,
     ),

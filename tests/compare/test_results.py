@@ -152,6 +152,11 @@ def test_a_report_is_drawn_of_what_is_there(tmp_path, capsys):
     assert trained is not None
     assert trained.difference is not None
     assert trained.difference.mean == pytest.approx(-0.1875)
+    cli.call("compare", ["--report", f"--out={tmp_path}"])
+    drawn = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").unlink()
+    cli.call("report", [str(tmp_path)])
+    assert (tmp_path / "report.html").read_bytes() == drawn
     with pytest.raises(UserError, match="--baseline 'x' is none of the models"):
         cli.call("compare", ["--report", f"--out={tmp_path}", "--baseline=x"])
     (tmp_path / "results.json").write_text('{"format": "ufbert-glue", "format_version": 1}')

@@ -240,6 +240,7 @@ def is_empty(root):
     return not list(root.iterdir())
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(text, tmp_path, monkeypatch):
     """A file system of two megabytes where mounting is allowed, and a disk that says it is full everywhere."""
     root = tmp_path / "small"

@@ -26,6 +26,7 @@ def test_the_alphabet_follows_the_text():
     assert sum(character in crowded.get_vocab() for character in HAN) == 1500 - 2 * len(letters)
 
 
+@pytest.mark.long
 def test_the_rarest_characters_stay_out_once_there_are_a_thousand():
     often, rare = HAN[:1200], HAN[1200:1210]
     texts = [*often] * 20 + rare[:2]  # 2 of 24,002 characters are less than one in ten thousand, 10 are more

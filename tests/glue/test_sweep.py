@@ -63,6 +63,7 @@ def options(run_folder, toy_glue, out, *more):
     return [f"--model={run_folder / 'model'}", f"--glue-source=dir:{toy_glue}", f"--out={out}", "--device=cpu", *more]
 
 
+@pytest.mark.long
 def test_all_tasks_of_a_source_in_one_command(run_folder, toy_glue, tmp_path, command):
     out = tmp_path / "out"
     with terminal() as written:

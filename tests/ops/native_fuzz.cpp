@@ -258,23 +258,25 @@ void fuzz_leaf(Random& random, LeafTree& t) {
 struct RoutedTrees {
   int64_t b, m, g, w, d;
   Activation activation;
-  bool gated;
-  Array<float> x, node_w, node_b;
+  bool gated, biased;
+  Array<float> x, node_w, node_b, b_in, b_out;
   Weights w_in, w_out;
   Array<float> y;
 
   RoutedTrees(Random& random, int64_t b, int64_t m, int64_t depth, int64_t w, int64_t d, Type type)
       : b(b), m(m), g(int64_t(1) << depth), w(w), d(d), activation(Activation(random.in(0, 3))), gated(random.chance(50)),
-        x(draw_inputs(random, b, d, false)),
+        biased(random.chance(50)), x(draw_inputs(random, b, d, false)),
         node_w(draw(random, m * (g - 1) * d, 1.0f / std::sqrt(float(d)))),
         node_b(draw(random, m * (g - 1), random.chance(25) ? 0.0f : 0.3f)),
+        b_in(draw(random, m * g * w, 0.5f)), b_out(draw(random, m * g * d, 0.5f)),
         w_in(random, type, m * g * w, d, m * g * w, 1.0f / std::sqrt(float(d)), false),
         w_out(random, type, m * g * w, d, m * g * w, 1.0f / std::sqrt(float(w)), false),
         y(random, b * d) {}
 
   void run(const float* rows, int64_t count, float* to, int64_t threads) const {
     const RoutedForward f{count, m, g, w, d, rows, node_w.data, node_b.data, w_in.data(), w_in.scale_data(),
-                          w_out.data(), w_out.scale_data(), to, w_in.type, activation, gated};
+                          biased ? b_in.data : nullptr, w_out.data(), w_out.scale_data(), biased ? b_out.data : nullptr,
+                          to, w_in.type, activation, gated};
     if (ufbert_routed_forward(&f, threads)) mismatch("there are no kernels");
   }
 
@@ -293,17 +295,20 @@ struct RoutedTrees {
         node = 2 * node + 1 + (z.value > 0), ++decisions;
       }
       const double gate = gated && decisions ? certain / double(decisions) : 1.0;
+      const int64_t leaf = tree * g + node - (g - 1);
+      for (int64_t c = 0; c < d && biased; ++c) wanted[c].add(gate, gated ? gate_off : 0, b_out[leaf * d + c]);
       for (int64_t j = 0; j < w; ++j) {
         const int64_t h = (tree * g + node - (g - 1)) * w + j;
         Sum hidden = dot(&x[row * d], &w_in.value[h * d], d);
         hidden.value *= w_in.scale_of(h), hidden.size *= std::fabs(w_in.scale_of(h));
+        if (biased) hidden.add(1, 0, b_in[h]);
         const double z = hidden.value, steepest = 1.2, value = active(activation, z), scale = w_out.scale_of(h);
         const double off = active_off(activation, z) + steepest * hidden.rounding(double(d) + 20);
         const double all_off = (off * gate + std::fabs(value) * (gated ? gate_off : 0)) * std::fabs(scale) + w_out.lost(value);
         for (int64_t c = 0; c < d; ++c) wanted[c].add(value * gate * scale, all_off, w_out.value[h * d + c]);
       }
     }
-    expect_row("y", &y[row * d], wanted, row, double(m * (w + 6)));
+    expect_row("y", &y[row * d], wanted, row, double(m * (w + 7)));
   }
 };
 

@@ -6,6 +6,7 @@
 extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type);
 extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads);
 extern "C" int ufbert_linear(const Linear*, int64_t threads);
+extern "C" int ufbert_feed_forward(const FeedForward*, int64_t threads);
 extern "C" int ufbert_attention(const Attention*, int64_t threads);
 extern "C" int ufbert_norm(const Norm*, int64_t threads);
 extern "C" int ufbert_add(const Add*, int64_t threads);
@@ -50,7 +51,7 @@ struct Layer {
     return packed.data + (size - start % size) % size;
   }
   void run(const float* rows, int64_t count, float* to, int64_t threads) const {
-    const Linear l{count, d, f, rows, at(), type == kInt8 ? scale.data : nullptr, biased ? bias.data : nullptr, to, type};
+    const Linear l{count, d, f, rows, at(), type == kInt8 ? scale.data : nullptr, biased ? bias.data : nullptr, nullptr, to, type};
     if (ufbert_linear(&l, threads)) mismatch("there are no kernels");
   }
 
@@ -104,6 +105,33 @@ void fuzz_linear(Random& random, Layer& l) {
   }
 }
 
+// Two layers as one call: the same on other threads, and for rows alone. With steps that are given, or without.
+void fuzz_feed_forward(Random& random, const Layer& in, const Layer& out) {
+  Array<float> steps(random, 2), next(random, 2);
+  steps[0] = 0.02f, steps[1] = float(random.in(0, 255)), next[0] = 0.01f, next[1] = float(random.in(0, 255));
+  const bool given = in.type == kInt8 && random.chance(60);
+  const Activation activation = Activation(random.in(0, 3));
+  auto run = [&](const float* rows, int64_t count, float* to, int64_t threads) {
+    const FeedForward f{{count, in.d, in.f, rows, in.at(), in.type == kInt8 ? in.scale.data : nullptr,
+                         in.biased ? in.bias.data : nullptr, given ? steps.data : nullptr, nullptr, in.type},
+                        {count, out.d, out.f, nullptr, out.at(), out.type == kInt8 ? out.scale.data : nullptr,
+                         out.biased ? out.bias.data : nullptr, given ? next.data : nullptr, to, out.type},
+                        activation};
+    if (ufbert_feed_forward(&f, threads)) mismatch("there are no kernels");
+  };
+  Array<float> y(random, in.b * out.f), again(random, in.b * out.f);
+  const int64_t threads = random.in(1, 4);
+  run(in.x.data, in.b, y.data, threads);
+  elsewhere([&] { run(in.x.data, in.b, again.data, threads % 4 + 1); });
+  expect_same("feedforward, threads", y.data, again.data, in.b * out.f);
+  if (!in.b) return;
+  const int64_t first = random.in(0, in.b - 1), count = std::min<int64_t>(in.b - first, random.in(1, 8));
+  Array<float> rows(random, count * in.d), alone(random, count * out.f);
+  std::copy_n(&in.x[first * in.d], count * in.d, rows.data);
+  run(rows.data, count, alone.data, random.in(1, 4));
+  expect_same("feedforward, rows alone and in the batch", &y[first * out.f], alone.data, count * out.f);
+}
+
 void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, bool special) {
   const int64_t size = b * t * h * k;
   const bool special_values = special && random.chance(50);
@@ -121,7 +149,7 @@ void fuzz_attention(Random& random, int64_t b, int64_t t, int64_t h, int64_t k, 
     for (int64_t i = 0; i < t; ++i) segment[row * t + i] = i >= end ? 0 : (document += i > 0 && random.chance(8));
   }
   Array<float> y(random, size), again(random, size);
-  Attention a{b, t, h, k, qkv.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees};
+  Attention a{b, t, h, k, qkv.data, documents ? segment.data : nullptr, y.data, 1 / std::sqrt(float(k)), sees, false};
   const int64_t threads = random.in(1, 4);
   if (ufbert_attention(&a, threads)) mismatch("there are no kernels");
   a.y = again.data;
@@ -223,6 +251,7 @@ void encoder_call(Random& random, bool special, char* described, size_t room) {
     std::snprintf(described, room, "linear b=%lld d=%lld f=%lld %s special=%d", (long long)b, (long long)d, (long long)f, types[type], special);
     Layer l(random, b, d, f, type, special);
     fuzz_linear(random, l);
+    if (random.chance(30)) fuzz_feed_forward(random, l, Layer(random, 0, f, random.in(0, 40), type, special));
   } else if (kind <= 9) {
     int64_t b = random.in(0, 3), t = random.chance(80) ? random.in(1, 40) : random.in(1, 220), h = random.in(1, 3), k = random.chance(70) ? random.in(1, 24) : random.in(1, 80);
     while (b * t * t * h * k > 3000000) t = (t + 1) / 2;

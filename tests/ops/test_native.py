@@ -68,6 +68,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_fuzzer(tmp_path_factory.mktemp("fuzz") / "fuzz", str(build.library()))
 
 
+@pytest.mark.long
 def test_random_calls_under_the_sanitizers(tmp_path):
     (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
     probe = [COMPILER, *SANITIZERS, str(tmp_path / "probe.cpp"), "-o", str(tmp_path / "probe")]
@@ -344,7 +345,10 @@ BACKWARD = [
     zeros(5, 4),
 ]
 LEAF = [zeros(5, 4), zeros(3, 4), zeros(3), zeros(4, 4, 2), NONE, zeros(4, 2), zeros(4, 2, 6), NONE, zeros(4, 6)]
-ROUTED = [zeros(5, 4), zeros(2, 3, 4), zeros(2, 3), zeros(2, 4, 6, 4), NONE, zeros(2, 4, 6, 4), NONE]
+ROUTED = [
+    *(zeros(5, 4), zeros(2, 3, 4), zeros(2, 3)),
+    *(zeros(2, 4, 6, 4), NONE, zeros(2, 4, 6), zeros(2, 4, 6, 4), NONE, zeros(2, 4, 4)),
+]
 ARGUMENTS = {"forward": FORWARD, "backward": BACKWARD, "leaf_forward": LEAF, "routed_forward": ROUTED}
 WRONG = [
     ("forward", 0, zeros(5, 3), "the rows' shapes do not fit"),
@@ -386,7 +390,9 @@ WRONG = [
     ("routed_forward", 3, zeros(2, 4, 0, 4), "the weights' shapes do not fit"),
     ("routed_forward", 3, zeros(2, 4, 6, 4, dtype=jnp.int8), "leaves are of one type"),
     ("routed_forward", 4, zeros(48), "the weights' shapes do not fit"),
-    ("routed_forward", 5, zeros(2, 4, 5, 4), "the weights' shapes do not fit"),
+    ("routed_forward", 5, zeros(2, 4, 5), "the weights' shapes do not fit"),
+    ("routed_forward", 6, zeros(2, 4, 5, 4), "the weights' shapes do not fit"),
+    ("routed_forward", 8, zeros(2, 4, 6), "the weights' shapes do not fit"),
 ]
 
 

@@ -272,7 +272,7 @@ def test_compiling_says_how_far_it_is_in_a_line_of_a_terminal(copier, monkeypatc
     lines: list[str] = []
     monkeypatch.setattr(build, "show", lines.append)
     build.library()
-    parts = 1 + sum(1 if "-DUFBERT_TREES=avx512" in flags else 3 for flags in compiler.INSTRUCTION_SETS.values())
+    parts = 1 + sum(2 if "-DUFBERT_TREES=avx512" in flags else 4 for flags in compiler.INSTRUCTION_SETS.values())
     begin = r"compiling the CPU kernels, once on this machine \(\d+ s or more\)"
     assert [re.sub(begin, "", line) for line in lines] == [f": {n} of {parts} parts" for n in range(1, parts + 1)]
     assert max(map(len, lines)) < 80
@@ -355,7 +355,7 @@ def test_a_wheel_without_compiled_kernels_is_for_every_platform(without, copier,
     path = wheel(tmp_path / "dist")
     assert path.name.endswith("-py3-none-any.whl")
     assert shipped(path, tmp_path / "site") == []
-    assert sum(file.suffix == ".cpp" for file in (tmp_path / "site").rglob("*")) == 4
+    assert sum(file.suffix == ".cpp" for file in (tmp_path / "site").rglob("*")) == 5
 
 
 def test_an_editable_install_compiles_nothing(copier, tmp_path):

@@ -22,8 +22,14 @@ def draw(b, m, depth, w, d, seed=0):
     return [jnp.asarray(rng.normal(size=s) * scale, jnp.float32) for s, scale in zip(shapes, scales, strict=True)]
 
 
-def by_hand(x, node_w, node_b, w_in, w_out, gated, activation=gelu):
+def draw_bias(m, depth, w, d, seed=0):
+    rng = np.random.default_rng([seed, w, d])
+    return routed_tree.LeafBias(*(jnp.asarray(rng.normal(size=(m, 2**depth, k)), jnp.float32) for k in (w, d)))
+
+
+def by_hand(x, node_w, node_b, w_in, w_out, gated, activation=gelu, bias=None):
     """The layer row by row and tree by tree, and how near each row came to turning the other way."""
+    b_in, b_out = (0 * np.asarray(w_in[..., 0, :]), 0 * np.asarray(w_out[..., 0, :])) if bias is None else bias
     y, margin = np.zeros(x.shape), np.full(len(x), np.inf)
     for i, row in enumerate(np.asarray(x, np.float64)):
         for tree in range(len(w_in)):
@@ -34,32 +40,35 @@ def by_hand(x, node_w, node_b, w_in, w_out, gated, activation=gelu):
                 margin[i] = min(margin[i], abs(z))
                 node = 2 * node + 1 + (z > 0)
             leaf = node - len(node_w[tree])
-            hidden = np.asarray(activation(jnp.asarray(row @ np.asarray(w_in[tree, leaf], np.float64))))
-            y[i] += (np.mean(shares) if gated and shares else 1.0) * (hidden @ np.asarray(w_out[tree, leaf]))
+            hidden = row @ np.asarray(w_in[tree, leaf], np.float64) + np.asarray(b_in[tree, leaf])
+            answer = np.asarray(activation(jnp.asarray(hidden))) @ np.asarray(w_out[tree, leaf]) + np.asarray(
+                b_out[tree, leaf]
+            )
+            y[i] += (np.mean(shares) if gated and shares else 1.0) * answer
     return y, margin > 1e-5
 
 
-def layer(x, node_w, node_b, w_in, w_out, *, way, gated=True):
+def layer(x, node_w, node_b, w_in, w_out, *, way, gated=True, bias=None):
     logits = routed_tree.node_logits(x, node_w, node_b)
     path = routed_tree.descend(logits)
     gate = routed_tree.path_gate(path) if gated else jnp.ones(path.leaf.shape)
     if way == "grouped":
-        return routed_tree.grouped(x, path.leaf, gate, w_in, w_out, gelu)
+        return routed_tree.grouped(x, path.leaf, gate, w_in, w_out, gelu, bias)
     shares = jax.nn.one_hot(path.leaf, w_in.shape[1]) * gate[..., None]
-    return routed_tree.masked(x, shares, w_in, w_out, gelu)
+    return routed_tree.masked(x, shares, w_in, w_out, gelu, bias)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("gated", [True, False])
-def test_grouped_masked_and_native_layers_equal_the_rows_by_hand(shape, gated):
-    arrays = draw(*shape)
-    wanted, clear = by_hand(*arrays, gated)
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)])
+def test_grouped_masked_and_native_layers_equal_the_rows_by_hand(shape, gated, biased):
+    arrays, bias = draw(*shape), draw_bias(*shape[1:]) if biased else None
+    wanted, clear = by_hand(*arrays, gated, bias=bias)
     assert clear.sum() >= 0.9 * len(wanted)
     x, node_w, node_b, w_in, w_out = arrays
     rows = jnp.swapaxes(w_in, 2, 3)
-    found = {way: layer(*arrays, way=way, gated=gated) for way in ("grouped", "masked")}
+    found = {way: layer(*arrays, way=way, gated=gated, bias=bias) for way in ("grouped", "masked")}
     if not native.unavailable():
-        found["native"] = native.routed_forward(x, node_w, node_b, rows, w_out, gated=gated)
+        found["native"] = native.routed_forward(x, node_w, node_b, rows, w_out, *(bias or ()), gated=gated)
     for way, y in found.items():
         np.testing.assert_allclose(y[clear], wanted[clear], atol=2e-5 * np.abs(wanted).max(), err_msg=way)
 
@@ -94,11 +103,15 @@ def test_a_row_of_the_native_layer_does_not_depend_on_its_batch():
 def test_grouped_and_masked_have_the_same_gradients_however_uneven_the_leaves_are():
     arrays = draw(70, 3, 2, 33, 19)
     arrays[2] = arrays[2].at[0].set(50.0)  # all rows take one leaf of the first tree
+    bias = draw_bias(3, 2, 33, 19)
 
     def slopes(way):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(layer(*a, way=way))), argnums=(0, 1, 2, 3, 4))(*arrays)
+        of = jax.grad(lambda b, *a: jnp.sum(jnp.sin(layer(*a, way=way, bias=b))), argnums=(1, 2, 3, 4, 5, 0))
+        *slopes, of_bias = of(bias, *arrays)
+        return *slopes, *of_bias
 
-    for name, one, other in zip(["x", "node", "bias", "in", "out"], slopes("grouped"), slopes("masked"), strict=True):
+    names = ["x", "node", "threshold", "in", "out", "bias in", "bias out"]
+    for name, one, other in zip(names, slopes("grouped"), slopes("masked"), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1e-6, np.abs(other).max()), err_msg=name)
     assert not np.any(slopes("grouped")[2]), "a threshold learns from means alone"
     assert np.abs(slopes("grouped")[1]).max() > 1e-3, "a gate teaches the decisions"

@@ -352,6 +352,7 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(corpus_file, tmp_
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.long
 def test_a_killed_wall_clock_run_ends_inside_its_budget(corpus_file, tmp_path):
     folder = tmp_path / "run"
     process = start(["--budget=20s", f"--corpus=text:{corpus_file}", f"--out={folder}", *SMALL])

@@ -103,7 +103,7 @@ def test_a_sweep_has_a_page_with_right_and_wrong_answers(tmp_path):
     [
         ([], "needs a run folder"),
         (["none"], "There is no folder none"),
-        (["."], "is not a run folder; nor is it a study, or a sweep"),
+        (["."], "is not a run folder; nor is it a comparison, a study, or a sweep"),
         (["model"], "model is not a run folder of ufbert"),
         (["empty"], "has no metrics yet, so there is nothing to draw"),
         (["broken"], r"broken.config\.json is not readable JSON"),

@@ -1,7 +1,8 @@
 """The job of `ufbert bench encoder`: a dense BERT and encoders with trees, of random weights.
 
 The job folder has our model folders `dense`, `tree` and `fourier`; `dense-hf`, the same dense BERT for transformers;
-`dense-onnx/model.onnx`, for ONNX Runtime; `BATCHxTOKENS.npy` for each shape, int32 ids (r * b, t) of r batches.
+`dense-onnx/model.onnx`, for ONNX Runtime and OpenVINO; `static`, the dense BERT quantised with static activations, if it is
+timed; `BATCHxTOKENS.npy` for each shape, int32 ids (r * b, t) of r batches.
 """
 
 from dataclasses import replace
@@ -17,10 +18,13 @@ from ufbert.bench.report import BYTES, Work, distinct_nodes
 from ufbert.config import ModelConfig
 from ufbert.config.presets import load_preset
 from ufbert.cost.flops import forward_flops_per_token
+from ufbert.data.encode import Encoded
 from ufbert.data.tokenizer import SPECIAL_TOKENS
 from ufbert.hub.convert import export_model
 from ufbert.hub.folder import ModelFolder, save_model
 from ufbert.hub.onnx_export import export_onnx
+from ufbert.hub.quantized import Quantization
+from ufbert.inference.calibrate import quantized
 from ufbert.options.bench import BenchEncoderOptions
 
 TOLERANCE = 1e-4
@@ -75,20 +79,29 @@ def configs(options: BenchEncoderOptions) -> dict[str, ModelConfig]:
         d_hidden=4 * width, vocab_size=options.vocab_size, max_len=longest, pooler_width=width,
     )  # fmt: skip
     tree = replace(dense, feedforward=("tree",), tree_depth=options.tree_depth)
-    return {"dense": dense, "tree": tree, "fourier": replace(tree, mixer=("fourier",), fixed_len=options.fourier_len)}
+    static = {"static": dense} if "static-int8" in options.ours else {}
+    return static | {
+        "dense": dense,
+        "tree": tree,
+        "fourier": replace(tree, mixer=("fourier",), fixed_len=options.fourier_len),
+    }
 
 
 def write_job(folder: Path, encoders: dict[str, ModelConfig], shapes: list[Shape], seed: int) -> None:
     """Draw weights and ids, and write the folder."""
     vocab_size = encoders["dense"].vocab_size
     tokenizer = numbered_words(vocab_size)
-    for number, (name, config) in enumerate(encoders.items()):
+    write_ids(folder, vocab_size, shapes, seed)
+    for number, (name, config) in enumerate((name, config) for name, config in encoders.items() if name != "static"):
         model = ModelFolder(config, nn.init(config, jax.random.key(seed + number), ()), tokenizer)
         save_model(folder / name, model)
         if name == "dense":
             export_model(model, folder / "dense-hf", "hf")
             export_onnx(model, folder / "dense-onnx")
-    write_ids(folder, vocab_size, shapes, seed)
+        if name == "dense" and "static" in encoders:
+            ids = np.load(folder / f"{shapes[0]}.npy")[:16].tolist()
+            rows = Encoded(ids, [[0] * len(row) for row in ids], config.max_len, config.only_len, config.pad_id, 0)
+            save_model(folder / "static", quantized(model, Quantization("static"), rows))
 
 
 def write_ids(folder: Path, vocab_size: int, shapes: list[Shape], seed: int) -> None:

@@ -51,7 +51,8 @@ class OurEncoders(Worker):
     """Answers for our engines."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
-        self.models = {name: load_model(folder / name) for name in {entry.split("-")[0] for entry in names}}
+        models = {entry.split("-")[0] for entry in names}
+        self.models = {name: load_model(folder / name, lazily=name == "static") for name in models}
         self.engines = {entry: Engine(self.models[entry.split("-")[0]], type_of(entry)) for entry in names}
         calls: dict[str, dict[str, Call]] = {
             entry: {"call": lambda i, rows, e=engine: e.hidden(fitted(rows, e.config))}
@@ -65,7 +66,8 @@ class OurEncoders(Worker):
         rows = encoded(engine.config, np.load(self.folder / f"{shape}.npy")[batch * size : (batch + 1) * size])
         hidden = np.concatenate(engine.hidden(rows))
         config = replace(engine.config, tree_backend="gather")
-        wanted = np.asarray(training_graph(model.params, config, np.asarray(rows.ids, np.int32))).reshape(hidden.shape)
+        params = jax.tree.map(jnp.asarray, model.params)
+        wanted = np.asarray(training_graph(params, config, np.asarray(rows.ids, np.int32))).reshape(hidden.shape)
         error = np.abs(hidden - wanted).max(axis=1)
         ((_, arranged),) = engine.batches(rows)
         trees = jax.tree.map(np.asarray, engine.routing(model, arranged))
@@ -139,7 +141,9 @@ def projections_part(config: ModelConfig, layers: list[Any], x: Array) -> Array:
 def attention_part(config: ModelConfig, layers: list[Any], x: Array) -> Array:
     """Compute attention between queries, keys and values as often as there are layers."""
     qkv = jnp.tile(x.reshape(*x.shape[:2], 1, config.n_heads, -1), (1, 1, 3, 1, 1))
-    return sum((native.attention(qkv * (1 + i)) for i in range(1, len(layers))), start=native.attention(qkv))
+    narrow = layers[0]["attention"]["out"]["kernel"].weights.dtype != jnp.float32
+    others = (native.attention(qkv * (1 + i), narrow=narrow) for i in range(1, len(layers)))
+    return sum(others, start=native.attention(qkv, narrow=narrow))
 
 
 def fourier_part(config: ModelConfig, layers: list[Any], x: Array) -> Array:
@@ -158,9 +162,8 @@ def feedforward_part(config: ModelConfig, layers: list[Any], x: Array) -> Array:
             x = native.tree_forward(x, part["w_in"], part["bias"], part["w_out"])
         else:
             part = layer["dense"]
-            hidden = native.linear(x, part["in"]["kernel"], part["in"]["bias"], config.d_hidden)
-            hidden = jax.nn.gelu(hidden, approximate=False)
-            x = native.linear(hidden, part["out"]["kernel"], part["out"]["bias"], config.d_model)
+            weights = (part["in"]["kernel"], part["in"]["bias"], part["out"]["kernel"], part["out"]["bias"])
+            x = native.feed_forward(x, *weights, (config.d_hidden, config.d_model))
     return x
 
 

@@ -137,9 +137,8 @@ def _pretraining(results: Comparison) -> list[Part]:
             ]
             for model, t in trained
         ]  # fmt: skip
-        budget = (
-            f"{results.asked.tokens / 1e6:,.3g} M tokens each" if axis == "tokens" else f"{results.asked.budget} each"
-        )
+        tokens = f"{results.asked.tokens / 1e6:,.3g} M tokens each"
+        budget = tokens if axis == "tokens" else f"{results.asked.budget or 'an earlier budget'} each"
         parts.append(Table(head, rows, range(1, len(head)), caption=f"{AXIS_NAMES[axis].capitalize()}: {budget}"))
     parts += [
         _curves(results, "tokens", "M tokens", lambda p: p.tokens / 1e6),

@@ -2,7 +2,7 @@
 
 import os
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,7 +51,12 @@ class ModelConfig:
     n_layers: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Number of blocks, each a token mixer and a feedforward."""
     n_heads: Size = 12
-    """Attention heads; `d_model` must be a multiple of it."""
+    """Attention heads; `d_model` must be a multiple of it, unless `head_width` says how wide they are."""
+    head_width: SizeOrNone = 0
+    """Width of a head; 0 for `d_model` / `n_heads`. A model that has lost heads keeps the width of the others."""
+    layer_heads: tuple[Size, ...] = ()
+    """Heads of each layer, bottom first, where they differ, as pruning may leave them; empty for `n_heads` in every layer.
+    Needs `head_width`."""
     mixer: tuple[str, ...] = ("attention",)
     """Token mixer of each layer: attention, fourier or one of your own (docs/layers.md); a shorter tuple is repeated from
     the bottom up."""
@@ -61,6 +66,9 @@ class ModelConfig:
     (the mixer alone) or one of your own (docs/layers.md); a shorter tuple is repeated from the bottom up."""
     d_hidden: Size = 1536
     """Hidden width of a dense feedforward, of each half of a GLU, or of an expert."""
+    layer_hidden: tuple[Size, ...] = ()
+    """Hidden width of each layer, bottom first, where they differ, as pruning may leave them; empty for `d_hidden` in every
+    layer."""
     hidden_from: HiddenFrom = "d_hidden"
     """Origin of `d_hidden`: as given, or as many neurons as trees of these `n_trees` and `tree_depth` have, at any scale: those
     that a token uses (tree_path) or all (tree_all) of a tree layer; of a routed_tree likewise (routed_path, routed_all),
@@ -114,6 +122,8 @@ class ModelConfig:
     leaf_ancestors: Literal["none", "root", "levels"] = "none"
     """Weights that a routed_tree's leaves share while they are trained: none; those of the root, added to each leaf's own;
     or those of every node above a leaf."""
+    leaf_bias: bool = False
+    """Biases in a routed_tree: of its neurons, and of the output of each leaf."""
     n_experts: Size = 8
     """Experts of a switch layer."""
     capacity_factor: Positive = 1.25
@@ -205,8 +215,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_kinds(type(self), vars(self), "model.")
-        if self.d_model % self.n_heads:
-            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        self._check_widths()
         if self.n_trees * self.nodes_per_tree > 2**24:
             raise UserError(
                 f"model.n_trees {self.n_trees} of model.tree_depth {self.tree_depth} have more than 2^24 nodes."
@@ -222,8 +231,8 @@ class ModelConfig:
         self._take_hidden()
         self._check_ngrams()
         self._check_depth()
-        if self.positions == "rotary" and (self.d_model // self.n_heads) % 2:
-            raise UserError(f"Rotary positions need an even head width, not {self.d_model // self.n_heads}.")
+        if self.positions == "rotary" and self.width_of_head % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.width_of_head}.")
         if self.pad_id >= self.vocab_size:
             raise UserError(f"model.pad_id is {self.pad_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
         if self.fixed_len > self.max_len:
@@ -242,6 +251,21 @@ class ModelConfig:
         }[self.hidden_from]
         check_kinds(type(self), {"d_hidden": d_hidden}, f"model.hidden_from {self.hidden_from}: model.")
         object.__setattr__(self, "d_hidden", d_hidden)
+
+    def _check_widths(self) -> None:
+        """Raise UserError for heads and hidden widths that do not fit the model."""
+        if not self.head_width and self.d_model % self.n_heads:
+            raise UserError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}.")
+        for name in ("layer_heads", "layer_hidden"):
+            widths = tuple(getattr(self, name))
+            object.__setattr__(self, name, widths)
+            if len(widths) not in (0, self.n_layers):
+                raise UserError(f"model.{name} has {len(widths)} entries, and the model {self.n_layers} layers.")
+        if self.layer_heads and not self.head_width:
+            raise UserError("model.layer_heads needs model.head_width, for heads of different layers are equally wide.")
+        heads = set(self.layer_heads) or {self.n_heads}
+        if self.value_embeddings and heads != {self.d_model // self.width_of_head}:
+            raise UserError("model.value_embeddings are as wide as the model, and its heads together are not.")
 
     def _check_ngrams(self) -> None:
         """Raise UserError if the fields of the hashed tables contradict each other."""
@@ -279,7 +303,32 @@ class ModelConfig:
         names = [trees.get(kind, kind) for kind in kinds]
         mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
         tables = f", {len(self.ngram_keys)} n-gram tables of {self.ngram_rows:,} rows" if self.ngram_rows else ""
-        return f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}"
+        return (
+            f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}{self._left_over()}"
+        )
+
+    def _left_over(self) -> str:
+        """Describe heads and hidden widths that are other than the model's width lets expect, as after pruning."""
+        heads, hidden = (" to ".join(map(str, sorted({min(w), max(w)}))) if w else "" for w in self._uneven)
+        heads = f", {heads} head{'' if heads == '1' else 's'} of {self.head_width}" if heads else ""
+        return heads + (f", {hidden} hidden neurons" if hidden else "")
+
+    @property
+    def _uneven(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.layer_heads or ((self.n_heads,) if self.head_width else ()), self.layer_hidden
+
+    def of_layer(self, i: int) -> "ModelConfig":
+        """Return the configuration that layer i is computed by: heads and hidden width are its own."""
+        if not self.layer_heads and not self.layer_hidden:
+            return self
+        heads = self.layer_heads[i] if self.layer_heads else self.n_heads
+        hidden = self.layer_hidden[i] if self.layer_hidden else self.d_hidden
+        return replace(self, n_heads=heads, d_hidden=hidden, hidden_from="d_hidden", layer_heads=(), layer_hidden=())
+
+    @property
+    def width_of_head(self) -> int:
+        """`head_width`, with 0 resolved."""
+        return self.head_width or self.d_model // self.n_heads
 
     @property
     def nodes_per_tree(self) -> int:

@@ -188,7 +188,8 @@ class RunConfig:
 
 
 LATER_FIELDS = {
-    "aim_updates", "cautious_decay", "decision_lr", "final_norm_start", "leaf_ancestors", "leaf_lr_power",
+    "aim_updates", "cautious_decay", "decision_lr", "final_norm_start", "head_width", "hidden_from",
+    "layer_heads", "layer_hidden", "leaf_ancestors", "leaf_bias", "leaf_lr_power",
     "muon_lr_share", "muon_stacks", "next_token_rate", "next_token_until", "ngram_keys", "ngram_layer", "ngram_lr",
     "ngram_rows", "ngram_width", "tie_head", "tree_even", "tree_gate", "tree_harden", "tree_router", "unet_skips",
     "value_embeddings",

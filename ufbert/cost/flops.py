@@ -6,11 +6,11 @@ from ufbert.config import ModelConfig, PretrainConfig, RunConfig, TreeBackend
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS, Layer, Use
 
 
-def _layers(config: ModelConfig) -> Iterator[Layer]:
-    """The mixer and the feedforward of every layer, bottom first."""
-    for mixer, feedforward in config.layers:
-        yield MIXERS[mixer]
-        yield FEEDFORWARDS[feedforward]
+def _layers(config: ModelConfig) -> Iterator[tuple[Layer, ModelConfig]]:
+    """The mixer and the feedforward of every layer, bottom first, each with the configuration that it is computed by."""
+    for i, (mixer, feedforward) in enumerate(config.layers):
+        yield MIXERS[mixer], config.of_layer(i)
+        yield FEEDFORWARDS[feedforward], config.of_layer(i)
 
 
 def _backend(masked_trees: bool) -> TreeBackend:
@@ -26,7 +26,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, *, masked_trees: 
     """
     use = Use(seq_len, _backend(masked_trees), training)
     vectors = 2 * config.d_model * _additions(config)
-    return float(sum(layer.flops(config, use) for layer in _layers(config)) + vectors + ngram_flops(config))
+    return float(sum(layer.flops(own, use) for layer, own in _layers(config)) + vectors + ngram_flops(config))
 
 
 def ngram_width(config: ModelConfig) -> int:
@@ -52,7 +52,8 @@ def _additions(config: ModelConfig) -> int:
 
 def neurons(config: ModelConfig) -> tuple[int, int]:
     """(neurons that one token uses in inference, neurons in all) of the feedforward that has most of them."""
-    return max((FEEDFORWARDS[kind].neurons(config) for _, kind in config.layers), key=lambda pair: pair[1])
+    each = (FEEDFORWARDS[kind].neurons(config.of_layer(i)) for i, (_, kind) in enumerate(config.layers))
+    return max(each, key=lambda pair: pair[1])
 
 
 def predicted_share(train: PretrainConfig) -> float:
@@ -70,7 +71,7 @@ def train_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
 def routing_flops_per_token(run: RunConfig, *, masked_trees: bool) -> float:
     """The part of `train_flops_per_token` that routes, and so is float32 arithmetic whatever the model's type."""
     use = Use(run.data.seq_len, _backend(masked_trees), training=True)
-    return float(3 * sum(layer.routing_flops(run.model, use) for layer in _layers(run.model)))
+    return float(3 * sum(layer.routing_flops(own, use) for layer, own in _layers(run.model)))
 
 
 def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool) -> float:
@@ -82,7 +83,7 @@ def train_bytes_per_token(run: RunConfig, *, trees: TreeBackend, bfloat16: bool)
     model, use = run.model, Use(run.data.seq_len, trees, training=True)
     norms_and_sums = model.d_model * (91 * model.n_layers + 6 * _additions(model))
     head = 24 * predicted_share(run.train) * model.vocab_size
-    short = norms_and_sums + head + sum(layer.traffic(model, use) for layer in _layers(model))
+    short = norms_and_sums + head + sum(layer.traffic(own, use) for layer, own in _layers(model))
     short += ngram_traffic(model)
-    routed = sum(layer.routing_traffic(model, use) for layer in _layers(model))
+    routed = sum(layer.routing_traffic(own, use) for layer, own in _layers(model))
     return 4 * (short * (0.65 if bfloat16 else 1.0) + routed)

@@ -50,16 +50,20 @@ class PartSpeeds:
     def __init__(self, run: RunConfig) -> None:
         model, seq_len = run.model, run.data.seq_len
         rows = max(1, min(run.train.micro_rows, MAX_TOKENS // seq_len))
-        layers = [(MIXERS[mixer], FEEDFORWARDS[feedforward]) for mixer, feedforward in model.layers]
-        has_hidden = any("d_hidden" in feedforward.fields for _, feedforward in layers)
+        layers = [
+            (layer, model.of_layer(i))
+            for i, (mixer, feedforward) in enumerate(model.layers)
+            for layer in (MIXERS[mixer], FEEDFORWARDS[feedforward])
+        ]
+        has_hidden = any("d_hidden" in layer.fields for layer, _ in layers)
         width = model.d_hidden if has_hidden else model.d_model
         x, g = _random(rows * seq_len, model.d_model), _random(rows * seq_len, width)
         weights = _random(model.d_model, width)
         self._products = _part(lambda x, w, g: (x @ w, x.T @ g, g @ w.T), (x, weights, g), 1.0)
         norms = _part(_derivative(_norm), (x,), 2.0 * model.n_layers)
         self._rest = [norms, _loss_part(run, rows)]
-        for layer, n in Counter(layer for pair in layers for layer in pair).items():
-            self._rest.append(_layer_part(layer, model, rows, seq_len, float(n)))
+        for (layer, own), n in Counter(layers).items():
+            self._rest.append(_layer_part(layer, own, rows, seq_len, float(n)))
 
     def measure(self, calls: int = 3) -> None:
         """Time every part a few times."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ufbert.config import ProtocolName
 from ufbert.data.encode import encode_texts
 from ufbert.errors import UserError
 from ufbert.glue.protocols import PROTOCOLS, choose_protocol, given_tune
@@ -16,7 +17,7 @@ from ufbert.glue.sources.official import choose_tasks, load_task, open_source
 from ufbert.glue.sweep import SweepInputs, sweep
 from ufbert.glue.tasks import Examples, TaskData
 from ufbert.hub.folder import load_model
-from ufbert.options.finetune import CUSTOM, FinetuneOptions
+from ufbert.options.finetune import CUSTOM, FinetuneOptions, TaskOptions
 from ufbert.options.given import Given
 from ufbert.runtime.claim import claimed, claimed_new, new_folder
 from ufbert.runtime.console import phase, say
@@ -51,7 +52,7 @@ def finetune(options: FinetuneOptions, given: Given) -> GlueResults:
 
 def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
     """Read the model and all rows. Raises UserError for anything that would stop the sweep later."""
-    skipped_tasks, tasks = _read_tasks(options)
+    skipped_tasks, tasks = read_tasks(options, options.protocol)
     use_device(options.device)
     model = load_model(options.model)
     protocol = choose_protocol(options, given, model.config)
@@ -71,7 +72,7 @@ def _read_inputs(options: FinetuneOptions, given: Given) -> SweepInputs:
 
 
 @phase("reading the rows")
-def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
+def read_tasks(options: TaskOptions, protocol: ProtocolName = "auto") -> tuple[list[str], list[TaskData]]:
     """Return the names of official tasks that the source lacks, and the rows of the tasks to run."""
     if options.is_custom:
         regression = {"auto": None, "classes": False, "values": True}[options.labels]
@@ -81,7 +82,7 @@ def _read_tasks(options: FinetuneOptions) -> tuple[list[str], list[TaskData]]:
         return [], [read_custom(custom, options.skip_bad_rows, say)]
     source = open_source(options.glue_source, options.skip_bad_rows)
     chosen, skipped = choose_tasks(source, options.tasks)
-    if options.protocol == "mnli-first":
+    if protocol == "mnli-first":
         first = [task for task in chosen if "mnli" in (task.name, task.cut_of)]
         if not first and any(task.name in PROTOCOLS["mnli-first"].mnli_first for task in chosen):
             raise UserError("The protocol mnli-first needs MNLI among the tasks, and its rows in the source.")

@@ -86,7 +86,7 @@ def _update(
     gathered = {name: tables[name][rows] for name, rows in read.items()}
     gradient = jax.value_and_grad(_loss, argnums=(0, 1))
     loss, (grads, of_rows) = gradient(params, gathered, setting, batch, jax.random.fold_in(key, step))
-    direction, opt_state = _optimizer(setting.tune).update(grads, opt_state, params)
+    direction, opt_state = make_optimizer(setting.tune).update(grads, opt_state, params)
     params: Any = apply_update(params, direction, lr)
     if tables:
         of_tables = {name: row_gradient(rows, of_rows[name]) for name, rows in read.items()}
@@ -153,12 +153,13 @@ def start_state(params: nn.Params, tune: FinetuneConfig) -> State:
 
     def opt_state(params: nn.Params) -> Any:
         others, tables = split_tables(params)
-        return start_tables(_optimizer(tune).init(others), tables)
+        return start_tables(make_optimizer(tune).init(others), tables)
 
     return State(params, jax.vmap(opt_state)(params))
 
 
-def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    """Make AdamW, after clipping if the configuration says so. Its updates lack the factor -lr."""
     parts = [
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)),

@@ -166,6 +166,12 @@ def export_model(model: ModelFolder, folder: Path, to: str) -> str:
     """
     config, heads = model.config, model.heads
     check_fits(model.tokenizer, config.vocab_size, "this model")
+    pruned = [name for name in ("head_width", "layer_heads", "layer_hidden") if getattr(config, name)]
+    if pruned:
+        raise UserError(
+            f"No layout of another library holds a model whose heads do not fill its width, or whose layers differ in width "
+            f"({', '.join(pruned)}), as pruning leaves it; export it with --to onnx."
+        )
     outputs = n_outputs(heads, model.task)
     reasons = []
     for candidate in FORMATS:

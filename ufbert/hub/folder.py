@@ -1,11 +1,13 @@
 """The model folder, the unit of exchange: `config.json`, `model.safetensors`, `tokenizer.json`.
 
-Tensors are stored under their path in the parameter tree, joined by dots (`encoder.layer_00.tree.w_in`), in float32.
+Tensors are stored under their path in the parameter tree, joined by dots (`encoder.layer_00.tree.w_in`), in float32, or in a
+quantised folder as `quantized.py` says.
 """
 
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from ufbert.data.tokenizer import check_fits
 from ufbert.errors import UserError
 from ufbert.hub.download import MODEL_FILES, model_folder, other_place
 from ufbert.hub.layout import Shapes, check_tensors
+from ufbert.hub.quantized import Quantization, from_stored, to_stored
 from ufbert.hub.tensors import first_few, read_config, stored_tensors, write_folder
 from ufbert.hub.vocabulary import read_tokenizer
 from ufbert.runtime.console import phase
@@ -30,8 +33,9 @@ GLUE_PAIRS = {"cola": False, "sst2": False} | dict.fromkeys(
     ("mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"), True
 )
 """`TaskInfo.pairs` of GLUE's tasks, for folders that were written before it was."""
-FORMAT_VERSION = 1
-"""Version of `config.json` of a model folder; a folder of a newer format is refused."""
+FORMAT_VERSION = 2
+"""Version of `config.json` of a quantised model folder; a folder of a newer format is refused. Others have version 1, so that
+earlier versions of this package read them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Stored:
     model: ModelConfig
     heads: tuple[Literal["masked_lm", "pooler", "classifier"], ...] = ()
     task: TaskInfo | None = None
+    quantized: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class ModelFolder:
     params: nn.Params
     tokenizer: Tokenizer
     task: TaskInfo | None = None
+    quantized: Quantization | None = None
+    """How its weights are rounded; then those parameters are `QuantizedTensor`s. None if all are float32."""
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -113,11 +120,17 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 def save_model(folder: str | Path, model: ModelFolder) -> None:
     """Write or replace a model folder, whole or not at all. Raises UserError if the disk refuses."""
-    config = {"format": "ufbert", "format_version": FORMAT_VERSION, "model": asdict(model.config)}
+    version = FORMAT_VERSION if model.quantized else 1
+    config = {"format": "ufbert", "format_version": version, "model": asdict(model.config)}
     config["heads"] = list(model.heads)
     if model.task is not None:
         config["task"] = asdict(model.task)
-    flat = {name: np.asarray(array, dtype=np.float32) for name, array in flatten(model.params).items()}
+    if model.quantized is not None:
+        config["quantized"] = asdict(model.quantized)
+    parameters = dict(_leaves(model.params))
+    if model.quantized is None:
+        parameters = {name: np.asarray(array, dtype=np.float32) for name, array in parameters.items()}
+    flat = to_stored(parameters)
     tokenizer = model.tokenizer.to_str(pretty=True)
     write_folder(folder, flat, {"config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": tokenizer})
 
@@ -127,7 +140,9 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     """Read a model folder, or one of the Hugging Face hub (`hf:OWNER/NAME`), whole or not at all.
 
     With `lazily`, parameters are read whenever they are asked for their numbers, and not kept: an engine that packs them never
-    holds both. Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
+    holds both. Without, those of a quantised folder are made float32, and the model is no longer quantised.
+
+    Raises UserError if the folder is absent, of another kind or damaged, or if its parts do not fit each other.
     """
     folder = model_folder(folder)
     paths = [folder / name for name in MODEL_FILES]
@@ -142,7 +157,17 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     model, heads, task = stored.model, stored.heads, stored.task
     if task is not None and task.pairs is None:
         task = replace(task, pairs=GLUE_PAIRS.get(task.name))
-    tensors = stored_tensors(weights_path)  # shapes are compared before numbers are read
+    how = stored.quantized
+    if how is not None and stored.format_version == 1:
+        names = ", ".join(asdict(how))
+        raise UserError(f"{config_path} has format version 1, which has no quantized weights; quantized sets {names}.")
+    if how is None and stored.format_version > 1:
+        raise UserError(f"{config_path} has format version {stored.format_version}, and its field quantized is absent.")
+    tensors: Mapping[str, Any] = stored_tensors(weights_path, with_int8=how is not None)
+    if how is not None:
+        tensors = from_stored(
+            tensors, how, model.n_layers, str(weights_path)
+        )  # shapes are compared before numbers are read
     last = f"encoder.layer_{model.n_layers - 1:02d}."
     if not any(name.startswith(last) for name in tensors):
         raise UserError(f"{weights_path} has no {last}*, and {config_path} says model.n_layers={model.n_layers}.")
@@ -152,9 +177,11 @@ def load_model(folder: str | Path, *, lazily: bool = False) -> ModelFolder:
     params = unflatten({name: tensors[name] if lazily else jnp.asarray(tensors[name]) for name in expected})
     if "masked_lm" in heads:
         params.setdefault("masked_lm", {})
+    if how is not None and not lazily:
+        print(f"{folder} is quantised; its int8 weights are made float32", file=sys.stderr)
     tokenizer = read_tokenizer(tokenizer_path)
     check_fits(tokenizer, model.vocab_size, str(folder))
-    return ModelFolder(model, params, tokenizer, task)
+    return ModelFolder(model, params, tokenizer, task, how if lazily else None)
 
 
 def folder_sha256(folder: Path) -> str:
@@ -182,7 +209,8 @@ SWITCHES = {
     r".*embeddings\.position": "positions", r".*embeddings\.projection": "embedding_projection",
     r".*norm\.bias": "norm_bias", r".*embeddings\.norm": "embedding_norm", r".*(query|key)_norm\.": "qk_norm",
     r".*final_norm\.": "final_norm", r".*mixer_norm\.": "first_norm", r".*leaf_tree\.master": "master_leaf",
-    r".*routed_tree\.shared": "master_leaf", r".*routed_tree\.above": "leaf_ancestors", r".*routed_tree\.node": "tree_router",
+    r".*routed_tree\.(leaf|shared).*bias": "leaf_bias", r".*routed_tree\.shared": "master_leaf",
+    r".*routed_tree\.above": "leaf_ancestors", r".*routed_tree\.node": "tree_router",
     r".*layer_\d+\..*\.bias": "use_bias", r".*layer_\d+\.(attention|fourier)\.": "mixer", r".*layer_\d+\.": "feedforward",
 }  # fmt: skip
 """Beginnings of parameters' paths, and the field that decides whether there are such parameters; the first counts."""
@@ -203,6 +231,9 @@ def deciding_fields(model: ModelConfig, stored: Shapes, expected: Shapes) -> lis
             if size != wanted:
                 fields += [field for field in SIZES if getattr(model, field) == wanted]
                 fields += ["tree_depth"] if wanted in depth and "tree." in path else []
+                fields += ["layer_hidden"] if wanted in model.layer_hidden else []
+                is_heads = ".attention." in path and wanted != model.d_model
+                fields += ["head_width", "layer_heads" if model.layer_heads else "n_heads"] if is_heads else []
     known = {field: f"model.{field}={getattr(model, field)}" for field in vars(model)}
     return [known.get(field, field) for field in dict.fromkeys(fields)]
 

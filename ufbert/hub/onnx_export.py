@@ -111,7 +111,7 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
     hidden = g.number("Mul", g.add("Sub", g.constant(1.0), g.add("Cast", "attention_mask", to=1)), -3e38)
     context = {"ids": "input_ids", "hidden": g.unsqueeze(hidden, 1, 2)}  # added to logits: no token sees padding
     if cfg.positions == "rotary":
-        half = cfg.d_model // cfg.n_heads // 2
+        half = cfg.width_of_head // 2
         angle = np.outer(np.arange(cfg.max_len), cfg.rotary_base ** (-np.arange(half) / half))
         context |= {name: g.unsqueeze(first(f(angle)), 1) for name, f in (("cos", np.cos), ("sin", np.sin))}
     values, outputs = token_values(g, cfg, params), []
@@ -129,7 +129,7 @@ def encoder(g: Graph, cfg: ModelConfig, params: Params) -> str:
         for name, rule, norm in parts:
             is_normed = norm in layer  # not before the first mixer of some models
             normed = g.norm(x, layer[norm], cfg.norm_eps) if cfg.norm == "pre" and is_normed else x
-            x = g.add("Add", x, rule(g, cfg, layer.get(name, {}), normed, context))
+            x = g.add("Add", x, rule(g, cfg.of_layer(i), layer.get(name, {}), normed, context))
             if cfg.norm == "post":
                 x = g.norm(x, layer[norm], cfg.norm_eps)
         outputs.append(x)

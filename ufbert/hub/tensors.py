@@ -1,5 +1,6 @@
 """Folders and tensor files, read and written whole or not at all."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,22 +195,34 @@ class StoredTensor:
     dtype: ClassVar[np.dtype] = np.dtype(np.float32)
     """Type of the numbers it gives; jax takes an array's word for it."""
 
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         stored = np.memmap(self.path, self.stored, "r", self.offset, self.shape)
         array = aligned(4 * stored.size, self.dtype).reshape(self.shape)  # jax takes that without a copy
         array[...] = stored
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def as_stored(self) -> np.ndarray:
+        """Read the numbers in the type that the file has."""
+        return np.array(np.memmap(self.path, self.stored, "r", self.offset, self.shape))
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Find every tensor of a safetensors file and read none. Raises UserError if the file is damaged, or holds anything but
-    floating point numbers."""
+
+def stored_tensors(path: Path, *, with_int8: bool = False) -> dict[str, StoredTensor]:
+    """Find every tensor of a safetensors file and read none.
+
+    Raises UserError if the file is damaged, or holds anything but floating point numbers; int8 is let through `with_int8`.
+    """
     length, header = _read_header(path)
     tensors = {
         name: StoredTensor(path, np.dtype(KINDS[entry.dtype]), entry.shape, 8 + length + entry.data_offsets[0])
         for name, entry in header.items()
     }
-    check_floats({name: tensor.stored for name, tensor in tensors.items()}, str(path))
+    types = {name: tensor.stored for name, tensor in tensors.items()}
+    check_floats({name: kind for name, kind in types.items() if not (with_int8 and kind == np.int8)}, str(path))
     return tensors
 
 

@@ -81,9 +81,11 @@ def predict(options: PredictOptions) -> None:
 def _predictor(options: AskOptions, model: ModelFolder, texts: Sequence[str]) -> Predictor:
     """Make the predictor, and print how many of the texts' tokens its narrow weights route otherwise."""
     predictor = Predictor(model, options.dtype, options.exact_routing, truncate=options.truncate)
-    if texts and options.dtype != "float32" and not options.exact_routing and "tree" in model.config.feedforward:
+    narrow = predictor.engine.dtype
+    rounds_routes = narrow != "float32" and not options.exact_routing and "tree" in model.config.feedforward
+    if texts and rounds_routes and model.quantized is None:
         share = changed_routes(predictor.engine, model, texts[:100])
-        print(f"{options.dtype} weights send {share:.2%} of these tokens another way through a tree", file=sys.stderr)
+        print(f"{narrow} weights send {share:.2%} of these tokens another way through a tree", file=sys.stderr)
     return predictor
 
 

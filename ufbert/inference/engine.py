@@ -45,28 +45,44 @@ class Engine:
     def __init__(
         self,
         model: ModelFolder,
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["auto"] = "auto",
         exact_routing: bool = False,
         mode: Literal["throughput", "latency"] = "throughput",
     ) -> None:
         """Pack the weights; `dtype` is their type in linear layers and trees.
 
-        Mode `latency` computes each text by itself, `throughput` many together. Raises UserError for a narrow type on a
-        machine without the native kernels.
+        `auto` is int8 for a quantised folder where there are native kernels, and else float32. int8 takes the weights of a
+        quantised folder as they are stored, those that are float32 there as such. Mode `latency` computes each text by itself,
+        `throughput` many together. Raises UserError for a narrow type on a machine without the native kernels, and for
+        `exact_routing` with a folder whose deciding weights were rounded.
         """
         on_cpu = jax.default_backend() == "cpu"
         why = native.unavailable() if on_cpu else "they are for CPUs"
+        how = model.quantized
+        if dtype == "auto":
+            dtype = "float32" if why or how is None else "int8"
         if dtype != "float32" and why:
             raise UserError(f"{dtype} weights need the native kernels, and there are none: {why}.")
+        if exact_routing and how is not None and not how.exact_routing and "tree" in model.config.feedforward:
+            raise UserError(
+                "This folder's deciding weights are rounded, and the unrounded ones are not in it; quantise the model again "
+                "with --exact-routing, or leave it out."
+            )
+        self.dtype: Dtype = dtype
+        width: packed.Width = "stored" if dtype == "int8" and how is not None else dtype
         self.config = replace(
             model.config,
             tree_backend="auto" if on_cpu else model.config.tree_backend,
             dtype="float32" if on_cpu else model.config.dtype,
         )
         self.is_packed = not why
-        params = dict(model.params)
+        params, decoder = dict(model.params), None
+        if width == "stored" and "masked_lm" in params:
+            decoder = packed.pack_decoder(model.params, self.config)
+            if decoder is not None:
+                params["masked_lm"] = {k: part for k, part in params["masked_lm"].items() if k != "decoder"}
         if self.is_packed:
-            params["encoder"] = packed.pack(model.params["encoder"], self.config, dtype, exact_routing)
+            params["encoder"] = packed.pack(model.params["encoder"], self.config, width, exact_routing)
         self.params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
         if self.is_packed:
             gc.collect(0)  # lets jax let go of the unpacked weights
@@ -76,7 +92,7 @@ class Engine:
         self._hidden = jax.jit(self._encode)
         self._pool = jax.jit(self._pool_rows, static_argnames="pooling")
         self._routing = jax.jit(self._route)
-        self._heads = _heads(self.params, self.config)
+        self._heads = _heads(self.params, self.config, decoder)
 
     def hidden(self, rows: Encoded) -> list[Float[np.ndarray, "tokens d"]]:
         """Compute the hidden states of each text."""
@@ -195,17 +211,25 @@ class Engine:
 
     def _route(self, params: Any, exact: dict[str, Array], batch: Any) -> list[packed.TreeRouting]:
         encoder, segments = params["encoder"], batch[1]
-        _, inputs = packed.forward(encoder, self.config, *batch)
+        _, inputs, _ = packed.forward(encoder, self.config, *batch)
         return [
             packed.tree_routing(encoder[name]["tree"], inputs[name], w_in, segments) for name, w_in in exact.items()
         ]
 
 
-def _heads(params: nn.Params, config: ModelConfig) -> dict[str, Callable[[Float[np.ndarray, "n d"]], Array]]:
-    """Return the function of each head that the parameters have, from vectors to its outputs."""
+def _heads(
+    params: nn.Params, config: ModelConfig, decoder: native.Packed | None
+) -> dict[str, Callable[[Float[np.ndarray, "n d"]], Array]]:
+    """Return the function of each head that the parameters have, from vectors to its outputs.
+
+    `decoder` is that of the masked-LM head, if it is packed.
+    """
+    functions: dict[str, Callable[..., Array]]
     functions = {"masked_lm": nn.masked_lm_logits, "classifier": nn.classify, "pooler": nn.apply_pooler}
-    parts = {name: {name: params[name]} for name in functions if name in params}
-    if "masked_lm" in parts:
+    parts: dict[str, dict[str, Any]] = {name: {name: params[name]} for name in functions if name in params}
+    if decoder is not None:
+        parts["masked_lm"]["decoder"], functions["masked_lm"] = decoder, packed.decoder_logits
+    elif "masked_lm" in parts:
         parts["masked_lm"]["encoder"] = {"embeddings": {"tokens": params["encoder"]["embeddings"]["tokens"]}}
     if "classifier" in parts:
         parts.setdefault("pooler", {"pooler": params["classifier"]["pooler"]})

@@ -5,7 +5,9 @@ of the parameters that it was made from, with three differences:
 
 - the `kernel` of a linear layer is a `native.Packed`;
 - attention has one linear layer `qkv` in place of `query`, `key` and `value`;
-- `w_in` and `w_out` of a tree, and hashed tables, may be bfloat16, or `native.Quantized`.
+- `w_in` and `w_out` of a tree, and tables, may be bfloat16, or `native.Quantized`.
+
+The int8 weights of a quantised folder (`ufbert.hub.quantized`) are taken as they are stored.
 
 `PACKED_LAYERS` has two functions for each kind of mixer and feedforward: one packs a layer, the other computes it. Kinds
 that are not there keep their weights, and are computed by their training modules.
@@ -19,27 +21,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ufbert import nn
 from ufbert.config import ModelConfig
+from ufbert.errors import UserError
+from ufbert.hub.quantized import QuantizedTensor
 from ufbert.nn.embeddings import token_values
 from ufbert.nn.layers import Context
 from ufbert.nn.ngrams import table_rows
 from ufbert.nn.registry import FEEDFORWARDS, MIXERS
-from ufbert.ops import fff, leaf_fff, native, routed_tree
+from ufbert.ops import fff, native, routed_tree
 from ufbert.ops.dense import ACTIVATIONS
 from ufbert.ops.mixing import attention_mask, rotate, sinusoid
 
 Dtype = Literal["float32", "bfloat16", "int8"]
+Width = Literal["float32", "bfloat16", "int8", "stored"]
+"""A type, or `stored`: int8 where a quantised folder has int8, and float32 elsewhere."""
 Params = Mapping[str, Any]
 Hidden = Float[Array, "b t d"]
 
 
-def pack(encoder: Params, config: ModelConfig, dtype: Dtype = "float32", exact_routing: bool = False) -> dict[str, Any]:
+def pack(encoder: Params, config: ModelConfig, dtype: Width = "float32", exact_routing: bool = False) -> dict[str, Any]:
     """Pack the parameters of an encoder (`params["encoder"]`) for this CPU.
 
     Linear layers, trees and hashed tables get weights of type `dtype`, int8 with one factor a column, a node or a row. With
-    `exact_routing` the input weights of trees stay float32. Raises CannotBuild if there are no kernels.
+    `exact_routing` the input weights of trees stay float32. Raises CannotBuild if there are no kernels, and UserError for
+    queries, keys and values whose common input is rounded in several ways.
     """
     packed = {**encoder, "embeddings": dict(encoder["embeddings"])}
+    if dtype == "stored":
+        packed["embeddings"]["tokens"] = _narrow(encoder["embeddings"]["tokens"], dtype)
     if config.embedding_projection:
         packed["embeddings"]["projection"] = _pack_linear(encoder["embeddings"]["projection"], dtype)
     if config.ngram_rows:
@@ -55,6 +65,20 @@ def pack(encoder: Params, config: ModelConfig, dtype: Dtype = "float32", exact_r
     return jax.tree.map(jnp.asarray, packed)
 
 
+def pack_decoder(params: Params, config: ModelConfig) -> native.Packed | None:
+    """Pack the decoder of a masked-LM head as a quantised folder stores it. Return None if its decoder is float32."""
+    table = params["encoder"]["embeddings"]["tokens"] if config.tie_head else params["masked_lm"]["decoder"]
+    if not isinstance(table, QuantizedTensor):
+        return None
+    return native.pack_rounded(table.integers().T, table.factor, table.input)
+
+
+def decoder_logits(params: Params, config: ModelConfig, hidden: Float[Array, "n d"]) -> Float[Array, "n v"]:
+    """Compute token logits from hidden states, given the head as `masked_lm` and its packed decoder as `decoder`."""
+    rows, bias = nn.masked_lm_rows(params, config, hidden)
+    return native.linear(rows, params["decoder"], bias, config.vocab_size)
+
+
 def forward(
     encoder: Params,
     config: ModelConfig,
@@ -62,17 +86,18 @@ def forward(
     segment_ids: Int[Array, "b t"],
     position_ids: Int[Array, "#b t"],
     type_ids: Int[Array, "b t"],
-) -> tuple[Hidden, dict[str, Hidden]]:
-    """Compute the hidden states of the last layer, and the input of each layer's feedforward.
+) -> tuple[Hidden, dict[str, Hidden], list[Hidden]]:
+    """Compute the hidden states of the last layer, the input of each layer's feedforward, and all hidden states.
 
-    Arguments as in `ufbert.nn.encode`. The inputs, by the layer's name, cost nothing if they are not used.
+    Arguments as in `ufbert.nn.encode`. The inputs go by the layer's name. The hidden states are those of the embeddings, and
+    of each layer before the last norm. Both cost nothing if they are not used.
     """
     # Only modules without a packed function read this mask; attention here goes by the segments.
     mask = attention_mask(segment_ids)
     real = segment_ids != 0
     context = Context(mask, segment_ids, real, position_ids, training=False, progress=1.0, statistics=False, ids=ids)
     embeddings, inputs = encoder["embeddings"], {}
-    x = embeddings["tokens"][ids]
+    x = _rows(embeddings["tokens"], ids)
     if config.positions == "learned":
         x = x + embeddings["positions"][position_ids]
     elif config.positions == "scaled_sinusoid":
@@ -86,30 +111,30 @@ def forward(
         x = _layer_norm(embeddings["norm"], config, x)
     if config.embedding_projection:
         x = _linear(embeddings["projection"], x, config.d_model)
-    values, outputs = [None] * config.n_layers, []
+    values, outputs = [None] * config.n_layers, [x]
     if config.value_embeddings:
         values = token_values(config, **encoder["value_embeddings"], ids=ids)
     for i, (mixer, feedforward) in enumerate(config.layers):
-        layer = encoder[name := f"layer_{i:02d}"]
+        layer, cfg = encoder[name := f"layer_{i:02d}"], config.of_layer(i)
         if near is not None and 0 < i == config.ngram_layer:
             x = native.add(x, near)
         context = context._replace(values=values[i])
         if (lower := config.skips[i]) is not None:
-            x = x + encoder["skip_scales"][lower] * outputs[lower]
+            x = x + encoder["skip_scales"][lower] * outputs[1 + lower]
         if config.norm == "pre":
             normed = _layer_norm(layer["mixer_norm"], config, x) if "mixer_norm" in layer else x
-            x = native.add(x, _compute(mixer, layer, config, normed, context))
+            x = native.add(x, _compute(mixer, layer, cfg, normed, context))
             if feedforward != "none":
                 inputs[name] = _layer_norm(layer["feedforward_norm"], config, x)
-                x = native.add(x, _compute(feedforward, layer, config, inputs[name], context))
+                x = native.add(x, _compute(feedforward, layer, cfg, inputs[name], context))
         else:
-            x = native.add(x, _compute(mixer, layer, config, x, context))
+            x = native.add(x, _compute(mixer, layer, cfg, x, context))
             inputs[name] = x = _layer_norm(layer["mixer_norm"], config, x)
             if feedforward != "none":
-                x = native.add(x, _compute(feedforward, layer, config, x, context))
+                x = native.add(x, _compute(feedforward, layer, cfg, x, context))
                 x = _layer_norm(layer["feedforward_norm"], config, x)
         outputs.append(x)
-    return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs
+    return _layer_norm(encoder["final_norm"], config, x) if config.final_norm else x, inputs, outputs
 
 
 class TreeRouting(NamedTuple):
@@ -151,15 +176,22 @@ def _layer_norm(params: Params, config: ModelConfig, x: Hidden) -> Hidden:
 
 def _ngrams(params: Params, config: ModelConfig, ids: Int[Array, "b t"], segment_ids: Int[Array, "b t"]) -> Hidden:
     """Compute the vectors of hashed tables; only the rows that are read are made float32."""
-    read = table_rows(config, ids, segment_ids)
-    rows = [native.restore(jax.tree.map(lambda part, at=at: part[at], params[key])) for key, at in read.items()]
+    rows = [_rows(params[key], at) for key, at in table_rows(config, ids, segment_ids).items()]
     if not config.ngram_width:
         return sum(rows[1:], rows[0])
     return _linear(params["projection"], jnp.concatenate(rows, axis=-1), config.d_model)
 
 
-def _pack_linear(params: Params, dtype: Dtype) -> dict[str, Any]:
-    return {**params, "kernel": native.pack(np.asarray(params["kernel"]), dtype)}
+def _rows(table: native.Weights, at: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Return some rows of a table as float32."""
+    return native.restore(jax.tree.map(lambda part: part[at], table))
+
+
+def _pack_linear(params: Params, dtype: Width) -> dict[str, Any]:
+    kernel = params["kernel"]
+    if dtype == "stored" and isinstance(kernel, QuantizedTensor):
+        return {**params, "kernel": native.pack_rounded(kernel.integers(), kernel.factor, kernel.input)}
+    return {**params, "kernel": native.pack(np.asarray(kernel), "float32" if dtype == "stored" else dtype)}
 
 
 def _linear(params: Params, x: Float[Array, "b t d"], width: int) -> Float[Array, "b t f"]:
@@ -167,29 +199,43 @@ def _linear(params: Params, x: Float[Array, "b t d"], width: int) -> Float[Array
     return native.linear(rows, params["kernel"], params.get("bias"), width).reshape(*x.shape[:-1], width)
 
 
-def _pack_attention(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+def _pack_attention(params: Params, dtype: Width, exact_routing: bool) -> dict[str, Any]:
     """Join the three projections, so that one product computes them."""
     three = [params[name] for name in ("query", "key", "value")]
-    qkv = {name: np.concatenate([np.asarray(part[name]) for part in three], axis=-1) for name in three[0]}
+    qkv = {name: _joined([part[name] for part in three]) for name in three[0]}
     norms = {name: params[name] for name in ("query_norm", "key_norm") if name in params}
     return {"qkv": _pack_linear(qkv, dtype), "out": _pack_linear(params["out"], dtype), **norms}
 
 
+def _joined(parts: list[Any]) -> Any:
+    """Put arrays side by side. Rounded ones stay so, if their inputs are rounded alike; else raises UserError."""
+    quantized = [part for part in parts if isinstance(part, QuantizedTensor)]
+    if len(quantized) < len(parts):
+        return np.concatenate([np.asarray(part) for part in parts], axis=-1)
+    if any(not np.array_equal(part.input, parts[0].input) for part in parts):
+        raise UserError("A quantised folder rounds the input of queries, keys and values of a layer in several ways.")
+    whole, factor = (
+        np.concatenate(each, axis=-1) for each in zip(*((p.integers(), p.factor) for p in parts), strict=True)
+    )
+    return QuantizedTensor(whole, factor, "columns", parts[0].input)
+
+
 def _attention(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
-    (b, t, d), h = x.shape, config.n_heads
-    qkv = _linear(params["qkv"], x, 3 * d).reshape(b, t, 3, h, d // h)
+    (b, t, d), h, width = x.shape, config.n_heads, config.width_of_head
+    qkv = _linear(params["qkv"], x, 3 * h * width).reshape(b, t, 3, h, width)
     if context.values is not None:
-        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, d // h))
+        qkv = qkv.at[:, :, 2].add(context.values.reshape(b, t, h, width))
     if config.qk_norm or config.positions == "rotary":
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        query, key = qkv[:, :, 0], qkv[:, :, 1]
         if config.qk_norm:
-            q, k = _rms_norm(params["query_norm"], q), _rms_norm(params["key_norm"], k)
+            query, key = _rms_norm(params["query_norm"], query), _rms_norm(params["key_norm"], key)
         if config.positions == "rotary":
-            q, k = (rotate(part, context.position_ids, config.rotary_base) for part in (q, k))
-        qkv = jnp.stack([q, k, qkv[:, :, 2]], axis=2)
+            query, key = (rotate(part, context.position_ids, config.rotary_base) for part in (query, key))
+        qkv = jnp.stack([query, key, qkv[:, :, 2]], axis=2)
     # Fourier mixers of other layers read padding too, so there it must hold what it holds in training.
-    mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0)
-    return _linear(params["out"], mixed.reshape(x.shape), d)
+    narrow = params["qkv"]["kernel"].weights.dtype != jnp.float32
+    mixed = native.attention(qkv, context.segment_ids, padding_sees=config.only_len > 0, narrow=narrow)
+    return _linear(params["out"], mixed.reshape(b, t, h * width), d)
 
 
 def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
@@ -198,14 +244,23 @@ def _rms_norm(params: Params, x: Float[Array, "b t h k"]) -> Float[Array, "b t h
     return x * (jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * scale)
 
 
-def _pack_linears(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
-    """Pack all linear layers of a feedforward. The leaves of a leaf tree are none, and stay float32."""
-    return {name: _pack_linear(part, dtype) if isinstance(part, Mapping) else part for name, part in params.items()}
+def _pack_linears(params: Params, dtype: Width, exact_routing: bool) -> dict[str, Any]:
+    """Pack all linear layers of a feedforward. The leaves of a leaf tree are none, and stay as they are."""
+    return {
+        name: _pack_linear(part, dtype) if isinstance(part, Mapping) else _narrow(part, _kept(dtype))
+        for name, part in params.items()
+    }
 
 
 def _dense(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
-    hidden = ACTIVATIONS[config.activation](_linear(params["in"], x, config.d_hidden))
-    return _linear(params["out"], hidden, config.d_model)
+    return _two_layers(params["in"], params["out"], config, x, config.d_hidden)
+
+
+def _two_layers(first: Params, second: Params, config: ModelConfig, x: Hidden, width: int) -> Hidden:
+    """Compute a linear layer of `width` outputs, the activation, and a linear layer back."""
+    weights = (first["kernel"], first.get("bias"), second["kernel"], second.get("bias"))
+    rows, widths = x.reshape(-1, x.shape[-1]), (width, config.d_model)
+    return native.feed_forward(rows, *weights, widths, activation=config.activation).reshape(x.shape)
 
 
 def _glu(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
@@ -215,8 +270,8 @@ def _glu(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hi
 
 def _leaf_tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
     names = ("node", "node_bias", "leaf_in", "leaf_in_bias", "leaf_out", "leaf_out_bias")
-    tree, activation = leaf_fff.LeafTree(*(params[name] for name in names)), ACTIVATIONS[config.activation]
-    y = leaf_fff.descend_native(x.reshape(-1, config.d_model), tree, activation)[0].reshape(x.shape)
+    tree, activation = [params[name] for name in names], ACTIVATIONS[config.activation]
+    y = native.leaf_forward(x.reshape(-1, config.d_model), *tree, activation=config.activation)[0].reshape(x.shape)
     if config.master_leaf:
         share, hidden = params["master_share"][0], activation(_linear(params["master_in"], x, config.master_leaf))
         y = (1 - share) * y + share * _linear(params["master_out"], hidden, config.d_model)
@@ -226,32 +281,47 @@ def _leaf_tree(params: Params, config: ModelConfig, x: Hidden, context: Context)
 _quantize = jax.jit(native.quantize)
 
 
-def _narrow(weights: Any, dtype: Dtype) -> Any:
+def _kept(dtype: Width) -> Width:
+    """Return the type of weights that no narrower type is chosen for."""
+    return "stored" if dtype == "stored" else "float32"
+
+
+def _narrow(weights: Any, dtype: Width) -> Any:
+    """Round rows. Those that a quantised folder has rounded are taken as they are; of columns too, each a row of the result's
+    second but last axis."""
+    if dtype == "stored" and isinstance(weights, QuantizedTensor):
+        return native.Quantized(jnp.asarray(weights.integers()), jnp.asarray(weights.factor))
+    dtype = "float32" if dtype == "stored" else dtype
     return _quantize(jnp.asarray(weights)) if dtype == "int8" else jnp.asarray(weights, dtype)
 
 
-def _pack_routed_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
+def _pack_routed_tree(params: Params, dtype: Width, exact_routing: bool) -> dict[str, Any]:
     """Add up the weights of leaves and of the nodes above them, a neuron a row. Decisions stay float32."""
-    packed = {name: part for name, part in params.items() if name.startswith("node")}
+    packed = {name: part for name, part in params.items() if name.startswith("node") or name.endswith("bias")}
     if "node" in packed:
         packed["node"] = routed_tree.directions(jnp.asarray(packed["node"]))
     for side in ("in", "out"):
+        stored = _narrow(params[f"leaf_{side}"], "stored") if dtype == "stored" else None
+        if isinstance(stored, native.Quantized):  # a quantised folder has no weights of nodes above the leaves
+            packed[side] = stored._replace(rows=stored.rows.swapaxes(2, 3)) if side == "in" else stored
+            continue
         leaves = routed_tree.folded(params, side)
-        rows = leaves.swapaxes(2, 3) if side == "in" else leaves
-        packed[side] = _narrow(rows, dtype)
+        packed[side] = _narrow(leaves.swapaxes(2, 3) if side == "in" else leaves, dtype)
     return packed | {name: _pack_linear(part, dtype) for name, part in params.items() if name.startswith("shared")}
 
 
 def _routed_tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> Hidden:
     rows, activation = x.reshape(-1, config.d_model), ACTIVATIONS[config.activation]
+    bias = routed_tree.leaf_bias(params)
     if config.tree_router == "token":
         assert context.ids is not None
         w_in, w_out = native.restore(params["in"]).swapaxes(2, 3), native.restore(params["out"])
         leaf = routed_tree.hashed_leaves(context.ids.reshape(-1), *w_in.shape[:2])
-        y = routed_tree.grouped(rows, leaf, jnp.ones(leaf.shape), w_in, w_out, activation)
+        y = routed_tree.grouped(rows, leaf, jnp.ones(leaf.shape), w_in, w_out, activation, bias)
     else:
         weights = (params["node"], params["node_bias"], params["in"], params["out"])
-        y = native.routed_forward(rows, *weights, gated=config.tree_gate == "path", activation=config.activation)
+        gated = config.tree_gate == "path"
+        y = native.routed_forward(rows, *weights, *(bias or ()), gated=gated, activation=config.activation)
     y = y.reshape(x.shape)
     if config.master_leaf:
         hidden = activation(_linear(params["shared_in"], x, config.master_leaf))
@@ -259,8 +329,8 @@ def _routed_tree(params: Params, config: ModelConfig, x: Hidden, context: Contex
     return y
 
 
-def _pack_tree(params: Params, dtype: Dtype, exact_routing: bool) -> dict[str, Any]:
-    w_in = params["w_in"] if exact_routing else _narrow(params["w_in"], dtype)
+def _pack_tree(params: Params, dtype: Width, exact_routing: bool) -> dict[str, Any]:
+    w_in = _narrow(params["w_in"], "float32" if exact_routing else dtype)
     return {"w_in": w_in, "bias": params["bias"], "w_out": _narrow(params["w_out"], dtype)}
 
 
@@ -273,7 +343,7 @@ def _tree(params: Params, config: ModelConfig, x: Hidden, context: Context) -> H
 class PackedLayer(NamedTuple):
     """The functions of one kind of layer: how it is packed, and computed from packed weights."""
 
-    pack: Callable[[Params, Dtype, bool], dict[str, Any]]
+    pack: Callable[[Params, Width, bool], dict[str, Any]]
     """(parameters, type of the weights, exact routing) -> packed weights."""
     forward: Callable[[Params, ModelConfig, Hidden, Context], Hidden]
     """(packed weights, config, input, context) -> output."""

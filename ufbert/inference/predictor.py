@@ -57,14 +57,15 @@ class Predictor:
     def __init__(
         self,
         model: ModelFolder,
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["auto"] = "auto",
         exact_routing: bool = False,
         mode: Literal["throughput", "latency"] = "throughput",
         truncate: bool = False,
     ) -> None:
         """Make a predictor of a loaded model folder.
 
-        `dtype` is the type of the encoder's weights; bfloat16 and int8 need the native kernels. Trees route tokens by the
+        `dtype` is the type of the encoder's weights; bfloat16 and int8 need the native kernels. `auto` is int8 for a quantised
+        folder where there are such kernels, and else float32. Trees route tokens by the
         rounded weights, or with `exact_routing` by the unrounded ones. Mode `throughput` computes many texts together,
         `latency` each by itself. With `truncate`, texts that are too long are cut.
         """
@@ -77,7 +78,7 @@ class Predictor:
     def load(
         cls,
         folder: str | Path,
-        dtype: Dtype = "float32",
+        dtype: Dtype | Literal["auto"] = "auto",
         threads: int = 0,
         exact_routing: bool = False,
         mode: Literal["throughput", "latency"] = "throughput",
@@ -345,7 +346,12 @@ def changed_routes(engine: Engine, model: ModelFolder, texts: Sequence[str]) -> 
 
     Both paths start from the same hidden state. A model without trees has a share of 0.
     """
-    rows, shares = encode_texts(model.tokenizer, list(texts), None, model.config), []
+    return changed_shares(engine, model, encode_texts(model.tokenizer, list(texts), None, model.config))
+
+
+def changed_shares(engine: Engine, model: ModelFolder, rows: Encoded) -> float:
+    """Measure what `changed_routes` does on encoded texts."""
+    shares = []
     for picks, batch in engine.batches(rows):
         changed = [float(layer.changed) for layer in engine.routing(model, batch)]
         shares.append((sum(changed) / max(1, len(changed)), sum(len(rows.ids[i]) for i in picks)))

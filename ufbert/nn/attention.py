@@ -22,8 +22,9 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], context: Context, key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
         cfg = self.config
         x = x.astype(compute_dtype(cfg))
-        heads = (*x.shape[:2], cfg.n_heads, cfg.d_model // cfg.n_heads)
-        parts = [dense(cfg, cfg.d_model, name) for name in ("query", "key", "value")]
+        heads = (*x.shape[:2], cfg.n_heads, cfg.width_of_head)
+        joined = (*x.shape[:2], cfg.n_heads * cfg.width_of_head)
+        parts = [dense(cfg, joined[-1], name) for name in ("query", "key", "value")]
         out = dense(cfg, cfg.d_model, "out", closes_block=True)
         drops = key is not None and cfg.dropout > 0
         gpu = gpu_kernels() if cfg.attention_impl == "auto" and not drops else None
@@ -31,12 +32,12 @@ class Attention(nn.Module):
             packed = side_by_side(x, parts).reshape(*heads[:2], 3, *heads[2:])
             if context.values is not None or cfg.qk_norm or cfg.positions == "rotary":
                 packed = jnp.stack(self._placed(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], context), axis=2)
-            return out(gpu.attention.attention(packed, context.segment_ids, context.causal).reshape(x.shape))
+            return out(gpu.attention.attention(packed, context.segment_ids, context.causal).reshape(joined))
         q, k, v = self._placed(*(part(x).reshape(heads) for part in parts), context)
         implementation = None if cfg.attention_impl == "auto" else cfg.attention_impl
         mask = context.attention_mask
         mixed = attention(q, k, v, mask, dropout=cfg.dropout, key=key, implementation=implementation)
-        return out(mixed.reshape(x.shape)).astype(jnp.float32)
+        return out(mixed.reshape(joined)).astype(jnp.float32)
 
     def _placed(
         self, q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t h k"], context: Context

@@ -73,8 +73,9 @@ class Encoder(nn.Module):
     Without it every token attends to every token. `type_ids` are BERT's sentence A / B marks, used only if the config has
     token types. With `deterministic=False` layers compute as in training (soft decisions, capacities); dropout and noise
     need a `key`, too. `progress` is the share of the budget spent, for what is annealed. With `statistics`, layers count
-    which of their parts are used. With `causal`, attention sees no later token, nor do hashed tables; other mixers may.
-    `ngrams` are the rows of hashed tables that the tokens read, if they were looked up before.
+    which of their parts are used; with `hidden_states`, each returns the residual stream above it. With `causal`, attention
+    sees no later token, nor do hashed tables; other mixers may. `ngrams` are the rows of hashed tables that the tokens read,
+    if they were looked up before.
 
     Raises UserError, when traced, if a model with Fourier mixers gets rows of another length than it reads.
     """
@@ -97,6 +98,7 @@ class Encoder(nn.Module):
         statistics: bool = False,
         ngrams: Rows | None = None,
         causal: bool = False,
+        hidden_states: bool = False,
     ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
         cfg = self.config
         if cfg.only_len and ids.shape[1] != cfg.only_len:
@@ -131,11 +133,13 @@ class Encoder(nn.Module):
                 x, y = taken(x, y) + near, None
             if (lower := cfg.skips[i]) is not None:
                 x, y = taken(x, y) + skip_scales[lower] * outputs[lower], None
-            block = Block(cfg, mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
+            block = Block(cfg.of_layer(i), mixer, feedforward, has_mixer_norm=i > 0 or cfg.first_norm, name=name)
             x, y, aux[name] = block(x, y, context._replace(values=values[i]), keys[i + 1])
             if cfg.unet_skips:
                 x, y = taken(x, y), None
                 outputs.append(x)
+            if hidden_states:
+                aux[name] = aux[name]._replace(hidden=taken(x, y))
         if cfg.final_norm:
             return layer_norm(cfg, "final_norm", cfg.final_norm_start)(x, y), aux
         return taken(x, y), aux

@@ -192,12 +192,12 @@ class RoutedTreeFeedForward(nn.Module):
         rows, real = x.reshape(-1, d), None if context.real is None else context.real.reshape(-1)
         sides = {"in": (d, cfg.leaf_width), "out": (cfg.leaf_width, d)}
         w_in, w_out = (routed_tree.folded(self._leaves(*side), side[0]).astype(dtype) for side in sides.items())
-        activation = ACTIVATIONS[cfg.activation]
+        activation, bias = ACTIVATIONS[cfg.activation], self._leaf_bias(dtype)
         aux = Aux({})
         if cfg.tree_router == "token":
             assert context.ids is not None
             leaf = routed_tree.hashed_leaves(context.ids.reshape(-1), m, g)
-            y = routed_tree.grouped(rows.astype(dtype), leaf, jnp.ones(leaf.shape), w_in, w_out, activation)
+            y = routed_tree.grouped(rows.astype(dtype), leaf, jnp.ones(leaf.shape), w_in, w_out, activation, bias)
         else:
             node = self.param("node", nn.initializers.normal(d**-0.5), (m, g - 1, d))
             node_bias = self.param("node_bias", nn.initializers.zeros, (m, g - 1))
@@ -210,17 +210,17 @@ class RoutedTreeFeedForward(nn.Module):
                 shares = routed_tree.leaf_shares(logits)
                 if cfg.tree_gate == "anneal":
                     shares = routed_tree.annealed_shares(logits, context.progress, cfg.tree_harden)
-                y = routed_tree.masked(rows.astype(dtype), shares, w_in, w_out, activation)
+                y = routed_tree.masked(rows.astype(dtype), shares, w_in, w_out, activation, bias)
             else:
                 gate = routed_tree.path_gate(path) if cfg.tree_gate == "path" else jnp.ones(leaf.shape)
-                y = routed_tree.grouped(rows.astype(dtype), leaf, gate, w_in, w_out, activation)
+                y = routed_tree.grouped(rows.astype(dtype), leaf, gate, w_in, w_out, activation, bias)
         if context.statistics:
             weight = jnp.ones(len(rows)) if real is None else real.astype(jnp.float32)
             aux = aux._replace(
                 counts={"leaves": jnp.zeros(m * g).at[leaf + g * jnp.arange(m)[None]].add(weight[:, None])}
             )
         if cfg.master_leaf:
-            hidden = activation(dense(cfg, cfg.master_leaf, "shared_in", use_bias=False)(rows))
+            hidden = activation(dense(cfg, cfg.master_leaf, "shared_in", use_bias=cfg.leaf_bias)(rows))
             y = y + dense(cfg, d, "shared_out", use_bias=False, closes_block=True)(hidden)
         return y.reshape(x.shape).astype(jnp.float32), aux
 
@@ -239,6 +239,17 @@ class RoutedTreeFeedForward(nn.Module):
         if above:
             starts[f"above_{side}"] = above, root_first
         return {name: self.param(name, start, (cfg.n_trees, k, *shape)) for name, (k, start) in starts.items()}
+
+    def _leaf_bias(self, dtype: jnp.dtype) -> routed_tree.LeafBias | None:
+        """Declare the biases of the leaves, if they have any."""
+        cfg = self.config
+        if not cfg.leaf_bias:
+            return None
+        widths = {"leaf_in_bias": cfg.leaf_width, "leaf_out_bias": cfg.d_model}
+        shapes = {name: (cfg.n_trees, 2**cfg.tree_depth, width) for name, width in widths.items()}
+        return routed_tree.LeafBias(
+            *(self.param(name, nn.initializers.zeros, shape).astype(dtype) for name, shape in shapes.items())
+        )
 
 
 class SwitchFeedForward(nn.Module):

@@ -19,6 +19,7 @@ class MaskedLMHead(nn.Module):
         self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"]
     ) -> Float[Array, "*rows v"]:
         hidden, decoder, bias = self.transformed(hidden, token_embedding)
+        assert decoder is not None
         logits = token_logits(hidden, decoder)
         return logits if bias is None else logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
 
@@ -34,24 +35,28 @@ class MaskedLMHead(nn.Module):
         if gpu is None or not gpu.loss.fits(len(token_embedding)):
             return cross_entropy(self(hidden, token_embedding), labels, weights)
         hidden, decoder, _ = self.transformed(hidden, token_embedding)
+        assert decoder is not None
         flat = hidden.reshape(-1, hidden.shape[-1])
         total, correct = gpu.loss.token_loss(flat, decoder, labels.reshape(-1), weights.reshape(-1))
         return Sums(total, jnp.sum(weights), correct, jnp.zeros(()))
 
     @nn.compact
     def transformed(
-        self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"]
-    ) -> tuple[Float[Array, "*rows d"], Float[Array, "v d"], Float[Array, " v"] | None]:
-        """Return the rows that are multiplied by the decoder, and that, in the type of the product; and the logits' bias."""
+        self, hidden: Float[Array, "*rows d"], token_embedding: Float[Array, "v d"] | None
+    ) -> tuple[Float[Array, "*rows d"], Float[Array, "v d"] | None, Float[Array, " v"] | None]:
+        """Return the rows that are multiplied by the decoder, and that, in the type of the product; and the logits' bias.
+
+        Without an embedding there is no decoder either.
+        """
         cfg = self.config
         if cfg.head_transform:
             hidden = layer_norm(cfg, "norm")(ACTIVATIONS[cfg.activation](dense(cfg, cfg.d_model, "transform")(hidden)))
         dtype = compute_dtype(cfg)
         decoder = token_embedding
-        if not cfg.tie_head:
+        if token_embedding is not None and not cfg.tie_head:
             decoder = self.param("decoder", nn.initializers.zeros, token_embedding.shape)
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)) if cfg.head_bias else None
-        return hidden.astype(dtype), decoder.astype(dtype), bias
+        return hidden.astype(dtype), None if decoder is None else decoder.astype(dtype), bias
 
 
 def pool(

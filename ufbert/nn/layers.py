@@ -15,7 +15,7 @@ from ufbert.ops.dense import product
 
 
 class Aux(NamedTuple):
-    """The report of a layer besides its output. All but `losses` is None unless statistics are asked for."""
+    """The report of a layer besides its output. All but `losses` is None unless it is asked for."""
 
     losses: dict[str, Float[Array, ""]]
     """Weighted losses by name, each a mean per token."""
@@ -23,6 +23,8 @@ class Aux(NamedTuple):
     """Tokens that passed each node of each tree."""
     counts: dict[str, Float[Array, " p"]] | None = None
     """Tokens that each of the layer's other parts took, by the name of the parts: `leaves`, `experts`."""
+    hidden: Float[Array, "b t d"] | None = None
+    """The residual stream above the layer, if hidden states are asked for."""
 
 
 class Context(NamedTuple):

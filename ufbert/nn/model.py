@@ -1,10 +1,11 @@
 """A whole model as functions of a configuration and parameters: initialisation, the encoder, and its heads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 from ufbert.config import ModelConfig
 from ufbert.nn.encoder import Encoder
 from ufbert.nn.heads import ClassifierHead, MaskedLMHead, Pooler
-from ufbert.nn.layers import Aux
+from ufbert.nn.layers import Aux, Linear
 from ufbert.nn.ngrams import Rows
+from ufbert.nn.registry import FEEDFORWARDS
 from ufbert.ops.losses import Sums
 
 Params = Mapping[str, Any]
@@ -34,7 +36,7 @@ def _of_layer(config: ModelConfig, i: int) -> ModelConfig:
     mixer, feedforward = config.layers[i]
     # Flax traces a forward pass for the shapes; with gather that needs no kernels.
     return replace(
-        config, n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
+        config.of_layer(i), n_layers=1, mixer=(mixer,), feedforward=(feedforward,), first_norm=config.first_norm or i > 0,
         tree_backend="gather", unet_skips=False, value_embeddings=0, ngram_layer=0,
     )  # fmt: skip
 
@@ -81,11 +83,55 @@ def encode(
     statistics: bool = False,
     causal: bool = False,
     ngrams: Rows | None = None,
+    hidden_states: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, Aux]]:
     """Compute the hidden states of the last layer, and what each layer reports, by its name. Arguments as in `Encoder`."""
     apply: Any = Encoder(config).apply
     options = {"type_ids": type_ids, "progress": progress, "statistics": statistics, "causal": causal, "ngrams": ngrams}
+    options["hidden_states"] = hidden_states
     return apply({"params": params["encoder"]}, ids, segment_ids, position_ids, key, deterministic, **options)
+
+
+def feedforward_inputs(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    type_ids: Int[Array, "b t"],
+) -> list[Float[Array, "b t d"]]:
+    """Compute what each layer's feedforward reads, bottom first."""
+    inputs: list[Float[Array, "b t d"]] = []
+
+    def recorded(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and context.module.name in FEEDFORWARDS:
+            inputs.append(args[0])
+        return call(*args, **kwargs)
+
+    with flax.linen.intercept_methods(recorded):
+        encode(params, config, ids, segment_ids, type_ids=type_ids)
+    return inputs
+
+
+def linear_inputs(
+    params: Params,
+    config: ModelConfig,
+    ids: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    type_ids: Int[Array, "b t"],
+) -> dict[str, Float[Array, "b t d"]]:
+    """Compute the input of every linear layer of the encoder, by the layer's path. Some on a GPU, which joins layers, are left
+    out."""
+    inputs: dict[str, Array] = {}
+
+    def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: flax.linen.module.InterceptorContext) -> Any:
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            x = args[0].astype(jnp.float32)
+            inputs[".".join(("encoder", *context.module.path))] = x.reshape(*ids.shape, x.shape[-1])
+        return call(*args, **kwargs)
+
+    with flax.linen.intercept_methods(watch):
+        encode(params, config, ids, segment_ids, type_ids=type_ids)
+    return inputs
 
 
 def aux_loss(aux: Mapping[str, Aux]) -> Float[Array, ""]:
@@ -101,6 +147,15 @@ def masked_lm_logits(params: Params, config: ModelConfig, hidden: Float[Array, "
     """Compute token logits from hidden states, in float32."""
     apply: Any = MaskedLMHead(config).apply
     return apply({"params": params["masked_lm"]}, hidden, params["encoder"]["embeddings"]["tokens"])
+
+
+def masked_lm_rows(
+    params: Params, config: ModelConfig, hidden: Float[Array, "*rows d"]
+) -> tuple[Float[Array, "*rows d"], Float[Array, " v"] | None]:
+    """Compute the rows that the decoder of a masked-LM head is multiplied by, and the bias of its logits."""
+    apply: Any = MaskedLMHead(config).apply
+    rows, _, bias = apply({"params": params["masked_lm"]}, hidden, None, method="transformed")
+    return rows, bias
 
 
 def masked_lm_sums(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ufbert.config import ActivationName, ModelConfig
 from ufbert.ops.ngrams import FACTOR, NGRAMS, table_seed
-from ufbert.ops.routed_tree import directions, folded, hashed_leaves
+from ufbert.ops.routed_tree import directions, folded, hashed_leaves, leaf_bias
 
 Part = Mapping[str, Any]
 """Parameters of a layer, or of one of its parts."""
@@ -129,7 +129,7 @@ def ngrams(g: Graph, cfg: ModelConfig, part: Part) -> str:
 
 def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
     """Add multi-head attention."""
-    k = cfg.d_model // cfg.n_heads
+    k = cfg.width_of_head
 
     def heads(name: str) -> str:
         y = g.linear(x, part[name])
@@ -153,7 +153,7 @@ def attention(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str,
     logits = g.number("Div", g.add("MatMul", heads("query"), heads("key")), math.sqrt(k))
     odds = g.add("Softmax", g.add("Add", logits, context["hidden"]), axis=-1)
     mixed = g.add("Transpose", g.add("MatMul", odds, heads("value")), perm=[0, 2, 1, 3])
-    return g.linear(g.reshape(mixed, 0, 0, cfg.d_model), part["out"])
+    return g.linear(g.reshape(mixed, 0, 0, cfg.n_heads * k), part["out"])
 
 
 def fourier(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[str, str]) -> str:
@@ -238,7 +238,7 @@ def routed_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[st
     """Add each row's leaf of every tree, times its gate (`ufbert.ops.routed_tree`)."""
     n_leaves = 2**cfg.tree_depth
     rows, squeezed = g.reshape(x, -1, cfg.d_model), g.constant([1], np.int64)
-    wide, y = g.unsqueeze(rows, 1), ""
+    wide, y, bias = g.unsqueeze(rows, 1), "", leaf_bias(part)
     leaves = {side: np.asarray(folded(part, side)) for side in ("in", "out")}
     chosen = np.asarray(hashed_leaves(jnp.arange(cfg.vocab_size), cfg.n_trees, n_leaves), np.int64)
     for tree in range(cfg.n_trees):
@@ -251,8 +251,12 @@ def routed_tree(g: Graph, cfg: ModelConfig, part: Part, x: str, context: dict[st
             )
             gate = g.number("Mul", certain, 2.0 / cfg.tree_depth) if cfg.tree_gate == "path" and cfg.tree_depth else ""
         w_in, w_out = (g.add("Gather", g.constant(leaves[side][tree]), leaf) for side in ("in", "out"))
-        hidden = g.activate(g.add("MatMul", wide, w_in), cfg.activation)
-        found = g.add("Squeeze", g.add("MatMul", hidden, w_out), squeezed)
+        hidden = g.add("MatMul", wide, w_in)
+        if bias is not None:
+            hidden = g.add("Add", hidden, g.unsqueeze(g.add("Gather", g.constant(bias.b_in[tree]), leaf), 1))
+        found = g.add("Squeeze", g.add("MatMul", g.activate(hidden, cfg.activation), w_out), squeezed)
+        if bias is not None:
+            found = g.add("Add", found, g.add("Gather", g.constant(bias.b_out[tree]), leaf))
         found = g.add("Mul", found, g.unsqueeze(gate, 1)) if gate else found
         y = g.add("Add", y, found) if y else found
     if cfg.master_leaf:

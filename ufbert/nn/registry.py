@@ -107,13 +107,13 @@ class Layer:
 
 
 def _attention_flops(config: ModelConfig, use: Use) -> int:
-    d = config.d_model
-    return 2 * 4 * d * d + 2 * 2 * use.seq_len * d
+    width = config.n_heads * config.width_of_head
+    return 2 * 4 * config.d_model * width + 2 * 2 * use.seq_len * width
 
 
 def _attention_timed(config: ModelConfig, rows: int, seq_len: int) -> TimedPart:
     visible = jnp.ones((rows, seq_len, seq_len), bool)
-    shape = (rows, seq_len, config.n_heads, config.d_model // config.n_heads)
+    shape = (rows, seq_len, config.n_heads, config.width_of_head)
     return TimedPart(lambda q, k, v: attend(q, k, v, visible), [shape] * 3)
 
 
@@ -207,7 +207,7 @@ MIXERS = {
         flops=_attention_flops,
         traffic=lambda config, use: 50 * config.n_heads * use.seq_len + 10 * config.d_model,
         muon=("kernel",),
-        fields=("n_heads", "qk_norm"),
+        fields=("n_heads", "head_width", "layer_heads", "qk_norm"),
         timed=_attention_timed,
         onnx=onnx_rules.attention,
     ),
@@ -227,7 +227,7 @@ FEEDFORWARDS = {
         traffic=lambda config, use: 20 * config.d_hidden,
         neurons=lambda config: (config.d_hidden, config.d_hidden),
         muon=("kernel",),
-        fields=("d_hidden", "activation"),
+        fields=("d_hidden", "layer_hidden", "activation"),
         timed=_hidden_timed,
         onnx=onnx_rules.dense,
     ),
@@ -237,7 +237,7 @@ FEEDFORWARDS = {
         traffic=lambda config, use: 48 * config.d_hidden,
         neurons=lambda config: (config.d_hidden, config.d_hidden),
         muon=("kernel",),
-        fields=("d_hidden", "activation"),
+        fields=("d_hidden", "layer_hidden", "activation"),
         timed=_glu_timed,
         onnx=onnx_rules.glu,
     ),
@@ -281,7 +281,16 @@ FEEDFORWARDS = {
         routing_flops=lambda config, use: 2 * config.d_model * _routed_tree_decisions(config, use),
         muon=("kernel", "leaf_in", "leaf_out", "above_in", "above_out"),
         own_steps=("node_bias",),
-        fields=("n_trees", "tree_depth", "activation", "leaf_width", "master_leaf", "tree_gate", "tree_router"),
+        fields=(
+            "n_trees",
+            "tree_depth",
+            "activation",
+            "leaf_width",
+            "master_leaf",
+            "tree_gate",
+            "tree_router",
+            "leaf_bias",
+        ),
         onnx=onnx_rules.routed_tree,
     ),
     "switch": Layer(
@@ -290,7 +299,7 @@ FEEDFORWARDS = {
         traffic=lambda config, use: 50 * config.d_hidden,
         neurons=lambda config: (config.d_hidden, config.n_experts * config.d_hidden),
         routing_flops=lambda config, use: 2 * config.d_model * config.n_experts,
-        fields=("d_hidden", "activation", "n_experts"),
+        fields=("d_hidden", "layer_hidden", "activation", "n_experts"),
         timed=_hidden_timed,
         onnx=onnx_rules.switch,
     ),

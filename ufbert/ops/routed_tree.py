@@ -37,6 +37,15 @@ class Path(NamedTuple):
     """Their logits."""
 
 
+class LeafBias(NamedTuple):
+    """The biases of the leaves of m trees."""
+
+    b_in: Float[Array, "m g w"]
+    """Of their neurons."""
+    b_out: Float[Array, "m g o"]
+    """Of their outputs."""
+
+
 def node_logits(
     x: Float[Array, "b d"], node_w: Float[Array, "m n d"], node_bias: Float[Array, "m n"]
 ) -> Float[Array, "b m n"]:
@@ -143,18 +152,30 @@ def folded(params: Mapping[str, Any], side: str) -> Float[Array, "m g a b"]:
     return with_ancestors(leaves, jnp.asarray(params.get(f"above_{side}", leaves[:, :0])))
 
 
+def leaf_bias(params: Mapping[str, Any]) -> LeafBias | None:
+    """Return the biases of a layer's leaves, None if it has none."""
+    if "leaf_in_bias" not in params:
+        return None
+    return LeafBias(jnp.asarray(params["leaf_in_bias"]), jnp.asarray(params["leaf_out_bias"]))
+
+
 def masked(
     x: Float[Array, "b d"],
     shares: Float[Array, "b m g"],
     w_in: Float[Array, "m g d w"],
     w_out: Float[Array, "m g w o"],
     activation: Activation,
+    bias: LeafBias | None = None,
 ) -> Float[Array, "b o"]:
-    """Compute the sum over trees and leaves of share * activation(x w_in) w_out, from all neurons."""
+    """Compute the sum over trees and leaves of share * (activation(x w_in + b_in) w_out + b_out), from all neurons."""
     m, g, d, w = w_in.shape
-    hidden = activation(x @ jnp.moveaxis(w_in, 2, 0).reshape(d, m * g * w))
+    hidden = x @ jnp.moveaxis(w_in, 2, 0).reshape(d, m * g * w)
+    hidden = activation(hidden if bias is None else hidden + bias.b_in.reshape(1, -1))
     hidden = hidden.reshape(-1, m, g, w) * shares[..., None].astype(hidden.dtype)
-    return hidden.reshape(-1, m * g * w) @ w_out.reshape(m * g * w, -1)
+    y = hidden.reshape(-1, m * g * w) @ w_out.reshape(m * g * w, -1)
+    if bias is None:
+        return y
+    return y + shares.reshape(-1, m * g).astype(y.dtype) @ bias.b_out.reshape(m * g, -1)
 
 
 def grouped(
@@ -164,8 +185,9 @@ def grouped(
     w_in: Float[Array, "m g d w"],
     w_out: Float[Array, "m g w o"],
     activation: Activation,
+    bias: LeafBias | None = None,
 ) -> Float[Array, "b o"]:
-    """Compute the sum over trees of gate * activation(x w_in) w_out of the leaf reached, from those leaves alone.
+    """Compute the sum over trees of gate * (activation(x w_in + b_in) w_out + b_out) of the leaf reached, from those alone.
 
     Pairs of a token and a tree are cut into blocks of one leaf each (`cut_into_blocks`), however uneven the leaves are.
     """
@@ -174,8 +196,13 @@ def grouped(
     n = len(blocks.owner)
     pair = jnp.full((n * blocks.size,), b * m, jnp.int32).at[blocks.slot].set(jnp.arange(b * m, dtype=jnp.int32))
     tiles = _into_places(m, x, blocks.slot, pair).reshape(n, blocks.size, d)
-    hidden = activation(jnp.einsum("nbd,ndw->nbw", tiles, _of_owners(m * g, w_in.reshape(m * g, d, w), blocks.owner)))
+    hidden = jnp.einsum("nbd,ndw->nbw", tiles, _of_owners(m * g, w_in.reshape(m * g, d, w), blocks.owner))
+    if bias is not None:
+        hidden = hidden + _of_owners(m * g, bias.b_in.reshape(m * g, 1, w), blocks.owner)
+    hidden = activation(hidden)
     y = jnp.einsum("nbw,nwo->nbo", hidden, _of_owners(m * g, w_out.reshape(m * g, w, -1), blocks.owner))
+    if bias is not None:
+        y = y + _of_owners(m * g, bias.b_out.reshape(m * g, 1, -1), blocks.owner)
     y = _from_places(y.reshape(n * blocks.size, -1), blocks.slot, pair)
     return jnp.einsum("bmo,bm->bo", y.reshape(b, m, -1), gate.astype(y.dtype))
 

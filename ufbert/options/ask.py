@@ -15,9 +15,10 @@ class AskOptions:
 
     model: str
     """Model folder; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION] for one on the Hugging Face hub."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Type of the weights of linear layers and trees, rounded when the model is loaded. Narrow ones are read and multiplied
-    faster, and send some tokens another way through a tree (how many is printed)."""
+    faster, and send some tokens another way through a tree (how many is printed). auto takes int8 for a folder that `ufbert
+    compress --method quantize` made, which holds it, and else float32."""
     exact_routing: bool = False
     """Decide turns in trees by the unrounded weights, so that no token goes another way."""
     truncate: bool = False

@@ -15,11 +15,13 @@ LayerPath = Literal["gather", "native", "native-bf16", "native-int8", "native-bf
 LayerPeer = Literal["jax", "jax-bf16", "numpy", "torch", "torch-bf16", "torch-int8"]
 """A dense layer: jax's products; NumPy's BLAS; PyTorch; each in float32, bfloat16 or with int8 weights."""
 OurEncoder = Literal[
-    "tree-float32", "tree-bfloat16", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8"
-]
-"""A model of ours (BERT with trees; with Fourier mixing and trees; BERT) and the type of its weights."""
-EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "torch", "torch-int8"]
-"""The dense BERT in ONNX Runtime, or by transformers in PyTorch, in float32 or with int8 weights."""
+    "tree-float32", "tree-bfloat16", "tree-int8", "fourier-float32", "fourier-int8", "dense-float32", "dense-int8",
+    "static-int8",
+]  # fmt: skip
+"""A model of ours (BERT with trees; with Fourier mixing and trees; BERT; BERT in a quantised folder whose activations are
+rounded by steps that are fixed on ids of the job) and the type of its weights."""
+EncoderPeer = Literal["onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "torch", "torch-int8"]
+"""The dense BERT in ONNX Runtime, in OpenVINO, or by transformers in PyTorch, in float32 or with int8 weights."""
 WeightType = Literal["float32", "bfloat16", "int8"]
 """Type of a model's weights in use."""
 Variant = Literal["masked", "gather", "native", "pallas", "dense"]
@@ -32,7 +34,7 @@ class BenchOptions:
 
     peer_python: str = ""
     """Interpreter of an environment with what the peers need: torch and numpy (torch 2.13 was tried); for encoders torch and
-    transformers, or onnxruntime, onnx and sympy."""
+    transformers, or onnxruntime, onnx and sympy, or openvino and nncf (2026.4 and 3.4 were tried)."""
     peer_script: str = ""
     """Script to run instead of the packaged peer; `ufbert/bench/worker.py` describes what it must answer."""
     blocks: Size = 9

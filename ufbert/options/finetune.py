@@ -11,14 +11,10 @@ from ufbert.options.ending import EndOptions
 from ufbert.options.given import seeds_of
 
 
-@dataclass(frozen=True)
-class FinetuneOptions(EndOptions):
-    """Fine-tune a model folder on GLUE tasks or on a custom task, score each on its dev set, and write tables, predictions
-    and one model folder per task."""
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """The rows of tasks: GLUE's, or a custom one."""
 
-    model: str
-    """Model folder to start from; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION] for one on the Hugging
-    Face hub."""
     glue_source: str = "hf"
     """hf (the hub's GLUE) or hf:NAME (another hub name or a local folder), tfds:PATH (a prepared tensorflow_datasets folder),
     dir:PATH (official TSV files: PATH/SST-2/train.tsv, ...)."""
@@ -42,6 +38,33 @@ class FinetuneOptions(EndOptions):
     labels: Literal["auto", "classes", "values"] = "auto"
     """Meaning of numbers in the label column; auto takes them for values if one has a fraction or there are more than 20
     different ones, and prints its choice."""
+    skip_bad_rows: bool = False
+    """Leave broken rows out and count them, instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        if self.task_file and any(getattr(self, name) for name in CUSTOM if name != "task_file"):
+            raise UserError("A task file describes its task in full; leave out the other options that describe one.")
+        if self.labels != "auto" and (self.task_file or not self.is_custom):
+            raise UserError("--labels goes with --train and the like; a task file has a field `regression` instead.")
+
+    @property
+    def is_custom(self) -> bool:
+        """True for a custom task, False for GLUE's."""
+        return any(getattr(self, name) for name in CUSTOM)
+
+
+CUSTOM = ("task_file", "train", "dev", "test", "text", "pair", "label")
+"""Options that describe a custom task."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TaskOptions, EndOptions):
+    """Fine-tune a model folder on GLUE tasks or on a custom task, score each on its dev set, and write tables, predictions
+    and one model folder per task."""
+
+    model: str
+    """Model folder to start from; mini for the model that comes with ufbert, hf:OWNER/NAME[@REVISION] for one on the Hugging
+    Face hub."""
     protocol: ProtocolName = "auto"
     """crammed, small (crammed with a learning rate by width), bert (best of four learning rates), mnli-first; auto takes
     crammed from width 768 up and small below."""
@@ -57,8 +80,6 @@ class FinetuneOptions(EndOptions):
     """Score and save the weights after the last epoch, or those of the best epoch on dev (which flatters the score)."""
     train_rows: int = 0
     """Use this many training rows, drawn with the first seed; 0 uses all."""
-    skip_bad_rows: bool = False
-    """Leave broken rows out and count them, instead of stopping at the first."""
     from_scratch: bool = False
     """Ignore the pretrained weights and start from a random initialisation of the same architecture, for comparison."""
     probe: bool = False
@@ -80,27 +101,16 @@ class FinetuneOptions(EndOptions):
             if not 0 <= getattr(self, name) < 2**31:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is {getattr(self, name)}; it must lie between 0 and 2^31 - 1.")
-        if self.task_file and any(getattr(self, name) for name in CUSTOM if name != "task_file"):
-            raise UserError("A task file describes its task in full; leave out the other options that describe one.")
-        if self.labels != "auto" and (self.task_file or not self.is_custom):
-            raise UserError("--labels goes with --train and the like; a task file has a field `regression` instead.")
+        super().__post_init__()
         if self.is_custom and self.protocol == "mnli-first":
             raise UserError("The protocol mnli-first is for GLUE's tasks.")
         _ = self.seed_list  # refuses a wrong list before anything is read
-
-    @property
-    def is_custom(self) -> bool:
-        """True for a custom task, False for GLUE's."""
-        return any(getattr(self, name) for name in CUSTOM)
 
     @property
     def seed_list(self) -> tuple[int, ...]:
         """The seeds as numbers; () for the protocol's. Raises UserError if they are no seeds."""
         return seeds_of(self.seeds)
 
-
-CUSTOM = ("task_file", "train", "dev", "test", "text", "pair", "label")
-"""Options that describe a custom task."""
 
 FREE_ON_RESUME = ("out", "resume", "device", "when_done", "when_finished", "when_failed")
 """Options that do not change the scores, so that a resumed sweep may change them."""

@@ -74,7 +74,7 @@ def _by_level(path: tuple[Any, ...], update: Array, power: float) -> Array:
     n = update.shape[1]
     first = n if name.startswith("leaf_") else 1  # a heap's number of the first node, from 1
     levels = np.log2(np.arange(first, first + n)).astype(int)
-    return update * jnp.asarray(2.0 ** (-power * levels), update.dtype)[None, :, None, None]
+    return update * jnp.asarray(2.0 ** (-power * levels), update.dtype).reshape(1, -1, *[1] * (update.ndim - 2))
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:

@@ -55,7 +55,10 @@ extern "C" int64_t ufbert_packed_size(int64_t d, int64_t f, int32_t type) {  // 
   return kernels ? kernels->packed_size(d, f, Type(type)) : -1;
 }
 extern "C" int ufbert_pack(int64_t d, int64_t f, const float* w, void* packed, float* scale, int32_t type, int64_t threads) {
-  return compute(&Kernels::pack, Pack{d, f, w, packed, scale, Type(type)}, threads);
+  return compute(&Kernels::pack, Pack{d, f, w, nullptr, packed, scale, Type(type)}, threads);
+}
+extern "C" int ufbert_pack_rounded(int64_t d, int64_t f, const int8_t* rounded, void* packed, int64_t threads) {
+  return compute(&Kernels::pack, Pack{d, f, nullptr, rounded, packed, nullptr, kInt8}, threads);
 }
 #define C_FUNCTION(kernel, Call) \
   extern "C" int ufbert_##kernel(const Call* call, int64_t threads) { return compute(&Kernels::kernel, *call, threads); }
@@ -67,6 +70,7 @@ C_FUNCTION(attention, Attention)
 C_FUNCTION(norm, Norm)
 C_FUNCTION(add, Add)
 C_FUNCTION(linear, Linear)
+C_FUNCTION(feed_forward, FeedForward)
 
 #ifndef UFBERT_WITHOUT_XLA
 
@@ -221,8 +225,8 @@ ffi::Error leaf_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 
   return run(&Kernels::leaf_forward, f, threads);
 }
 
-ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, ffi::AnyBuffer w_out, F32 out_scale,
-                          ffi::Result<F32> y, bool gated, int32_t activation, int64_t threads) {
+ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F32 in_scale, F32 b_in, ffi::AnyBuffer w_out,
+                          F32 out_scale, F32 b_out, ffi::Result<F32> y, bool gated, int32_t activation, int64_t threads) {
   RoutedForward f{};
   const auto in = w_in.dimensions(), out = w_out.dimensions();
   if (in.size() != 4 || x.dimensions().size() != 2) return wrong("rows are (b, d), leaves (m, g, w, d)");
@@ -234,6 +238,8 @@ ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F3
   if (!has(node_w, f.m * (f.g - 1) * f.d) || !std::equal(in.begin(), in.end(), out.begin(), out.end()) || !has(in_scale, scales) ||
       !has(out_scale, scales) || f.m < 1 || f.w < 1)
     return wrong(kUnfit);
+  f.b_in = data_or_null(b_in), f.b_out = data_or_null(b_out);
+  if ((f.b_in && !has(b_in, f.m * f.g * f.w)) || (f.b_out && !has(b_out, f.m * f.g * f.d))) return wrong(kUnfit);
   if (x.dimensions()[1] != f.d || !has(*y, f.b * f.d)) return wrong(kUnfitRows);
   if (!known(activation)) return wrong(kUnknown);
   f.x = x.typed_data(), f.node_w = node_w.typed_data(), f.node_b = node_b.typed_data();
@@ -243,7 +249,7 @@ ffi::Error routed_forward(F32 x, F32 node_w, F32 node_b, ffi::AnyBuffer w_in, F3
   return run(&Kernels::routed_forward, f, threads);
 }
 
-ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, int64_t threads) {
+ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees, bool narrow, int64_t threads) {
   const auto shape = qkv.dimensions();
   if (shape.size() != 5 || shape[2] != 3) return wrong("queries, keys and values are (b, t, 3, h, k)");
   Attention a{};
@@ -251,7 +257,7 @@ ffi::Error attention(F32 qkv, S32 segment, ffi::Result<F32> y, bool padding_sees
   if (!has(*y, a.b * a.t * a.h * a.k) || !(has(segment, 0) || has(segment, a.b * a.t))) return wrong(kUnfitRows);
   a.qkv = qkv.typed_data();
   a.segment = segment.element_count() ? segment.typed_data() : nullptr;
-  a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees;
+  a.y = y->typed_data(), a.scale = 1.0f / std::sqrt(float(a.k)), a.padding_sees = padding_sees, a.narrow = narrow;
   return run(&Kernels::attention, a, threads);
 }
 
@@ -269,19 +275,43 @@ ffi::Error add(F32 left, F32 right, ffi::Result<F32> y, int64_t threads) {
   return run(&Kernels::add, a, threads);
 }
 
-ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, ffi::Result<F32> y, int64_t threads) {
+// Reads the weights of a layer from d to f numbers. Returns what does not fit, or null.
+const char* read_layer(ffi::AnyBuffer packed, F32 scale, F32 bias, F32 input, const Kernels& kernels, Linear& l) {
+  if (!read_type(packed, l.type)) return "weights are float32, bfloat16 or int8";
+  if (int64_t(packed.size_bytes()) != kernels.packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
+    return "these weights were not packed for rows of this width by kernels like these";
+  if (!(has(bias, 0) || has(bias, l.f))) return kUnfitRows;
+  if (!(has(input, 0) || (l.type == kInt8 && has(input, 2)))) return "rows are rounded by a step and a zero, with int8 weights";
+  l.packed = packed.untyped_data(), l.scale = data_or_null(scale);
+  l.bias = data_or_null(bias), l.input = data_or_null(input);
+  return nullptr;
+}
+
+ffi::Error linear(F32 x, ffi::AnyBuffer packed, F32 scale, F32 bias, F32 input, ffi::Result<F32> y, int64_t threads) {
   Linear l{};
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return wrong("rows are (b, d) and (b, f)");
-  l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
-  if (!read_type(packed, l.type)) return wrong("weights are float32, bfloat16 or int8");
   const Kernels* kernels = chosen();
   if (!kernels) return no_kernels();
-  if (int64_t(packed.size_bytes()) != kernels->packed_size(l.d, l.f, l.type) || !has(scale, l.type == kInt8 ? l.f : 0))
-    return wrong("these weights were not packed for rows of this width by kernels like these");
-  if (y->dimensions()[0] != l.b || !(has(bias, 0) || has(bias, l.f))) return wrong(kUnfitRows);
-  l.x = x.typed_data(), l.packed = packed.untyped_data(), l.scale = data_or_null(scale), l.bias = data_or_null(bias);
-  l.y = y->typed_data();
+  l.b = x.dimensions()[0], l.d = x.dimensions()[1], l.f = y->dimensions()[1];
+  if (const char* why = read_layer(packed, scale, bias, input, *kernels, l)) return wrong(why);
+  if (y->dimensions()[0] != l.b) return wrong(kUnfitRows);
+  l.x = x.typed_data(), l.y = y->typed_data();
   return run(&Kernels::linear, l, threads);
+}
+
+ffi::Error feed_forward(F32 x, ffi::AnyBuffer in, F32 in_scale, F32 in_bias, F32 in_input, ffi::AnyBuffer out, F32 out_scale,
+                        F32 out_bias, F32 out_input, ffi::Result<F32> y, int64_t width, int32_t activation, int64_t threads) {
+  FeedForward f{};
+  if (x.dimensions().size() != 2 || y->dimensions().size() != 2 || width < 0) return wrong("rows are (b, d) and (b, o)");
+  if (x.dimensions()[0] != y->dimensions()[0]) return wrong(kUnfitRows);
+  if (!known(activation)) return wrong(kUnknown);
+  const Kernels* kernels = chosen();
+  if (!kernels) return no_kernels();
+  f.in.b = f.out.b = x.dimensions()[0], f.in.d = x.dimensions()[1], f.in.f = f.out.d = width, f.out.f = y->dimensions()[1];
+  if (const char* why = read_layer(in, in_scale, in_bias, in_input, *kernels, f.in)) return wrong(why);
+  if (const char* why = read_layer(out, out_scale, out_bias, out_input, *kernels, f.out)) return wrong(why);
+  f.in.x = x.typed_data(), f.out.y = y->typed_data(), f.activation = Activation(activation);
+  return run(&Kernels::feed_forward, f, threads);
 }
 
 }  // namespace
@@ -306,18 +336,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_leaf_forward, leaf_forward,
                                   .Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_routed_forward, routed_forward,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>()
-                                  .Arg<ffi::AnyBuffer>().Arg<F32>().Ret<F32>()
+                                  .Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<bool>("gated").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_attention, attention,
                               ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Ret<F32>().Attr<bool>("padding_sees")
-                                  .Attr<int64_t>("threads"));
+                                  .Attr<bool>("narrow").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_norm, norm,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<float>("eps").Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_add, add,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_linear, linear,
-                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Ret<F32>()
+                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
                                   .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ufbert_xla_feed_forward, feed_forward,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>()
+                                  .Attr<int64_t>("width").Attr<int32_t>("activation").Attr<int64_t>("threads"));
 
 #endif

@@ -59,6 +59,7 @@ def _register(library: ctypes.CDLL) -> None:
         "norm",
         "add",
         "linear",
+        "feed_forward",
     ):
         symbol = getattr(library, f"ufbert_xla_{name}")
         jax.ffi.register_ffi_target(f"ufbert_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
@@ -99,8 +100,9 @@ _ARGUMENTS = {
     "forward_saving": _TREES,
     "backward": "x w_in w_out nodes z g",
     "leaf_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
-    "routed_forward": "x node_w node_b w_in w_in_scale w_out w_out_scale",
-    "linear": "x packed scale bias",
+    "routed_forward": "x node_w node_b w_in w_in_scale b_in w_out w_out_scale b_out",
+    "linear": "x packed scale bias input",
+    "feed_forward": "x packed scale bias input packed scale bias input",
     "norm": "x scale bias",
     "add": "x y",
     "attention": "qkv segment_ids",
@@ -234,6 +236,8 @@ def routed_forward(
     node_b: Float[Array, "m n"],
     w_in: Weights,
     w_out: Weights,
+    b_in: Float[Array, "m g w"] | None = None,
+    b_out: Float[Array, "m g d"] | None = None,
     *,
     gated: bool,
     activation: str = "gelu",
@@ -243,7 +247,9 @@ def routed_forward(
 
     `w_in` and `w_out`, (m, g, w, d), are of one type: a neuron is one row of each.
     """
-    args = (x, node_w, node_b, *_parts(w_in), *_parts(w_out))
+    none = jnp.zeros((0,), jnp.float32)
+    b_in, b_out = none if b_in is None else b_in, none if b_out is None else b_out
+    args = (x, node_w, node_b, *_parts(w_in), b_in, *_parts(w_out), b_out)
     return _call(
         "routed_forward", _shape(*x.shape), *args, activation=activation, threads=threads, gated=np.bool_(gated)
     )
@@ -256,36 +262,83 @@ class Packed(NamedTuple):
     weights: Num[Array, " size"]
     scale: Float[Array, " scales"]
     """With int8, one factor a column; else empty."""
+    input: Float[Array, " rounding"]
+    """Step and zero by which rows are rounded, with int8: to step * (n - zero), n from 0 to 255. Empty if each row has a step
+    of its own."""
+
+
+def _room(d: int, f: int, dtype: str) -> np.ndarray:
+    """Return memory for packed weights. Raises CannotBuild if there are no kernels, and ValueError for too long a side."""
+    if unavailable():
+        raise CannotBuild(unavailable())
+    if max(d, f) > _LONGEST:
+        raise ValueError(f"weights to pack are ({d}, {f}): no side may be over 2^31 - 1")
+    size = _library().ufbert_packed_size
+    size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
+    return aligned(size(d, f, TYPES.index(dtype)), jnp.dtype(dtype))
 
 
 def pack(weights: Float[np.ndarray, "d f"], dtype: str) -> Packed:
     """Pack the weights of a linear layer as `dtype`. Raises CannotBuild if there are no kernels, and ValueError for weights
     with too long a side."""
-    if unavailable():
-        raise CannotBuild(unavailable())
-    library, kind = _library(), TYPES.index(dtype)
-    d, f = weights.shape
-    if max(d, f) > _LONGEST:
-        raise ValueError(f"weights to pack are ({d}, {f}): no side may be over 2^31 - 1")
-    size = library.ufbert_packed_size
-    size.argtypes, size.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int32), ctypes.c_int64
-    packed = aligned(size(d, f, kind), jnp.dtype(dtype))
+    (d, f), packed = weights.shape, _room(*weights.shape, dtype)
     scale = aligned(4 * f if dtype == "int8" else 0, np.dtype(np.float32))
     source = np.ascontiguousarray(weights, np.float32)
-    kernel = library.ufbert_pack
+    kernel, kind = _library().ufbert_pack, TYPES.index(dtype)
     kernel.argtypes = (ctypes.c_int64, ctypes.c_int64, *3 * (ctypes.c_void_p,), ctypes.c_int32, ctypes.c_int64)
     if kernel(d, f, source.ctypes.data, packed.ctypes.data, scale.ctypes.data, kind, 0):
         raise MemoryError(f"there is not enough memory to pack weights of {d} rows and {f} columns")
-    return Packed(jnp.asarray(packed), jnp.asarray(scale))
+    return Packed(jnp.asarray(packed), jnp.asarray(scale), jnp.zeros((0,), jnp.float32))
+
+
+def pack_rounded(
+    rounded: Int[np.ndarray, "d f"], scale: Float[np.ndarray, " f"], input: Float[np.ndarray, " rounding"]
+) -> Packed:
+    """Pack int8 weights of a linear layer with one factor a column, and the rounding of its rows (`Packed.input`).
+
+    Raises as `pack` does.
+    """
+    (d, f), packed = rounded.shape, _room(*rounded.shape, "int8")
+    source, kernel = np.ascontiguousarray(rounded, np.int8), _library().ufbert_pack_rounded
+    kernel.argtypes = (ctypes.c_int64, ctypes.c_int64, *2 * (ctypes.c_void_p,), ctypes.c_int64)
+    if kernel(d, f, source.ctypes.data, packed.ctypes.data, 0):
+        raise MemoryError(f"there is not enough memory to pack weights of {d} rows and {f} columns")
+    return Packed(jnp.asarray(packed), jnp.asarray(scale, jnp.float32), jnp.asarray(input, jnp.float32))
 
 
 def linear(
     x: Float[Array, "b d"], packed: Packed, bias: Float[Array, " f"] | None, width: int, *, threads: int = 0
 ) -> Float[Array, "b f"]:
-    """Compute x w + bias. int8 weights also round every row to 255 even steps; bfloat16 weights round it where the processor
-    multiplies such numbers."""
+    """Compute x w + bias. int8 weights also round every row, by `packed.input` or to 255 even steps of its own; bfloat16
+    weights round it where the processor multiplies such numbers."""
     bias = jnp.zeros((0,), jnp.float32) if bias is None else bias
-    return _call("linear", _shape(x.shape[0], width), x, *packed, bias, threads=threads)
+    args = (x, packed.weights, packed.scale, bias, packed.input)
+    return _call("linear", _shape(x.shape[0], width), *args, threads=threads)
+
+
+def feed_forward(
+    x: Float[Array, "b d"],
+    packed_in: Packed,
+    bias_in: Float[Array, " f"] | None,
+    packed_out: Packed,
+    bias_out: Float[Array, " o"] | None,
+    widths: tuple[int, int],
+    *,
+    activation: str = "gelu",
+    threads: int = 0,
+) -> Float[Array, "b o"]:
+    """Compute activation(x w_in + bias_in) w_out + bias_out, as two calls of `linear` would; `widths` are f and o.
+
+    If the input of the second layer is rounded by a given step, its rows are never written in float32.
+    """
+    nothing, (f, o) = jnp.zeros((0,), jnp.float32), widths
+    layers = ((packed_in, bias_in), (packed_out, bias_out))
+    args = [
+        part
+        for packed, bias in layers
+        for part in (packed.weights, packed.scale, nothing if bias is None else bias, packed.input)
+    ]
+    return _call("feed_forward", _shape(x.shape[0], o), x, *args, activation=activation, threads=threads, width=f)
 
 
 def layer_norm(
@@ -306,13 +359,15 @@ def attention(
     segment_ids: Int[Array, "b t"] | None = None,
     *,
     padding_sees: bool = False,
+    narrow: bool = False,
     threads: int = 0,
 ) -> Float[Array, "b t h k"]:
     """Compute `ufbert.ops.mixing.attention` among the tokens of each document, without forming its mask.
 
     The documents of a row lie one after the other. Padding (segment 0) gets zeros; with `padding_sees` it attends to every
-    real token, as it does there.
+    real token, as it does there. With `narrow` its products are those of bfloat16 numbers, where the processor has such.
     """
     segments = jnp.zeros((0,), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     out = _shape(*qkv.shape[:2], *qkv.shape[3:])
-    return _call("attention", out, qkv, segments, padding_sees=np.bool_(padding_sees), threads=threads)
+    sees, is_narrow = np.bool_(padding_sees), np.bool_(narrow)
+    return _call("attention", out, qkv, segments, threads=threads, padding_sees=sees, narrow=is_narrow)

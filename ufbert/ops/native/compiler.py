@@ -95,8 +95,8 @@ def compile_to(
         jobs = {"bindings": ["-c", str(SOURCES / "bindings.cpp"), *where]} | {
             f"{name}-{file}": ["-c", str(SOURCES / file), f"-DUFBERT_ISA={name}", *flags]
             for name, flags in INSTRUCTION_SETS.items()
-            for file in ("trees.cpp", "leaves.cpp", "encoder.cpp")
-            if file == "encoder.cpp" or "UFBERT_TREES" not in " ".join(flags)
+            for file in ("trees.cpp", "leaves.cpp", "encoder.cpp", "attention.cpp")
+            if file in ("encoder.cpp", "attention.cpp") or "UFBERT_TREES" not in " ".join(flags)
         }
 
         def compile_part(name: str) -> str:

@@ -1,5 +1,4 @@
-// What an encoder computes apart from its trees: linear layers from packed weights, attention among the tokens of a document,
-// LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
+// What an encoder computes apart from its trees and attention: linear layers from packed weights, LayerNorm. As everywhere here, a row's answer depends neither on the batch nor on the number of threads.
 
 #include "tiles.h"
 
@@ -41,14 +40,25 @@ void pack_as(const Pack& p, Pool& pool, F element) {
     auto* w = out + first * kPanel * depth;
     for (int64_t i = 0; i < depth; i += Kind::kDeep)
       for (int64_t c = first * kPanel; c < (first + 1) * kPanel; ++c)
-        for (int64_t j = i; j < i + Kind::kDeep; ++j) *w++ = j < p.d && c < p.f ? element(p.w[j * p.f + c], c) : 0;
+        for (int64_t j = i; j < i + Kind::kDeep; ++j) *w++ = j < p.d && c < p.f ? element(j, c) : 0;
   };
   for_each(pool, whole(p.f, kPanel) / kPanel, panel);
 }
 
+// Bytes, and the sums of their columns.
+template <typename F>
+void pack_bytes(const Pack& p, Pool& pool, F element) {
+  pack_as<Bytes8>(p, pool, element);
+  auto* sums = reinterpret_cast<int32_t*>(static_cast<int8_t*>(p.packed) + packed_elements<Bytes8>(p.d, p.f));
+  std::memset(sums, 0, 4 * whole(p.f, kPanel));
+  for (int64_t i = 0; i < p.d; ++i)
+    for (int64_t c = 0; c < p.f; ++c) sums[c] += element(i, c);
+}
+
 void pack(const Pack& p, Pool& pool) {
-  if (p.type == kFloat32) return pack_as<Floats>(p, pool, [](float x, int64_t) { return x; });
-  if (p.type == kBfloat16) return pack_as<Halfs>(p, pool, [](float x, int64_t) { return half(x); });
+  if (p.type == kFloat32) return pack_as<Floats>(p, pool, [&](int64_t i, int64_t c) { return p.w[i * p.f + c]; });
+  if (p.type == kBfloat16) return pack_as<Halfs>(p, pool, [&](int64_t i, int64_t c) { return half(p.w[i * p.f + c]); });
+  if (p.rounded) return pack_bytes(p, pool, [&](int64_t i, int64_t c) { return p.rounded[i * p.f + c]; });
   std::vector<float> nothing(p.f, 0.0f);
   for (int64_t c = 0; c < p.f; ++c) p.scale[c] = 0.0f;
   for (int64_t i = 0; i < p.d; ++i)
@@ -57,12 +67,9 @@ void pack(const Pack& p, Pool& pool) {
       nothing[c] += p.w[i * p.f + c] * 0.0f;  // stays zero unless there is an infinity or NaN: then the column is NaN
     }
   for (int64_t c = 0; c < p.f; ++c) p.scale[c] = nothing[c] == 0.0f ? std::max(p.scale[c], 1e-35f) / 127.0f : NAN;
-  auto element = [&](float x, int64_t c) { return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(x / p.scale[c])) : int8_t(0); };
-  pack_as<Bytes8>(p, pool, element);
-  auto* sums = reinterpret_cast<int32_t*>(static_cast<int8_t*>(p.packed) + packed_elements<Bytes8>(p.d, p.f));
-  std::memset(sums, 0, 4 * whole(p.f, kPanel));
-  for (int64_t i = 0; i < p.d; ++i)
-    for (int64_t c = 0; c < p.f; ++c) sums[c] += element(p.w[i * p.f + c], c);
+  pack_bytes(p, pool, [&](int64_t i, int64_t c) {
+    return p.scale[c] == p.scale[c] ? int8_t(std::nearbyint(p.w[i * p.f + c] / p.scale[c])) : int8_t(0);
+  });
 }
 
 // Pieces of the output: some rows by some panels. Panels are divided first, so that each weight is read by one thread.
@@ -78,17 +85,28 @@ struct Pieces {
   int64_t panel(int64_t c) const { return edge(panels, columns, c); }
 };
 
-// Prefetch part `tile` of `tiles` of `bytes` bytes into L2. So the next panel, which comes from memory, arrives while the tiles of
-// this one are computed.
-INLINE void fetch(const void* p, int64_t bytes, int64_t tile, int64_t tiles) {
-  const int64_t lines = tiles < 4 ? 0 : (bytes + 63) / 64;  // few rows wait for all of it anyway
-  for (int64_t i = edge(lines, tiles, tile); i < edge(lines, tiles, tile + 1); ++i)
-    __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, 2);
+// Part `tile` of `tiles` of `bytes` bytes, to be prefetched in `steps` steps of a product. So the next panel, which comes from
+// memory, arrives while the tiles of this one are computed.
+INLINE Ahead part_of(const void* p, int64_t bytes, int64_t tile, int64_t tiles, int64_t steps) {
+  if (tiles < 4) return {};  // few rows wait for all of it anyway
+  const int64_t first = edge(bytes, tiles, tile), size = edge(bytes, tiles, tile + 1) - first;
+  return {static_cast<const char*>(p) + first, (size + steps - 1) / steps};
 }
 
+// What becomes of each vector of outputs: numbers at column `at` of a row and beyond.
+struct Store {
+  const Linear& l;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const { store_part(l.y + row * l.f + at, v, l.f - at); }
+};
+struct StoreActivated {
+  const Linear& l;
+  Activation activation;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const { Store{l}(row, at, activated(activation, v)); }
+};
+
 // Floats: sums over kDeepest elements at a time are added to y.
-template <typename Kind>
-void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
+template <typename Kind, typename F>
+void multiply_floats(const Linear& l, const typename Kind::Row* x, Pool& pool, F finish) {
   const auto* packed = static_cast<const typename Kind::Weight*>(l.packed);
   const int64_t depth = whole(l.d, Kind::kDeep);
   const Pieces pieces(l.b, l.f, std::min(depth, kDeepest) * sizeof(*x), pool.threads);
@@ -106,14 +124,16 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
         const auto* next = last ? packed + pieces.panel(c) * kPanel * depth + (k + deep) * kPanel : w + kPanel * depth;
         for (int64_t row = top; row < end; row += kTall) {
           const int64_t rows = std::min<int64_t>(kTall, end - row);
-          fetch(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall);
+          const Ahead ahead = part_of(next, deep * kPanel * sizeof(*w), (row - top) / kTall, (end - top + kTall - 1) / kTall,
+                                      deep / Kind::kDeep);
           Vector sum[kTall][kWide];
-          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, reinterpret_cast<float*>(sum), kPanel);
+          multiply<Kind>(rows, x + row * depth + k, depth, w, deep, reinterpret_cast<float*>(sum), kPanel, ahead);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < kWide; ++v) {
               const int64_t at = first + v * kLanes;
               float* y = l.y + (row + r) * l.f + at;
-              store_part(y, sum[r][v] + (k > 0 ? load_part(y, l.f - at) : bias[v]), l.f - at);
+              const Vector so_far = sum[r][v] + (k > 0 ? load_part(y, l.f - at) : bias[v]);
+              k + deep < depth ? store_part(y, so_far, l.f - at) : finish(row + r, at, so_far);
             }
         }
       }
@@ -122,8 +142,49 @@ void linear_floats(const Linear& l, const typename Kind::Row* x, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-// Round a row to int8; `scale` is the factor that restores it.
-void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float& scale) {
+// How numbers become int8: the nearest of step * n, n = low .. high, stored as n + added.
+struct Steps {
+  float step, low, high;
+  int32_t added;
+
+  explicit Steps(float largest)  // of a row; the floor keeps a row of zeros from a division by zero
+      : step(std::max(largest, 1e-35f) / 127.0f), low(-127.0f), high(127.0f), added(int32_t(Bytes8::kAdded)) {}
+  explicit Steps(const float* input)
+      : step(input[0]), low(-input[1]), high(255.0f - input[1]), added(Bytes8::kAdded ? int32_t(input[1]) : 0) {}
+
+  // Round kLanes numbers, and store the first `count`.
+  INLINE_MEMBER void store(Vector v, Vector factor, Bytes8::Row* to, int64_t count) const {
+#if defined(__AVX512VNNI__)  // compilers make of the portable lines three times as many instructions
+    const __m512 most = _mm512_set1_ps(high), least = _mm512_set1_ps(low);
+    const __m512 kept = _mm512_min_ps(_mm512_max_ps((__m512)(v * factor), least), most);
+    const __m512i numbers = _mm512_add_epi32(_mm512_cvtps_epi32(kept), _mm512_set1_epi32(added));
+    const __m128i bytes = _mm512_cvtepi32_epi8(numbers);
+    count >= kLanes ? _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes) : (void)std::memcpy(to, &bytes, count);
+#else
+    typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
+    const Vector shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
+    v *= factor;
+    v = v > fill(low) ? v : fill(low);  // NaN, too, whose row has a step of NaN
+    const Vector n = ((v > fill(high) ? fill(high) : v) + shift) - shift;
+    const Rows rounded = __builtin_convertvector(__builtin_convertvector(n, Ints) + added, Rows);
+    if (count >= kLanes)
+      *reinterpret_cast<Rows*>(to) = rounded;
+    else
+      std::memcpy(to, &rounded, sizeof(Bytes8::Row) * count);
+#endif
+  }
+};
+
+// Rows in int8, each with the step that restores it, or NaN.
+struct Rounded {
+  int64_t depth;
+  std::unique_ptr<Bytes8::Row[]> rows;
+  std::unique_ptr<float[]> step;
+  Rounded(int64_t b, int64_t d)
+      : depth(whole(d, Bytes8::kDeep)), rows(new Bytes8::Row[b * depth]), step(new float[b]) {}
+};
+
+void round_row(const float* x, int64_t d, const float* input, Bytes8::Row* to, int64_t depth, float& step) {
   Vector most = {}, nothing = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
@@ -136,32 +197,33 @@ void round_row(const float* x, int64_t d, Bytes8::Row* to, int64_t depth, float&
   for (; i < d; ++i) largest = std::max(largest, std::fabs(x[i])), last += x[i] * 0.0f;
   if (last != 0.0f) {
     std::fill(to, to + depth, Bytes8::Row(Bytes8::kAdded));
-    scale = NAN;
+    step = NAN;
     return;
   }
-  scale = std::max(largest, 1e-35f) / 127.0f;  // the floor keeps a row of zeros from a division by zero
-  const Vector factor = fill(1.0f / scale), shift = fill(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds
-  typedef Bytes8::Row Rows __attribute__((vector_size(sizeof(Bytes8::Row) * UFBERT_LANES), aligned(1), may_alias));
-  for (i = 0; i + kLanes <= d; i += kLanes) {
-    const Vector n = (load(x + i) * factor + shift) - shift;
-    *reinterpret_cast<Rows*>(to + i) = __builtin_convertvector(__builtin_convertvector(n, Ints) + int32_t(Bytes8::kAdded), Rows);
-  }
-  for (; i < depth; ++i) to[i] = Bytes8::Row((i < d ? int32_t(std::nearbyint(x[i] * factor[0])) : 0) + Bytes8::kAdded);
+  const Steps steps = input ? Steps(input) : Steps(largest);
+  const Vector factor = fill(1.0f / steps.step);
+  for (i = 0; i < depth; i += kLanes) steps.store(load_part(x + i, d - i), factor, to + i, depth - i);
+  step = steps.step;
 }
 
-void linear_bytes(const Linear& l, Pool& pool) {
-  const auto* packed = static_cast<const int8_t*>(l.packed);
-  const auto* sums = reinterpret_cast<const int32_t*>(packed + packed_elements<Bytes8>(l.d, l.f));
-  const int64_t depth = whole(l.d, Bytes8::kDeep);
-  std::vector<Bytes8::Row> rounded(l.b * depth);
-  std::vector<float> scale(l.b);
+Rounded round_rows(const Linear& l, Pool& pool) {
+  Rounded r(l.b, l.d);
   const int64_t parts = std::max<int64_t>(1, std::min(2 * pool.threads, l.b / 16));
   auto round = [&](int64_t p) {
     for (int64_t i = edge(l.b, parts, p); i < edge(l.b, parts, p + 1); ++i)
-      round_row(l.x + i * l.d, l.d, &rounded[i * depth], depth, scale[i]);
+      round_row(l.x + i * l.d, l.d, l.input, &r.rows[i * r.depth], r.depth, r.step[i]);
   };
   for_each(pool, parts, round);
-  const Pieces pieces(l.b, l.f, depth * sizeof(rounded[0]), pool.threads);
+  return r;
+}
+
+template <typename F>
+void multiply_bytes(const Linear& l, const Rounded& x, Pool& pool, F finish) {
+  const auto* packed = static_cast<const int8_t*>(l.packed);
+  const auto* sums = reinterpret_cast<const int32_t*>(packed + packed_elements<Bytes8>(l.d, l.f));
+  const int64_t depth = x.depth;
+  const int32_t zero = !Bytes8::kAdded ? 0 : l.input ? int32_t(l.input[1]) : int32_t(Bytes8::kAdded);
+  const Pieces pieces(l.b, l.f, depth * sizeof(x.rows[0]), pool.threads);
   auto piece = [&](int64_t i) {
     const int64_t r = i % pieces.rows, c = i / pieces.rows;
     const int64_t top = pieces.row(r), end = pieces.row(r + 1);
@@ -171,24 +233,24 @@ void linear_bytes(const Linear& l, Pool& pool) {
       Vector factor[kWide], bias[kWide] = {};
       for (int64_t v = 0; v < kWide; ++v) {
         const int64_t at = first + v * kLanes;
-        // Rows hold kAdded too much in every element, which adds kAdded times the sum of the column.
+        // Rows hold `zero` too much in every element, which adds as often the sum of the column.
         std::memcpy(&added[v], sums + at, sizeof added[v]);  // padded to whole panels
-        added[v] *= int32_t(Bytes8::kAdded);
+        added[v] *= zero;
         factor[v] = load_part(l.scale + at, l.f - at);
         if (l.bias) bias[v] = load_part(l.bias + at, l.f - at);
       }
       for (int64_t row = top; row < end; row += kTall) {
         const int64_t rows = std::min<int64_t>(kTall, end - row);
-        fetch(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall, (end - top + kTall - 1) / kTall);
+        const Ahead ahead = part_of(packed + (panel + 1) * kPanel * depth, kPanel * depth, (row - top) / kTall,
+                                    (end - top + kTall - 1) / kTall, depth / Bytes8::kDeep);
         Ints sum[kTall][kWide];
-        multiply<Bytes8>(rows, &rounded[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
-                         kPanel);
+        multiply<Bytes8>(rows, &x.rows[row * depth], depth, packed + panel * kPanel * depth, depth, reinterpret_cast<int32_t*>(sum),
+                         kPanel, ahead);
         for (int64_t r = 0; r < rows; ++r) {
-          const Vector by = fill(scale[row + r]);
+          const Vector by = fill(x.step[row + r]);
           for (int64_t v = 0; v < kWide; ++v) {
-            const int64_t at = first + v * kLanes;
             const Vector exact = __builtin_convertvector(sum[r][v] - added[v], Vector);
-            store_part(l.y + (row + r) * l.f + at, exact * (factor[v] * by) + bias[v], l.f - at);
+            finish(row + r, first + v * kLanes, exact * (factor[v] * by) + bias[v]);
           }
         }
       }
@@ -197,14 +259,16 @@ void linear_bytes(const Linear& l, Pool& pool) {
   for_each(pool, pieces.rows * pieces.columns, piece);
 }
 
-void linear(const Linear& l, Pool& pool) {
+template <typename F>
+void linear_as(const Linear& l, Pool& pool, F finish) {
   if (l.b == 0 || l.f == 0) return;
   if (l.d == 0) {
-    for (int64_t i = 0; i < l.b * l.f; ++i) l.y[i] = l.bias ? l.bias[i % l.f] : 0.0f;
+    for (int64_t i = 0; i < l.b; ++i)
+      for (int64_t at = 0; at < l.f; at += kLanes) finish(i, at, l.bias ? load_part(l.bias + at, l.f - at) : Vector{});
     return;
   }
-  if (l.type == kInt8) return linear_bytes(l, pool);
-  if (l.type == kFloat32) return linear_floats<Floats>(l, l.x, pool);
+  if (l.type == kInt8) return multiply_bytes(l, round_rows(l, pool), pool, finish);
+  if (l.type == kFloat32) return multiply_floats<Floats>(l, l.x, pool, finish);
 #if defined(__AVX512BF16__)
   const int64_t depth = whole(l.d, Halfs::kDeep);
   std::vector<uint16_t> rounded(l.b * depth);
@@ -214,98 +278,42 @@ void linear(const Linear& l, Pool& pool) {
       for (int64_t j = 0; j < l.d; ++j) rounded[i * depth + j] = half(l.x[i * l.d + j]);
   };
   for_each(pool, parts, round);
-  linear_floats<Halfs>(l, rounded.data(), pool);
+  multiply_floats<Halfs>(l, rounded.data(), pool, finish);
 #else
-  linear_floats<Halfs>(l, l.x, pool);
+  multiply_floats<Halfs>(l, l.x, pool, finish);
 #endif
 }
 
-// ---- attention ----
+void linear(const Linear& l, Pool& pool) { linear_as(l, pool, Store{l}); }
 
-constexpr int64_t kQueries = 258;  // most queries of a head and document in a piece of work; a multiple of kTall
-
-// Queries [from, to) of a row of tokens and a head, which attend to its tokens [first, first + n).
-struct Look {
-  int64_t row, head, from, to, first, n;
+// The outputs of a layer as the rows that the next one reads, whose steps are given.
+struct StoreRounded {
+  Activation activation;
+  Rounded& to;
+  Steps steps;
+  Vector factor;
+  INLINE_MEMBER void operator()(int64_t row, int64_t at, Vector v) const {
+    if (at < to.depth) steps.store(activated(activation, v), factor, &to.rows[row * to.depth + at], to.depth - at);
+  }
 };
 
-void look(const Attention& a, const Look& l) {
-  const int64_t d = a.h * a.k, apart = 3 * d, n = l.n;
-  const float* queries = a.qkv + l.row * a.t * apart + l.head * a.k;
-  float* y = a.y + l.row * a.t * d + l.head * a.k;
-  const int64_t seen = whole(n, kPanel), wide = whole(a.k, kPanel);
-  std::vector<float> keys(seen * a.k), values(n * wide), odds(kTall * seen);
-  // Keys and values are copied into panels, as packed weights are: keys in panels of tokens, values in panels of channels.
-  for (int64_t j = 0; j < seen; ++j) {
-    float* to = &keys[j / kPanel * kPanel * a.k + j % kPanel];
-    const float* from = queries + d + (l.first + j) * apart;
-    for (int64_t i = 0; i < a.k; ++i) to[i * kPanel] = j < n ? from[i] * a.scale : 0.0f;
+void feed_forward(const FeedForward& f, Pool& pool) {
+  const Linear& in = f.in;
+  bool direct = in.type == kInt8 && f.out.type == kInt8 && f.out.input && in.b > 0 && in.d > 0 && in.f > 0;
+  // A bias or factor that is no number would be rounded to one.
+  for (int64_t c = 0; direct && c < in.f; ++c) direct = std::isfinite(in.scale[c]) && !(in.bias && !std::isfinite(in.bias[c]));
+  if (direct) {
+    const Rounded x = round_rows(in, pool);
+    Rounded hidden(in.b, in.f);
+    for (int64_t i = 0; i < in.b; ++i) hidden.step[i] = std::isnan(x.step[i]) ? NAN : f.out.input[0];
+    multiply_bytes(in, x, pool, StoreRounded{f.activation, hidden, Steps(f.out.input), fill(1.0f / f.out.input[0])});
+    return multiply_bytes(f.out, hidden, pool, Store{f.out});
   }
-  for (int64_t c = 0; c < wide; c += kPanel)
-    for (int64_t j = 0; j < n; ++j) {
-      const float* from = queries + 2 * d + (l.first + j) * apart + c;
-      for (int64_t v = 0; v < kPanel; v += kLanes) store(&values[c * n + j * kPanel + v], load_part(from + v, a.k - c - v));
-    }
-  for (int64_t q = l.from; q < l.to; q += kTall) {
-    const int64_t rows = std::min<int64_t>(kTall, l.to - q);
-    for (int64_t j = 0; j < seen; j += kPanel)
-      multiply<Floats>(rows, queries + q * apart, apart, &keys[j * a.k], a.k, &odds[j], seen);
-    Vector total[kTall];
-    for (int64_t r = 0; r < rows; ++r) {
-      float* z = &odds[r * seen];
-      std::fill(z + n, z + seen, z[0]);  // so that what pads a panel is not the maximum
-      Vector most = load(z);
-      for (int64_t j = kLanes; j < seen; j += kLanes) {
-        const Vector v = load(z + j);
-        most = v > most ? v : most;
-      }
-      float largest = most[0];
-      for (int64_t j = 1; j < kLanes; ++j) largest = std::max(largest, most[j]);
-      std::fill(z + n, z + seen, -INFINITY);  // exp makes 1e-38 of it: too little for the sum, and no product reads it
-      Vector sums = {};
-      for (int64_t j = 0; j < seen; j += kLanes) {
-        const Vector odd = exp(load(z + j) - fill(largest));
-        store(z + j, odd);
-        sums += odd;
-      }
-      total[r] = fill(1.0f / sum(sums));
-    }
-    for (int64_t c = 0; c < a.k; c += kPanel) {
-      Vector mixed[kTall][kWide];
-      multiply<Floats>(rows, odds.data(), seen, &values[c * n], n, reinterpret_cast<float*>(mixed), kPanel);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int v = 0; v < kWide; ++v)
-          store_part(y + (q + r) * d + c + v * kLanes, mixed[r][v] * total[r], a.k - c - v * kLanes);
-    }
-  }
-}
-
-void attention(const Attention& a, Pool& pool) {
-  std::vector<Look> work;
-  auto add_work = [&](int64_t row, int64_t from, int64_t to, int64_t first, int64_t n) {
-    const int64_t parts = (to - from + kQueries - 1) / kQueries;
-    for (int64_t head = 0; head < a.h; ++head)
-      for (int64_t p = 0; p < parts; ++p)
-        work.push_back({row, head, from + edge(to - from, parts, p), from + edge(to - from, parts, p + 1), first, n});
-  };
-  for (int64_t row = 0; row < a.b; ++row) {
-    const int32_t* segment = a.segment ? a.segment + row * a.t : nullptr;
-    int64_t real = a.t;  // the end of the last document
-    while (segment && real > 0 && !segment[real - 1]) --real;
-    for (int64_t from = 0, to; from < a.t; from = to) {
-      for (to = from + 1; segment && to < a.t && segment[to] == segment[from];) ++to;
-      if (!segment) to = a.t;
-      if (!segment || segment[from]) {
-        add_work(row, from, to, from, to - from);
-      } else if (a.padding_sees && real > 0) {
-        add_work(row, from, to, 0, real);
-      } else {
-        std::memset(a.y + (row * a.t + from) * a.h * a.k, 0, 4 * (to - from) * a.h * a.k);
-      }
-    }
-  }
-  auto piece = [&](int64_t i) { look(a, work[i]); };
-  if (!work.empty() && a.k > 0) for_each(pool, int64_t(work.size()), piece);
+  const std::unique_ptr<float[]> hidden(new float[in.b * in.f]);
+  Linear first = in, second = f.out;
+  first.y = hidden.get(), second.x = hidden.get();
+  linear_as(first, pool, StoreActivated{first, f.activation});
+  linear(second, pool);
 }
 
 // ---- LayerNorm ----
@@ -373,6 +381,9 @@ bool supported() {
 #ifndef UFBERT_TREES
 #define UFBERT_TREES UFBERT_ISA
 #endif
+namespace JOIN(isa_, UFBERT_ISA) {
+void attention(const Attention& a, Pool& pool);
+}  // namespace
 namespace JOIN(isa_, UFBERT_TREES) {
 void forward(const Forward& f, Pool& pool);
 void backward(const Backward& g, Pool& pool);
@@ -383,6 +394,7 @@ namespace ours = JOIN(isa_, UFBERT_ISA);
 namespace trees = JOIN(isa_, UFBERT_TREES);
 const Kernels JOIN(kernels_, UFBERT_ISA) = {
     TEXT(UFBERT_ISA), ours::supported,   trees::forward,  trees::backward, trees::leaf_forward, trees::routed_forward,
-    ours::attention,  ours::norm,        ours::add,       ours::packed_size, ours::pack,        ours::linear};
+    ours::attention,  ours::norm,        ours::add,       ours::packed_size, ours::pack,        ours::linear,
+    ours::feed_forward};
 
 }  // namespace ufbert

@@ -67,8 +67,8 @@ struct LeafForward {
   Activation activation;
 };
 
-// Trees that end in leaves of w neurons: y = the sum over trees of gate * activation(w_in[leaf] x) w_out[leaf]. A row turns right
-// where its logit is above 0. The gate is the mean of 2 sigmoid(|logit|) over the decisions, or 1.
+// Trees that end in leaves of w neurons: y = the sum over trees of gate * (activation(w_in[leaf] x + b_in[leaf]) w_out[leaf] +
+// b_out[leaf]). A row turns right where its logit is above 0. The gate is the mean of 2 sigmoid(|logit|) over the decisions, or 1.
 struct RoutedForward {
   int64_t b, m, g, w, d;   // m trees of g leaves and g - 1 nodes
   const float* x;          // b d
@@ -76,8 +76,10 @@ struct RoutedForward {
   const float* node_b;     // m g-1
   const void* w_in;        // m g w d of type; an int8 row counts as row * in_scale
   const float* in_scale;   // m g w, with int8
+  const float* b_in;       // m g w, or null
   const void* w_out;       // m g w d of type
   const float* out_scale;  // m g w, with int8
+  const float* b_out;      // m g d, or null
   float* y;                // b d
   Type type;
   Activation activation;
@@ -93,6 +95,7 @@ struct Attention {
   float* y;                // b t h k
   float scale;
   bool padding_sees;
+  bool narrow;             // products of bfloat16, where the processor multiplies such numbers
 };
 
 // y = (x - mean) / sqrt(variance + eps) * scale + bias, row by row.
@@ -110,25 +113,34 @@ struct Add {
   float* y;
 };
 
-// Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps.
+// Weights (d, f) of a linear layer in the order in which `linear` reads them; int8 columns are rounded to 255 even steps, unless
+// they are `rounded` already, with factors that the caller keeps.
 struct Pack {
   int64_t d, f;
-  const float* w;  // d f
-  void* packed;    // packed_size(d, f, type) bytes
-  float* scale;    // f, with int8: the factor of each column
+  const float* w;         // d f; not read with `rounded`
+  const int8_t* rounded;  // d f, optional, with int8
+  void* packed;           // packed_size(d, f, type) bytes
+  float* scale;           // f, with int8: the factor of each column; not written with `rounded`
   Type type;
 };
 
-// y = x w + bias, from packed weights. With int8, rows are rounded to 255 even steps, too; with bfloat16, where the processor
-// multiplies such numbers.
+// y = x w + bias, from packed weights. With int8, rows are rounded, too: to step * (n - zero), n = 0 .. 255, where the caller
+// fixes the two, and else each to 255 even steps of its own. With bfloat16 they are where the processor multiplies such numbers.
 struct Linear {
   int64_t b, d, f;
   const float* x;       // b d
   const void* packed;   // of type
   const float* scale;   // f, with int8
   const float* bias;    // f, optional
+  const float* input;   // step and zero, optional, with int8
   float* y;             // b f
   Type type;
+};
+
+// y = activation(x w + bias) w + bias, by the weights of `in` and `out`. Between the two, nothing is written but what `out` reads.
+struct FeedForward {
+  Linear in, out;       // in.y and out.x are not used
+  Activation activation;
 };
 
 // One set of kernels for each instruction set.
@@ -145,6 +157,7 @@ struct Kernels {
   int64_t (*packed_size)(int64_t d, int64_t f, Type);
   void (*pack)(const Pack&, Pool&);
   void (*linear)(const Linear&, Pool&);
+  void (*feed_forward)(const FeedForward&, Pool&);
 };
 
 extern const Kernels kernels_plain;

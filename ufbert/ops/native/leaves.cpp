@@ -104,12 +104,18 @@ INLINE void add_leaf(const RoutedForward& f, int64_t leaf, const int64_t* row, c
   for (int64_t j = 0; j < f.w; ++j) {
     float product[R];
     dots<R>(x, w_in + j * f.d, f.d, product);
-    for (int r = 0; r < R; ++r) hidden[r * wide + j] = f.in_scale ? product[r] * f.in_scale[leaf * f.w + j] : product[r];
+    const float scale = f.in_scale ? f.in_scale[leaf * f.w + j] : 1.0f, bias = f.b_in ? f.b_in[leaf * f.w + j] : 0.0f;
+    for (int r = 0; r < R; ++r) hidden[r * wide + j] = product[r] * scale + bias;
   }
   for (int r = 0; r < R; ++r) {
     activate(f.activation, &hidden[r * wide], &active[r * wide], f.w);
     for (int64_t j = 0; j < f.w; ++j) active[r * wide + j] *= f.out_scale ? gate[r] * f.out_scale[leaf * f.w + j] : gate[r];
   }
+  if (f.b_out)
+    for (int r = 0; r < R; ++r) {
+      for (int64_t c = 0; c < f.d; ++c) y[r][c] = gate[r] * f.b_out[leaf * f.d + c] + (first ? 0.0f : y[r][c]);
+      base[r] = y[r];
+    }
   for (int64_t j = 0; j < f.w; j += kMaxSteps) {  // combine() adds at most kMaxSteps rows at once
     const W* some[R][kMaxSteps];
     const int64_t count = std::min<int64_t>(kMaxSteps, f.w - j);

@@ -106,11 +106,17 @@ struct Bytes8 {
 
 INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
+// Memory to prefetch into L2 on the way, `step` bytes further at each step of a product. All at once would wait for memory.
+struct Ahead {
+  const char* next;
+  int64_t step;
+};
+
 // to[r * to_apart ..] = rows a[r * apart ..] times the columns of a panel, over `depth` elements (a multiple of kDeep, not 0).
 // Not inlined: every vector register is needed here, and one sum that goes through memory instead doubles the time.
 template <typename Kind, int R>
 __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Number* to, int64_t to_apart) {
+                     typename Kind::Number* to, int64_t to_apart, Ahead ahead) {
   typename Kind::Sum s[R][kWide];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) s[r][v] = typename Kind::Sum{};
@@ -122,7 +128,8 @@ __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apa
       const typename Kind::Part x = Kind::row(a + r * apart + i);
       for (int v = 0; v < kWide; ++v) Kind::add(s[r][v], x, column[v]);
     }
-    i += Kind::kDeep, w += kPanel * Kind::kDeep;
+    __builtin_prefetch(ahead.next, 0, 2);
+    i += Kind::kDeep, w += kPanel * Kind::kDeep, ahead.next += ahead.step;
   } while (i < depth);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kWide; ++v) std::memcpy(to + r * to_apart + v * kLanes, &s[r][v], sizeof s[r][v]);
@@ -131,14 +138,15 @@ __attribute__((noinline)) void multiply(const typename Kind::Row* a, int64_t apa
 // The same with the number of rows known only now.
 template <typename Kind>
 INLINE void multiply(int64_t rows, const typename Kind::Row* a, int64_t apart, const typename Kind::Weight* w, int64_t depth,
-                     typename Kind::Number* to, int64_t to_apart) {
+                     typename Kind::Number* to, int64_t to_apart, Ahead ahead = {}) {
+  if (!ahead.next) ahead = {reinterpret_cast<const char*>(w), 0};
   switch (rows) {
-    case 1: return multiply<Kind, 1>(a, apart, w, depth, to, to_apart);
-    case 2: return multiply<Kind, 2>(a, apart, w, depth, to, to_apart);
-    case 3: return multiply<Kind, 3>(a, apart, w, depth, to, to_apart);
-    case 4: return multiply<Kind, 4>(a, apart, w, depth, to, to_apart);
-    case 5: return multiply<Kind, 5>(a, apart, w, depth, to, to_apart);
-    default: return multiply<Kind, kTall>(a, apart, w, depth, to, to_apart);
+    case 1: return multiply<Kind, 1>(a, apart, w, depth, to, to_apart, ahead);
+    case 2: return multiply<Kind, 2>(a, apart, w, depth, to, to_apart, ahead);
+    case 3: return multiply<Kind, 3>(a, apart, w, depth, to, to_apart, ahead);
+    case 4: return multiply<Kind, 4>(a, apart, w, depth, to, to_apart, ahead);
+    case 5: return multiply<Kind, 5>(a, apart, w, depth, to, to_apart, ahead);
+    default: return multiply<Kind, kTall>(a, apart, w, depth, to, to_apart, ahead);
   }
 }
 

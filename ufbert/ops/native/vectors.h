@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -14,6 +15,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -91,7 +93,18 @@ INLINE void prefetch(const W* row, int64_t d) {
   for (int64_t i = 0; i < d * int64_t(sizeof(W)); i += 64) __builtin_prefetch(p + i);
 }
 
+// p / r to two units of the last place. A division takes as long as ten products.
+INLINE Vector quotient(Vector p, Vector r) {
+#if defined(__AVX512F__)
+  const Vector near = (Vector)_mm512_rcp14_ps((__m512)r);
+  return p * (near * (fill(2.0f) - r * near));
+#else
+  return p / r;
+#endif
+}
+
 // erf to 2e-7 of float32: the rational approximation of Eigen and XLA inside (-4, 4), one outside.
+template <bool kExact = true>
 INLINE Vector erf(Vector v) {
   const Vector four = fill(4.0f);
   const Vector x = v > four ? four : (v < -four ? -four : v);
@@ -108,7 +121,7 @@ INLINE Vector erf(Vector v) {
   r = r * q + fill(-1.68282697438203e-03f);
   r = r * q + fill(-7.37332916720468e-03f);
   r = r * q + fill(-1.42647390514189e-02f);
-  const Vector inside = x * p / r;
+  const Vector inside = kExact ? x * p / r : quotient(x * p, r);
   return v >= four ? fill(1.0f) : (v <= -four ? fill(-1.0f) : inside);
 }
 
@@ -150,6 +163,16 @@ INLINE void activate(Activation activation, const float* z, float* value, int64_
     }
     store(value + s, a);
   }
+}
+
+// activation(v), for the layers of an encoder. The tanh of GELU's approximation is written as a logistic function.
+INLINE Vector activated(Activation activation, Vector v) {
+  if (activation == kRelu) return v > Vector{} ? v : (v == v ? Vector{} : v);  // NaN stays NaN
+  if (activation == kGelu) return fill(0.5f) * v * (fill(1.0f) + erf<false>(v * fill(kRootHalf)));
+  if (activation == kSymmetricGelu) return v * erf<false>(v * fill(kRootHalf));
+  const Vector u = fill(-2.0f * kRootTwoOverPi) * (v + fill(kCubic) * v * v * v);
+  const Vector y = v / (fill(1.0f) + exp(u));
+  return v == v ? y : v;
 }
 
 template <typename F>

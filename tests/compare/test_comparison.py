@@ -264,6 +264,7 @@ def test_a_comparison_killed_at_random_moments_ends_with_the_same_numbers(corpus
     shutil.rmtree(tmp_path / "killed")
 
 
+@pytest.mark.long
 def test_the_commands_of_the_guide_run(compare, tmp_path, monkeypatch, capsys):
     text = (REPO / "docs" / "comparison.md").read_text(encoding="utf-8")
     commands = [

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ufbert.compare.collect import comparison_results
+from ufbert.compare.page import page_of
+from ufbert.compare.protocol import COMPARISON_FILE, read_comparison
 from ufbert.errors import UserError
 from ufbert.glue.report import glue_page
 from ufbert.glue.results import read_results
@@ -59,17 +62,22 @@ def _run(folder: Path) -> RunRecords:
 def _no_page(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"There is no folder {folder}.")
-    return UserError(f"{folder} is not a run folder; nor is it a study, or a sweep of `ufbert finetune`.")
+    return UserError(f"{folder} is not a run folder; nor is it a comparison, a study, or a sweep of `ufbert finetune`.")
 
 
 def _study_page(folder: Path) -> Page:
     return study_page(results_of(folder, read_study(folder)))
 
 
+def _comparison_page(folder: Path) -> Page:
+    return page_of(comparison_results(folder, read_comparison(folder)))
+
+
 PAGES: dict[str, Callable[[Path], Page]] = {
+    COMPARISON_FILE: _comparison_page,
     STUDY_FILE: _study_page,
     "glue.json": lambda folder: glue_page(read_results(folder), folder),
     CONFIG_FILE: lambda folder: run_page(_run(folder)),
 }
 """Who draws the page of a folder that holds this file; the first that is there counts."""
-KINDS = {STUDY_FILE: "a study", "glue.json": "a sweep"}
+KINDS = {COMPARISON_FILE: "a comparison", STUDY_FILE: "a study", "glue.json": "a sweep"}

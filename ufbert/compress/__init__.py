@@ -1,0 +1,1 @@
+"""Smaller and faster children of a model folder, and what they lost."""
