@@ -197,6 +197,7 @@ def test_a_name_that_is_taken_or_no_name_is_refused(name):
             register(name, FEEDFORWARDS["dense"])
 
 
+@pytest.mark.long
 def test_a_mixer_of_ones_own_can_read_one_length_only():
     try:
         register_mixer("swap", replace(MIXERS["fourier"], onnx="not yet."))

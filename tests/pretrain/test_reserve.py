@@ -129,6 +129,7 @@ def test_a_machine_that_grows_busier_keeps_the_budget(run):
     assert run.budget - kept <= used <= run.budget
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", RUNS[:3])
 def test_a_machine_five_times_slower_for_good_is_late_only_by_what_it_could_not_know(run):
     """It is known after most of `PIECES` pieces of work at the new pace. Before that, a run that ends is late by what the
