@@ -241,9 +241,9 @@ def test_a_comparison_killed_at_random_moments_ends_with_the_same_numbers(corpus
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
 
     def start(out: str) -> subprocess.Popen[bytes]:
-        log = (tmp_path / f"{out}.txt").open("ab")
         command = [sys.executable, "-m", "ufbert", *words, f"--out={tmp_path / out}"]
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+        with (tmp_path / f"{out}.txt").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
 
     whole = start("whole")
     began = time.monotonic()
