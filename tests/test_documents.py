@@ -88,6 +88,21 @@ def test_the_table_of_int8_is_that_of_its_file():
         assert [cell.strip() for cell in cells] == expected
 
 
+def test_the_table_of_training_before_and_now_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8").partition("| trained by both |")[2]
+    results = json.loads(
+        (ROOT / "notebooks" / "results" / "train_cpu_before_gpu_kernels.json").read_text(encoding="utf-8")
+    )
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", page.partition("\n\n")[0], re.MULTILINE)
+    assert [name for name, _ in rows] == ["crammed_bert", "ultrafastbert_1x11"]
+    for name, cells in rows:
+        run, losses = results["bench"][name], results["updates_200"][name]
+        expected = [f"{run[side]['tokens_per_second']:,.0f}" for side in ("now", "before")]
+        expected.append("{median:.2f} ({low:.2f} to {high:.2f})".format(**run["ratio"]))
+        expected.append(f"{losses[results['commit']]:.4f} and {losses[results['before']]:.4f}")
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
 def test_the_points_that_int8_loses_are_those_of_its_file():
     page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
     runs = json.loads((ROOT / "notebooks" / "results" / "int8_one_core.json").read_text(encoding="utf-8"))["minilm"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ufbert.bench.harness import Missing, Ratio, WorkerProcess, paired_ratio
+from ufbert.bench.report import ratio_text
 from ufbert.bench.training.run import PEER_SCRIPT, check_beside, check_losses, check_options
 from ufbert.cli import parse
 from ufbert.config.presets import load_preset
@@ -93,6 +94,13 @@ def test_a_loss_that_drifts_or_is_no_number_is_refused():
     for wrong in (8.002, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"after 1 steps .* It is not timed"):
             check_losses("peer", [9.0, wrong], [9.0, 8.0], 1e-4)
+
+
+def test_ratios_are_printed_with_three_figures():
+    spread = {"median": 1.0412, "low": 1.0199, "high": 1.0551}
+    assert ratio_text(spread) == "1.04 (1.02 to 1.06)"
+    assert ratio_text({name: 20 * x for name, x in spread.items()}) == "20.8 (20.4 to 21.1)"
+    assert ratio_text({name: 200 * x for name, x in spread.items()}) == "208 (204 to 211)"
 
 
 def test_the_ratio_is_the_median_of_paired_blocks():

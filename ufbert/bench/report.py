@@ -86,8 +86,8 @@ def figures(seconds: float | None, unit: float) -> str:
 
 
 def ratio_text(ratio: Mapping[str, float]) -> str:
-    """Return a ratio and its quartiles."""
-    digits = 0 if ratio["median"] >= 100 else 1
+    """Return a ratio and its quartiles with three figures that count: level and five percent faster are not the same."""
+    digits = 0 if ratio["median"] >= 100 else 1 if ratio["median"] >= 10 else 2
     return f"{ratio['median']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
 
 

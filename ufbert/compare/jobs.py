@@ -3,7 +3,6 @@
 Each has a folder with `cell.json` (how it was run), `log.txt` (what it printed) and its product: `sweep/`, or `speed.json`.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from ufbert.runtime.console import clock, say
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import read_typed
 from ufbert.study.cells import CELL_FILE, Cell, StudyFile, best_rate
-from ufbert.study.processes import Crew, Session, Work
+from ufbert.study.processes import Crew, Session, Work, started_otherwise
 
 TOKENS, TIME, GLUE, SPEED = "tokens", "time", "glue", "speed"
 """Folders in that of the comparison."""
@@ -148,10 +147,7 @@ class JobRunner(Crew):
             stored = replace(stored, words=job.words)
             (work.place / SPEED_FILE).unlink(missing_ok=True)
         if stored.words != job.words:
-            raise UserError(
-                f"{work.place} was started with {shlex.join(stored.words)}; it cannot go on with {shlex.join(job.words)}. "
-                "Delete it to run the cell anew."
-            )
+            raise started_otherwise(work.place, stored.words, job.words)
         write_job(work.place, replace(stored, sessions=[*stored.sessions, session], failed=""))
         say(f"{self._count()} {work.name}: started")
 

@@ -1,12 +1,10 @@
 """The cells of a study at work: processes of `ufbert train`, which the same command resumes."""
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ufbert.errors import UserError
 from ufbert.options.study import StudyOptions
 from ufbert.pretrain.budget import parse_budget
 from ufbert.runtime.console import clock, say
@@ -21,7 +19,7 @@ from ufbert.study.cells import (
     summary_of,
     write_cell,
 )  # fmt: skip
-from ufbert.study.processes import Crew, Session, Work
+from ufbert.study.processes import Crew, Session, Work, started_otherwise
 from ufbert.study.report import write_results
 from ufbert.study.variants import Variant, cell_words
 
@@ -73,10 +71,7 @@ class Runner(Crew):
         words = self._words(cell)
         stored = read_cell(work.place) or CellFile(cell.variant, cell.rate, cell.seed, words)
         if stored.words != words:
-            raise UserError(
-                f"{work.place} was started with {shlex.join(stored.words)}; it cannot go on with {shlex.join(words)}. "
-                "Delete it to run the cell anew."
-            )
+            raise started_otherwise(work.place, stored.words, words)
         write_cell(work.place, replace(stored, sessions=[*stored.sessions, session], failed=""))
         say(f"{self._count()} {cell.name}: started")
 

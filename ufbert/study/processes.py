@@ -72,6 +72,14 @@ def new_session(arguments: Sequence[str], at_once: int) -> Session:
     )  # fmt: skip
 
 
+def started_otherwise(place: Path, stored: Sequence[str], words: Sequence[str]) -> UserError:
+    """Return the error of a cell in `place` that was started with other words than those that it should go on with."""
+    return UserError(
+        f"{place} was started with {shlex.join(stored)}; it cannot go on with {shlex.join(words)}. "
+        "Delete it to run the cell anew."
+    )
+
+
 class Process:
     """A process at work. What it prints goes into a log."""
 
