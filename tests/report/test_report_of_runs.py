@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from conftest import write_sweep
 from pages import FIXTURES, check_page, facts_of, write_run
 
 from ufbert import cli
+from ufbert.compress.report import CompressFile, CompressResults, Row
 from ufbert.errors import UserError
 from ufbert.report.overlay import interpolated, marks
 from ufbert.report.run_report import duration
@@ -98,18 +101,52 @@ def test_a_sweep_has_a_page_with_right_and_wrong_answers(tmp_path):
     assert (folder / "glue.json").read_bytes() == before
 
 
+def write_compression(folder: Path) -> Path:
+    """A compression at work that has made three updates of its tuning."""
+    begun = CompressFile("ufbert-compress-run", 1, {"method": "prune", "folder": "runs/sst2"}, "0" * 64)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asdict(begun)))
+    lines = [json.dumps({"step": i, "lr": 1e-4, "spent": 1.0 * i, "loss": 1.0 / i}) + "\n" for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_a_compression_has_a_page_while_it_is_at_work_and_after(tmp_path):
+    folder = write_compression(tmp_path / "half")
+    page = drawn(str(folder))
+    assert page.all("h1")[0].text == "prune: runs/sst2"
+    assert words_of(page).startswith("Not finished: 3 updates of the tuning so far")
+    assert [title.text for title in page.all("title")][-1] == "Loss of the tuning"
+    size = {"architecture": "2 layers", "parameters": 9, "flops": 1e6}
+    rows = [Row(name="before", bytes=8, lost=0.0, scores={"accuracy": 0.9}, **size)]
+    rows.append(Row(name="after", bytes=4, lost=1.2, scores={"accuracy": 0.888}, **size))
+    results = CompressResults(method="prune", model="runs/sst2", rows=rows, metrics=("accuracy",), unit="points")
+    (folder / "compress.json").write_text(json.dumps(asdict(results)))
+    page = drawn(str(folder))
+    assert "after, against the model before: 0.50 of the bytes, loses 1.2 points of accuracy." in words_of(page)
+    for damaged in (
+        replace(results, rows=rows[:1]),
+        replace(results, metrics=()),
+        replace(results, rows=[rows[0], replace(rows[1], milliseconds={"int8": (1.0, 2.0, 3.0)})]),
+    ):
+        (folder / "compress.json").write_text(json.dumps(asdict(damaged)))
+        with pytest.raises(UserError, match=r"compress\.json is damaged: it does not say what was compared"):
+            cli.call("report", [str(folder)])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         ([], "needs a run folder"),
         (["none"], "There is no folder none"),
-        (["."], "is not a run folder; nor is it a comparison, a study, or a sweep"),
+        (["."], "is not a run folder; nor is it a comparison, a study, a compression, or a sweep"),
         (["model"], "model is not a run folder of ufbert"),
         (["empty"], "has no metrics yet, so there is nothing to draw"),
         (["broken"], r"broken.config\.json is not readable JSON"),
         (["run", "other"], "needs --out FILE"),
         (["run", "run", "--out=a.html"], "named twice"),
         (["run", "glue", "--out=a.html"], "glue is a sweep; only runs are drawn over each other"),
+        (["run", "half", "--out=a.html"], "half is not a run folder of ufbert"),
         (["run", "none", "--out=a.html"], "There is no folder none"),
         (["run", "--out=glue"], "--out glue is a folder"),
         (["run", "--out=glue/glue.json/a.html"], "Cannot write"),
@@ -120,6 +157,7 @@ def test_what_has_no_page_is_a_sentence_and_nothing_is_written(words, sentence, 
     for name in ("model", "glue"):
         shutil.copytree(FIXTURES / name, tmp_path / name)
     write_run(tmp_path / "run")
+    write_compression(tmp_path / "half")
     for name in ("empty", "broken"):
         write_run(tmp_path / name)
     (tmp_path / "empty" / "metrics.jsonl").write_text("")

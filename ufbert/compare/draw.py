@@ -1,11 +1,13 @@
 """`ufbert report`: the page of any folder that has one, at any time."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ufbert.compare.collect import comparison_results
 from ufbert.compare.page import page_of
 from ufbert.compare.protocol import COMPARISON_FILE, read_comparison
+from ufbert.compress import report as compression
 from ufbert.errors import UserError
 from ufbert.glue.report import glue_page
 from ufbert.glue.results import read_results
@@ -16,6 +18,7 @@ from ufbert.report.run_records import RunRecords, read_records_of
 from ufbert.report.run_report import run_page
 from ufbert.runtime.files import write_text
 from ufbert.runtime.run_folder import CONFIG_FILE
+from ufbert.runtime.typed import read_typed
 from ufbert.study.cells import CELL_FILE, STUDY_FILE, read_study
 from ufbert.study.report import study_page
 from ufbert.study.results import results_of
@@ -62,7 +65,10 @@ def _run(folder: Path) -> RunRecords:
 def _no_page(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"There is no folder {folder}.")
-    return UserError(f"{folder} is not a run folder; nor is it a comparison, a study, or a sweep of `ufbert finetune`.")
+    return UserError(
+        f"{folder} is not a run folder; nor is it a comparison, a study, a compression, or a sweep of "
+        "`ufbert finetune`."
+    )
 
 
 def _study_page(folder: Path) -> Page:
@@ -73,11 +79,30 @@ def _comparison_page(folder: Path) -> Page:
     return page_of(comparison_results(folder, read_comparison(folder)))
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What tells one config.json from another."""
+
+    format: str = ""
+
+
+def _begun_page(folder: Path) -> Page:
+    if read_typed(folder / CONFIG_FILE, _Begun).format == compression.RUN_FORMAT:
+        return compression.page_of(folder)
+    return run_page(_run(folder))
+
+
 PAGES: dict[str, Callable[[Path], Page]] = {
     COMPARISON_FILE: _comparison_page,
     STUDY_FILE: _study_page,
     "glue.json": lambda folder: glue_page(read_results(folder), folder),
-    CONFIG_FILE: lambda folder: run_page(_run(folder)),
+    compression.RESULTS_FILE: compression.page_of,
+    CONFIG_FILE: _begun_page,
 }
 """Who draws the page of a folder that holds this file; the first that is there counts."""
-KINDS = {COMPARISON_FILE: "a comparison", STUDY_FILE: "a study", "glue.json": "a sweep"}
+KINDS = {
+    COMPARISON_FILE: "a comparison",
+    STUDY_FILE: "a study",
+    "glue.json": "a sweep",
+    compression.RESULTS_FILE: "a compression",
+}

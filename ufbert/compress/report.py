@@ -1,8 +1,8 @@
-"""The result of a compression: the format `compress.json`, and the pages that show it."""
+"""What a compression began with and what came of it: the formats `config.json` and `compress.json`, and their pages."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ufbert.errors import UserError
 from ufbert.report.page import Dot, Line, LineChart, Page, Scatter, Section, Table, html, markdown
@@ -10,9 +10,21 @@ from ufbert.runtime.files import to_json_text, write_json, write_text
 from ufbert.runtime.typed import Count, read_lines, read_typed
 
 FORMAT, FORMAT_VERSION = "ufbert-compress", 1
-RESULTS_FILE = "compress.json"
+CONFIG_FILE, RESULTS_FILE = "config.json", "compress.json"
+RUN_FORMAT: Literal["ufbert-compress-run"] = "ufbert-compress-run"
 Spread = tuple[float, float, float]
 """Lower quartile, median and upper quartile."""
+
+
+@dataclass(frozen=True)
+class CompressFile:
+    """`config.json` of an output folder: what the compression began with."""
+
+    format: Literal["ufbert-compress-run"]
+    format_version: Literal[1]
+    options: dict[str, Any]
+    sha256: str
+    """Of the model's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,11 @@ def read_results(folder: Path) -> CompressResults:
         raise UserError(
             f"{folder / RESULTS_FILE} is of another format than this ufbert reads; run the compression again."
         )
+    timed = any(row.milliseconds for row in results.rows)
+    known = {"cpu", "cores", "threads", "load"} <= results.environment.keys()
+    scored = any(row.lost is not None for row in results.rows)
+    if len(results.rows) < 2 or (timed and not known) or (scored and not results.metrics):
+        raise UserError(f"{folder / RESULTS_FILE} is damaged: it does not say what was compared.")
     return results
 
 
@@ -138,6 +155,22 @@ def lines(results: CompressResults) -> list[str]:
             "of blocks that take turns; ratios are those of neighbouring blocks."
         )
     return [*said, *results.notes]
+
+
+def page_of(folder: Path) -> Page:
+    """Return the page of a compression, at work or dead ones too. Raises UserError if its files are damaged."""
+    if (folder / RESULTS_FILE).is_file():
+        return report_page(folder, read_results(folder))
+    begun = read_typed(folder / CONFIG_FILE, CompressFile)
+    updates = len(list(read_lines(folder / "metrics.jsonl", _Update)))
+    left = "it is at work, or the same command with --resume goes on with it"
+    return Page(
+        title=f"{begun.options.get('method', 'compress')}: {begun.options.get('folder', folder.name)}",
+        verdict=f"Not finished: {updates:,} updates of the tuning so far; {left}.",
+        sections=[Section("Tuning", list(filter(None, [_tuning(folder)])))],
+        facts={},
+        configuration=to_json_text(begun.options, indent=2),
+    )
 
 
 def report_page(folder: Path, results: CompressResults) -> Page:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,7 +15,7 @@ from ufbert.compress.magnitude import magnitude
 from ufbert.compress.material import read_material
 from ufbert.compress.prune import prune
 from ufbert.compress.quantize import quantize
-from ufbert.compress.report import RESULTS_FILE
+from ufbert.compress.report import CONFIG_FILE, RESULTS_FILE, CompressFile
 from ufbert.compress.speed import parse_shape
 from ufbert.compress.to_tree.method import trees
 from ufbert.errors import UserError
@@ -41,19 +41,6 @@ METHODS: dict[str, Callable[[Job], Any]] = {
     "quantize": quantize,
 }
 """The function of each method."""
-
-CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class CompressFile:
-    """`config.json` of an output folder: what the compression began with."""
-
-    format: Literal["ufbert-compress-run"]
-    format_version: Literal[1]
-    options: dict[str, Any]
-    sha256: str
-    """Of the model's files."""
 
 
 def compress(options: CompressOptions, given: Given) -> None:

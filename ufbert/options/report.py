@@ -14,7 +14,8 @@ class ReportOptions:
 
     folders: Annotated[tuple[str, ...], Positional] = ()
     """A run folder, or several, whose losses are then drawn over each other, against tokens and against time. One study
-    (`ufbert study`) or one sweep (`ufbert finetune`) may stand instead."""
+    (`ufbert study`), comparison (`ufbert compare`), sweep (`ufbert finetune`) or compression (`ufbert compress`) may stand
+    instead."""
     out: str = ""
     """File to write, such as page.html; by default report.html in the folder. Several runs need it."""
 
