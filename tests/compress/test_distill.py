@@ -76,6 +76,7 @@ def test_hidden_states_are_compared_where_tokens_are():
 def test_wrong_students_are_refused_in_a_sentence(tuned_folder, toy_task, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         call("compress", options(tuned_folder, tmp_path / "child", "--method=distill", *toy_task, *more))
+    assert not (tmp_path / "child").exists(), "the mended command may name it again"
 
 
 @pytest.mark.parametrize("name", ["crammed", "bert"])

@@ -223,3 +223,4 @@ def test_a_command_that_cannot_be_followed_is_a_sentence(sentence, given, tuned_
     rows = toy_task if given else []
     with pytest.raises(UserError, match=sentence):
         call("compress", [str(tuned_folder), "--method=to-tree", f"--out={tmp_path / 'out'}", *given, *rows, *COMPRESS])
+    assert not (tmp_path / "out").exists(), "the mended command may name it again"

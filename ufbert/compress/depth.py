@@ -91,14 +91,8 @@ TREES = {"tree": "w_out", "leaf_tree": "leaf_out", "routed_tree": "leaf_out"}
 """The weights of each kind of tree that write to the residual stream, (m, nodes, d) or (m, leaves, width, d)."""
 
 
-def with_depth(model: ModelFolder, depth: int, material: Material | None, batches: int, seed: int) -> ModelFolder:
-    """Return a model whose trees are `depth` deep: level by level, the nodes go whose branches matter least.
-
-    A tree stays a complete one, so one node of every path goes, with the lesser of its two branches, and the other takes its
-    place (`shallower`). Branches are scored to first order on `batches` batches of rows, or by magnitude without rows; a
-    branch that no token takes costs nothing. Raises UserError for trees that do not allow it.
-    """
-    config = model.config
+def check_depth(config: ModelConfig, depth: int) -> None:
+    """Raise UserError for trees that cannot become `depth` deep, or if there are none."""
     kinds = {kind for _, kind in config.layers} & set(TREES)
     if not kinds:
         raise UserError("The model has no trees, and --keep-depth is about their depth.")
@@ -112,6 +106,16 @@ def with_depth(model: ModelFolder, depth: int, material: Material | None, batche
             f"The routed trees of this model {why}, so none of their branches can go without changing the others; --keep takes "
             "neurons out of their leaves."
         )
+
+
+def with_depth(model: ModelFolder, depth: int, material: Material | None, batches: int, seed: int) -> ModelFolder:
+    """Return a model whose trees are `depth` deep: level by level, the nodes go whose branches matter least.
+
+    A tree stays a complete one, so one node of every path goes, with the lesser of its two branches, and the other takes its
+    place (`shallower`). Branches are scored to first order on `batches` batches of rows, or by magnitude without rows; a
+    branch that no token takes costs nothing. Raises UserError as `check_depth` does.
+    """
+    check_depth(model.config, depth)
     model = with_own_leaves(model)
     flat, config = flatten(model.params), model.config
     sizes = _branch_scores(model.params, config, material, batches, seed)

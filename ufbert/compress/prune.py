@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ufbert import nn
-from ufbert.compress.depth import layer_pairs, layers_to_keep, with_depth, with_layers, with_own_leaves
+from ufbert.compress.depth import check_depth, layer_pairs, layers_to_keep, with_depth, with_layers, with_own_leaves
 from ufbert.compress.job import Job, finish, usable_types
 from ufbert.compress.material import loss_gradient
 from ufbert.compress.parts import (
@@ -118,6 +118,8 @@ def _check(job: Job) -> None:
     fewest = min((group.count for group in heads), default=0)
     if options.keep_heads > fewest:
         raise UserError(f"--keep-heads is {options.keep_heads}, and a layer of the model has {fewest}.")
+    if options.keep_depth >= 0:
+        check_depth(config, options.keep_depth)
     if options.keep < 1 and not neuron_groups(config):
         trees = any(kind == "tree" for _, kind in config.layers)
         way = " The nodes of a tree go by whole branches: --keep-depth." if trees else ""

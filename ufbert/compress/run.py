@@ -25,7 +25,7 @@ from ufbert.hub.tensors import first_few
 from ufbert.options.compress import FREE_ON_RESUME, METHOD_OPTIONS, CompressOptions
 from ufbert.options.given import Given
 from ufbert.pretrain.budget import parse_budget
-from ufbert.runtime.claim import claimed, claimed_new
+from ufbert.runtime.claim import LOCK, claimed, claimed_new
 from ufbert.runtime.console import say
 from ufbert.runtime.device import use_device
 from ufbert.runtime.files import write_json
@@ -70,7 +70,12 @@ def compress(options: CompressOptions, given: Given) -> None:
             asked = asked_options(options, given)
             write_json(folder / CONFIG_FILE, asdict(CompressFile("ufbert-compress-run", 1, asked, sha256)))
         with last_commands(options.last_commands, folder, held.close):
-            METHODS[options.method](job)
+            try:
+                METHODS[options.method](job)
+            except UserError:
+                if not options.resume and {path.name for path in folder.iterdir()} <= {CONFIG_FILE, LOCK}:
+                    (folder / CONFIG_FILE).unlink()  # nothing was begun: the mended command may name the folder again
+                raise
 
 
 def asked_options(options: CompressOptions, given: Given) -> dict[str, Any]:
