@@ -74,13 +74,6 @@ def pytest_configure(config):
     config.pluginmanager.register(Notebooks())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.suffix == ".ipynb" and item.path.stem != "00_first_steps":
-            item.add_marker("long")
-
-
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory) -> Path:
     """Text with structure: 400 short documents of a toy grammar."""

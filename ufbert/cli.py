@@ -233,7 +233,7 @@ def main(args: Sequence[str]) -> int:
     name, makes_folder = args[0], False
     try:
         name, rest = split_verb(args)
-        makes_folder = VERBS[name].makes_folder
+        makes_folder = VERBS[name].makes_folder and not {"-h", "--help"} & set(rest)
         call(name, rest)
         sys.stdout.flush()
     except UserError as error:

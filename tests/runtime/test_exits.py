@@ -43,6 +43,16 @@ def test_a_closed_pipe_asks_a_run_to_save_and_stop():
     assert signals.WATCHER.note is None
 
 
+def test_help_whose_reader_leaves_says_nothing_of_a_run():
+    """As in `ufbert train --help | head -3`."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "ufbert", "train", "--help"]
+    with os.fdopen(theirs, "w") as pipe:
+        done = subprocess.run(command, cwd=REPO, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=NET)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_watcher_may_ask_from_its_own_thread():
     with StopSignals() as stops, ThreadPoolExecutor(1) as watcher:
         assert signals.WATCHER.note is not None
