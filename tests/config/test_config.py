@@ -117,3 +117,23 @@ def test_seeds_that_cannot_be_told_apart_are_refused(seeds, words):
     with pytest.raises(UserError, match=words):
         FinetuneOptions("x", seeds=seeds).seed_list  # noqa: B018
     assert FinetuneOptions("x", seeds="0,4294967295").seed_list == (0, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"feedforward": ("dense",), "d_hidden": 64}, "dense 64 feedforward"),
+        ({"feedforward": ("glu",), "d_hidden": 64}, "glu 64 feedforward"),
+        ({"feedforward": ("tree",), "n_trees": 2, "tree_depth": 3}, "tree 2x3 feedforward"),
+        ({"feedforward": ("routed_tree",), "tree_depth": 4, "leaf_width": 60}, "routed_tree 1x4 of 60 feedforward"),
+        (
+            {"feedforward": ("routed_tree",), "tree_depth": 4, "leaf_width": 60, "master_leaf": 9},
+            "routed_tree 1x4 of 60 + 9 feedforward",
+        ),
+        ({"feedforward": ("dense", "switch"), "n_experts": 4, "d_hidden": 64}, "dense 64+switch 4 of 64 feedforward"),
+        ({"feedforward": ("none",)}, "none feedforward"),
+    ],
+)
+def test_the_architecture_of_a_reader_has_the_sizes_of_feedforwards(changes, said):
+    model = dataclasses.replace(ModelConfig(n_layers=2, d_model=128, n_heads=2), **changes)
+    assert model.architecture() == f"2 layers x 128, {said}"

@@ -28,7 +28,7 @@ def test_the_model_is_small_whole_and_found_by_its_name():
     assert {t.stored for t in stored_tensors(SHIPPED / "mini" / "model.safetensors").values()} == {
         jnp.dtype(jnp.bfloat16)
     }
-    assert model.config.architecture() == "4 layers x 256, glu feedforward"
+    assert model.config.architecture() == "4 layers x 256, glu 512 feedforward"
     assert model.task is None
     assert read_start("mini").config == model.config
     assert all(np.isfinite(np.asarray(array)).all() for array in flatten(model.params).values())

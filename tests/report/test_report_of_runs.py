@@ -123,7 +123,16 @@ def test_a_compression_has_a_page_while_it_is_at_work_and_after(tmp_path):
     results = CompressResults(method="prune", model="runs/sst2", rows=rows, metrics=("accuracy",), unit="points")
     (folder / "compress.json").write_text(json.dumps(asdict(results)))
     page = drawn(str(folder))
-    assert "after, against the model before: 0.50 of the bytes, loses 1.2 points of accuracy." in words_of(page)
+    assert words_of(page) == "after, against the model before: 0.50 of the bytes, loses 1.2 points of accuracy."
+    children = [
+        replace(rows[1], name=name, lost=lost) for name, lost in (("tree_8", 1.0), ("tree_4", 2.0), ("none", 9.0))
+    ]
+    trees = replace(results, rows=[rows[0], *children, replace(rows[1], name="narrow_8", lost=-0.5)])
+    (folder / "compress.json").write_text(json.dumps(asdict(trees)))
+    assert words_of(drawn(str(folder))) == (
+        "tree_8, against the model before: 0.50 of the bytes, loses 1.0 points of accuracy. "
+        "Beside it, none loses 9.0 points, narrow_8 gains 0.5 points."
+    )
     for damaged in (
         replace(results, rows=rows[:1]),
         replace(results, metrics=()),

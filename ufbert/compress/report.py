@@ -190,16 +190,24 @@ def report_page(folder: Path, results: CompressResults) -> Page:
 
 
 def verdict(results: CompressResults) -> str:
-    """Return how the last child compares with the model before, in a sentence."""
-    first, child = results.rows[0], results.rows[-1]
+    """Return how the child in OUT/model compares with the model before, and what controls of as many neurons lost."""
+    first, child, *others = results.rows
     size = f"{child.bytes / max(1, first.bytes):.2f} of the bytes"
     speeds = [f"{faster[1]:.2f} times as fast in {name}" for name, faster in child.faster.items()]
     parts = [size, *speeds]
     if child.lost is not None:
-        change = "loses" if child.lost > 0 else "gains" if child.lost < 0 else "keeps its score:"
-        amount = _lost(results, abs(child.lost)) if child.lost else "0"
-        parts.append(f"{change} {amount} {results.unit} of {results.metrics[0]}")
-    return f"{child.name}, against the model before: {', '.join(parts)}."
+        parts.append(f"{_change(results, child.lost)} of {results.metrics[0]}")
+    said = f"{child.name}, against the model before: {', '.join(parts)}."
+    controls = [
+        f"{row.name} {_change(results, row.lost)}" for row in others
+        if row.lost is not None and row.name.rpartition("_")[2] in (child.name.rpartition("_")[2], "none")
+    ]  # fmt: skip
+    return f"{said} Beside it, {', '.join(controls)}." if controls else said
+
+
+def _change(results: CompressResults, lost: float) -> str:
+    change = "loses" if lost > 0 else "gains" if lost < 0 else "keeps its score:"
+    return f"{change} {_lost(results, abs(lost)) if lost else '0'} {results.unit}"
 
 
 def _against_milliseconds(results: CompressResults) -> Scatter | None:

@@ -298,14 +298,23 @@ class ModelConfig:
     def architecture(self, backend: str = "") -> str:
         """Describe the size and the parts for a reader: `2 layers x 128, tree 1x8 (native) feedforward`."""
         mixers, kinds = (list(dict.fromkeys(layer[part] for layer in self.layers)) for part in (0, 1))
-        size = f"{self.n_trees}x{self.tree_depth}"
-        trees = {"tree": f"tree {size}{f' ({backend})' if backend else ''}", "fixed_tree": f"fixed_tree {size}"}
-        names = [trees.get(kind, kind) for kind in kinds]
+        names = [self._feedforward(kind, backend) for kind in kinds]
         mixing = "" if mixers == ["attention"] else f"{'+'.join(mixers)} mixing, "
         tables = f", {len(self.ngram_keys)} n-gram tables of {self.ngram_rows:,} rows" if self.ngram_rows else ""
         return (
             f"{self.n_layers} layers x {self.d_model}, {mixing}{'+'.join(names)} feedforward{tables}{self._left_over()}"
         )
+
+    def _feedforward(self, kind: str, backend: str) -> str:
+        """Describe a feedforward: trees by number x depth, then neurons of a leaf and those that all tokens use."""
+        trees, shared = f" {self.n_trees}x{self.tree_depth}", f" + {self.master_leaf}" if self.master_leaf else ""
+        sizes = {
+            **dict.fromkeys(("dense", "glu"), "" if self.layer_hidden else f" {self.d_hidden}"),
+            **dict.fromkeys(("tree", "fixed_tree"), trees),
+            **dict.fromkeys(("leaf_tree", "routed_tree"), f"{trees} of {self.leaf_width}{shared}"),
+            "switch": f" {self.n_experts} of {self.d_hidden}",
+        }
+        return kind + sizes.get(kind, "") + (f" ({backend})" if backend and kind == "tree" else "")
 
     def _left_over(self) -> str:
         """Describe heads and hidden widths that are other than the model's width lets expect, as after pruning."""
