@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -132,16 +133,18 @@ def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
     assert len(rows) == 7
 
 
-def test_the_table_of_trees_from_a_dense_model_is_that_of_its_file():
+def test_the_tables_of_trees_from_a_dense_model_are_those_of_their_file():
     page = (ROOT / "docs" / "results" / "trees.md").read_text(encoding="utf-8")
     runs = json.loads((ROOT / "notebooks" / "results" / "minilm_to_trees.json").read_text(encoding="utf-8"))["runs"]
-    lost = [{row["name"]: f"{row['lost']:.1f}" for row in run["rows"]} for run in runs if run["budget"] == "none"]
     rows = re.findall(r"^\| (\d+) neurons \|(.*)\|$", page, re.MULTILINE)
-    assert len(rows) == 5
-    for n, cells in rows:
-        expected = [run[f"{kind}_{n}"] for kind in ("tree", "narrow", "pruned") for run in lost]
-        assert [cell.strip() for cell in cells.split("|")] == expected
-    assert f"lose {lost[0]['none']} and {lost[1]['none']} points" in " ".join(page.split())
+    assert len(rows) == 10
+    kinds = {"none": ("tree", "narrow", "pruned"), "150steps": ("tree", "narrow", "pruned", "prune")}
+    for (budget, compared), part in zip(kinds.items(), (rows[:5], rows[5:]), strict=True):
+        lost = [{row["name"]: f"{row['lost']:.1f}" for row in run["rows"]} for run in runs if run["budget"] == budget]
+        for n, cells in part:
+            expected = [run[f"{kind}_{n}"] for kind in compared for run in lost]
+            assert [cell.strip() for cell in cells.split("|")] == expected
+        assert f"lose {lost[0]['none']} and {lost[1]['none']} points" in " ".join(page.split())
 
 
 STEPS = (
@@ -160,14 +163,21 @@ def test_the_table_of_what_each_step_to_a_tree_is_worth_is_that_of_its_file():
 
 def test_the_table_of_pruned_models_is_that_of_its_file():
     page = (ROOT / "docs" / "compression.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| (SST-2|STS-B) \| \w+ ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| .* \| ([\d.]+) .* \| ([\d.]+) ", page, re.M
-    )
-    runs = json.loads((ROOT / "notebooks" / "results" / "prune_minilm.json").read_text(encoding="utf-8"))["runs"]
-    expected = []
-    for run in runs:
-        (before, after), metric = run["rows"], run["metrics"][0]
-        scores = [f"{100 * row['scores'][metric]:.1f}" for row in (before, after)]
-        faster = [f"{after['faster'][kind][1]:.2f}" for kind in ("float32", "int8")]
-        expected.append((run["material"].split(":")[0], *scores, f"{after['lost']:.1f}", *faster))
-    assert rows == expected
+    rows = re.findall(r"^\| (SST-2|STS-B) \|(.*)\|$", page, re.MULTILINE)
+    results = json.loads((ROOT / "notebooks" / "results" / "prune_minilm.json").read_text(encoding="utf-8"))
+    assert [name for name, _ in rows] == ["SST-2", "STS-B"]
+    for name, cells in rows:
+        task = name.lower().replace("-", "")
+        runs = [run for run in results["runs"] if run["task"] == task]
+        assert [run["seed"] for run in runs] == [0, 1, 2]
+        (before, *_), scores = ([100 * run["rows"][i]["scores"][run["metric"]] for run in runs] for i in (0, 1))
+        expected = [f"{before:.1f}", ", ".join(f"{score:.1f}" for score in scores)]
+        expected.append(f"{statistics.median(before - score for score in scores):.1f}")
+        for dtype in ("float32", "int8"):
+            for threads in (1, 2):
+                (timed,) = [
+                    run["timed"] for run in results["speed"] if (run["task"], run["threads"]) == (task, threads)
+                ]
+                (child,) = [one for one in timed if (one["model"], one["type"]) == (f"{task}_half", dtype)]
+                expected.append("{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**child))
+        assert [cell.strip() for cell in cells.split("|")] == expected
