@@ -1,11 +1,19 @@
 """README, CONTRIBUTING and docs/: links lead somewhere, and what they say of the code's places and presets is so."""
 
+import html
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
+import pdoc
+import pdoc.doc
+import pdoc.render
 import pytest
+
+import ufbert
+from ufbert import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +33,46 @@ def test_links_lead_to_a_file_and_a_heading(page):
         file = (page.parent / name).resolve() if name else page
         assert file.is_file(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of ours in a page's blocks of code, without what a shell makes of it."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = []
+    for line in lines:
+        begins = re.search(
+            r"(?:^|&& |\$ )(?:uv run |pip install uv && uv run )?(?:--extra \w+ )*(ufbert |train\.py|finetune\.py)",
+            line,
+        )
+        if begins and not line.startswith("ufbert: "):
+            found.append(shlex.split(line[begins.start(1) :], comments=True))
+    return found
+
+
+CARDS = [ROOT / "ufbert" / "models" / "mini" / "README.md"]
+SCRIPTS = {"train.py": "train", "finetune.py": "finetune"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_one_that_the_program_takes(page):
+    for words in commands(page):
+        name, rest = cli.split_verb([SCRIPTS[words[0]], *words[1:]] if words[0] in SCRIPTS else words[1:])
+        assert "--help" in rest or cli.parse(cli.VERBS[name].options, rest, name), words
+
+
+def test_the_pages_hold_many_commands():
+    assert sum(len(commands(page)) for page in PAGES) > 60
+
+
+def test_the_reference_of_the_python_api_builds_from_its_docstrings():
+    """As `uv run pdoc ufbert` builds it, but for the modules below the package."""
+    module = pdoc.doc.Module(ufbert)
+    page = html.unescape(pdoc.render.html_module(module, {"ufbert": module}))
+    for name in ufbert.__all__:
+        first = (getattr(ufbert, name).__doc__ or "").strip().splitlines()[0]
+        assert len(first) > 20, name
+        assert first.replace("`", "")[:20] in re.sub(r"<[^>]*>", "", page), name
 
 
 def test_the_readme_is_short_and_holds_the_two_commands():
