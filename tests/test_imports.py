@@ -31,6 +31,7 @@ BELOW = {
     },
     "compare": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "report", "pretrain", "plan", "glue", "bench", "study",
+        "compress",
     },
     "bench": {
         "config", "errors", "runtime", "options", "ops", "nn", "cost", "data", "hub", "report", "pretrain", "glue", "inference",

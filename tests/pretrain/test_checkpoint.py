@@ -53,6 +53,20 @@ def test_the_newest_and_the_best_stay(checkpoints, shapes):
     jax.tree.map(np.testing.assert_array_equal, found.state, state_of(4))
 
 
+def test_arrays_without_numbers_come_back_in_their_shape(tmp_path):
+    """Orbax does not write them; a tree of depth 0 has no nodes."""
+    state = {"node": jnp.zeros((1, 0, 8), jnp.bfloat16), "leaf": jnp.arange(3.0), "none": None}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    found = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2)
+    found.save(1, state, 5.0, spent=1.0)
+    found.wait()
+    restored = found.restore(abstract, print)
+    found.close()
+    assert restored is not None
+    assert (restored.state["node"].shape, restored.state["node"].dtype) == ((1, 0, 8), jnp.bfloat16)
+    np.testing.assert_array_equal(restored.state["leaf"], state["leaf"])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "metadata"])
 def test_a_damaged_one_is_passed_over_with_a_sentence(checkpoints, shapes, damage):
     folder = checkpoints.folder / "4"

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from msgspec import Meta
 
 from ufbert.errors import UserError, first_line
@@ -81,7 +83,7 @@ class Checkpoints:
             if (self.folder / str(step)).is_file() and distributed.is_main():  # of which orbax would make nothing
                 _remove(self.folder / str(step))
             under_way = ocp.save_async(
-                str(self.folder.absolute() / str(step)), state, overwrite=True, custom_metadata=about
+                str(self.folder.absolute() / str(step)), _without_empty(state), overwrite=True, custom_metadata=about
             )
         self._pending = self._watcher.submit(self._settle, step, under_way, began)
 
@@ -164,9 +166,19 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         try:
-            return ocp.load(str(self.folder.absolute() / str(step)), abstract)
+            found = ocp.load(str(self.folder.absolute() / str(step)), _without_empty(abstract))
+            return jax.tree.map(lambda like, leaf: _empty(like) if leaf is None else leaf, abstract, found)
         except Exception:  # orbax and tensorstore raise many kinds
             return None
+
+
+def _without_empty(state: Any) -> Any:
+    """Leave out arrays without numbers, such as the nodes of a tree of depth 0, which orbax does not write."""
+    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape) else None, state)
+
+
+def _empty(like: Any) -> jax.Array:
+    return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
 
 
 @dataclass(frozen=True)
