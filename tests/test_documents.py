@@ -195,6 +195,21 @@ def test_the_tables_of_trees_from_a_dense_model_are_those_of_their_file():
         assert f"lose {lost[0]['none']} and {lost[1]['none']} points" in " ".join(page.split())
 
 
+def test_the_table_of_a_layer_that_became_a_tree_half_way_is_that_of_its_file():
+    page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8").partition("| updates since |")[2]
+    runs = json.loads((ROOT / "notebooks" / "results" / "trees_from_dense_mini.json").read_text(encoding="utf-8"))[
+        "runs"
+    ]
+    losses = {name: {e["step"]: e["heldout_loss"] for e in evaluations} for name, evaluations in runs.items()}
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", page.partition("\n\n")[0], re.MULTILINE)
+    assert [int(step) for step, _ in rows] == [0, 40, 80, 120, 160, 200]
+    for step, cells in rows:
+        tree, narrow, dense = (losses[name].get(int(step)) for name in ("tree", "narrow", "dense"))
+        expected = [f"{tree:.3f}", f"{narrow:.3f}"]
+        expected += [f"{dense:.3f}", f"{(narrow - tree) / (narrow - dense):+.2f}"] if dense else ["", ""]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
 STEPS = (
     "none", "pruned", "narrow", "tree", "tree_depth3", "tree_depth5", "tree_shared_half", "tree_cluster",
     "cluster_unrefitted", "tree_tokens", "tree_random_ridge001",
