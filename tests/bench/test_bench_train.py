@@ -51,6 +51,7 @@ def fake_peer(tmp_path):
     return make
 
 
+@pytest.mark.long
 def test_a_peer_that_trains_the_same_is_timed_and_reported(fake_peer, tmp_path):
     done = bench("train", *SMALL, *fake_peer(1.0), "--profile", "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stderr

@@ -112,6 +112,7 @@ def test_the_entry_of_every_kind_holds_for_its_layer(preset, kind):
     assert any(node.name.startswith("layer_01/") for node in graph.nodes)
 
 
+@pytest.mark.long
 def test_a_layer_of_ones_own_trains_and_is_planned_by_the_modern_recipe(preset, trained, capsys):
     model = load_model(trained / "model")
     assert model.config.feedforward == ("squared_relu",)

@@ -79,6 +79,7 @@ def test_a_folder_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
     assert "cannot be written" in reason()
 
 
+@pytest.mark.long
 def test_two_processes_build_one_library(tmp_path):
     logging, log = tmp_path / "logging", tmp_path / "log"
     logging.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {COMPILER} "$@" -O0\n')

@@ -424,6 +424,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(whole, corpus_file, small_disk):
     place, enlarge = small_disk
     folder = place / "run"
