@@ -23,6 +23,8 @@ from conftest import write_sweep
 
 from ufbert.compare.jobs import JobFile, read_job
 from ufbert.compare.protocol import ComparisonFile, read_comparison
+from ufbert.compare.results import Comparison
+from ufbert.compare.results import read_results as read_comparison_results
 from ufbert.config import FinetuneConfig, ModelConfig
 from ufbert.config.presets import preset_folder
 from ufbert.data.prepared import Manifest, read_manifest
@@ -104,6 +106,28 @@ COMPARISON = {
     "tasks": ["rte"], "source": "dir:glue", "glue_seeds": [0], "one_seed_tasks": ["rte"], "protocol": "small", "speed": True,
     "shapes": ["1x128"], "blocks": 9, "seconds_a_block": 0.3, "price": 1.5, "format_version": 1,
 }  # fmt: skip
+PRETRAINING = {
+    "losses": {"0": 3.5, "1": 3.6}, "loss": {"mean": 3.55, "deviation": 0.07, "n": 2}, "accuracy": 0.3, "tokens": 1e7,
+    "difference": {"mean": 0.1, "deviation": None, "n": 1}, "to_control": None, "seconds": 600.0, "flops": 1e14,
+    "curve": [{"tokens": 0.0, "seconds": 0.0, "flops": 0.0, "loss": 9.0, "accuracy": 0.1}],
+}  # fmt: skip
+RESULTS = {
+    "asked": COMPARISON, "speed": None, "failed": {"a": "b"}, "waiting": ["c"], "notes": ["d"], "unigram_loss": 6.9,
+    "verdict": ["e"], "format": "ufbert-comparison", "format_version": 1,
+    "cells": [{
+        "name": "trees-seed0", "seeds": [0], "command": "ufbert train", "commits": ["0123"], "cpu": "AMD EPYC",
+        "load_before": 0.5, "load_after": None, "seconds": 3.5, "other_work": 0.1, "beside_other_work": False, "restarts": 0,
+    }],
+    "models": [{
+        "name": "trees", "options": ["--scale=mini"], "architecture": "4 x 256", "parameters": 5000, "neurons_used": 10,
+        "neurons": 1023, "train_flops": 1e7, "infer_flops": 1e6, "control": "dense", "random_twin": "",
+        "by_tokens": PRETRAINING, "by_time": None, "usage": {"dead": 0.5}, "memory": 1000, "hours": 0.2,
+        "glue": [{
+            "task": "rte", "split": "dev", "title": "RTE", "metric": "accuracy", "rows": 277, "seeds": {"0": 0.5},
+            "median": 0.5, "majority": 0.52, "difference": None, "low": None, "high": None, "of_rows": False,
+        }],
+    }],
+}  # fmt: skip
 VARIANTS = {
     "base": {"scale": "mini", "train.peak_lr": 0.003},
     "variants": {"trees": {"model": {"feedforward": ["tree"], "tree_depth": 3}, "train.weight_decay": 0.1}},
@@ -169,6 +193,7 @@ READERS = [
     ),
     Reader("cell", "cell.json", written("cell.json", CELL), read_cell, CellFile),
     Reader("comparison", "comparison.json", written("comparison.json", COMPARISON), read_comparison, ComparisonFile),
+    Reader("results of a comparison", "results.json", written("results.json", RESULTS), read_comparison_results, Comparison),
     Reader("cell of a comparison", "cell.json", written("cell.json", JOB), read_job, JobFile),
     Reader(
         "variants", "variants.json", written("variants.json", VARIANTS),

@@ -1,7 +1,6 @@
 """`ufbert report`: the page of any folder that has one, at any time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ufbert.compare.collect import comparison_results
@@ -18,7 +17,7 @@ from ufbert.report.run_records import RunRecords, read_records_of
 from ufbert.report.run_report import run_page
 from ufbert.runtime.files import write_text
 from ufbert.runtime.run_folder import CONFIG_FILE
-from ufbert.runtime.typed import read_typed
+from ufbert.runtime.typed import Header, read_typed
 from ufbert.study.cells import CELL_FILE, STUDY_FILE, read_study
 from ufbert.study.report import study_page
 from ufbert.study.results import results_of
@@ -79,15 +78,8 @@ def _comparison_page(folder: Path) -> Page:
     return page_of(comparison_results(folder, read_comparison(folder)))
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """What tells one config.json from another."""
-
-    format: str = ""
-
-
 def _begun_page(folder: Path) -> Page:
-    if read_typed(folder / CONFIG_FILE, _Begun).format == compression.RUN_FORMAT:
+    if read_typed(folder / CONFIG_FILE, Header).format == compression.RUN_FORMAT:
         return compression.page_of(folder)
     return run_page(_run(folder))
 

@@ -8,7 +8,7 @@ from ufbert.bench.encoder_models import ModelTimes
 from ufbert.compare.protocol import ComparisonFile
 from ufbert.errors import UserError
 from ufbert.runtime.files import write_json
-from ufbert.runtime.typed import Count, decode, read_whole
+from ufbert.runtime.typed import Count, Header, decode, read_whole
 
 FORMAT, FORMAT_VERSION = "ufbert-comparison", 1
 RESULTS_FILE = "results.json"
@@ -161,12 +161,6 @@ class Comparison:
         return next(model for model in self.models if model.name == name)
 
 
-@dataclass(frozen=True)
-class _Header:
-    format: str = ""
-    format_version: int = 0
-
-
 def write_results(folder: Path, comparison: Comparison) -> None:
     """Write results.json, whole or not at all. Raises UserError if the disk refuses."""
     write_json(folder / RESULTS_FILE, asdict(comparison))
@@ -176,6 +170,6 @@ def read_results(place: Path) -> Comparison:
     """Read the results of a folder, or of its results.json. Raises UserError for a missing, damaged or other file."""
     path = place / RESULTS_FILE if place.is_dir() else place
     text = read_whole(path)
-    if decode(text, _Header, str(path)) != _Header(FORMAT, FORMAT_VERSION):
+    if decode(text, Header, str(path)) != Header(FORMAT, FORMAT_VERSION):
         raise UserError(f"{path} is not the results.json of a comparison, of format version {FORMAT_VERSION}.")
     return decode(text, Comparison, str(path))

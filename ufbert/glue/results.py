@@ -7,7 +7,7 @@ from typing import Any
 from ufbert.errors import UserError
 from ufbert.glue.metrics import METRICS
 from ufbert.runtime.files import write_json
-from ufbert.runtime.typed import Count, decode, read_whole
+from ufbert.runtime.typed import Count, Header, decode, read_whole
 
 FORMAT, FORMAT_VERSION = "ufbert-glue", 1
 Scores = dict[str, float]
@@ -136,12 +136,6 @@ class GlueResults:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class _Header:
-    format: str = ""
-    format_version: int = 0
-
-
 def write_results(folder: Path, results: GlueResults) -> None:
     """Write `glue.json`, whole or not at all. Raises UserError if the disk refuses."""
     write_json(folder / "glue.json", results.to_json())
@@ -153,6 +147,6 @@ def read_results(place: Path) -> GlueResults:
     if not path.exists():
         raise UserError(f"{path} does not exist; name a folder that `ufbert finetune` wrote, or its glue.json.")
     text = read_whole(path)
-    if decode(text, _Header, str(path)) != _Header(FORMAT, FORMAT_VERSION):
+    if decode(text, Header, str(path)) != Header(FORMAT, FORMAT_VERSION):
         raise UserError(f"{path} is not a glue.json of format version {FORMAT_VERSION}.")
     return decode(text, GlueResults, str(path))

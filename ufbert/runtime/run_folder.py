@@ -10,7 +10,7 @@ from msgspec import Meta
 from ufbert.config import Device, Recipe, RunConfig, Scale
 from ufbert.errors import UserError
 from ufbert.runtime.files import write_json
-from ufbert.runtime.typed import Count, decode, read_typed, read_whole
+from ufbert.runtime.typed import Count, Header, decode, read_typed, read_whole
 
 FORMAT, FORMAT_VERSION = "ufbert-run", 1
 """A folder of a newer format is refused."""
@@ -87,24 +87,18 @@ class RunFile:
         return f"{self.init_from}, sha256 {self.init_sha256}" if self.init_from else None
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    format: str = ""
-    format_version: int | None = None
-
-
 def read_run(folder: Path) -> RunFile:
     """Read config.json of a run folder. Raises UserError if there is none, or none of this version, or if it is damaged."""
     path = folder / CONFIG_FILE
     if not path.exists():
         raise UserError(f"There is no run in {folder}.")
     data = read_whole(path)
-    stamp = decode(data, _Stamp, str(path))
-    if stamp.format != FORMAT:
+    header = decode(data, Header, str(path))
+    if header.format != FORMAT:
         raise UserError(f"{folder} is not a run folder of ufbert.")
-    if stamp.format_version != FORMAT_VERSION:
+    if header.format_version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {stamp.format_version}; this ufbert reads {FORMAT_VERSION}. Use its own."
+            f"{path} has format version {header.format_version}; this ufbert reads {FORMAT_VERSION}. Use its own."
         )
     return decode(data, RunFile, str(path), exact=True)
 

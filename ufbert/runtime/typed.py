@@ -8,7 +8,7 @@ integer, and a number is finite; `float | None` allows null. A dataclass checks 
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import GenericAlias, UnionType
@@ -28,6 +28,14 @@ _NAN = re.compile(rb"([:\[,]\s?)-?(?:NaN|Infinity)\b")
 """Of lines that early versions wrote."""
 MAX_LINE = MIB
 """Longest line of a JSONL file in bytes; a longer one is damage."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What tells one JSON file of this project from another."""
+
+    format: str = ""
+    format_version: int | None = None
 
 
 def read_typed[T](path: Path, kind: type[T] | GenericAlias, *, exact: bool = False, most: int = 16 * MIB) -> T:
