@@ -6,12 +6,13 @@ import pytest
 from made import ASKED, SESSION, finish, make, times_of, write_study_of, write_times
 
 from ufbert import cli
+from ufbert.compare.claims import claim_rows
 from ufbert.compare.collect import comparison_results
 from ufbert.compare.jobs import JobFile, write_job
 from ufbert.compare.page import draw_comparison, page_of
 from ufbert.compare.protocol import write_comparison
 from ufbert.compare.results import Spread, read_results
-from ufbert.compare.verdict import chance_beyond, how_sure, is_settled
+from ufbert.compare.verdict import chance_beyond, how_sure, is_settled, mean_scores
 from ufbert.errors import UserError
 from ufbert.report.charts import Scatter
 
@@ -53,6 +54,32 @@ def test_a_whole_comparison_is_drawn_and_its_file_read_back(tmp_path):
     assert [(dot.name, dot.x, round(dot.y, 3)) for dot in chart.dots] == [
         ("ultrafastbert_1x11", 1.0, 3.21), ("path_dense_1x11", 2.0, 3.112), ("crammed_bert", 3.0, 2.925),
     ]  # fmt: skip
+
+
+def test_claims_of_papers_stand_beside_what_was_measured(tmp_path):
+    make(tmp_path)
+    results = comparison_results(tmp_path, ASKED)
+    (row,) = claim_rows(results)  # nothing here stands for the BERT of the other papers
+    assert row[:2] == ["ultrafastbert_1x11", "Belcak & Wattenhofer 2023, arXiv 2311.10770"]
+    scores = mean_scores(results)
+    share = 100 * scores["ultrafastbert_1x11"] / scores["crammed_bert"]
+    assert row[3] == (
+        f"0.285 nats above crammed_bert after 10 M tokens (2 seeds); {share:.1f} % of crammed_bert's mean on 1 GLUE task(s); "
+        "3.00 times as fast as crammed_bert in calls of 1 x 128 tokens, int8"
+    )
+    draw_comparison(tmp_path, ASKED)
+    assert f"{share:.1f} % of crammed_bert" in (tmp_path / "results.md").read_text()
+
+
+def test_a_model_of_another_name_is_known_by_its_preset(tmp_path):
+    make(tmp_path)
+    results = comparison_results(tmp_path, ASKED)
+    tree, control, dense = results.models
+    renamed = replace(
+        results, models=[replace(tree, name="mine", options=["--config", "original_fff"]), control, dense], speed=None
+    )
+    assert [row[0] for row in claim_rows(renamed)] == ["mine"]
+    assert claim_rows(replace(results, models=[tree, control])) == []
 
 
 def test_the_verdict_says_how_the_tree_stands_to_its_control(tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ufbert.compare.claims import claim_rows
 from ufbert.compare.collect import comparison_results
 from ufbert.compare.protocol import ComparisonFile
 from ufbert.compare.results import Axis, Comparison, CurvePoint, GlueScore, Model, Spread, write_results
@@ -52,6 +53,7 @@ def page_of(results: Comparison) -> Page:
         _section("Speed on this CPU", _speed(results)),
         _section("Size and cost", _sizes(results)),
         _section("Trees, leaves and experts in use", _usage(results)),
+        _section("Published, and measured here", _claims(results)),
         _section("Limits", [Bullets(_limits(results))]),
         _section("Every cell", [_cells(results)] if results.cells else [], folded=True),
     ]
@@ -275,6 +277,12 @@ def _usage(results: Comparison) -> list[Part]:
     ]
     text = "On held-out text at the end, means over layers; dead subtrees are those of all layers together."
     return [text, Table(head, rows, range(1, len(head)))]
+
+
+def _claims(results: Comparison) -> list[Part]:
+    rows = claim_rows(results)
+    text = "Papers measured other sizes, texts and hardware; this says what holds of their claims at this scale and budget."
+    return [text, Table(["model", "paper", "says", "here"], rows)] if rows else []
 
 
 def _limits(results: Comparison) -> list[str]:
