@@ -56,6 +56,22 @@ def test_a_whole_comparison_is_drawn_and_its_file_read_back(tmp_path):
     ]  # fmt: skip
 
 
+def test_results_without_their_cells_can_be_drawn(tmp_path, capsys):
+    make(tmp_path)
+    draw_comparison(tmp_path, ASKED)
+    alone = tmp_path / "elsewhere" / "published.json"
+    alone.parent.mkdir()
+    (tmp_path / "results.json").rename(alone)
+    cli.call("report", [str(alone)])
+    assert str(alone.with_suffix(".html")) in capsys.readouterr().out
+    assert alone.with_suffix(".html").read_text() == (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match=r"published.json is a file; only the folders of runs"):
+        cli.call("report", [str(alone), str(tmp_path), "--out=x.html"])
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other.json is not the results.json of a comparison"):
+        cli.call("report", [str(tmp_path / "other.json")])
+
+
 def test_claims_of_papers_stand_beside_what_was_measured(tmp_path):
     make(tmp_path)
     results = comparison_results(tmp_path, ASKED)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ufbert.compare.collect import comparison_results
 from ufbert.compare.page import page_of
 from ufbert.compare.protocol import COMPARISON_FILE, read_comparison
+from ufbert.compare.results import read_results as read_comparison_results
 from ufbert.compress import report as compression
 from ufbert.errors import UserError
 from ufbert.glue.report import glue_page
@@ -27,7 +28,7 @@ def report(options: ReportOptions) -> Path:
     """Draw the page of a folder, or of several runs, and return its path. Raises UserError for a folder that has no page."""
     folders = [Path(folder) for folder in options.folders]
     page = overlay_page([_run(folder) for folder in folders]) if len(folders) > 1 else _page(folders[0])
-    path = Path(options.out) if options.out else _inner(folders[0]) / "report.html"
+    path = Path(options.out) if options.out else _beside(folders[0])
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, such as {path / 'report.html'}.")
     write_text(path, html(page))
@@ -35,8 +36,14 @@ def report(options: ReportOptions) -> Path:
     return path
 
 
+def _beside(place: Path) -> Path:
+    return place.with_suffix(".html") if place.is_file() else _inner(place) / "report.html"
+
+
 def _page(folder: Path) -> Page:
-    """Return the page of a folder, by the file that it holds."""
+    """Return the page of a folder, by the file that it holds, or of a comparison's results.json alone."""
+    if folder.is_file():
+        return page_of(read_comparison_results(folder))
     for file, draw in PAGES.items():
         if (_inner(folder) / file).is_file():
             return draw(_inner(folder))
@@ -62,6 +69,8 @@ def _run(folder: Path) -> RunRecords:
 
 
 def _no_page(folder: Path) -> UserError:
+    if folder.is_file():
+        return UserError(f"{folder} is a file; only the folders of runs are drawn over each other.")
     if not folder.is_dir():
         return UserError(f"There is no folder {folder}.")
     return UserError(

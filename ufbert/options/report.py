@@ -15,9 +15,10 @@ class ReportOptions:
     folders: Annotated[tuple[str, ...], Positional] = ()
     """A run folder, or several, whose losses are then drawn over each other, against tokens and against time. One study
     (`ufbert study`), comparison (`ufbert compare`), sweep (`ufbert finetune`) or compression (`ufbert compress`) may stand
-    instead."""
+    instead, or the results.json of a comparison alone, under any name."""
     out: str = ""
-    """File to write, such as page.html; by default report.html in the folder. Several runs need it."""
+    """File to write, such as page.html; by default report.html in the folder, or NAME.html beside NAME.json. Several runs need
+    it."""
 
     def __post_init__(self) -> None:
         if not self.folders:
