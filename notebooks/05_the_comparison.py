@@ -26,6 +26,7 @@ from itertools import combinations, pairwise
 from math import log, sqrt
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 
@@ -38,10 +39,10 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 results = read_results(Path("results/comparison_mini.json"))
 models = {model.name: model for model in results.models if model.by_tokens}
-print("made by:", results.asked.command)
+print(fill(f"made by: {results.asked.command}", 120))
 print("on:", ", ".join(sorted({cell.cpu for cell in results.cells})))
 for line in results.notes:
-    print("-", line)
+    print(fill(f"- {line}", 120))
 
 # %% [markdown]
 # ## 1. The verdict
@@ -50,7 +51,7 @@ for line in results.notes:
 
 # %%
 for sentence in results.verdict:
-    print("-", sentence)
+    print(fill(f"- {sentence}", 120))
 
 # %% [markdown]
 # ## 2. Who is who
@@ -113,43 +114,57 @@ plain.sort(key=lambda model: model.neurons_used)
 sparse = [m for m in models.values() if m.neurons_used < m.neurons]
 others = [m for m in models.values() if m not in plain and m not in sparse]
 
-figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-position = lambda model: max(model.neurons_used, 1)  # noqa: E731  (no feedforward stands at 1: zero has no logarithm)
-axis.plot([position(m) for m in plain], [m.by_tokens.loss.mean for m in plain], "o-", color=BLUE, label="plain layers")
-axis.plot([position(m) for m in sparse], [m.by_tokens.loss.mean for m in sparse], "D", color=ORANGE, label="skip some")
-axis.plot(
-    [position(m) for m in others], [m.by_tokens.loss.mean for m in others], "s", color=GREEN, label="other parts, too"
-)
-for model in models.values():
-    label = model.name.replace("ultrafastbert", "ufb")
-    axis.annotate(
-        label, (position(model), model.by_tokens.loss.mean), xytext=(5, 4), textcoords="offset points", fontsize=8
-    )
-axis.set(xscale="log", xlabel="feedforward neurons that a token uses", ylabel="held-out loss, nats", xlim=(0.8, 6000))
-axis.legend(frameon=False)
+CEILING = 0.25  # nats above the best model; what lies higher is named above the picture
+
+
+def draw(groups, place):
+    """Draw models by group (label, models, mark, colour); `place` says how far to the right one stands."""
+    _, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    top = min(model.by_tokens.loss.mean for model in models.values()) + CEILING
+    for label, members, mark, colour in groups:
+        shown = [model for model in members if model.by_tokens.loss.mean <= top]
+        axis.plot([place(m) for m in shown], [m.by_tokens.loss.mean for m in shown], mark, color=colour, label=label)
+        for model in shown:
+            side = {"xytext": (7, -3), "ha": "left"} if mark == "D" else {"xytext": (-5, -11), "ha": "right"}
+            point = place(model), model.by_tokens.loss.mean
+            axis.annotate(model.name, point, textcoords="offset points", fontsize=8, color=colour, **side)
+    above = {m.name: m.by_tokens.loss.mean for m in models.values() if m.by_tokens.loss.mean > top}
+    if above:
+        axis.set_title("above the picture: " + ", ".join(f"{n} {loss:.2f}" for n, loss in above.items()), fontsize=8)
+    axis.set(ylabel="held-out loss, nats")
+    axis.margins(0.16, 0.1)
+    axis.legend(frameon=False)
+    return axis
+
+
+groups = [
+    ("plain layers", plain, "o-", BLUE),
+    ("skip some", sparse, "D", ORANGE),
+    ("other parts, too", others, "s", GREEN),
+]
+axis = draw(groups, lambda model: model.neurons_used)
+axis.set(xscale="symlog", xlabel="feedforward neurons that a token uses")
+axis.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
 plt.show()
 
 # %% [markdown]
-# The same as a number. Read off the blue line how many *plain* neurons would have given a model's loss (on a logarithmic axis, in
-# between the points that were trained):
+# The same as a number. How many *plain* neurons would have given a model's loss, on straight lines between the plain layers that
+# were trained?
 
 
 # %%
 def plain_neurons(loss: float) -> float | None:
     """The width of a plain layer with this loss, between two trained ones; None outside of them."""
-    points = [(position(m), m.by_tokens.loss.mean) for m in plain]
+    points = [(model.neurons_used, model.by_tokens.loss.mean) for model in plain]
     for (k0, high), (k1, low) in pairwise(points):
         if low <= loss <= high:
-            share = (high - loss) / (high - low)
-            return k0 * (k1 / k0) ** share
+            return k0 + (k1 - k0) * (high - loss) / (high - low)
     return None
 
 
 for model in sparse:
     worth = plain_neurons(model.by_tokens.loss.mean)
-    text = (
-        "more or fewer than any plain layer that was trained" if worth is None else f"as many as {worth:.0f} plain ones"
-    )
+    text = "outside of what was trained" if worth is None else f"as many as {worth:.0f} plain ones"
     print(f"{model.name:20} uses {model.neurons_used:4,} of {model.neurons:6,}: worth {text}")
 
 # %% [markdown]
@@ -192,27 +207,14 @@ for place, model in enumerate(ranked, start=1):
 # the right is the arithmetic of one token in inference. No model beats those on the line in both.
 
 # %%
-figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+axis = draw(groups, lambda model: model.infer_flops / 1e6)
 frontier, best = [], float("inf")
 for model in sorted(models.values(), key=lambda model: (model.infer_flops, model.by_tokens.loss.mean)):
-    axis.plot(
-        model.infer_flops / 1e6,
-        model.by_tokens.loss.mean,
-        "D" if model in sparse else "o",
-        color=ORANGE if model in sparse else BLUE,
-    )
-    axis.annotate(
-        model.name,
-        (model.infer_flops / 1e6, model.by_tokens.loss.mean),
-        xytext=(5, 4),
-        textcoords="offset points",
-        fontsize=8,
-    )
     if model.by_tokens.loss.mean < best:
         best = model.by_tokens.loss.mean
         frontier.append((model.infer_flops / 1e6, best))
 axis.step(*zip(*frontier, strict=True), where="post", color=INK, lw=1, ls="--")
-axis.set(xlabel="MFLOP a token in inference", ylabel="held-out loss, nats")
+axis.set(xlabel="MFLOP a token in inference")
 plt.show()
 
 # %% [markdown]
@@ -252,5 +254,5 @@ for line in results.waiting or ["nothing that was asked for"]:
 #
 # 1. Set `BASELINE` to `no_feedforward`. How much of the loss is attention's alone?
 # 2. Set `MILLIONS` to 2. Which models learn early, and do they stay ahead?
-# 3. Take away `if model.neurons_used < m.neurons` in your head: would you have believed UltraFastBERT's table without the control?
+# 3. Take the control out (`del models["path_dense_1x11"]`, with another `BASELINE`). What would you have concluded about trees?
 # 4. Notebook `06` adds a layer of your own and puts it beside its control.

@@ -14,6 +14,9 @@ import pytest
 
 import ufbert
 from ufbert import cli
+from ufbert.compare.page import page_of
+from ufbert.compare.results import read_results
+from ufbert.report.page import html as html_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,30 @@ def test_the_reference_of_the_python_api_builds_from_its_docstrings():
         first = (getattr(ufbert, name).__doc__ or "").strip().splitlines()[0]
         assert len(first) > 20, name
         assert first.replace("`", "")[:20] in re.sub(r"<[^>]*>", "", page), name
+
+
+COMPARISON = ROOT / "notebooks" / "results" / "comparison_mini.json"
+
+
+def test_the_page_of_the_comparison_repeats_its_results():
+    """Every cell of the table, recomputed from the losses of single seeds, and the page that is drawn from the same file."""
+    models = json.loads(COMPARISON.read_text(encoding="utf-8"))["models"]
+    trained = {model["name"]: model for model in models if model["by_tokens"]}
+    losses = {name: model["by_tokens"]["losses"] for name, model in trained.items()}
+    base, wanted = losses["path_dense_1x11"], []
+    for name in sorted(trained, key=lambda name: statistics.fmean(losses[name].values())):
+        model, own = trained[name], losses[name]
+        gap = statistics.fmean(own[seed] - base[seed] for seed in own if seed in base)
+        curve = model["by_tokens"]["curve"]
+        assert len(own) > 1 or curve[-1]["loss"] == pytest.approx(statistics.fmean(own.values()), abs=1e-6), name
+        wanted.append(
+            f"| `{name}` | {statistics.fmean(own.values()):.3f} | {len(own)} | "
+            f"{'' if name == 'path_dense_1x11' else f'{gap:+.3f}'} | {curve[-1]['accuracy']:.1%} | {model['neurons_used']:,} | "
+            f"{model['neurons']:,} | {model['parameters']:,} | {model['infer_flops'] / 1e6:.2f} |"
+        )
+    page = (ROOT / "docs" / "results" / "comparison.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `\w+` \|.*\|$", page, re.MULTILINE) == wanted
+    assert COMPARISON.with_suffix(".html").read_text(encoding="utf-8") == html_of(page_of(read_results(COMPARISON)))
 
 
 def test_the_readme_is_short_and_holds_the_two_commands():
