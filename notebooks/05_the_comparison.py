@@ -97,8 +97,10 @@ for model in models.values():
         print(f"apart by {abs(losses[one] - losses[other]):.4f}")
 apart = [abs(a - b) for model in models.values() for a, b in combinations(model.by_tokens.losses.values(), 2)]
 if apart:
-    noise = fmean(apart) / sqrt(2)
-    print(f"\nso a difference of two single runs within about {2 * sqrt(2) * noise:.3f} nats may be luck")
+    spread = sqrt(fmean(gap * gap for gap in apart))  # the standard deviation of such a difference
+    print(f"\nso a difference of two single runs within about {2 * spread:.3f} nats may be luck")
+else:
+    print("one seed of each so far, which cannot say")
 
 # %% [markdown]
 # ## 5. What are the neurons worth that a token skips?
