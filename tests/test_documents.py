@@ -102,6 +102,20 @@ def test_the_page_of_the_comparison_repeats_its_results():
     assert COMPARISON.with_suffix(".html").read_text(encoding="utf-8") == html_of(page_of(read_results(COMPARISON)))
 
 
+def test_what_is_said_of_the_comparison_follows_from_its_results():
+    models = json.loads(COMPARISON.read_text(encoding="utf-8"))["models"]
+    loss = {m["name"]: statistics.fmean(m["by_tokens"]["losses"].values()) for m in models if m["by_tokens"]}
+    page = (ROOT / "docs" / "results" / "comparison.md").read_text(encoding="utf-8").split("\n\n")[1]
+    gaps = [
+        ("ultrafastbert_1x11", "path_dense_1x11"), ("no_feedforward", "ultrafastbert_1x11"),
+        ("ultrafastbert_128x4", "path_dense_128x4"), ("no_feedforward", "crammed_bert"), ("bert_base", "bert_rotary"),
+    ]  # fmt: skip
+    assert re.findall(r"\d\.\d{3}", page) == [f"{loss[a] - loss[b]:.3f}" for a, b in gaps]
+    bullet = README[README.index("- **Side by side**") :].split("\n- ")[0]
+    names = ["bert_base", "crammed_bert", "ultrafastbert_1x11", "path_dense_1x11", "no_feedforward"]
+    assert re.findall(r"\d\.\d{3}", bullet) == [f"{loss[name]:.3f}" for name in names]
+
+
 def test_the_readme_is_short_and_holds_the_two_commands():
     assert len(README.splitlines()) <= 130
     assert "pip install uv && uv run --extra demo train.py --budget=5m" in README
