@@ -150,23 +150,29 @@ axis.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
 plt.show()
 
 # %% [markdown]
-# The same as a number. How many *plain* neurons would have given a model's loss, on straight lines between the plain layers that
-# were trained?
+# The same as a number. How many *plain* neurons would have given a model's loss? Between the plain layers that were trained one must
+# guess, and we guess twice: on a straight line over neurons, and over their logarithm. Where the guesses differ much, only
+# another control settles it.
 
 
 # %%
-def plain_neurons(loss: float) -> float | None:
-    """The width of a plain layer with this loss, between two trained ones; None outside of them."""
+def plain_neurons(loss: float) -> list[float]:
+    """The width of a plain layer with this loss, between two trained ones, by two guesses; none outside of them."""
     points = [(model.neurons_used, model.by_tokens.loss.mean) for model in plain]
     for (k0, high), (k1, low) in pairwise(points):
         if low <= loss <= high:
-            return k0 + (k1 - k0) * (high - loss) / (high - low)
-    return None
+            share = (high - loss) / (high - low)
+            return sorted([k0 + share * (k1 - k0), (1 + k0) * ((1 + k1) / (1 + k0)) ** share - 1])
+    return []
 
 
 for model in sparse:
     worth = plain_neurons(model.by_tokens.loss.mean)
-    text = "outside of what was trained" if worth is None else f"as many as {worth:.0f} plain ones"
+    text = (
+        f"about as much as {worth[0]:.0f} to {worth[1]:.0f} plain ones"
+        if worth
+        else "more, or less, than any plain layer here"
+    )
     print(f"{model.name:20} uses {model.neurons_used:4,} of {model.neurons:6,}: worth {text}")
 
 # %% [markdown]
