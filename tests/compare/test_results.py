@@ -65,7 +65,7 @@ def test_results_without_their_cells_can_be_drawn(tmp_path, capsys):
     cli.call("report", [str(alone)])
     assert str(alone.with_suffix(".html")) in capsys.readouterr().out
     assert alone.with_suffix(".html").read_text() == (tmp_path / "report.html").read_text()
-    with pytest.raises(UserError, match=r"published.json is a file; only the folders of runs"):
+    with pytest.raises(UserError, match=r"is no comparison, and only comparisons are joined with one"):
         cli.call("report", [str(alone), str(tmp_path), "--out=x.html"])
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other.json is not the results.json of a comparison"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 from ufbert.bench.report import BUSY
@@ -18,7 +18,7 @@ from ufbert.compare.jobs import (
     study_cells,
 )
 from ufbert.compare.protocol import ComparisonFile
-from ufbert.compare.results import CellRecord, Comparison, CurvePoint, GlueScore, Model, Pretraining, Spread
+from ufbert.compare.results import CellRecord, Comparison, CurvePoint, GlueScore, Model, Pretraining, Spread, spread_of
 from ufbert.compare.verdict import chance_beyond, verdict_of
 from ufbert.config import ModelConfig
 from ufbert.cost.flops import forward_flops_per_token, neurons
@@ -53,7 +53,10 @@ def comparison_results(folder: Path, asked: ComparisonFile) -> Comparison:
     if times:
         failed |= {f"{SPEED}: {name}": reason for name, reason in times.refused.items()}
     results = Comparison(asked, models, times, records, failed, waiting, notes=[], unigram_loss=_unigram_loss(studies))
-    results = replace(results, notes=_notes(results, studies))
+    notes = notes_of(results)
+    if len({study.file.fingerprint for study in studies.values() if study.file.fingerprint}) > 1:
+        notes.append("NOT ONE TEXT: equal tokens and equal time were trained on different prepared rows.")
+    results = replace(results, notes=notes)
     return replace(results, verdict=verdict_of(results))
 
 
@@ -105,7 +108,7 @@ def _model(
         infer_flops=forward_flops_per_token(config, 128, masked_trees=False, training=False), control=control,
         random_twin=random_twin_of(config, configs), by_tokens=trained.get(TOKENS), by_time=trained.get(TIME),
         usage=_usage(place), memory=summary.memory_bytes or 0, glue=_glue(folder, asked, name),
-        hours=sum(session.seconds or 0.0 for session in _sessions_of(folder, asked, studies, name)) / 3600,
+        hours=sum(session.seconds or 0.0 for session in _sessions_of(folder, asked, studies, name)) / 3600, config=config,
     )  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def _pretraining(study: Study, row: Row, baseline: str, control: str) -> Pretrai
     curve = [CurvePoint(p.tokens, p.seconds, p.tokens * row.flops_per_token, p.loss, p.accuracy) for p in row.curve]
     return Pretraining(
         losses=row.losses,
-        loss=_spread(list(row.losses.values())),
+        loss=spread_of(list(row.losses.values())),
         difference=None if row.variant == baseline else _paired(row, study.rows.get(baseline)),
         to_control=_paired(row, study.rows.get(control)),
         accuracy=curve[-1].accuracy if curve else 0.0,
@@ -151,11 +154,7 @@ def _pretraining(study: Study, row: Row, baseline: str, control: str) -> Pretrai
 
 def _paired(row: Row, other: Row | None) -> Spread | None:
     differences = [] if other is None else [row.losses[s] - other.losses[s] for s in row.losses if s in other.losses]
-    return _spread(differences) if differences else None
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    return spread_of(differences) if differences else None
 
 
 def _usage(place: Path) -> dict[str, float]:
@@ -263,8 +262,8 @@ def _record(name: str, seeds: list[int], sessions: Sequence[Session]) -> CellRec
     )  # fmt: skip
 
 
-def _notes(results: Comparison, studies: Mapping[str, Study]) -> list[str]:
-    """Say how the numbers were measured."""
+def notes_of(results: Comparison) -> list[str]:
+    """Say in sentences how the numbers were measured."""
     asked, notes = results.asked, []
     counts = sorted({t.loss.n for m in results.models for t in (m.by_tokens, m.by_time) if t})
     if counts:
@@ -283,8 +282,6 @@ def _notes(results: Comparison, studies: Mapping[str, Study]) -> list[str]:
     for what, values in (("COMMIT", commits), ("PROCESSOR", cpus)):
         if len(values) > 1:
             notes.append(f"NOT ONE {what}: {', '.join(sorted(values))}.")
-    if len({study.file.fingerprint for study in studies.values() if study.file.fingerprint}) > 1:
-        notes.append("NOT ONE TEXT: equal tokens and equal time were trained on different prepared rows.")
     if beside := [cell.name for cell in results.cells if cell.beside_other_work]:
         share = (
             "All cells were"

@@ -1,11 +1,14 @@
 """`ufbert report`: the page of any folder that has one, at any time."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from ufbert.compare.collect import comparison_results
+from ufbert.compare.joined import joined
 from ufbert.compare.page import page_of
 from ufbert.compare.protocol import COMPARISON_FILE, read_comparison
+from ufbert.compare.results import Comparison
 from ufbert.compare.results import read_results as read_comparison_results
 from ufbert.compress import report as compression
 from ufbert.errors import UserError
@@ -16,7 +19,7 @@ from ufbert.report.overlay import overlay_page
 from ufbert.report.page import Page, html
 from ufbert.report.run_records import RunRecords, read_records_of
 from ufbert.report.run_report import run_page
-from ufbert.runtime.files import write_text
+from ufbert.runtime.files import write_json, write_text
 from ufbert.runtime.run_folder import CONFIG_FILE
 from ufbert.runtime.typed import Header, read_typed
 from ufbert.study.cells import CELL_FILE, STUDY_FILE, read_study
@@ -27,13 +30,40 @@ from ufbert.study.results import results_of
 def report(options: ReportOptions) -> Path:
     """Draw the page of a folder, or of several runs, and return its path. Raises UserError for a folder that has no page."""
     folders = [Path(folder) for folder in options.folders]
-    page = overlay_page([_run(folder) for folder in folders]) if len(folders) > 1 else _page(folders[0])
     path = Path(options.out) if options.out else _beside(folders[0])
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, such as {path / 'report.html'}.")
+    if len(folders) > 1 and any(map(_is_comparison, folders)):
+        page = page_of(_join(folders, path.with_suffix(".json")))
+    else:
+        page = overlay_page([_run(folder) for folder in folders]) if len(folders) > 1 else _page(folders[0])
     write_text(path, html(page))
     print(f"report {path}")
     return path
+
+
+def _is_comparison(place: Path) -> bool:
+    return place.is_file() or (place / COMPARISON_FILE).is_file()
+
+
+def _join(places: list[Path], path: Path) -> Comparison:
+    """Join several comparisons, and write the results of that to `path`, which must be new."""
+    for place in places:
+        if not place.exists():
+            raise _no_page(place)
+        if not _is_comparison(place):
+            raise UserError(f"{place} is no comparison, and only comparisons are joined with one.")
+    if path.exists():
+        raise UserError(f"{path} exists, and would hold the joined results; take another --out.")
+    results = joined({str(place): _comparison(place) for place in places})
+    write_json(path, asdict(results))
+    print(f"results {path}")
+    return results
+
+
+def _comparison(place: Path) -> Comparison:
+    """Read a comparison from its cells, or from its results.json alone."""
+    return read_comparison_results(place) if place.is_file() else comparison_results(place, read_comparison(place))
 
 
 def _beside(place: Path) -> Path:
@@ -43,7 +73,7 @@ def _beside(place: Path) -> Path:
 def _page(folder: Path) -> Page:
     """Return the page of a folder, by the file that it holds, or of a comparison's results.json alone."""
     if folder.is_file():
-        return page_of(read_comparison_results(folder))
+        return page_of(_comparison(folder))
     for file, draw in PAGES.items():
         if (_inner(folder) / file).is_file():
             return draw(_inner(folder))
@@ -69,8 +99,6 @@ def _run(folder: Path) -> RunRecords:
 
 
 def _no_page(folder: Path) -> UserError:
-    if folder.is_file():
-        return UserError(f"{folder} is a file; only the folders of runs are drawn over each other.")
     if not folder.is_dir():
         return UserError(f"There is no folder {folder}.")
     return UserError(
@@ -84,7 +112,7 @@ def _study_page(folder: Path) -> Page:
 
 
 def _comparison_page(folder: Path) -> Page:
-    return page_of(comparison_results(folder, read_comparison(folder)))
+    return page_of(_comparison(folder))
 
 
 def _begun_page(folder: Path) -> Page:

@@ -1,11 +1,14 @@
 """The results of a comparison: the format `results.json`, written and read. All that the tables and the page show is in it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Literal
 
 from ufbert.bench.encoder_models import ModelTimes
 from ufbert.compare.protocol import ComparisonFile
+from ufbert.config import ModelConfig
 from ufbert.errors import UserError
 from ufbert.runtime.files import write_json
 from ufbert.runtime.typed import Count, Header, decode, read_whole
@@ -23,6 +26,11 @@ class Spread:
     deviation: float | None
     """Standard deviation over seeds (n - 1); None for one seed, which has no spread."""
     n: Count
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    """Return mean and standard deviation of the values of some seeds, at least one."""
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ class Model:
     glue: list[GlueScore] = field(default_factory=list)
     hours: float = 0.0
     """Machine time of all its cells but the timing."""
+    config: ModelConfig | None = None
+    """Its architecture to the last option; None in files of before it was recorded."""
 
     def trained(self, axis: Axis) -> Pretraining | None:
         """Return its training for equal tokens or equal time."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from math import gamma, pi, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 
 from ufbert.bench.encoder_models import ShapeTimes, Timed
-from ufbert.compare.results import Axis, Comparison, Model, Pretraining, Spread
+from ufbert.compare.results import Axis, Comparison, Model, Pretraining, Spread, spread_of
 from ufbert.report.charts import frontier
 
 LEAST_GAIN = 0.5
@@ -63,9 +63,7 @@ def verdict_of(results: Comparison) -> list[str]:
 def paired(a: Pretraining, b: Pretraining) -> Spread | None:
     """Return the loss of `a` less that of `b`, paired by seed; None without a seed in common."""
     values = [a.losses[seed] - b.losses[seed] for seed in a.losses if seed in b.losses]
-    if not values:
-        return None
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    return spread_of(values) if values else None
 
 
 def _best(results: Comparison, axis: Axis) -> str:

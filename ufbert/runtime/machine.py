@@ -11,6 +11,8 @@ from typing import Any
 
 PROVENANCE = ("command", "commit", "processor", "load")
 """What every page says of its result first."""
+VECTORS = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "bfloat16"}
+"""Names of the instructions on wide vectors, by their flags in /proc/cpuinfo."""
 
 
 def environment(words: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
@@ -34,10 +36,28 @@ def environment(words: Sequence[str], packages: Sequence[str]) -> dict[str, str]
 def machine_facts() -> dict[str, Any]:
     """Return the processor's name, the cores that this process may use, and the load of the last minute."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": names[0] if names else platform.machine(), "cores": cores, "load": os.getloadavg()[0]}
+    name = cpu_name(info.read_text(encoding="utf-8")) if info.is_file() else ""
+    return {"cpu": name or platform.machine(), "cores": cores, "load": os.getloadavg()[0]}
+
+
+def cpu_name(info: str) -> str:
+    """Return the name of the first processor in the text of /proc/cpuinfo; "" if it has none.
+
+    Virtual machines call processors of several generations by one name, so the family, the model and the widest vectors stand
+    behind it: "AMD EPYC (family 26, model 2; AVX-512, VNNI, bfloat16)".
+    """
+    first = info.partition("\n\n")[0].splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+    if not fields.get("model name"):
+        return ""
+    flags = fields.get("flags", "").split()
+    sets = [name for flag, name in VECTORS.items() if flag in flags] or ["AVX2"] * ("avx2" in flags)
+    number = (
+        f"family {fields['cpu family']}, model {fields['model']}" if {"cpu family", "model"} <= fields.keys() else ""
+    )
+    detail = "; ".join(part for part in (number, ", ".join(sets)) if part)
+    return fields["model name"] + (f" ({detail})" if detail else "")
 
 
 def commit() -> str:
