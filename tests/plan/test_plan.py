@@ -9,10 +9,10 @@ from ufbert import nn
 from ufbert.cli import call
 from ufbert.config.presets import load_preset, preset_names, scaled
 from ufbert.cost.devices import DEVICES, device_of_kind, find_device
-from ufbert.cost.flops import routing_flops_per_token, train_bytes_per_token, train_flops_per_token
-from ufbert.cost.parts import PartSpeeds, local_speeds
+from ufbert.cost.flops import predicted_share, routing_flops_per_token, train_bytes_per_token, train_flops_per_token
+from ufbert.cost.parts import PartSpeeds, local_speeds, product_widths
 from ufbert.cost.reached import MEASUREMENTS, reached
-from ufbert.cost.speeds import Speeds, device_peak, peak_speeds
+from ufbert.cost.speeds import CPU_UTILISATION, Speeds, device_peak, peak_speeds
 from ufbert.errors import UserError
 from ufbert.plan import check as plan_check
 from ufbert.plan.check import Check
@@ -223,6 +223,21 @@ def test_every_kind_of_part_can_be_timed(name):
     speeds = parts.speeds()
     assert speeds.products > 0
     assert speeds.bandwidth > 0
+
+
+def test_a_narrow_feedforward_does_not_slow_the_products_of_attention():
+    run = on_cpu("crammed_bert")
+    run = replace(run, model=replace(run.model, feedforward=("dense",), d_hidden=10))
+    head = product_widths(run)[run.model.d_model] - 4 * run.model.n_layers
+    assert head == pytest.approx(predicted_share(run.train) * run.model.vocab_size / run.model.d_model)
+    parts = PartSpeeds(run)
+    square, narrow = parts._products
+    assert (square.times, narrow.times) == (4 * run.model.n_layers + head, 2 * run.model.n_layers)
+    for part, speed in ((square, 1e11), (narrow, 1e10)):
+        part.seconds.append(part.flops / speed)
+    for part in parts._rest:
+        part.seconds.append(1e-3)
+    assert 0.8e11 < parts.speeds().products / CPU_UTILISATION < 1e11
 
 
 def test_local_speeds_of_a_cpu_are_those_of_the_parts():

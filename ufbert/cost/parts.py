@@ -55,19 +55,15 @@ class PartSpeeds:
             for i, (mixer, feedforward) in enumerate(model.layers)
             for layer in (MIXERS[mixer], FEEDFORWARDS[feedforward])
         ]
-        has_hidden = any("d_hidden" in layer.fields for layer, _ in layers)
-        width = model.d_hidden if has_hidden else model.d_model
-        x, g = _random(rows * seq_len, model.d_model), _random(rows * seq_len, width)
-        weights = _random(model.d_model, width)
-        self._products = _part(lambda x, w, g: (x @ w, x.T @ g, g @ w.T), (x, weights, g), 1.0)
-        norms = _part(_derivative(_norm), (x,), 2.0 * model.n_layers)
+        self._products = [_product(rows * seq_len, model.d_model, *part) for part in product_widths(run).items()]
+        norms = _part(_derivative(_norm), (_random(rows * seq_len, model.d_model),), 2.0 * model.n_layers)
         self._rest = [norms, _loss_part(run, rows)]
         for (layer, own), n in Counter(layers).items():
             self._rest.append(_layer_part(layer, own, rows, seq_len, float(n)))
 
     def measure(self, calls: int = 3) -> None:
         """Time every part a few times."""
-        for part in (self._products, *self._rest):
+        for part in (*self._products, *self._rest):
             for _ in range(calls):
                 began = time.perf_counter()
                 jax.block_until_ready(part.call())
@@ -75,7 +71,8 @@ class PartSpeeds:
 
     def speeds(self) -> Speeds:
         """Medians of all rounds. The speed of the rest is its bytes over its time without that of its own products."""
-        products = self._products.flops / statistics.median(self._products.seconds)
+        work = sum(p.times * p.flops for p in self._products)
+        products = work / sum(p.times * statistics.median(p.seconds) for p in self._products)
         taken = sum(
             p.times * max(0.05 * (s := statistics.median(p.seconds)), s - p.flops / products) for p in self._rest
         )
@@ -86,6 +83,24 @@ class PartSpeeds:
         )
         share = CPU_UTILISATION
         return Speeds(share * products, share * products, share * moved / taken, source=source)
+
+
+def product_widths(run: RunConfig) -> dict[int, float]:
+    """Return the widths of a step's large products, and how many of each there are for a token, the head's as so many square
+    ones: a narrow feedforward's run at a fraction of the speed of attention's, but are few."""
+    model = run.model
+    widths = Counter({model.d_model: predicted_share(run.train) * model.vocab_size / model.d_model})
+    for i, (mixer, feedforward) in enumerate(model.layers):
+        widths[model.d_model] += 4 * (mixer == "attention")
+        if "d_hidden" in FEEDFORWARDS[feedforward].fields and (width := model.of_layer(i).d_hidden):
+            widths[width] += 3 if feedforward == "glu" else 2
+    return {width: float(times) for width, times in widths.items()}
+
+
+def _product(tokens: int, d_model: int, width: int, times: float) -> _Part:
+    """Compile a product with a matrix (d_model, width), forward and backward."""
+    x, weights, g = _random(tokens, d_model), _random(d_model, width), _random(tokens, width)
+    return _part(lambda x, w, g: (x @ w, x.T @ g, g @ w.T), (x, weights, g), times)
 
 
 @phase("measuring this device")
