@@ -212,15 +212,16 @@ def test_the_points_that_int8_loses_are_those_of_its_file():
         assert [cell.strip() for cell in cells.split("|")] == expected
 
 
-def test_the_table_of_a_quarter_of_an_hour_is_that_of_its_file():
+def test_the_tables_of_a_quarter_of_an_hour_and_of_an_hour_are_those_of_their_files():
     page = (ROOT / "docs" / "results" / "pretraining.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*\(`(\w{7})`\) \| ([\d.]+) \| ([\d.]+) M \| ([\d,]+) \|$", page, re.MULTILINE)
-    runs = json.loads((ROOT / "notebooks" / "results" / "one_core_15m.json").read_text(encoding="utf-8"))["runs"]
+    files = [ROOT / "notebooks" / "results" / f"one_core_{minutes}m.json" for minutes in (15, 60)]
+    runs = [run for file in files for run in json.loads(file.read_text(encoding="utf-8"))["runs"]]
     facts = [(run["commit"], run["summary"]) for run in runs]
     assert rows == [
         (commit, f"{s['heldout_loss']:.3f}", f"{s['tokens'] / 1e6:.2f}", f"{s['steps']:,}") for commit, s in facts
     ]
-    assert len(rows) == 7
+    assert len(rows) == 9
 
 
 def test_the_tables_of_trees_from_a_dense_model_are_those_of_their_file():

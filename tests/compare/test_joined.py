@@ -64,7 +64,9 @@ def test_seeds_of_two_machines_become_one_comparison(tmp_path, whole):
 
 def test_a_cell_waits_only_if_nobody_has_measured_it(tmp_path):
     a, b = part(tmp_path / "a", ["crammed_bert"], [0]), part(tmp_path / "b", ["crammed_bert"], [1])
-    a = replace(a, waiting=["tokens: crammed_bert-seed1", "tokens: fnet-seed0"], failed={"tokens: switch_8e-seed0": "no"})
+    a = replace(
+        a, waiting=["tokens: crammed_bert-seed1", "tokens: fnet-seed0"], failed={"tokens: switch_8e-seed0": "no"}
+    )
     results = joined({"a": a, "b": b})
     assert results.waiting == ["tokens: fnet-seed0"]
     assert results.failed == {"tokens: switch_8e-seed0": "no"}
@@ -79,13 +81,19 @@ def test_what_was_not_measured_alike_is_not_joined(tmp_path):
             joined({"a.json": a, "b.json": other})
 
     asked = a.asked
-    refused(replace(a, asked=replace(asked, tokens=2e7)), r"a.json and b.json cannot be joined: tokens is 1.*2.* in the other")
+    refused(
+        replace(a, asked=replace(asked, tokens=2e7)),
+        r"a.json and b.json cannot be joined: tokens is 1.*2.* in the other",
+    )
     refused(replace(a, asked=replace(asked, scale="mini")), "scale is tiny in one and mini in the other")
     refused(replace(a, unigram_loss=7.0), r"word frequency alone gives 9.0 and 7.0 nats, so their texts or tokenizers")
     (model,) = a.models
     refused(replace(a, models=[replace(model, options=["--config=fnet"])]), "options of crammed_bert are")
     other = replace(model.by_tokens, losses={0: 2.8})
-    refused(replace(a, models=[replace(model, by_tokens=other)]), "crammed_bert ends at 2.9 nats with seed 0 in one and at 2.8")
+    refused(
+        replace(a, models=[replace(model, by_tokens=other)]),
+        "crammed_bert ends at 2.9 nats with seed 0 in one and at 2.8",
+    )
     mixed = replace(model.by_tokens, losses={0: 2.9, 1: 2.8})
     third = replace(a, models=[replace(model, by_tokens=replace(model.by_tokens, losses={0: 2.9, 2: 3.0}))])
     with pytest.raises(UserError, match="seeds of its own in both"):
