@@ -34,6 +34,7 @@ GENERAL = [
     (r"--rates=.*", "--rates=3e-3"), (r"--scale=(mini|base)", "--scale=tiny"),
     (r"--(corpus|heldout)=text:.*", r"--\1=text:\1.txt"), ("hf:google-bert/bert-base-uncased", "CHECKPOINT"),
     ("--out=runs/NAME", "--out=runs/STOPPED"), ("there/results.json", "runs/compare/results.json"),
+    ("--corpus=demo", "--corpus=text:corpus.txt"),
     (r"--when-done=.*", "--when-done=true"), (r"--model.d-hidden=511", "--model.d-hidden=63"),
 ]  # fmt: skip
 """Words by regular expression, and what stands in their place here."""

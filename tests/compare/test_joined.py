@@ -67,7 +67,10 @@ def test_a_cell_waits_only_if_nobody_has_measured_it(tmp_path):
     a = replace(
         a, waiting=["tokens: crammed_bert-seed1", "tokens: fnet-seed0"], failed={"tokens: switch_8e-seed0": "no"}
     )
+    begun = replace(b.cells[0], seconds=1.0)  # of a run that was stopped
+    a = replace(a, cells=[*a.cells, begun])
     results = joined({"a": a, "b": b})
+    assert {cell.name: cell.seconds for cell in results.cells}[begun.name] == b.cells[0].seconds > 1.0
     assert results.waiting == ["tokens: fnet-seed0"]
     assert results.failed == {"tokens: switch_8e-seed0": "no"}
     assert joined({"b": b, "a": a}).waiting == ["tokens: fnet-seed0"]

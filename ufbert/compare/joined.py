@@ -61,8 +61,9 @@ def _united(a: Comparison, b: Comparison, files: str) -> Comparison:
     for name in asked.models:
         both = [rows[name] for rows in (ours, theirs) if name in rows]
         models += [both[0] if len(both) == 1 else _one_model(*both, files)] if both else []
-    cells = list({cell.name: cell for cell in [*b.cells, *a.cells]}.values())
-    measured = {cell.name for r in (a, b) for cell in r.cells if cell.name not in {*r.waiting, *r.failed}}
+    begun = {cell.name: cell for r in (b, a) for cell in r.cells}
+    measured = {cell.name: cell for r in (b, a) for cell in r.cells if cell.name not in {*r.waiting, *r.failed}}
+    cells = list({**begun, **measured}.values())
     failed = {name: reason for name, reason in {**b.failed, **a.failed}.items() if name not in measured}
     waiting = [name for name in dict.fromkeys([*a.waiting, *b.waiting]) if name not in measured and name not in failed]
     return replace(
